@@ -1,0 +1,97 @@
+"""The latent ControlNet: stock FluxControlNetModel whose control embedder reads patch latents.
+
+In: patch latents (B, P, C) on a square grid. Out: residuals for FLUX's blocks, through the stock forward. Nothing is
+forked: one module, `controlnet_x_embedder`, is replaced. Does not know how latents are made, nor where weights lie.
+Legend: B images, P patches, C latent channels, D FLUX's width, H W patch grid, N = 4 P packed FLUX tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from diffusers import FluxControlNetModel, FluxTransformer2DModel
+from torch import nn
+
+# Published name -> ours, as prefixes; every other name of `flux_controlnet/` is diffusers' own and stays.
+PUBLISHED_NAMES = {
+    "up_sampling_block.": "controlnet_x_embedder.",
+    "controlnet_x_embedder.": "controlnet_x_embedder.proj.",
+}
+
+
+class PatchLatentEmbedder(nn.Module):
+    """Patch latents -> one vector for each packed FLUX token, on a grid twice as fine (the paper's x2 upsampler).
+
+    `proj` starts at zero, so that an untrained ControlNet changes nothing; BatchNorm uses its running statistics in
+    eval mode.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.upconv = nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.proj = nn.Linear(channels, width)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def upsample(self, latents_BPC: torch.Tensor) -> torch.Tensor:
+        """(B, H*W, C) row-major -> (B, 2H*2W, C) row-major. Raises ValueError when P is no square."""
+        side = math.isqrt(latents_BPC.shape[1])
+        if side * side != latents_BPC.shape[1]:
+            raise ValueError(f"{latents_BPC.shape[1]} patches are no square grid")
+        grid_BCHW = latents_BPC.mT.unflatten(2, (side, side))
+        fine_BCHW = torch.relu(self.bn1(self.upconv(grid_BCHW)))
+        fine_BCHW = self.bn2(self.conv(fine_BCHW))
+        skip_BCHW = nn.functional.interpolate(grid_BCHW, scale_factor=2, mode="nearest")
+        return torch.relu(fine_BCHW + skip_BCHW).flatten(2).mT
+
+    def forward(self, latents_BPC: torch.Tensor) -> torch.Tensor:
+        """(B, P, C) -> (B, 4P, D)."""
+        return self.proj(self.upsample(latents_BPC))
+
+
+def latent_controlnet(
+    transformer: FluxTransformer2DModel, double_blocks: int, single_blocks: int, channels: int
+) -> FluxControlNetModel:
+    """A new ControlNet for `transformer`: its first blocks copied, the outputs and the control embedder at zero.
+
+    Source: section 3 of the paper (4 double, 1 single block on FLUX.1-dev). Same device and dtype as the transformer.
+    """
+    shape = {"num_layers": double_blocks, "num_single_layers": single_blocks}
+    heads = {key: transformer.config[key] for key in ("attention_head_dim", "num_attention_heads")}
+    controlnet = FluxControlNetModel.from_transformer(transformer, **shape, **heads)
+    return _with_embedder(controlnet, channels).to(transformer.device, transformer.dtype)
+
+
+def controlnet_config(controlnet: FluxControlNetModel) -> dict[str, Any]:
+    """What `controlnet_from_config` needs to build the same empty model, as plain JSON values."""
+    embedder = controlnet.controlnet_x_embedder
+    stock = {key: value for key, value in controlnet.config.items() if not key.startswith("_")}
+    return {**stock, "axes_dims_rope": list(stock["axes_dims_rope"]), "control_channels": embedder.proj.in_features}
+
+
+def controlnet_from_config(config: dict[str, Any]) -> FluxControlNetModel:
+    """An empty latent ControlNet in eval mode; `config` as `controlnet_config` gives it. Load its weights next."""
+    stock = {key: value for key, value in config.items() if key != "control_channels"}
+    return _with_embedder(FluxControlNetModel(**stock), config["control_channels"]).eval()
+
+
+def from_published(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The published `flux_controlnet/` state dict under our names (same tensors, nothing dropped)."""
+    return {_renamed(name): tensor for name, tensor in weights.items()}
+
+
+def _renamed(name: str) -> str:
+    for published, ours in PUBLISHED_NAMES.items():
+        if name.startswith(published):
+            return ours + name.removeprefix(published)
+    return name
+
+
+def _with_embedder(controlnet: FluxControlNetModel, channels: int) -> FluxControlNetModel:
+    controlnet.controlnet_x_embedder = PatchLatentEmbedder(channels, controlnet.inner_dim)
+    return controlnet
