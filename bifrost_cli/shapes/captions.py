@@ -1,0 +1,243 @@
+"""Prompts of the built-in world: a small grammar over six categories, its reader, its split and its samplers.
+
+Comes in: text or a NumPy generator. Goes out: `Prompt`s with what a picture must show, and scenes that show it. Knows no
+pixels. Categories and their names follow GenEval (Ghosh et al. 2023).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import sha256
+from itertools import permutations, product
+
+import numpy as np
+
+from bifrost_cli.shapes.scene import COLOURS, GRID, JITTER, SHAPES, TONES, Scene, Thing
+
+CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
+COUNTS = {"two": 2, "three": 3, "four": 4}
+RELATIONS = {
+    "above": "above",
+    "below": "below",
+    "left of": "left",
+    "to the left of": "left",
+    "right of": "right",
+    "to the right of": "right",
+}
+OPENERS = ("", "a picture of ", "a drawing of ", "an image of ", "a photo of ", "a sketch of ", "a painting of ", "a view of ")
+HELD_OUT_SHARE = 0.2
+_WEIGHTS = (0.1, 0.15, 0.15, 0.1, 0.3, 0.2)  # half of the prompts: position and color_attribution
+_ENDING_SHARE = 0.25
+_COLOURED_SHARE = 2 / 3  # of position prompts; of counting prompts the rest
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One thing a picture must show; colour None leaves it free."""
+
+    shape: str
+    colour: str | None = None
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Exactly these things; `relation` is how the first lies to the second; `tone` None leaves the background free."""
+
+    things: tuple[Wanted, ...]
+    relation: str | None = None
+    tone: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt (normalised text), its category and what it asks for."""
+
+    text: str
+    category: str
+    spec: Spec
+
+
+@dataclass(frozen=True)
+class _Core:
+    """A prompt without its opener and ending."""
+
+    text: str
+    category: str
+    things: tuple[Wanted, ...]
+    relation: str | None = None
+
+
+def phrase(shape: str, colour: str | None = None) -> str:
+    """The thing with its article: "a red circle", "an orange star", "a circle"."""
+    words = f"{colour} {shape}" if colour else shape
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def plural(shape: str) -> str:
+    """The shape's plural: "circles", "crosses"."""
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def normalise(text: str) -> str:
+    """Lower case, single spaces, no full stop at the end."""
+    return " ".join(text.lower().split()).rstrip(".").rstrip()
+
+
+def held_out(text: str) -> bool:
+    """Whether a prompt belongs to the held-out fifth.
+
+    The split is on the exact normalised text and on nothing else: sha256 of the text, first four bytes as a fraction below
+    0.2. A held-out prompt's words, pairs and even its meaning under another opener may well be trained on.
+    """
+    return int.from_bytes(sha256(normalise(text).encode()).digest()[:4], "big") < HELD_OUT_SHARE * 2**32
+
+
+# ---- the grammar -----------------------------------------------------------------------------------------------------
+
+
+def _pair_core(category: str, first: Wanted, joint: str, second: Wanted) -> _Core:
+    text = f"{phrase(first.shape, first.colour)} {joint} {phrase(second.shape, second.colour)}"
+    return _Core(text, category, (first, second), RELATIONS.get(joint))
+
+
+def _counted_core(word: str, shape: str, colour: str | None) -> _Core:
+    text = " ".join(filter(None, (word, colour, plural(shape))))
+    return _Core(text, "counting", (Wanted(shape, colour),) * COUNTS[word])
+
+
+def _cores() -> Iterator[_Core]:
+    plain = [Wanted(shape) for shape in SHAPES]
+    coloured = [Wanted(shape, colour) for colour, shape in product(COLOURS, SHAPES)]
+    for thing in plain + coloured:
+        yield _Core(phrase(thing.shape, thing.colour), "colors" if thing.colour else "single_object", (thing,))
+    for word, shape, colour in product(COUNTS, SHAPES, (None, *COLOURS)):
+        yield _counted_core(word, shape, colour)
+    for pair in permutations(plain, 2):
+        yield _pair_core("two_objects", pair[0], "and", pair[1])
+    for first, second in permutations(coloured, 2):
+        if first.colour != second.colour:
+            yield _pair_core("color_attribution", first, "and", second)
+    for joint in RELATIONS:
+        for pair in (*permutations(plain, 2), *permutations(coloured, 2)):
+            yield _pair_core("position", pair[0], joint, pair[1])
+
+
+@lru_cache(maxsize=1)
+def _by_text() -> dict[str, _Core]:
+    return {core.text: core for core in _cores()}
+
+
+@lru_cache(maxsize=1)
+def _by_category() -> dict[tuple[str, bool], list[_Core]]:
+    """Cores by category and by whether they name a colour."""
+    table: dict[tuple[str, bool], list[_Core]] = {}
+    for core in _cores():
+        table.setdefault((core.category, core.things[0].colour is not None), []).append(core)
+    return table
+
+
+def _ending(tone: str | None) -> str:
+    return f" on a {tone} background" if tone else ""
+
+
+def _prompt(opener: str, core: _Core, tone: str | None) -> Prompt:
+    return Prompt(opener + core.text + _ending(tone), core.category, Spec(core.things, core.relation, tone))
+
+
+def grammar(category: str) -> Iterator[Prompt]:
+    """Every prompt of a category, each once."""
+    for core in _by_text().values():
+        if core.category == category:
+            for opener, tone in product(OPENERS, (None, *TONES)):
+                yield _prompt(opener, core, tone)
+
+
+_FRAME = re.compile(
+    rf"(?P<opener>{'|'.join(OPENERS[1:])}|)(?P<core>.+?)(?: on a (?P<tone>{'|'.join(TONES)}) background)?"
+)
+
+
+def parse(text: str) -> Prompt:
+    """Read a prompt of the grammar; case, spacing and a full stop do not matter. ValueError says what is understood."""
+    normal = normalise(text)
+    match = _FRAME.fullmatch(normal)
+    core = _by_text().get(match["core"]) if match else None
+    if core is None:
+        raise ValueError(
+            f"not a prompt of the built-in world: {text!r}. Understood are one thing ('a circle', 'a red circle'), two"
+            f" ('a circle and a square', 'a red circle and a blue square'), {', '.join(COUNTS)} of a kind ('three"
+            f" circles'), and 'a red circle above a blue square' with {', '.join(RELATIONS)}; shapes {', '.join(SHAPES)};"
+            f" colours {', '.join(COLOURS)}; at the end, if wanted, 'on a {'|'.join(TONES)} background'"
+        )
+    return _prompt(match["opener"], core, match["tone"])
+
+
+# ---- sampling --------------------------------------------------------------------------------------------------------
+
+
+def _draw_prompt(rng: np.random.Generator, category: str) -> Prompt:
+    share = {"position": _COLOURED_SHARE, "counting": 1 - _COLOURED_SHARE}.get(category)
+    named = bool(rng.random() < share) if share is not None else category in ("colors", "color_attribution")
+    cores = _by_category()[category, named]
+    tone = list(TONES)[rng.integers(len(TONES))] if rng.random() < _ENDING_SHARE else None
+    return _prompt(OPENERS[rng.integers(len(OPENERS))], cores[rng.integers(len(cores))], tone)
+
+
+def sample_prompt(rng: np.random.Generator, split: str = "train", category: str | None = None) -> Prompt:
+    """A random prompt of a split ('train', 'held_out', 'all'); without a category, half are about place or attribution."""
+    if split not in ("train", "held_out", "all"):
+        raise ValueError(f"no such split: {split!r} (train, held_out, all)")
+    chosen = category or CATEGORIES[int(np.searchsorted(np.cumsum(_WEIGHTS)[:-1], rng.random(), side="right"))]
+    while True:
+        prompt = _draw_prompt(rng, chosen)
+        if split == "all" or held_out(prompt.text) == (split == "held_out"):
+            return prompt
+
+
+def held_out_prompts(n: int, seed: int = 0) -> list[Prompt]:
+    """`n` distinct held-out prompts, a sixth a category; where a small category runs out, the larger ones fill up."""
+    rng = np.random.default_rng(seed)
+    by_size = ("single_object", "two_objects", "colors", "counting", "color_attribution", "position")
+    chosen: dict[str, Prompt] = {}
+    for place, category in enumerate(by_size):
+        quota = len(chosen) + (n - len(chosen)) // (len(by_size) - place)
+        for _ in range(5000 + 20 * quota):
+            if len(chosen) >= quota:
+                break
+            prompt = sample_prompt(rng, "held_out", category)
+            chosen.setdefault(prompt.text, prompt)
+    return sorted(chosen.values(), key=lambda prompt: CATEGORIES.index(prompt.category))
+
+
+@lru_cache(maxsize=8)
+def _cell_pairs(relation: str) -> list[tuple[int, int]]:
+    """Ordered pairs of cells whose first lies to the second as named, that axis dominating."""
+    ahead = {"above": (-1, 0), "below": (1, 0), "left": (0, -1), "right": (0, 1)}[relation]
+    pairs = []
+    for first, second in permutations(range(GRID**2), 2):
+        rows, cols = first // GRID - second // GRID, first % GRID - second % GRID
+        along = rows * ahead[0] + cols * ahead[1]
+        across = cols if ahead[0] else rows
+        if along > abs(across):
+            pairs.append((first, second))
+    return pairs
+
+
+def sample_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
+    """A scene that shows the prompt and nothing else, uniform over cells, shifts, and unnamed colours and tones."""
+    spec = prompt.spec
+    colours, tones = list(COLOURS), list(TONES)
+    if spec.relation:
+        pairs = _cell_pairs(spec.relation)
+        cells = pairs[rng.integers(len(pairs))]
+    else:
+        cells = rng.permutation(GRID**2)[: len(spec.things)].tolist()
+    things = []
+    for wanted, cell in zip(spec.things, cells, strict=True):
+        free, dx, dy = rng.integers(0, (len(colours), 2 * JITTER + 1, 2 * JITTER + 1)).tolist()
+        colour = wanted.colour or colours[free]
+        things.append(Thing(wanted.shape, colour, cell // GRID, cell % GRID, dx - JITTER, dy - JITTER))
+    return Scene(spec.tone or tones[rng.integers(len(tones))], tuple(things))

@@ -1,0 +1,77 @@
+"""Plans: a scene as one line of words, `"white ab redcircle cd bluesquare"`.
+
+The tone, then for each thing in reading order its cell word (row letter, column letter) and its thing word (colour and shape
+as one word). Comes in and goes out: text and `Scene`. A plan does not hold the pixel shifts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from bifrost_cli.shapes.scene import COLOURS, GRID, SHAPES, TONES, Scene, Thing
+
+EMPTY = "none"
+_LETTERS = "abcd"
+
+
+@lru_cache(maxsize=1)
+def cell_words() -> tuple[str, ...]:
+    """The 16 cell words in reading order: aa, ab, ... dd."""
+    return tuple(row + col for row in _LETTERS[:GRID] for col in _LETTERS[:GRID])
+
+
+@lru_cache(maxsize=1)
+def thing_words() -> tuple[str, ...]:
+    """The 30 thing words, colour by colour: redcircle, redsquare, ... orangestar."""
+    return tuple(colour + shape for colour in COLOURS for shape in SHAPES)
+
+
+@lru_cache(maxsize=1)
+def _things() -> dict[str, tuple[str, str]]:
+    return {colour + shape: (shape, colour) for colour in COLOURS for shape in SHAPES}
+
+
+def write_plan(scene: Scene) -> str:
+    """The plan of `scene`."""
+    words = [scene.tone]
+    for thing in scene.things:
+        words += [cell_words()[thing.cell], thing.colour + thing.shape]
+    return " ".join(words)
+
+
+def read_plan(text: str) -> Scene:
+    """The scene a plan tells of, without pixel shifts; things may come in any order. ValueError when it is no plan."""
+    tone, *words = text.split() or [""]
+    if tone not in TONES:
+        raise ValueError(f"a plan begins with a tone ({', '.join(TONES)}), not with {tone!r}")
+    if len(words) % 2:
+        raise ValueError(f"a plan goes on with pairs of a cell and a thing; the last word {words[-1]!r} stands alone")
+    return Scene(tone, tuple(_read_thing(*pair) for pair in zip(words[::2], words[1::2], strict=True)))
+
+
+def _read_thing(cell: str, word: str) -> Thing:
+    if cell not in cell_words():
+        raise ValueError(f"no such cell: {cell!r} (aa to dd, row then column)")
+    if word not in _things():
+        raise ValueError(f"no such thing: {word!r} (for example redcircle)")
+    shape, colour = _things()[word]
+    return Thing(shape, colour, *divmod(cell_words().index(cell), GRID))
+
+
+def fill_cells(scene: Scene, order: Sequence[int]) -> str:
+    """All cells of `scene` in the given order (cell numbers 0 to 15): `"cc none ab redcircle ..."`."""
+    words = [EMPTY] * GRID**2
+    for thing in scene.things:
+        words[thing.cell] = thing.colour + thing.shape
+    return " ".join(f"{cell_words()[cell]} {words[cell]}" for cell in order)
+
+
+def cell_classes(scene: Scene) -> np.ndarray:
+    """What stands in each cell, (16,) int64: 0 for nothing, else 1 + the index of its thing word."""
+    classes = np.zeros(GRID**2, np.int64)
+    for thing in scene.things:
+        classes[thing.cell] = 1 + thing_words().index(thing.colour + thing.shape)
+    return classes
