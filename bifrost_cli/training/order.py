@@ -1,0 +1,47 @@
+"""Which rows a training step sees, and which random numbers: pure functions of (seed, step, ...).
+
+In: integers. Out: row numbers, 63-bit seeds, numbers in [0, 1). Nothing here has a state, so a resume needs the step
+number alone. The order comes from our own integer hash, not from a library's generator, and so does not change with
+library versions. Knows nothing of stores, tasks or devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+
+import numpy as np
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def derive(*parts: int | str) -> int:
+    """A 63-bit seed from any integers and words: the same parts always give the same seed."""
+    text = "\x1f".join(str(part) for part in parts).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def uniform(*parts: int | str) -> float:
+    """A number in [0, 1) from any integers and words, for one-off draws such as "does this row lose its prompt"."""
+    return (derive(*parts) >> 10) / float(1 << 53)
+
+
+@lru_cache(maxsize=4)
+def permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
+    """The order of `rows` rows in one epoch: int64 (rows,), each row once (ranks of a splitmix64 hash)."""
+    with np.errstate(over="ignore"):
+        z = np.uint64(derive(seed, "epoch", epoch)) + np.arange(1, rows + 1, dtype=np.uint64) * _GOLDEN
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")
+
+
+def batch_indices(seed: int, step: int, batch_size: int, rows: int) -> list[int]:
+    """Row numbers of batch `step`: positions [step * batch_size, +batch_size) of the endless sequence of epochs.
+
+    The concatenation of all batches is the same sequence for every batch size. Raises ValueError when rows < 1.
+    """
+    if rows < 1:
+        raise ValueError("batch_indices needs at least one row")
+    first = step * batch_size
+    return [int(permutation(seed, p // rows, rows)[p % rows]) for p in range(first, first + batch_size)]

@@ -1,0 +1,132 @@
+"""What a training writes down: the tables losses.csv and validation.csv, and the lines of train.log.
+
+In: one dict of numbers a step. Out: tables that are the same bytes however often the training was interrupted (on
+resume they are cut back to the step of the checkpoint), so they hold no times; those go to train.log. Knows no metric.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from bifrost_cli.artifacts.files import write_bytes
+from bifrost_cli.errors import ArtifactError, EnvironmentProblem
+
+
+class Table:
+    """A CSV whose first column is `step`; the other columns are those of the first row written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = None
+        self._columns: list[str] = []
+
+    def cut(self, step: int, *, complete: bool) -> None:
+        """Keep the rows up to `step`. `complete`: rows 1..step must all be there, else ArtifactError."""
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+        kept = lines[:1] + [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= step]
+        if complete and len(kept) != step + 1 and step > 0:
+            raise ArtifactError(f"{self.path} does not reach the checkpoint it belongs to (step {step})",
+                                at=f"{max(0, len(kept) - 1)} rows", fix="remove the folder and train again",
+                                code="BF-ART-005")
+        if step == 0:
+            self.path.unlink(missing_ok=True)
+        elif lines:
+            write_bytes(self.path, "".join(kept).encode())
+            self._columns = kept[0].strip().split(",")[1:]
+
+    def add(self, step: int, row: dict[str, float]) -> None:
+        """Append one row; numbers are written with 9 digits, enough for every float32."""
+        if self._file is None:
+            self._file = open(self.path, "a", encoding="utf-8", newline="\n")
+        if not self._columns:
+            self._columns = list(row)
+            self._file.write(",".join(["step", *self._columns]) + "\n")
+        self._file.write(",".join([str(step), *(f"{row[name]:.9g}" for name in self._columns)]) + "\n")
+
+    def sync(self) -> None:
+        """Make what was added durable; called before the checkpoint that counts on it."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.sync()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class Journal:
+    """Speed and times of a training: a line to the user every `log_every` steps (at most one in 5 s, at least one
+    in 30 s), the same lines in train.log, TensorBoard when the recipe asks for it. Context manager."""
+
+    def __init__(self, folder: Path, train: Any, ui: Any) -> None:
+        self._train, self._say = train, ui.say if ui is not None else lambda line: None
+        self._log = open(folder / "train.log", "a", encoding="utf-8")
+        self._board = _tensorboard(folder / "tensorboard") if train.tensorboard else None
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._log.close()
+        if self._board is not None:
+            self._board.close()
+
+    def begin(self, step: int, seconds: float) -> None:
+        """Start the clock at `step`, `seconds` into the training."""
+        self._first, self._before = step, seconds
+        self._began = self._spoken = time.monotonic()
+        if step:
+            self._tell(f"continues at step {step} of {self._train.steps}")
+
+    def seconds(self) -> float:
+        """Seconds of the whole training so far, those before a resume included."""
+        return self._before + time.monotonic() - self._began
+
+    def step(self, step: int, row: dict[str, float]) -> None:
+        """One line when it is time: step, loss, learning rate, samples per second, time left."""
+        train, now = self._train, time.monotonic()
+        interval = bool(train.log_every) and step % train.log_every == 0
+        if self._board is not None and interval:
+            self._scalars("train", step, row)
+        waited = now - self._spoken
+        if waited < 30 and step != train.steps and not (interval and waited >= 5):
+            return
+        self._spoken = now
+        each = (now - self._began) / (step - self._first)
+        speed = train.batch_size * train.accumulate / each
+        self._tell(f"step {step}/{train.steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  {speed:.1f} samples/s  "
+                   f"{_clock((train.steps - step) * each)} left")
+
+    def validation(self, step: int, row: dict[str, float]) -> None:
+        self._tell(f"step {step}/{self._train.steps}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
+        if self._board is not None:
+            self._scalars("validation", step, row)
+
+    def _tell(self, line: str) -> None:
+        self._say(line)
+        self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')}  {self.seconds():.1f} s  {line}\n")
+        self._log.flush()
+
+    def _scalars(self, group: str, step: int, row: dict[str, float]) -> None:
+        for name, value in row.items():
+            self._board.add_scalar(f"{group}/{name}", value, step)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise EnvironmentProblem("the recipe asks for TensorBoard, which is not installed", code="BF-ENV-002",
+                                 fix="pip install tensorboard, or set tensorboard: false") from None
+    return SummaryWriter(str(folder))
