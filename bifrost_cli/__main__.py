@@ -1,0 +1,8 @@
+"""`python -m bifrost_cli` is `bifrost`."""
+
+from __future__ import annotations
+
+from bifrost_cli.cli.main import main
+
+if __name__ == "__main__":
+    main()

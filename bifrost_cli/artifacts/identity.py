@@ -1,0 +1,85 @@
+"""What an artifact is: the hash of its kind, format, identity and parents; and, apart from it, who made it and when.
+
+In: JSON values. Out: ids, digests, and the sentence that says how two identities differ. Does not touch an artifact folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from bifrost_cli.artifacts.files import canonical_json
+
+KINDS = ("latents", "branch", "controlnet", "samples", "report")
+FORMATS = {kind: 1 for kind in KINDS}
+_LIBRARIES = ("torch", "transformers", "diffusers", "open_clip_torch", "zarr", "safetensors", "numpy", "pillow")
+_SHOWN = 5
+
+
+class _HasId(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+def identity_id(kind: str, identity: Mapping[str, Any], parents: Sequence[_HasId] = ()) -> str:
+    """`kind-` and 12 hexadecimal digits of sha256 over kind, format, identity and the parents' ids."""
+    value = {"kind": kind, "format": FORMATS[kind], "identity": identity, "parents": [parent.id for parent in parents]}
+    return f"{kind}-{hashlib.sha256(canonical_json(value)).hexdigest()[:12]}"
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of a JSON value's canonical bytes."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """`key: a -> b` for the first few leaves in which two headers (kind, identity, parents) differ."""
+    before, after = (dict(_leaves(_compared(value))) for value in (old, new))
+    changed = [
+        f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    more = [f"and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
+    return "; ".join(changed[:_SHOWN] + more)
+
+
+def _compared(header: Mapping[str, Any]) -> dict[str, Any]:
+    parents = [parent["id"] for parent in header["parents"]]
+    return {"kind": header["kind"], "parents": parents, **header["identity"]}
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+def _short(value: Any) -> str:
+    text = "(none)" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def provenance() -> dict[str, Any]:
+    """The command as typed and the versions it ran with; no host, no user, no folder of the interpreter."""
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv and sys.argv[0] else []
+    return {"command": shlex.join(command)[:2000], "versions": dict(_versions())}
+
+
+@cache
+def _versions() -> tuple[tuple[str, str], ...]:
+    found = [("python", ".".join(map(str, sys.version_info[:3])))]
+    for name in ("bifrost-cli", *_LIBRARIES):
+        try:
+            found.append((name, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            continue
+    return tuple(found)

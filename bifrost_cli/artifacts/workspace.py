@@ -1,0 +1,129 @@
+"""A workspace: a folder of artifacts.
+
+In: a folder, a kind, a reference. Out: the artifacts in it, newest first, and the one that a reference means. Drafts and broken folders
+are reported, never used. Does not know what artifacts hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST, Artifact
+from bifrost_cli.errors import ArtifactError
+
+MAKERS = {
+    "latents": "bifrost extract-latents",
+    "branch": "bifrost train branch",
+    "controlnet": "bifrost train controlnet",
+    "samples": 'bifrost generate "a red circle above a blue square" -o out.png',
+    "report": "bifrost eval --fid",
+}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a workspace holds: artifacts newest first, unfinished folders, and broken ones with the reason."""
+
+    artifacts: list[Artifact] = field(default_factory=list)
+    drafts: list[Path] = field(default_factory=list)
+    broken: list[tuple[Path, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Ancestor:
+    """One line of a lineage; `artifact` is None when it is not here any more."""
+
+    depth: int
+    kind: str
+    id: str
+    artifact: Artifact | None
+
+
+def default_path(workspace: Path | str, kind: str, identity: str) -> Path:
+    """Where an artifact goes when nobody says: `workspace/kind-hash`. `identity` is an id, with or without its kind."""
+    return Path(workspace) / f"{kind}-{identity.removeprefix(kind + '-')}"
+
+
+def survey(workspace: Path | str) -> Survey:
+    """Look at every folder of the workspace. A workspace that does not exist is empty."""
+    result = Survey()
+    root = Path(workspace)
+    for path in sorted(root.iterdir()) if root.is_dir() else ():
+        if (path / MANIFEST).is_file():
+            try:
+                result.artifacts.append(Artifact.open(path))
+            except ArtifactError as error:
+                result.broken.append((path, error.message))
+        elif (path / DRAFT).is_file():
+            result.drafts.append(path)
+    result.artifacts.sort(key=lambda artifact: str(artifact.manifest["made"].get("when", "")), reverse=True)
+    return result
+
+
+def find(workspace: Path | str, kind: str | None = None) -> list[Artifact]:
+    """The complete artifacts of a workspace, newest first."""
+    return [artifact for artifact in survey(workspace).artifacts if kind in (None, artifact.kind)]
+
+
+def newest(workspace: Path | str, kind: str) -> Artifact:
+    """The newest complete artifact of a kind; ArtifactError saying which command makes one."""
+    found = find(workspace, kind)
+    if not found:
+        drafts = [path.name for path in survey(workspace).drafts if path.name.startswith(kind)]
+        raise ArtifactError(
+            f"there is no {kind} artifact in {workspace}",
+            at=f"unfinished: {', '.join(drafts)}" if drafts else None,
+            fix=f"make one: {MAKERS[kind]}",
+        )
+    return found[0]
+
+
+def resolve(workspace: Path | str, ref: Path | str, kind: str | None = None) -> Artifact:
+    """The artifact that `ref` means: a folder, an id, or the beginning of an id (with or without its kind)."""
+    folder = Path(ref)
+    if folder.is_dir():
+        return _of_kind(Artifact.open(folder), kind)
+    found = find(workspace)
+    matches = [a for a in found if a.id.startswith(str(ref)) or a.id.split("-")[-1].startswith(str(ref))]
+    if len(matches) == 1:
+        return _of_kind(matches[0], kind)
+    known = ", ".join(artifact.id for artifact in found[:5]) or "nothing"
+    if matches:
+        raise ArtifactError(f"{ref} can mean {len(matches)} artifacts", at=", ".join(a.id for a in matches[:5]))
+    raise ArtifactError(
+        f"there is no artifact {ref}", at=f"{workspace} holds {known}", fix=f"see all: bifrost artifacts ls -w {workspace}"
+    )
+
+
+def _of_kind(artifact: Artifact, kind: str | None) -> Artifact:
+    if kind not in (None, artifact.kind):
+        raise ArtifactError(
+            f"{artifact.path} is a {artifact.kind} artifact, not {kind}", fix=f"make one: {MAKERS[str(kind)]}"
+        )
+    return artifact
+
+
+def lineage(artifact: Artifact, *workspaces: Path | str) -> list[Ancestor]:
+    """The artifact and all it was made from, depth first; parents are known by id, their path is a hint."""
+    known = {found.id: found for place in (artifact.path.parent, *workspaces) for found in find(place)}
+    return _ancestors(artifact, known, 0)
+
+
+def _ancestors(artifact: Artifact, known: dict[str, Artifact], depth: int) -> list[Ancestor]:
+    lines = [Ancestor(depth, artifact.kind, artifact.id, artifact)]
+    for parent in artifact.parents:
+        found = known.get(parent["id"]) or _at_hint(artifact, parent)
+        if found is None:
+            lines.append(Ancestor(depth + 1, parent["kind"], parent["id"], None))
+        else:
+            lines.extend(_ancestors(found, known, depth + 1))
+    return lines
+
+
+def _at_hint(artifact: Artifact, parent: dict) -> Artifact | None:
+    try:
+        found = Artifact.open(artifact.path / parent["path"])
+    except ArtifactError:
+        return None
+    return found if found.id == parent["id"] else None

@@ -1,0 +1,1 @@
+"""Bytes to arrays and back: pictures, captions, latents stores, weights. Knows no model."""

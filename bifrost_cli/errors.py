@@ -1,0 +1,127 @@
+"""The errors a user can meet, each with a code, an exit code, a place and a fix.
+
+In: what went wrong, in words. Out: an exception that the command line renders as
+
+    error[BF-STORE-003]: what
+      at:  where, or what differs
+      fix: one command or edit that mends it
+
+This file does not know who raises or who prints.
+
+    BifrostError            1   BF-BUG      a bug of ours
+    +- UsageError           2   BF-USE      a wrong argument or combination
+    +- RecipeError          2   BF-RECIPE   a recipe that cannot be used
+    +- EnvironmentProblem   3   BF-ENV      GPU, dependency, token, licence, disk
+    |  +- DiskFull          3   BF-ENV-010  no room, or nowhere to write
+    +- DataError            4   BF-DATA     images, captions, prompts
+    +- ArtifactError        5   BF-ART      missing, corrupt or incompatible
+    |  +- StoreError        5   BF-STORE    the same, for a latents store
+    +- OutOfMemory          6   BF-MEM      main or GPU memory
+    +- Diverged             7   BF-NAN      a loss or a gradient that is not finite
+    +- Findings             8   BF-FIND     finished, and something was found
+    +- Stopped             75   BF-STOP     stopped on request, can be continued
+    +- Interrupted        130   BF-STOP     interrupted before anything could be saved
+
+Codes in use (a number keeps its meaning for ever):
+
+    BF-BUG-001     anything unforeseen
+    BF-USE-001     wrong argument              BF-USE-002     the output exists already
+    BF-RECIPE-001  not valid YAML              BF-RECIPE-002  unknown key
+    BF-RECIPE-003  wrong value                 BF-RECIPE-004  no such recipe
+    BF-RECIPE-005  keys contradict each other  BF-RECIPE-006  newer recipe format
+    BF-ENV-001     no such device              BF-ENV-002     a package is missing
+    BF-ENV-010     disk full                   BF-ENV-011     not writable
+    BF-ENV-020     model not reachable         BF-ENV-021     gated, no token
+    BF-ENV-022     licence not accepted        BF-ENV-023     offline and not cached
+    BF-DATA-001    no images                   BF-DATA-002    captions
+    BF-DATA-003    a bad image                 BF-DATA-004    too many bad images
+    BF-DATA-005    the source's own list       BF-DATA-006    two samples with one key
+    BF-DATA-007    a prompt                    BF-DATA-008    too few images
+    BF-DATA-009    statistics that are none
+    BF-ART-001     missing or not an artifact  BF-ART-002     made by a newer bifrost
+    BF-ART-003     a draft of something else   BF-ART-004     two artifacts do not fit
+    BF-ART-005     corrupt                     BF-ART-006     locked by another process
+    BF-ART-007     weights that do not fit     BF-ART-008     not a safetensors file
+    BF-STORE-001   not a latents store         BF-STORE-003   a store of other latents
+    BF-STORE-005   corrupt shard               BF-STORE-006   rows are missing
+    BF-MEM-001     out of memory               BF-NAN-001     not finite
+    BF-FIND-001    problems found              BF-STOP-001    stopped on request
+    BF-STOP-002    interrupted
+"""
+
+from __future__ import annotations
+
+
+class BifrostError(Exception):
+    """`message` says what, `at` where or what differs, `fix` what to type next."""
+
+    code = "BF-BUG-001"
+    exit_code = 1
+
+    def __init__(
+        self, message: str, *, at: str | None = None, fix: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message, self.at, self.fix = message, at, fix
+        if code is not None:
+            self.code = code
+
+    def __str__(self) -> str:
+        return render(self)
+
+
+class UsageError(BifrostError):
+    code, exit_code = "BF-USE-001", 2
+
+
+class RecipeError(BifrostError):
+    code, exit_code = "BF-RECIPE-003", 2
+
+
+class EnvironmentProblem(BifrostError):
+    code, exit_code = "BF-ENV-001", 3
+
+
+class DiskFull(EnvironmentProblem):
+    code = "BF-ENV-010"
+
+
+class DataError(BifrostError):
+    code, exit_code = "BF-DATA-001", 4
+
+
+class ArtifactError(BifrostError):
+    code, exit_code = "BF-ART-001", 5
+
+
+class StoreError(ArtifactError):
+    code = "BF-STORE-001"
+
+
+class OutOfMemory(BifrostError):
+    code, exit_code = "BF-MEM-001", 6
+
+
+class Diverged(BifrostError):
+    code, exit_code = "BF-NAN-001", 7
+
+
+class Findings(BifrostError):
+    code, exit_code = "BF-FIND-001", 8
+
+
+class Stopped(BifrostError):
+    code, exit_code = "BF-STOP-001", 75
+
+
+class Interrupted(BifrostError):
+    code, exit_code = "BF-STOP-002", 130
+
+
+def render(error: BifrostError) -> str:
+    """The error as its user reads it: one line, then `at:` and `fix:` where there is something to say."""
+    lines = [f"error[{error.code}]: {error.message}"]
+    for label, text in (("at: ", error.at), ("fix:", error.fix)):
+        if text:
+            lines.append(f"  {label} " + str(text).replace("\n", "\n       "))
+    return "\n".join(lines)

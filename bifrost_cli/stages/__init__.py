@@ -1,0 +1,1 @@
+"""Verbs: one stage per file. A stage reads artifacts, computes, and writes one artifact."""
