@@ -59,12 +59,12 @@ def latent_controlnet(
 ) -> FluxControlNetModel:
     """A new ControlNet for `transformer`: its first blocks copied, the outputs and the control embedder at zero.
 
-    Source: section 3 of the paper (4 double, 1 single block on FLUX.1-dev). Same device and dtype as the transformer.
+    Source: section 3 of the paper (4 double, 1 single block on FLUX.1-dev). float32, on the transformer's device.
     """
     shape = {"num_layers": double_blocks, "num_single_layers": single_blocks}
     heads = {key: transformer.config[key] for key in ("attention_head_dim", "num_attention_heads")}
     controlnet = FluxControlNetModel.from_transformer(transformer, **shape, **heads)
-    return _with_embedder(controlnet, channels).to(transformer.device, transformer.dtype)
+    return _with_embedder(controlnet, channels).to(transformer.device)
 
 
 def controlnet_config(controlnet: FluxControlNetModel) -> dict[str, Any]:

@@ -1,0 +1,64 @@
+"""The latent ControlNet: the published numbers, a start that changes nothing, a config that rebuilds it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from fixtures_flux import tiny_controlnet, tiny_painter
+from parity_flux import check_controlnet
+
+from bifrost_cli.models.controlnet import (
+    PatchLatentEmbedder,
+    controlnet_config,
+    controlnet_from_config,
+    from_published,
+    latent_controlnet,
+)
+from bifrost_cli.models.flux import Control
+
+VECTORS = Path(__file__).parent / "vectors"
+
+
+def test_the_published_modules_numbers() -> None:
+    rows = check_controlnet(VECTORS / "controlnet")
+    assert rows and all(error <= tolerance for _, error, tolerance in rows), rows
+
+
+def test_a_new_controlnet_changes_nothing() -> None:
+    painter = tiny_painter()
+    controlnet = latent_controlnet(painter.transformer, 2, 3, channels=12)
+    text, noise = painter.embed(["a red circle"], 8), painter.noise(64, torch.Generator().manual_seed(0))
+    control = Control(controlnet.eval(), torch.randn(1, 16, 12, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(painter.denoise(noise, text, steps=2), painter.denoise(noise, text, control=control, steps=2))
+    assert len(controlnet.transformer_blocks) == 2 and len(controlnet.single_transformer_blocks) == 3
+
+
+def test_blocks_start_as_copies_of_flux() -> None:
+    painter = tiny_painter()
+    controlnet = latent_controlnet(painter.transformer, 1, 1, channels=12)
+    for name in ("transformer_blocks.0", "single_transformer_blocks.0", "time_text_embed"):
+        ours, theirs = (model.get_submodule(name).state_dict() for model in (controlnet, painter.transformer))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_config_round_trip_through_json() -> None:
+    controlnet = tiny_controlnet(tiny_painter())
+    again = controlnet_from_config(json.loads(json.dumps(controlnet_config(controlnet))))
+    again.load_state_dict(controlnet.state_dict())
+    latents = torch.randn(2, 16, 12, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(again.controlnet_x_embedder(latents), controlnet.controlnet_x_embedder(latents))
+    assert not again.training and controlnet_config(again) == controlnet_config(controlnet)
+
+
+def test_a_grid_that_is_no_square_is_refused() -> None:
+    with pytest.raises(ValueError, match="15 patches"):
+        PatchLatentEmbedder(4, 8)(torch.zeros(1, 15, 4))
+
+
+def test_published_names_keep_everything_else() -> None:
+    names = {"up_sampling_block.bn1.weight": "controlnet_x_embedder.bn1.weight", "x_embedder.bias": "x_embedder.bias",
+             "controlnet_x_embedder.weight": "controlnet_x_embedder.proj.weight"}  # fmt: skip
+    assert set(from_published({name: torch.zeros(1) for name in names})) == set(names.values())
