@@ -1,0 +1,116 @@
+"""How a latents store lies on the disk: one Zarr v3 group with arrays cut into shards of whole rows.
+
+In: sizes and a folder. Out: arrays made or opened, and the names of their shard files. Does not know what the rows
+mean, which of them are complete, or who checks them.
+
+`latents` (N, P, C) and, where wanted, `vae` (N, c, h, w) are float16. The inner chunks carry a crc32c *inside* the
+shard, after zstd: without it most flipped bits come back as other numbers. The fill value is NaN, so that what was
+never written cannot read as zeros.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from bifrost_cli.errors import StoreError
+
+ZARR = "store.zarr"
+FORMAT = 1
+_LEVEL = 3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of a store: `rows` of `grid` (H, W) patches with `channels` each; `vae` is (c, h, w) or None."""
+
+    rows: int
+    grid: tuple[int, int]
+    channels: int
+    vae: tuple[int, int, int] | None = None
+    shard_rows: int = 1024
+    chunk_rows: int = 16
+
+    def __post_init__(self) -> None:
+        if self.shard_rows % self.chunk_rows:
+            raise ValueError(f"shard_rows {self.shard_rows} is not a multiple of chunk_rows {self.chunk_rows}")
+
+    @property
+    def row_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one row, by array name."""
+        shapes: dict[str, tuple[int, ...]] = {"latents": (self.grid[0] * self.grid[1], self.channels)}
+        return shapes if self.vae is None else {**shapes, "vae": tuple(self.vae)}
+
+    @property
+    def shards(self) -> int:
+        return -(-self.rows // self.shard_rows)
+
+    def span(self, shard: int) -> slice:
+        """The rows of one shard."""
+        return slice(shard * self.shard_rows, min(self.rows, (shard + 1) * self.shard_rows))
+
+    def shard_file(self, name: str, shard: int) -> str:
+        """The file of one shard of one array, relative to the artifact, with forward slashes."""
+        return "/".join([ZARR, name, "c", str(shard), *("0" for _ in self.row_shapes[name])])
+
+    def shard_files(self, shard: int) -> list[str]:
+        return [self.shard_file(name, shard) for name in self.row_shapes]
+
+    def stored_shard_rows(self) -> int:
+        """Rows of a shard as Zarr sees it: a store smaller than one shard is not padded to a whole one."""
+        return min(self.shard_rows, -(-self.rows // self.chunk_rows) * self.chunk_rows)
+
+
+def create(folder: Path, layout: Layout) -> dict[str, zarr.Array]:
+    """Make the empty group and its arrays below `folder`."""
+    group = zarr.create_group(store=str(folder / ZARR), zarr_format=3)
+    return {name: _create_array(group, name, layout) for name in layout.row_shapes}
+
+
+def _create_array(group: zarr.Group, name: str, layout: Layout) -> zarr.Array:
+    row = layout.row_shapes[name]
+    return group.create_array(
+        name,
+        shape=(layout.rows, *row),
+        dtype="float16",
+        chunks=(layout.chunk_rows, *row),
+        shards=(layout.stored_shard_rows(), *row),
+        compressors=[ZstdCodec(level=_LEVEL), Crc32cCodec()],
+        fill_value=float("nan"),
+        config={"write_empty_chunks": True},
+    )
+
+
+def open_group(folder: Path, mode: str = "r") -> zarr.Group:
+    """The Zarr group below `folder`. StoreError when Zarr cannot read its metadata."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # foreign files beside the arrays: `artifacts verify` lists them
+            return zarr.open_group(str(folder / ZARR), mode=mode, zarr_format=3, use_consolidated=False)
+    except Exception as error:
+        raise StoreError(f"{folder / ZARR} cannot be opened: {error}", code="BF-STORE-005") from error
+
+
+def open_arrays(group: zarr.Group, layout: Layout, folder: Path) -> dict[str, zarr.Array]:
+    """The group's arrays, checked against `layout`: shape, dtype, shards, and crc32c as the last inner codec."""
+    arrays = {}
+    for name, row in layout.row_shapes.items():
+        try:
+            array = group[name]
+            found = (array.shape, str(array.dtype), array.shards, array.chunks, array.compressors[-1:])
+        except Exception as error:
+            raise StoreError(f"{folder / ZARR} has no readable array {name}: {error}", code="BF-STORE-005") from error
+        chunk, shard = (layout.chunk_rows, *row), (layout.stored_shard_rows(), *row)
+        wanted = ((layout.rows, *row), "float16", shard, chunk, (Crc32cCodec(),))
+        if found != wanted:
+            raise StoreError(
+                f"{folder / ZARR}/{name} is not laid out as its index says",
+                at=f"{found}, not {wanted}",
+                code="BF-STORE-005",
+            )
+        arrays[name] = array
+    return arrays
