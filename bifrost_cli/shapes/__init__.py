@@ -1,4 +1,4 @@
-"""The built-in world: small pictures of coloured shapes, their captions, plans and questions, and a checker that reads them.
+"""The built-in world: pictures of coloured shapes, their prompts, plans and questions, and a checker.
 
 NumPy, Pillow, SciPy and the standard library only; nothing here knows models, files or recipes.
 """

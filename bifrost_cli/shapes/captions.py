@@ -1,7 +1,7 @@
 """Prompts of the built-in world: a small grammar over six categories, its reader, its split and its samplers.
 
-Comes in: text or a NumPy generator. Goes out: `Prompt`s with what a picture must show, and scenes that show it. Knows no
-pixels. Categories and their names follow GenEval (Ghosh et al. 2023).
+Comes in: text or a NumPy generator. Goes out: `Prompt`s with what a picture must show, and scenes that show it.
+Knows no pixels. Categories and their names follow GenEval (Ghosh et al. 2023).
 """
 
 from __future__ import annotations
@@ -27,7 +27,16 @@ RELATIONS = {
     "right of": "right",
     "to the right of": "right",
 }
-OPENERS = ("", "a picture of ", "a drawing of ", "an image of ", "a photo of ", "a sketch of ", "a painting of ", "a view of ")
+OPENERS = (
+    "",
+    "a picture of ",
+    "a drawing of ",
+    "an image of ",
+    "a photo of ",
+    "a sketch of ",
+    "a painting of ",
+    "a view of ",
+)
 HELD_OUT_SHARE = 0.2
 _WEIGHTS = (0.1, 0.15, 0.15, 0.1, 0.3, 0.2)  # half of the prompts: position and color_attribution
 _ENDING_SHARE = 0.25
@@ -89,8 +98,8 @@ def normalise(text: str) -> str:
 def held_out(text: str) -> bool:
     """Whether a prompt belongs to the held-out fifth.
 
-    The split is on the exact normalised text and on nothing else: sha256 of the text, first four bytes as a fraction below
-    0.2. A held-out prompt's words, pairs and even its meaning under another opener may well be trained on.
+    The split is on the exact normalised text and on nothing else: sha256 of the text, first four bytes as a fraction
+    below 0.2. A held-out prompt's words, pairs and even its meaning under another opener may well be trained on.
     """
     return int.from_bytes(sha256(normalise(text).encode()).digest()[:4], "big") < HELD_OUT_SHARE * 2**32
 
@@ -169,8 +178,9 @@ def parse(text: str) -> Prompt:
         raise ValueError(
             f"not a prompt of the built-in world: {text!r}. Understood are one thing ('a circle', 'a red circle'), two"
             f" ('a circle and a square', 'a red circle and a blue square'), {', '.join(COUNTS)} of a kind ('three"
-            f" circles'), and 'a red circle above a blue square' with {', '.join(RELATIONS)}; shapes {', '.join(SHAPES)};"
-            f" colours {', '.join(COLOURS)}; at the end, if wanted, 'on a {'|'.join(TONES)} background'"
+            f" circles'), and 'a red circle above a blue square' with {', '.join(RELATIONS)}; shapes"
+            f" {', '.join(SHAPES)}; colours {', '.join(COLOURS)}; at the end, if wanted,"
+            f" 'on a {'|'.join(TONES)} background'"
         )
     return _prompt(match["opener"], core, match["tone"])
 
@@ -187,7 +197,7 @@ def _draw_prompt(rng: np.random.Generator, category: str) -> Prompt:
 
 
 def sample_prompt(rng: np.random.Generator, split: str = "train", category: str | None = None) -> Prompt:
-    """A random prompt of a split ('train', 'held_out', 'all'); without a category, half are about place or attribution."""
+    """A random prompt of a split ('train', 'held_out', 'all'); by default half are about place or attribution."""
     if split not in ("train", "held_out", "all"):
         raise ValueError(f"no such split: {split!r} (train, held_out, all)")
     chosen = category or CATEGORIES[int(np.searchsorted(np.cumsum(_WEIGHTS)[:-1], rng.random(), side="right"))]

@@ -1,13 +1,14 @@
-"""Drawing a scene: `Scene` in, uint8 pixels out. Knows nothing of captions; the same scene gives the same bytes everywhere.
+"""Drawing a scene: `Scene` in, uint8 pixels out. Knows nothing of captions; same scene, same bytes, everywhere.
 
-A shape is rasterised once with 16x16 samples a pixel. Things of neighbouring cells never share a pixel (a sprite is 14 px
-wide, cells are 16 px apart, the jitter is 1 px), so ready-made patches are copied in and nothing is blended per scene.
+A shape is rasterised once with 16x16 samples a pixel. Things of neighbouring cells never share a pixel (a sprite
+is 14 px wide, cells are 16 px apart, the jitter is 1 px), so ready-made patches are copied in and nothing is blended per
+scene.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return _polygon(x, y + 0.3, [_ray(6.9 if i % 2 == 0 else 2.9, 36.0 * i) for i in range(10)])
+    return _polygon(x, y, [_ray(6.9 if i % 2 == 0 else 2.9, 36.0 * i) for i in range(10)])
 
 
 _INSIDE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
@@ -62,9 +63,9 @@ _INSIDE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def sprite(shape: str, dx: float = 0.0, dy: float = 0.0, size: int = SPRITE) -> np.ndarray:
-    """Coverage (size, size) float32 in 0 to 1 of `shape`, its centre (dx, dy) px right and down of the array's centre."""
+    """Coverage (size, size) float32 in 0 to 1 of `shape`, centred (dx, dy) px right and down of the middle."""
     at = (np.arange(size * _SAMPLES) + 0.5) / _SAMPLES - size / 2
     inside = _INSIDE[shape](at[None, :] - dx, at[:, None] - dy)
     mask = inside.reshape(size, _SAMPLES, size, _SAMPLES).mean((1, 3), dtype=np.float32)
@@ -72,7 +73,7 @@ def sprite(shape: str, dx: float = 0.0, dy: float = 0.0, size: int = SPRITE) -> 
     return mask
 
 
-@lru_cache(maxsize=None)
+@cache
 def _patch(shape: str, colour: str, tone: str) -> np.ndarray:
     cover = sprite(shape)[..., None]
     blend = cover * np.float32(COLOURS[colour]) + (1 - cover) * np.float32(TONES[tone])

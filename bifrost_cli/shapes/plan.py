@@ -1,7 +1,7 @@
 """Plans: a scene as one line of words, `"white ab redcircle cd bluesquare"`.
 
-The tone, then for each thing in reading order its cell word (row letter, column letter) and its thing word (colour and shape
-as one word). Comes in and goes out: text and `Scene`. A plan does not hold the pixel shifts.
+The tone, then for each thing in reading order its cell word (row letter, column letter) and its thing word (colour and
+shape as one word). Comes in and goes out: text and `Scene`. A plan does not hold the pixel shifts.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -10,7 +12,9 @@ from bifrost_cli.shapes.captions import phrase, plural
 from bifrost_cli.shapes.plan import cell_words
 from bifrost_cli.shapes.scene import COLOURS, GRID, SHAPES, Scene, Thing
 
-NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+Option = TypeVar("Option")
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
 
 
 def describe(scene: Scene) -> str:
@@ -26,7 +30,7 @@ def place(thing: Thing) -> str:
     return f"{'top' if thing.row < GRID // 2 else 'bottom'} {'left' if thing.col < GRID // 2 else 'right'}"
 
 
-def _pick(rng: np.random.Generator, options):
+def _pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
     return options[rng.integers(len(options))]
 
 

@@ -1,0 +1,186 @@
+"""Reading pictures of the built-in world back, and saying whether they show a prompt.
+
+Comes in: RGB pixels of any size. Goes out: what stands where (`read_scene`) and a verdict with its reason (`check`).
+Uses no learned model: coloured regions, the colour of most of their pixels, and the shape whose sprite fits best.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import permutations
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from bifrost_cli.shapes.captions import Prompt, Spec, parse, phrase
+from bifrost_cli.shapes.draw import sprite
+from bifrost_cli.shapes.scene import COLOURS, SHAPES, SIZE, TONES
+
+UNCLEAR = "unclear"  # shape or tone that is none of the world's
+_TONE_REACH = 20.0  # RGB distance within which a background counts as a tone
+_LEAST_BACKGROUND = 0.25  # share of the picture
+_SOLID = 0.6  # share of a colour over the background from which a pixel belongs to a thing
+_DEPARTURE = 60.0  # RGB distance from the background from which a pixel must belong to something
+_MISFIT = 60.0  # RGB distance a thing's pixel may have from the mix of background and its colour
+_SPECK = 12  # px, smaller regions are noise
+_FIT = 0.8  # least share of a sprite's energy that must be explained
+_APART = 8.0  # px, least difference of centres for a relation
+_WINDOW = 20  # px, side of the square a sprite is fitted in
+_SHIFTS = np.arange(-3.0, 3.5, 0.5)  # px
+
+
+@dataclass(frozen=True)
+class Found:
+    """A region read as a thing; (x, y) is its centre in px of the 64x64 picture, `score` 1 a perfect sprite."""
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    score: float
+
+    @property
+    def clear(self) -> bool:
+        """Whether it is one of the world's things beyond doubt."""
+        return self.score >= _FIT
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture shows: its tone (or "unclear") and its things from top to bottom."""
+
+    tone: str
+    found: tuple[Found, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a picture shows a prompt, and in a few words why not."""
+
+    right: bool
+    why: str
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _bank() -> tuple[np.ndarray, np.ndarray, list[tuple[str, float, float]]]:
+    """Sprites at all half-pixel shifts (K, window pixels), their energies (K,), and what each is."""
+    labels = [(shape, float(dx), float(dy)) for shape in SHAPES for dy in _SHIFTS for dx in _SHIFTS]
+    masks = np.stack([sprite(*label, _WINDOW).ravel() for label in labels])
+    return masks, (masks**2).sum(1), labels
+
+
+def _square_pixels(rgb: np.ndarray) -> np.ndarray:
+    rgb = np.asarray(rgb)
+    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
+        raise ValueError(f"a picture is (height, width, 3) uint8, not {rgb.shape} {rgb.dtype}")
+    if rgb.shape[:2] != (SIZE, SIZE):
+        rgb = np.asarray(Image.fromarray(rgb).resize((SIZE, SIZE), Image.Resampling.BOX))
+    return rgb.astype(np.float32)
+
+
+def _background(pixels: np.ndarray) -> tuple[str, np.ndarray | None]:
+    """The tone most light pixels are nearest to and their median (that of all would lean to crowded things)."""
+    away = np.linalg.norm(pixels[:, :, None] - np.float32(list(TONES.values())), axis=-1)
+    nearest = np.where(away.min(-1) < 2 * _TONE_REACH, away.argmin(-1), -1)
+    counts = [int((nearest == index).sum()) for index in range(len(TONES))]
+    index = int(np.argmax(counts))
+    if counts[index] < _LEAST_BACKGROUND * SIZE**2:
+        return UNCLEAR, None
+    background = np.median(pixels[nearest == index], axis=0)
+    off = np.linalg.norm(background - list(TONES.values())[index])
+    return (list(TONES)[index] if off < _TONE_REACH else UNCLEAR), background
+
+
+def _shares(rgb: np.ndarray, background: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each colour and pixel: its least-squares share over the background, 0 to 1, and what is left; (6, H, W)."""
+    towards = np.float32(list(COLOURS.values())) - background
+    away = rgb - background
+    share = np.clip(np.einsum("hwc,kc->khw", away, towards) / (towards**2).sum(1)[:, None, None], 0, 1)
+    rest = np.linalg.norm(away[None] - share[..., None] * towards[:, None, None], axis=-1)
+    return share, rest
+
+
+def _fit(share: np.ndarray, region: np.ndarray) -> tuple[str, float, float, float]:
+    """Shape, centre (x, y) and score of the sprite nearest to the region's shares."""
+    masks, energies, labels = _bank()
+    row, col = (int(round(at)) for at in ndimage.center_of_mass(region))
+    half = _WINDOW // 2
+    near = ndimage.binary_dilation(region, iterations=2)
+    window = np.pad(np.where(near, share, 0), half)[row : row + _WINDOW, col : col + _WINDOW].ravel()
+    errors = (window**2).sum() - 2 * masks @ window + energies
+    best = int(np.argmin(errors))
+    shape, dx, dy = labels[best]
+    outside = (share[near] ** 2).sum() - (window**2).sum()  # a region larger than the window is no thing
+    return shape, col + dx, row + dy, float(1 - (errors[best] + outside) / energies[best])
+
+
+def _regions(mask: np.ndarray) -> list[np.ndarray]:
+    labels, count = ndimage.label(mask)
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)
+    return [labels == i for i in range(1, count + 1) if sizes[i] >= _SPECK]
+
+
+def read_scene(rgb: np.ndarray) -> Reading:
+    """Read a picture, (H, W, 3) uint8 of any size; regions that are no thing of the world come back as "unclear"."""
+    pixels = _square_pixels(rgb)
+    tone, background = _background(pixels)
+    if background is None:
+        return Reading(UNCLEAR, ())
+    share, rest = _shares(pixels, background)
+    nearest = rest.argmin(0)
+    found, explained = [], np.zeros((SIZE, SIZE), bool)
+    for index, colour in enumerate(COLOURS):
+        for region in _regions((nearest == index) & (share[index] > _SOLID) & (rest[index] < _MISFIT)):
+            shape, x, y, score = _fit(share[index], region)
+            found.append(Found(shape if score >= _FIT else UNCLEAR, colour, x, y, score))
+            explained |= ndimage.binary_dilation(region, iterations=2)
+    for region in _regions((np.linalg.norm(pixels - background, axis=-1) > _DEPARTURE) & ~explained):
+        row, col = ndimage.center_of_mass(region)
+        found.append(Found(UNCLEAR, UNCLEAR, float(col), float(row), 0.0))
+    return Reading(tone, tuple(sorted(found, key=lambda it: (it.y, it.x))))
+
+
+# ---- judging ---------------------------------------------------------------------------------------------------------
+
+
+def _lies(first: Found, second: Found, relation: str) -> bool:
+    ahead = {"above": second.y - first.y, "below": first.y - second.y}
+    ahead |= {"left": second.x - first.x, "right": first.x - second.x}
+    return ahead[relation] >= _APART
+
+
+def _shows(things: tuple[Found, ...], spec: Spec) -> bool:
+    """Whether the things, in this order, are the wanted ones in the wanted relation."""
+    named = all(f.shape == w.shape and w.colour in (None, f.colour) for f, w in zip(things, spec.things, strict=True))
+    return named and (spec.relation is None or _lies(things[0], things[1], spec.relation))
+
+
+def _seen(found: tuple[Found, ...]) -> str:
+    counts = Counter(phrase(it.shape, it.colour) if it.clear else "an unclear thing" for it in found)
+    return ", ".join(f"{name} x{n}" if n > 1 else name for name, n in sorted(counts.items())) or "nothing"
+
+
+def check(prompt: Prompt | str, rgb: np.ndarray) -> Verdict:
+    """Whether a picture shows exactly what the prompt says: things, counts, relation, named tone, nothing else."""
+    spec = (parse(prompt) if isinstance(prompt, str) else prompt).spec
+    reading = read_scene(rgb)
+    seen = f"the picture shows {_seen(reading.found)}"
+    if reading.tone == UNCLEAR:
+        return Verdict(False, "the background is none of the world's tones")
+    if spec.tone not in (None, reading.tone):
+        return Verdict(False, f"the background is {reading.tone}, not {spec.tone}")
+    if len(reading.found) != len(spec.things):
+        return Verdict(False, f"{len(spec.things)} wanted; {seen}")
+    if not all(it.clear for it in reading.found):
+        return Verdict(False, seen)
+    if any(_shows(order, spec) for order in permutations(reading.found)):
+        return Verdict(True, "shows what was asked")
+    if spec.relation and any(_shows(order, Spec(spec.things)) for order in permutations(reading.found)):
+        return Verdict(False, f"{seen}, but the first is not on the side named ({spec.relation})")
+    return Verdict(False, seen)
