@@ -1,0 +1,211 @@
+"""The visual generation branch: a trainable copy of the MLLM's decoder that reads the frozen model's keys and values.
+
+In: known latents, a mask, a prompt `Prefix`. Out: predicted latents, or the training loss. It knows no tokenizer, no
+pictures and no frozen model once it is built (Bifrost-1, arXiv 2508.05954, section 3).
+B batch, P patches, C latent channels, D decoder width, T text tokens, S = T + P.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicLayer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+
+from bifrost_cli.models.flow_head import FlowHead
+from bifrost_cli.models.linear_head import LinearHead
+from bifrost_cli.models.mllm import Mllm, Prefix
+from bifrost_cli.models.prompt import additive, image_mask
+
+HEADS = {"linear": LinearHead, "flow": FlowHead}
+POSITIONS = ("learned", "rotary")
+LOSS_ON = ("all", "masked")
+
+
+class VisualBranch(nn.Module):
+    """Stock `Qwen2_5_VLTextModel` without its embedding table, a mask token, patch positions and a vision head.
+
+    positions: learned (every patch at rotary position 0, as published) or rotary (each patch at the text position that
+    the prefix names for it). head: linear (mean squared error, as published) or flow (samples each token).
+    normalize: the decoder sees and predicts latents divided by the stored channel statistics.
+    """
+
+    def __init__(
+        self,
+        text_config: Qwen2_5_VLTextConfig,
+        patches: int,
+        channels: int,
+        *,
+        positions: str = "learned",
+        head: str = "linear",
+        normalize: bool = False,
+    ) -> None:
+        super().__init__()
+        if positions not in POSITIONS or head not in HEADS:
+            raise ValueError(f"positions are one of {POSITIONS} and heads of {tuple(HEADS)}: {positions!r}, {head!r}")
+        self.patches, self.channels, self.positions, self.head_kind = patches, channels, positions, head
+        width = text_config.hidden_size
+        self.decoder = _decoder(text_config)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.position_embedding = nn.Parameter(torch.zeros(1, patches, width))
+        self.input_projection = nn.Identity() if channels == width else nn.Linear(channels, width)
+        self.vision_head = HEADS[head](width, channels)
+        self.normalize = normalize
+        if normalize:
+            self.register_buffer("latents_mean_C", torch.zeros(channels))
+            self.register_buffer("latents_std_C", torch.ones(channels))
+
+    @classmethod
+    def from_mllm(
+        cls,
+        mllm: Mllm,
+        patches: int,
+        channels: int | None = None,
+        *,
+        positions: str = "learned",
+        head: str = "linear",
+        normalize: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> VisualBranch:
+        """A new branch: layers and final norm copied, mask token and positions zero, head small and random.
+
+        channels: of the latents, None = the MLLM's own. Weights are float32 whatever the MLLM's type.
+        """
+        branch = cls(mllm.text_config, patches, channels or mllm.width, positions=positions, head=head,
+                     normalize=normalize)  # fmt: skip
+        weights = mllm.model.model.language_model.state_dict()
+        copied = {name: value.float() for name, value in weights.items() if not name.startswith("embed_tokens.")}
+        branch.decoder.load_state_dict(copied, strict=True)
+        branch._init_new(generator or torch.Generator().manual_seed(0))
+        return branch.to(mllm.device)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> VisualBranch:
+        """An untrained branch of the sizes that `config` (see the property) names."""
+        sizes = {name: value for name, value in config.items() if name != "text_config"}
+        return cls(Qwen2_5_VLTextConfig(**config["text_config"]), **sizes)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Everything needed to build a branch of the same form, as plain JSON values."""
+        text_config = self.decoder.config.to_diff_dict()
+        text_config.pop("transformers_version")
+        return {
+            "text_config": text_config,
+            "patches": self.patches,
+            "channels": self.channels,
+            "positions": self.positions,
+            "head": self.head_kind,
+            "normalize": self.normalize,
+        }
+
+    def set_statistics(self, mean_C: Tensor, std_C: Tensor) -> None:
+        """Channel mean and standard deviation of the training latents; only with normalize. A zero deviation counts as 1."""
+        if not self.normalize:
+            raise ValueError("this branch does not normalise: statistics would be ignored")
+        self.latents_mean_C.copy_(mean_C)
+        self.latents_std_C.copy_(torch.where(std_C > 0, std_C, torch.ones_like(std_C)))
+
+    # ---- one pass ---------------------------------------------------------------------------------------------------
+
+    def forward(self, known_BPC: Tensor, masked_BP: Tensor, prefix: Prefix) -> Tensor:
+        """Predicted latents_BPC (the flow head: their mean) at every patch; `known` counts where masked is False."""
+        return self.from_decoder(self.vision_head.mean(self.hidden(known_BPC, masked_BP, prefix)))
+
+    def hidden(self, known_BPC: Tensor, masked_BP: Tensor, prefix: Prefix) -> Tensor:
+        """hidden_BPD after the final norm. The prefix is read, never extended: give the same one at every step."""
+        batch, patches = masked_BP.shape
+        known_BPD = self.input_projection(self.to_decoder(known_BPC))
+        inputs_BPD = torch.where(masked_BP[..., None], self.mask_token, known_BPD) + self.position_embedding
+        return self.decoder(
+            inputs_embeds=inputs_BPD,
+            attention_mask=additive(image_mask(prefix.attention_BT, patches), inputs_BPD.dtype),
+            position_ids=self._rotary(prefix, batch, patches),
+            past_key_values=_PrefixCache(prefix),
+            use_cache=False,
+        ).last_hidden_state
+
+    def loss(
+        self,
+        latents_BPC: Tensor,
+        prefix: Prefix,
+        masked_BP: Tensor,
+        *,
+        loss_on: str = "all",
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Training loss in float32 in the decoder's (normalised) space, and detached health numbers.
+
+        Linear head: mean squared error over all patches (published), or the masked ones (`loss_on="masked"`).
+        `generator` draws the flow head's noise. Metrics: cosine (predicted to true, mean over patches) and variance
+        (of predicted to true latents over the batch: near 0 when the text is not heard).
+        """
+        if loss_on not in LOSS_ON:
+            raise ValueError(f"loss_on is one of {LOSS_ON}, not {loss_on!r}")
+        hidden_BPD, target_BPC = self.hidden(latents_BPC, masked_BP, prefix), self.to_decoder(latents_BPC)
+        counted_BP = masked_BP if loss_on == "masked" else torch.ones_like(masked_BP)
+        hidden_ND, target_NC = hidden_BPD[counted_BP], target_BPC[counted_BP]
+        loss = self.vision_head.loss(hidden_ND, target_NC, generator)
+        with torch.no_grad():
+            predicted_NC = self.from_decoder(self.vision_head.mean(hidden_ND).float())
+            return loss, _health(predicted_NC, self.from_decoder(target_NC).float())
+
+    def to_decoder(self, latents_BPC: Tensor) -> Tensor:
+        """Raw latents -> the decoder's space, in the branch's type."""
+        latents_BPC = latents_BPC.to(self.mask_token.dtype)
+        return (latents_BPC - self.latents_mean_C) / self.latents_std_C if self.normalize else latents_BPC
+
+    def from_decoder(self, latents_BPC: Tensor) -> Tensor:
+        """The decoder's space -> raw latents."""
+        return latents_BPC * self.latents_std_C + self.latents_mean_C if self.normalize else latents_BPC
+
+    # ---- inside -----------------------------------------------------------------------------------------------------
+
+    def _rotary(self, prefix: Prefix, batch: int, patches: int) -> Tensor:
+        if prefix.image_positions_BP is None:
+            return torch.zeros(3, batch, patches, dtype=torch.long, device=self.mask_token.device)
+        if self.positions == "learned":
+            raise ValueError("this branch has learned positions: the prefix's image positions would be ignored")
+        return prefix.image_positions_BP.to(self.mask_token.device).expand(3, -1, -1)
+
+    def _init_new(self, generator: torch.Generator) -> None:
+        for module in (self.input_projection, *self.vision_head.modules()):
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
+                nn.init.zeros_(module.bias)
+
+
+class _PrefixLayer(DynamicLayer):
+    """One layer's prompt keys and values: returned in front of the new ones, never stored with them."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        keys = torch.cat([self.keys.to(key_states.dtype), key_states], dim=-2)
+        return keys, torch.cat([self.values.to(value_states.dtype), value_states], dim=-2)
+
+
+class _PrefixCache(Cache):
+    def __init__(self, prefix: Prefix) -> None:
+        pairs = zip(prefix.keys, prefix.values, strict=True)
+        super().__init__(layers=[_PrefixLayer(keys, values) for keys, values in pairs])
+
+
+def _decoder(text_config: Qwen2_5_VLTextConfig) -> Qwen2_5_VLTextModel:
+    # One word instead of a vocabulary: the table is dropped at once, and must not cost 2 GB until then.
+    no_words = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    config = Qwen2_5_VLTextConfig(**{**text_config.to_dict(), **no_words})
+    config._attn_implementation = text_config._attn_implementation
+    with torch.random.fork_rng(devices=[]):
+        decoder = Qwen2_5_VLTextModel(config)
+    decoder.embed_tokens = None
+    return decoder
+
+
+def _health(predicted_NC: Tensor, true_NC: Tensor) -> dict[str, Tensor]:
+    cosine = nn.functional.cosine_similarity(predicted_NC, true_NC, dim=-1).mean()
+    spread = [rows_NC.var(dim=0, unbiased=False).mean() for rows_NC in (predicted_NC, true_NC)]
+    return {"cosine": cosine, "variance": spread[0] / spread[1].clamp_min(1e-12)}

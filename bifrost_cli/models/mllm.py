@@ -1,0 +1,180 @@
+"""The frozen multimodal LLM, stock transformers classes: reads prompts, encodes pictures, writes plans, answers.
+
+In: strings and pixels. Out: prompt prefixes (keys and values), patch latents, text. Nothing here trains or changes a
+weight, and nothing here knows of the branch.
+B batch, T text tokens, h key-value heads, d head width, P patches, C latent channels (= the MLLM's width D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+from bifrost_cli.models.prompt import Layout, Template, additive, layout, text_mask
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What the branch sees of a prompt: keys and values of every layer, each (B, h, T, d), and which text is real.
+
+    `image_positions_BP` (optional) are the rotary positions of the patches, for branches that have them.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    attention_BT: Tensor
+    image_positions_BP: Tensor | None = None
+
+
+class Mllm:
+    """A frozen Qwen2.5-VL with its tokenizer and image processor.
+
+    Sums of floats can differ in the last bit between batch sizes; call with one row where bytes must repeat.
+    """
+
+    def __init__(
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        image_processor: Qwen2VLImageProcessor,
+    ) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer, self.image_processor = tokenizer, image_processor
+        self.template = Template(self._tokenize)
+        self._hash: str | None = None
+
+    @property
+    def text_config(self) -> Any:
+        """The decoder's stock configuration."""
+        return self.model.config.text_config
+
+    @property
+    def width(self) -> int:
+        """D: width of the decoder and channels of the patch latents."""
+        return self.text_config.hidden_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def pixels_per_patch(self) -> int:
+        """Pixels on the side of one patch latent (28 for Qwen2.5-VL: 14-pixel patches, merged 2x2)."""
+        return self.image_processor.patch_size * self.image_processor.merge_size
+
+    def weights_hash(self) -> str:
+        """sha256 over all weights. Kept after the first call: nothing in this class changes a weight."""
+        from bifrost_cli.data.weights import weights_hash
+
+        self._hash = self._hash or weights_hash(self.model.state_dict())
+        return self._hash
+
+    # ---- prompts ----------------------------------------------------------------------------------------------------
+
+    def layout(self, prompts: Sequence[str], max_tokens: int, *, text_length: int | None = None) -> Layout:
+        """Template ids of the prompts, left-padded to text_length (None: to the longest), cut to max_tokens."""
+        ids = [self.template.ids(prompt) for prompt in prompts]
+        length = min(max_tokens, max(map(len, ids))) if text_length is None else text_length
+        return layout(ids, length, self.template.closing(), self.tokenizer.pad_token_id)
+
+    @torch.no_grad()
+    def prefix(self, text: Layout) -> Prefix:
+        """One causal pass of the decoder over the prompts; its cache is all that the branch needs of the text."""
+        decoder = self.model.model.language_model
+        ids_BT, attention_BT = text.input_ids_BT.to(self.device), text.attention_BT.to(self.device)
+        cache = DynamicCache()
+        decoder(
+            inputs_embeds=decoder.embed_tokens(ids_BT),
+            attention_mask=additive(text_mask(attention_BT), self.model.dtype),
+            position_ids=text.position_ids_3BT.to(self.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        keys, values = zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
+        return Prefix(keys, values, attention_BT, text.image_positions_BP)
+
+    # ---- pictures ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, pixels_BHWC: np.ndarray | Tensor) -> Tensor:
+        """uint8 pictures whose sides are multiples of `pixels_per_patch` -> latents_BPC float32, patches row by row.
+
+        The visual encoder's output after the 2x2 merge, raw; nothing is resized.
+        """
+        pixels_BCHW = _channels_first(pixels_BHWC)
+        height, width = pixels_BCHW.shape[2:]
+        if height % self.pixels_per_patch or width % self.pixels_per_patch:
+            raise ValueError(f"{height}x{width} pixels are not whole patches of {self.pixels_per_patch} pixels")
+        inputs = self.image_processor(images=list(pixels_BCHW), do_resize=False, return_tensors="pt")
+        visual = self.model.model.visual
+        pixel_values = inputs["pixel_values"].to(visual.device, visual.dtype)
+        grid_thw = inputs["image_grid_thw"].to(visual.device)
+        return visual(pixel_values, grid_thw=grid_thw).pooler_output.unflatten(0, (len(pixels_BCHW), -1)).float()
+
+    # ---- words ------------------------------------------------------------------------------------------------------
+
+    def write(self, texts: Sequence[str], instruction: str, max_new_tokens: int) -> list[str]:
+        """Greedy answers to `instruction` with each text put in place of `{prompt}`; special tokens left out."""
+        ids = [self.template.turn(instruction.replace("{prompt}", text)) for text in texts]
+        rows = layout(ids, max(map(len, ids)), (), self.tokenizer.pad_token_id)
+        inputs = {"input_ids": rows.input_ids_BT, "attention_mask": rows.attention_BT}
+        return self._generate(inputs, max_new_tokens)
+
+    def answer(self, pixels_HWC: np.ndarray, question: str, max_new_tokens: int = 64) -> str:
+        """What the frozen MLLM says about one uint8 picture, greedily, through the stock processor (which resizes)."""
+        return self._generate(self.question(pixels_HWC, question), max_new_tokens)[0]
+
+    def question(self, pixels_HWC: np.ndarray, question: str) -> dict[str, Tensor]:
+        """Stock inputs (ids, masks, pixel values) for one picture and one question."""
+        # The stock processor reads special tokens anywhere in the text: a question must not open or close a turn.
+        parts = [{"type": "image"}, {"type": "text", "text": question.replace("<|", "< |")}]
+        processor = Qwen2_5_VLProcessor(
+            self.image_processor, self.tokenizer, Qwen2VLVideoProcessor(), chat_template=self.tokenizer.chat_template
+        )
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
+        )
+        picture = _channels_first(pixels_HWC[None])[0]
+        return dict(processor(text=[text], images=[picture], return_tensors="pt"))
+
+    @torch.no_grad()
+    def logits(self, **inputs: Tensor) -> Tensor:
+        """The stock model's logits (B, T, vocabulary) on stock inputs, e.g. those of `question`."""
+        return self.model(**self._placed(inputs), use_cache=False).logits
+
+    @torch.no_grad()
+    def _generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> list[str]:
+        asked = inputs["input_ids"].shape[1]
+        # Greedy: the sampling settings that checkpoints ship would only raise warnings.
+        greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        ids_BT = self.model.generate(**self._placed(inputs), max_new_tokens=max_new_tokens, **greedy)
+        return [text.strip() for text in self.tokenizer.batch_decode(ids_BT[:, asked:], skip_special_tokens=True)]
+
+    def _placed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+
+    def _tokenize(self, text: str, special: bool) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
+
+
+def _channels_first(pixels_BHWC: np.ndarray | Tensor) -> Tensor:
+    pixels_BHWC = torch.as_tensor(pixels_BHWC)
+    if pixels_BHWC.dtype != torch.uint8 or pixels_BHWC.ndim != 4 or pixels_BHWC.shape[-1] != 3:
+        raise ValueError(f"pictures are uint8 (B, H, W, 3), not {pixels_BHWC.dtype} {tuple(pixels_BHWC.shape)}")
+    return pixels_BHWC.permute(0, 3, 1, 2)

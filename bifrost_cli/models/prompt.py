@@ -1,0 +1,156 @@
+"""The prompt as the branch reads it: chat template, left padding, truncation, positions and masks.
+
+In: prompts as strings or token ids. Out: `Layout` tensors and the two attention masks. Knows no model and no weights.
+B batch, T text tokens, P patches. Semantics as published (Bifrost-1, arXiv 2508.05954), pinned by tests/data/parity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+PADDING_POSITION = 1
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+REQUEST = "Generate an image of "
+ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
+CLOSING = ANSWER + "<|vision_start|>"
+
+# The published list has 19 openers, of which two could be read ("The image shows", "This is an image of").
+# The other 17 are the ones that captioning models write most; longer ones stand first so that they win.
+CAPTION_OPENERS = (
+    "The image you sent shows",
+    "The image prominently features",
+    "The image features",
+    "The image depicts",
+    "The image displays",
+    "The image captures",
+    "The image presents",
+    "The image contains",
+    "The image showcases",
+    "The image shows",
+    "The image is of",
+    "An image of",
+    "This image features",
+    "This image depicts",
+    "This image shows",
+    "This is an image of",
+    "This is a picture of",
+    "This is a photo of",
+    "In this image,",
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Left-padded prompts: input_ids_BT and attention_BT int64 (1 = real), position_ids_3BT int64, truncated per row.
+
+    `image_positions_BP` is for branches with rotary positions: the text position that each patch shares.
+    """
+
+    input_ids_BT: Tensor
+    attention_BT: Tensor
+    position_ids_3BT: Tensor
+    truncated: tuple[bool, ...]
+    image_positions_BP: Tensor | None = None
+
+    def with_image_positions(self, image_positions_BP: Tensor) -> Layout:
+        """The same prompts with the rotary position of every patch (B, P), counted from the first real token."""
+        return replace(self, image_positions_BP=image_positions_BP)
+
+
+@dataclass(frozen=True)
+class Template:
+    """Turns prompts into ids of the Qwen chat template, cut right after `<|vision_start|>`.
+
+    `tokenize(text, special)` gives ids; special=False must read `<|...|>` in the text as ordinary characters, so that
+    no prompt can open or close a turn.
+    """
+
+    tokenize: Callable[[str, bool], list[int]]
+
+    def ids(self, prompt: str) -> list[int]:
+        """Ids of the whole template text around one prompt; the empty prompt gives the unconditional text."""
+        # The pieces meet where the pre-tokenizer splits anyway, so their ids are those of the text in one piece.
+        return self.tokenize(SYSTEM, True) + self.tokenize(REQUEST + prompt, False) + self.closing()
+
+    def turn(self, text: str) -> list[int]:
+        """Ids of a user's turn, up to where the assistant's words begin."""
+        return self.tokenize(SYSTEM, True) + self.tokenize(text, False) + self.tokenize(ANSWER, True)
+
+    def closing(self) -> list[int]:
+        """Ids that end every prompt, truncated or not."""
+        return self.tokenize(CLOSING, True)
+
+
+def chat_text(prompt: str) -> str:
+    """The template text around one prompt, as a reader sees it."""
+    return SYSTEM + REQUEST + prompt + CLOSING
+
+
+def user_turn(text: str) -> str:
+    """A user's turn as a reader sees it, up to where the assistant's words begin."""
+    return SYSTEM + text + ANSWER
+
+
+def join_plan(prompt: str, plan: str | None) -> str:
+    """What the branch reads when the MLLM has written a plan: the prompt, a line break, the plan."""
+    return f"{prompt}\n{plan}" if plan else prompt
+
+
+def layout(ids: Sequence[Sequence[int]], text_length: int, closing: Sequence[int], pad_id: int) -> Layout:
+    """Rows of ids, left-padded to text_length; longer ones cut on the right, their last ids replaced by `closing`.
+
+    Text positions count 0, 1, ... from the first real token on all three rotary axes; padding holds position 1.
+    """
+    if text_length < len(closing):
+        raise ValueError(f"{text_length} text tokens cannot hold the {len(closing)} closing tokens of the template")
+    rows = [_fit(list(row), text_length, list(closing)) for row in ids]
+    missing = [text_length - len(row) for row in rows]
+    positions = [[PADDING_POSITION] * gap + list(range(len(row))) for gap, row in zip(missing, rows, strict=True)]
+    return Layout(
+        input_ids_BT=torch.tensor([[pad_id] * gap + row for gap, row in zip(missing, rows, strict=True)]),
+        attention_BT=torch.tensor([[0] * gap + [1] * (text_length - gap) for gap in missing]),
+        position_ids_3BT=torch.tensor(positions).expand(3, -1, -1).clone(),
+        truncated=tuple(len(row) > text_length for row in ids),
+    )
+
+
+def text_mask(attention_BT: Tensor) -> Tensor:
+    """allowed_BTT bool: text sees real text up to itself; rows of padding see nothing."""
+    real_BT = attention_BT.bool()
+    causal_TT = torch.ones(real_BT.shape[1], real_BT.shape[1], dtype=torch.bool, device=real_BT.device).tril()
+    return causal_TT & real_BT[:, None, :] & real_BT[:, :, None]
+
+
+def image_mask(attention_BT: Tensor, patches: int) -> Tensor:
+    """allowed_BPS bool, S = T + P: image tokens see all real text and all image tokens."""
+    real_BT = attention_BT.bool()
+    columns_BS = torch.cat([real_BT, real_BT.new_ones(real_BT.shape[0], patches)], dim=1)
+    return columns_BS[:, None, :].expand(-1, patches, -1)
+
+
+def additive(allowed_BQK: Tensor, dtype: torch.dtype) -> Tensor:
+    """The 4-D additive mask (B, 1, Q, K) that stock attention takes: 0 where allowed, else the lowest finite number.
+
+    Additive on purpose: transformers' eager attention adds a boolean mask as if it were numbers, silently.
+    """
+    zeros = torch.zeros(allowed_BQK.shape, dtype=dtype, device=allowed_BQK.device)
+    return zeros.masked_fill(~allowed_BQK, torch.finfo(dtype).min)[:, None]
+
+
+def clean_caption(caption: str) -> str:
+    """The published cleaning of captions: a known opener is cut, and then the rest is capitalised.
+
+    `str.capitalize` also lower-cases all but the first letter, names included. For training captions only.
+    """
+    for opener in CAPTION_OPENERS:
+        if caption.startswith(opener):
+            return caption[len(opener) :].strip().capitalize()
+    return caption
+
+
+def _fit(row: list[int], length: int, closing: list[int]) -> list[int]:
+    return row if len(row) <= length else row[: length - len(closing)] + closing
