@@ -7,6 +7,7 @@ Knows no pixels. Categories and their names follow GenEval (Ghosh et al. 2023).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -141,10 +142,12 @@ def _by_text() -> dict[str, _Core]:
 
 @lru_cache(maxsize=1)
 def _by_category() -> dict[tuple[str, bool], list[_Core]]:
-    """Cores by category and by whether they name a colour."""
+    """Cores by category and by whether they name a colour, such that the four relations are drawn equally often."""
+    wordings = Counter(RELATIONS.values())
     table: dict[tuple[str, bool], list[_Core]] = {}
     for core in _cores():
-        table.setdefault((core.category, core.things[0].colour is not None), []).append(core)
+        copies = max(wordings.values()) // wordings.get(core.relation, max(wordings.values()))
+        table.setdefault((core.category, core.things[0].colour is not None), []).extend([core] * copies)
     return table
 
 

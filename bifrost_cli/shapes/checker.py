@@ -101,8 +101,10 @@ def _shares(rgb: np.ndarray, background: np.ndarray) -> tuple[np.ndarray, np.nda
     """For each colour and pixel: its least-squares share over the background, 0 to 1, and what is left; (6, H, W)."""
     towards = np.float32(list(COLOURS.values())) - background
     away = rgb - background
-    share = np.clip(np.einsum("hwc,kc->khw", away, towards) / (towards**2).sum(1)[:, None, None], 0, 1)
-    rest = np.linalg.norm(away[None] - share[..., None] * towards[:, None, None], axis=-1)
+    lengths = (towards**2).sum(1)[:, None, None]
+    along = np.moveaxis(away @ towards.T, -1, 0)
+    share = np.clip(along / lengths, 0, 1)
+    rest = np.sqrt(np.maximum((away**2).sum(-1) - 2 * share * along + share**2 * lengths, 0))
     return share, rest
 
 

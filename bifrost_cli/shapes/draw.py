@@ -1,8 +1,8 @@
 """Drawing a scene: `Scene` in, uint8 pixels out. Knows nothing of captions; same scene, same bytes, everywhere.
 
 A shape is rasterised once with 16x16 samples a pixel. Things of neighbouring cells never share a pixel (a sprite
-is 14 px wide, cells are 16 px apart, the jitter is 1 px), so ready-made patches are copied in and nothing is blended per
-scene.
+is 14 px wide, cells are 16 px apart, the jitter is 1 px), so ready-made patches are copied in and nothing is blended
+per scene.
 """
 
 from __future__ import annotations
