@@ -1,17 +1,20 @@
-"""A small regression task for the tests of the training loop, and a program that trains it in a folder.
-
-`python tests/fixtures_training.py FOLDER [key=value ...]` is what the kill tests start and kill.
-"""
+"""A small regression task for the tests of the training loop, and the body of a process that trains it in a folder."""
 
 from __future__ import annotations
 
-import sys
+import os
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
+
+from bifrost_cli.errors import BifrostError
+from bifrost_cli.training.loop import fit
+from bifrost_cli.training.order import batch_indices
 
 SETTINGS = {
     "steps": 20, "batch_size": 8, "accumulate": 1, "lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.01, "warmup": 4,
@@ -49,8 +52,6 @@ class SmallTask:
             self.x[poison] = float("nan")
 
     def batch(self, step: int, micro: int) -> list[int]:
-        from bifrost_cli.training.order import batch_indices
-
         number = step * self.train.accumulate + micro
         return batch_indices(self.train.seed, number, self.train.batch_size, len(self.x))
 
@@ -67,21 +68,27 @@ class SmallTask:
         return {"loss": (self.module(self.x) - self.y).square().mean()}
 
 
-def main() -> None:
-    from bifrost_cli.errors import BifrostError
-    from bifrost_cli.training.loop import fit
+def die_at_fsync(count: int) -> None:
+    """SIGKILL ourselves at the `count`-th fsync: before its file counts as written."""
+    calls, fsync = iter(range(1, count)), os.fsync
 
+    def counted(descriptor: int) -> None:
+        if next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.fsync = counted
+
+
+def train_small(folder: Path, changes: dict[str, Any], pause: float = 0.0, die: int = 0) -> None:
+    """The body of a process: train in `folder`, exit with the code of the error. `pause` slows each step down
+    (seconds), `die` is for `die_at_fsync`."""
     torch.set_num_threads(1)
-    changes = {key: float(value) if "." in value else int(value) for key, value in (a.split("=") for a in sys.argv[2:])}
-    pause = changes.pop("pause", 0.0)
+    if die:
+        die_at_fsync(die)
     train = settings(**changes)
-    print("ready", flush=True)
     try:
-        fit(SmallTask(train, pause=pause), train, Path(sys.argv[1]))
+        fit(SmallTask(train, pause=pause), train, folder)
     except BifrostError as error:
-        print(error, flush=True)
+        (folder / "error.txt").write_text(str(error))
         raise SystemExit(error.exit_code) from None
-
-
-if __name__ == "__main__":
-    main()
