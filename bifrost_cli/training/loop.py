@@ -48,7 +48,7 @@ class Task(Protocol):
         """The batch of a step; a pure function of its arguments."""
 
     def loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """A scalar loss and numbers to record; random numbers come from `generator` (on the training device)."""
+        """A scalar loss and numbers to record; random numbers come from `generator`, on the CPU on any device."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def _step(state: _State, folder: Path) -> dict[str, float]:
 def _micro(state: _State, micro: int) -> tuple[Tensor, dict[str, Tensor | float]]:
     seed = derive(state.train.seed, state.step, micro)
     torch.manual_seed(seed)  # dropout draws from the global generator
-    generator = torch.Generator(state.device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     batch = state.task.batch(state.step, micro)
     with _autocast(state):
         return state.task.loss(batch, generator)
