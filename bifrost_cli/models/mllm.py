@@ -108,7 +108,6 @@ class Mllm:
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def encode(self, pixels_BHWC: np.ndarray | Tensor) -> Tensor:
         """uint8 pictures whose sides are multiples of `pixels_per_patch` -> latents_BPC float32, patches row by row.
 
@@ -119,10 +118,15 @@ class Mllm:
         if height % self.pixels_per_patch or width % self.pixels_per_patch:
             raise ValueError(f"{height}x{width} pixels are not whole patches of {self.pixels_per_patch} pixels")
         inputs = self.image_processor(images=list(pixels_BCHW), do_resize=False, return_tensors="pt")
+        latents_NC = self.encode_patches(inputs["pixel_values"], inputs["image_grid_thw"])
+        return latents_NC.unflatten(0, (len(pixels_BCHW), -1))
+
+    @torch.no_grad()
+    def encode_patches(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
+        """Stock inputs (pixel rows in Qwen order; frames, rows, columns of each picture) -> latents (all patches, C)."""
         visual = self.model.model.visual
-        pixel_values = inputs["pixel_values"].to(visual.device, visual.dtype)
-        grid_thw = inputs["image_grid_thw"].to(visual.device)
-        return visual(pixel_values, grid_thw=grid_thw).pooler_output.unflatten(0, (len(pixels_BCHW), -1)).float()
+        inputs = self._placed({"pixel_values": pixel_values, "grid_thw": grid_thw})
+        return visual(inputs["pixel_values"], grid_thw=inputs["grid_thw"]).pooler_output.float()
 
     # ---- words ------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """The prompt as the branch reads it: chat template, left padding, truncation, positions and masks.
 
 In: prompts as strings or token ids. Out: `Layout` tensors and the two attention masks. Knows no model and no weights.
-B batch, T text tokens, P patches. Semantics as published (Bifrost-1, arXiv 2508.05954), pinned by tests/data/parity.
+B batch, T text tokens, P patches. Semantics as published (Bifrost-1, arXiv 2508.05954), pinned by tests/vectors.
 """
 
 from __future__ import annotations
