@@ -1,0 +1,213 @@
+"""A source of captioned pictures, checked before any model is loaded.
+
+In: a folder, a metadata.jsonl, or `shapes:N[:SEED]` (scenes of the built-in world, training split), and the recipe's
+rules. Out: `Scan`: samples in key order, the funnel (seen, readable, captioned, used), and every problem as an event;
+or the error that stops. Every image is decoded once here, so that a bad one shows before the encoder starts. Knows no
+store and no encoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from bifrost_cli.config import Latents
+from bifrost_cli.data.images import Animated, BadImage, Picture, read_image, read_regular
+from bifrost_cli.data.listing import Entry, list_source
+from bifrost_cli.data.problems import Problem, SourceError
+from bifrost_cli.errors import DataError, UsageError
+from bifrost_cli.shapes.captions import sample_prompt, sample_scene
+from bifrost_cli.shapes.draw import draw
+from bifrost_cli.shapes.plan import write_plan
+
+SHAPES = "shapes:"
+_BLOCK = 1024  # images handed to the threads at once
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One captioned picture; `sha256` is that of the file (of the pixels, where there is no file).
+
+    `load()` reads it again; BadImage when it is not what the scan saw.
+    """
+
+    key: str
+    caption: str
+    plan: str | None
+    sha256: str
+    load: Callable[[], Picture]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a source gives: samples in key order, the funnel, other counts, and problems that did not stop."""
+
+    samples: tuple[Sample, ...]
+    funnel: dict[str, int]
+    counts: dict[str, int] = field(default_factory=dict)
+    events: tuple[Problem, ...] = ()
+
+
+def scan(source: str | Path, rules: Latents, progress: Callable[[int], object] = lambda count: None) -> Scan:
+    """Look at everything `source` holds; `progress(count)` is called as images are checked.
+
+    UsageError: a malformed `shapes:`. DataError: no images, keys that clash, nothing left to use. SourceError: captions
+    or images that stop under the recipe's rules, with all problems of that kind.
+    """
+    if str(source).startswith(SHAPES):
+        return _scan_shapes(str(source), progress)
+    listing = list_source(Path(source), rules)
+    captioned, missing = _captioned(listing.entries, source, rules)
+    checked = list(_checked(listing.entries, rules, progress))
+    bad, animated = _sort_problems(checked, source, rules)
+    readable = [
+        (entry, found) for entry, found in zip(listing.entries, checked, strict=True) if isinstance(found, _Seen)
+    ]
+    samples = tuple(
+        Sample(
+            entry.key, captioned[entry.key], entry.plan, found.sha256, partial(_load, entry.path, found.sha256, rules)
+        )
+        for entry, found in readable
+        if entry.key in captioned
+    )
+    funnel = {
+        "seen": len(listing.entries),
+        "readable": len(readable),
+        "captioned": sum(entry.caption is not None for entry, _ in readable),
+        "used": len(samples),
+    }
+    if not samples:
+        raise DataError(
+            f"nothing in {source} can be used", at=_shown(funnel), fix="see --missing-caption and --bad-image"
+        )
+    notes = Counter(note for _, found in readable for note in found.notes)
+    duplicates = len(samples) - len({sample.sha256 for sample in samples})
+    counts = {**listing.counts, **({"duplicates": duplicates} if duplicates else {}), **dict(sorted(notes.items()))}
+    return Scan(samples, funnel, counts, (*missing, *bad, *animated))
+
+
+# ---- captions --------------------------------------------------------------------------------------------------------
+
+
+def _captioned(
+    entries: Sequence[Entry], source: str | Path, rules: Latents
+) -> tuple[dict[str, str], tuple[Problem, ...]]:
+    """Captions by key, and what is missing; SourceError when that stops."""
+    missing = tuple(
+        Problem("missing-caption", str(entry.path), "no caption") for entry in entries if entry.caption is None
+    )
+    if missing and rules.missing_caption == "stop":
+        raise SourceError(
+            f"{len(missing)} of {len(entries)} images in {source} have no caption",
+            missing,
+            fix="write the captions, or --missing-caption skip (leave them out) or empty (use an empty caption)",
+            code="BF-DATA-002",
+        )
+    empty = rules.missing_caption == "empty"
+    return {entry.key: entry.caption or "" for entry in entries if entry.caption is not None or empty}, missing
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Seen:
+    sha256: str
+    notes: tuple[str, ...]
+
+
+def _checked(entries: Sequence[Entry], rules: Latents, progress: Callable[[int], object]) -> Iterator[_Seen | Problem]:
+    """Decode every image once, a few at a time. Pillow releases the interpreter lock while it decodes."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for start in range(0, len(entries), _BLOCK):
+            for result in pool.map(partial(_check, rules=rules), entries[start : start + _BLOCK]):
+                yield result
+                progress(1)
+
+
+def _check(entry: Entry, rules: Latents) -> _Seen | Problem:
+    try:
+        if entry.problem:
+            raise BadImage(entry.problem)
+        data = read_regular(entry.path)
+        return _Seen(hashlib.sha256(data).hexdigest(), read_image(data, rules).notes)
+    except BadImage as error:
+        kind = "animated" if isinstance(error, Animated) else "bad-image"
+        return Problem(kind, str(entry.path), error.message)
+
+
+def _sort_problems(
+    checked: Sequence[_Seen | Problem], source: str | Path, rules: Latents
+) -> tuple[list[Problem], list[Problem]]:
+    """Bad images and animations left out; SourceError when the bad ones stop."""
+    problems = [found for found in checked if isinstance(found, Problem)]
+    bad = [problem for problem in problems if problem.event == "bad-image"]
+    if bad and rules.bad_image == "stop":
+        raise SourceError(
+            f"{len(bad)} of {len(checked)} images in {source} cannot be used",
+            bad,
+            fix="mend or remove them, or leave them out: --bad-image skip",
+            code="BF-DATA-003",
+        )
+    refuse_too_many(bad, len(checked), source, rules)
+    return bad, [problem for problem in problems if problem.event == "animated"]
+
+
+def refuse_too_many(bad: Sequence[Problem], of: int, source: str | Path, rules: Latents) -> None:
+    """SourceError when the share of bad images is above `max_bad`."""
+    if len(bad) > rules.max_bad * of:
+        raise SourceError(
+            f"{len(bad)} of {of} images in {source} cannot be used, more than max_bad {rules.max_bad:g} allows",
+            bad,
+            fix="mend or remove them, or allow more: --max-bad",
+            code="BF-DATA-004",
+        )
+
+
+def _load(path: Path, sha256: str, rules: Latents) -> Picture:
+    data = read_regular(path)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise BadImage("changed during the run")
+    return read_image(data, rules)
+
+
+def _shown(funnel: dict[str, int]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in funnel.items())
+
+
+# ---- the built-in world ----------------------------------------------------------------------------------------------
+
+
+def _scan_shapes(source: str, progress: Callable[[int], object]) -> Scan:
+    rows, seed = _shapes_arguments(source)
+    samples = []
+    for i in range(rows):
+        samples.append(_shapes_sample(seed, i))
+        progress(1)
+    return Scan(tuple(samples), dict.fromkeys(("seen", "readable", "captioned", "used"), rows))
+
+
+def _shapes_arguments(source: str) -> tuple[int, int]:
+    parts = source.removeprefix(SHAPES).split(":")
+    if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts) or int(parts[0]) < 1:
+        raise UsageError(
+            f"{source} is not shapes:ROWS or shapes:ROWS:SEED", fix="for example shapes:2048 or shapes:2048:7"
+        )
+    return int(parts[0]), int(parts[1]) if len(parts) == 2 else 0
+
+
+def _shapes_sample(seed: int, i: int) -> Sample:
+    """Sample i, a function of (seed, i) alone: the key says i, so a longer source begins with the shorter one."""
+    rng = np.random.default_rng([seed, i])
+    prompt = sample_prompt(rng, split="train")
+    scene = sample_scene(rng, prompt)
+    digest = hashlib.sha256(draw(scene).tobytes()).hexdigest()
+    return Sample(f"{i:08d}", prompt.text, write_plan(scene), digest, lambda: Picture(draw(scene)))
