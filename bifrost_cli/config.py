@@ -1,0 +1,193 @@
+"""The recipe: one frozen schema behind the YAML files, `--set` and the Python API.
+
+In: values. Out: a `Recipe`, or a pydantic ValidationError that `recipe_files` turns into file:line:column. Every field has a
+default, and the defaults are the paper's scale; `recipes/tiny.yaml` is what commands use when nothing is said. Unknown keys are refused
+at every level. Does not know torch, nor where models or data are.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from bifrost_cli.recipe_files import load_recipe, recipe_names, recipe_path
+
+__all__ = [
+    "Branch", "ControlNet", "Evaluate", "Generate", "Latents", "Models", "Recipe", "Shapes", "Train",
+    "load_recipe", "recipe_names", "recipe_path",
+]  # fmt: skip
+
+FORMAT = 1
+Count = Annotated[int, Field(ge=1)]
+Every = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """What all sections share: no unknown key, no change after loading, no silent conversion, no infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Models(Section):
+    """The frozen bases. `builtin:NAME` is a folder of this package; anything else a hub id or a local folder."""
+
+    mllm: str = Field("Qwen/Qwen2.5-VL-7B-Instruct", description="the multimodal LLM")
+    flux: str = Field("black-forest-labs/FLUX.1-dev", description="the diffusion model")
+    revision: str | None = Field(None, description="hub commit of both; null is the newest, and is recorded")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="number format of the frozen weights")
+
+
+class Latents(Section):
+    """extract-latents: pictures and captions into a store."""
+
+    encoder: str = Field(
+        "mllm",
+        pattern=r"^(mllm|builtin:open_clip|open_clip:.+/.+)$",
+        description="mllm (its own visual encoder), or open_clip:NAME/PRETRAINED",
+    )
+    image_size: Count = Field(448, description="pixels a side, square, into the encoder")
+    paint_size: Count = Field(512, description="pixels a side that FLUX paints")
+    vae: bool = Field(True, description="store FLUX's VAE latents too, so that ControlNet training needs no pixels")
+    shard_rows: Count = Field(1024, description="rows of a shard, the unit of writing and of resuming")
+    chunk_rows: Count = Field(16, description="rows of a chunk, the unit of reading; divides shard_rows")
+    batch_size: Count = Field(32, description="pictures encoded at once")
+    background: str = Field("white", description="the colour under transparent pixels")
+    missing_caption: Literal["stop", "skip", "empty"] = Field("stop", description="what a missing caption does")
+    bad_image: Literal["stop", "skip"] = Field("stop", description="what an unreadable picture does")
+    max_bad: Share = Field(0.01, description="with bad_image skip: the share of bad pictures that stops after all")
+    max_pixels: Count = Field(50_000_000, description="pictures with more pixels are refused before decoding")
+    min_side: Count = Field(32, description="pictures with a shorter side are refused")
+    animated: Literal["first", "skip"] = Field("first", description="animated pictures: their first frame, or skip")
+    recursive: bool = Field(False, description="look for pictures in the source's folders too")
+    allow_outside: bool = Field(False, description="accept links and paths that leave the source folder")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Latents:
+        if self.shard_rows % self.chunk_rows:
+            raise ValueError(f"shard_rows ({self.shard_rows}) is not a multiple of chunk_rows ({self.chunk_rows})")
+        return self
+
+
+class Train(Section):
+    """One training: AdamW, warm-up, cosine, clipping, averaging, checkpoints."""
+
+    steps: Count = Field(50_000, description="optimizer steps")
+    batch_size: Count = Field(32, description="rows of one forward pass")
+    accumulate: Count = Field(1, description="forward passes summed into one step")
+    lr: Positive = Field(5e-4, description="highest learning rate")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), strict=False, description="AdamW's two averaging factors")
+    weight_decay: NotNegative = Field(0.0, description="AdamW's weight decay")
+    warmup: Every = Field(5_000, description="steps from 0 to lr")
+    clip: NotNegative = Field(1.0, description="largest gradient norm; 0 is no clipping")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the averaged weights; 0 is none")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of the forward pass")
+    seed: Every = Field(0, description="decides order, masks and noise")
+    checkpoint_every: Count = Field(1_000, description="steps between checkpoints")
+    keep: Count = Field(2, description="checkpoints kept")
+    log_every: Count = Field(20, description="steps between progress lines (losses.csv has every step)")
+    validate_every: Every = Field(1_000, description="steps between validations; 0 is never")
+    validation_rows: Every = Field(64, description="rows held out for validation, never trained on")
+    sample_every: Every = Field(2_000, description="steps between sample grids; 0 is never")
+    tensorboard: bool = Field(False, description="also write TensorBoard events (the tensorboard extra)")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Train:
+        if self.validate_every and not self.validation_rows:
+            raise ValueError(f"validate_every ({self.validate_every}) needs validation_rows, which is 0")
+        return self
+
+
+class Branch(Section):
+    """The visual generation branch and its training."""
+
+    positions: Literal["learned", "rotary"] = Field(
+        "learned", description="where picture tokens stand: a learned embedding (paper), or the place of their plan word"
+    )
+    head: Literal["linear", "flow"] = Field("linear", description="linear (paper), or a sampling head for every token")
+    normalize: bool = Field(False, description="predict latents scaled to mean 0, deviation 1 by the store's statistics")
+    loss_on: Literal["all", "masked"] = Field("all", description="tokens in the loss")
+    mask_mean: Share = Field(1.0, description="mean of the mask ratio's truncated normal")
+    mask_sd: Positive = Field(0.25, description="its standard deviation")
+    mask_low: Share = Field(0.7, description="its lower end")
+    mask_high: Share = Field(1.0, description="its upper end")
+    max_text_tokens: Count = Field(300, description="prompt tokens; longer prompts are cut, and counted")
+    drop_prompt: Share = Field(0.1, description="share of rows trained on the empty prompt, for guidance")
+    plan_share: Share = Field(0.0, description="share of rows that see their plan after the caption, where they have one")
+    train: Train = Train()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Branch:
+        if self.mask_low > self.mask_high:
+            raise ValueError(f"mask_low ({self.mask_low}) is above mask_high ({self.mask_high})")
+        return self
+
+
+class ControlNet(Section):
+    """The latent ControlNet and its training."""
+
+    double_blocks: Count = Field(4, description="FLUX's double blocks copied")
+    single_blocks: Every = Field(1, description="FLUX's single blocks copied")
+    latent_noise: NotNegative = Field(0.0, description="largest noise on the latents, in channel deviations")
+    drop_prompt: Share = Field(0.0, description="share of rows trained without their caption")
+    train: Train = Train(lr=1e-4)
+
+
+class Generate(Section):
+    """generate: prompts into pictures. Options of the command win over these."""
+
+    plan: bool = Field(False, description="the MLLM first writes a dense description, then the branch paints it")
+    plan_instruction: str = Field(
+        "Describe a picture of {prompt} in one dense paragraph: every object, its colour, size and place.",
+        description="what the MLLM is asked; {prompt} stands for the prompt",
+    )
+    plan_tokens: Count = Field(200, description="longest plan, in tokens")
+    decode_steps: Count = Field(64, description="steps of the branch")
+    guidance: NotNegative = Field(1.0, description="weight of the prompt in the branch; 1 runs no unconditional half")
+    steps: Count = Field(28, description="diffusion steps")
+    flux_guidance: NotNegative = Field(3.5, description="FLUX's distilled guidance")
+    control_scale: NotNegative = Field(0.7, description="weight of the ControlNet")
+    max_flux_tokens: Count = Field(512, description="prompt tokens that FLUX reads")
+    batch_size: Count = Field(4, description="pictures painted at once")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Generate:
+        if "{prompt}" not in self.plan_instruction:
+            raise ValueError("plan_instruction does not contain {prompt}, so the plan could not know the prompt")
+        return self
+
+
+class Evaluate(Section):
+    """eval: samples against a reference."""
+
+    features: str = Field(
+        "inception",
+        pattern=r"^(inception|builtin:open_clip|open_clip:.+/.+)$",
+        description="the feature network: inception, or open_clip:NAME/PRETRAINED",
+    )
+    min_samples: Annotated[int, Field(ge=2)] = Field(2048, description="fewer images than this are refused")
+
+
+class Shapes(Section):
+    """The built-in world of shapes."""
+
+    rows: Count = Field(2048, description="rows of the store that extract-latents makes when no source is given")
+    seed: Every = Field(0, description="which scenes")
+
+
+class Recipe(Section):
+    """Everything that decides what is computed."""
+
+    format: Annotated[int, Field(ge=1, le=FORMAT)] = Field(FORMAT, description="version of this schema")
+    name: str = Field("paper", description="a short name, for lists")
+    claim: str = Field("", description="what it makes, on what machine, how long, which number to expect")
+    models: Models = Models()
+    latents: Latents = Latents()
+    branch: Branch = Branch()
+    controlnet: ControlNet = ControlNet()
+    generate: Generate = Generate()
+    evaluate: Evaluate = Evaluate()
+    shapes: Shapes = Shapes()
