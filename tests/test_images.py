@@ -201,6 +201,7 @@ def test_exif_orientation_is_applied_once(form: str) -> None:
     assert odd.rgb.shape == (64, 96, 3) and (form == "TIFF" or "exif-ignored" in odd.notes)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_garbage_exif_does_not_spoil_the_picture() -> None:
     data = encoded(texture(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xffgarbage")
     assert read_image(data, RULES).rgb.shape == (64, 96, 3)

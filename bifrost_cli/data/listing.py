@@ -98,7 +98,7 @@ def _walk(folder: Path, rules: Latents, counts: Counter[str]) -> Iterator[Path]:
             counts["hidden files"] += 1
         elif found.is_dir(follow_symlinks=False) and rules.recursive:
             yield from _walk(path, rules, counts)
-        elif found.is_dir():
+        elif os.path.isdir(path):  # unlike DirEntry.is_dir, False for a loop of links
             counts["folders not entered"] += 1
         elif _looks_like_image(path):
             yield path

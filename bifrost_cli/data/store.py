@@ -17,7 +17,7 @@ import numpy as np
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.files import sha256_file
 from bifrost_cli.data import store_layout
-from bifrost_cli.data.store_index import OK, read_index
+from bifrost_cli.data.store_index import MEND, OK, read_index
 from bifrost_cli.data.store_layout import Layout
 from bifrost_cli.errors import StoreError
 
@@ -61,7 +61,7 @@ class LatentsStore:
         try:
             return cls(artifact, verify)
         except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{artifact.path} is not a latents store of ours: {error}") from error
+            raise StoreError(f"{artifact.path} is not a latents store of ours: {error}", fix=MEND) from error
 
     def latents(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Latents (n, P, C) float16 of `rows`, in the order given. StoreError naming the shard that is damaged."""
@@ -84,7 +84,9 @@ class LatentsStore:
             span = self._layout.span(shard)
             if len(index.lines) != span.stop - span.start:
                 raise StoreError(
-                    f"{self._path}: the index of shard {shard} has {len(index.lines)} rows", code="BF-STORE-006"
+                    f"{self._path}: the index of shard {shard} has {len(index.lines)} rows",
+                    fix=MEND,
+                    code="BF-STORE-006",
                 )
             lines += index.lines
         self._physical_N = np.array([i for i, line in enumerate(lines) if line["status"] == OK], np.int64)
@@ -144,7 +146,7 @@ class LatentsStore:
         return StoreError(
             f"{self._path}: shard {shard} of {name} (rows {span.start} to {span.stop - 1}) is damaged",
             at=f"{self._layout.shard_file(name, shard)}: {reason}",
-            fix="restore the file from a copy, or extract again in another place: bifrost extract-latents -o PLACE",
+            fix=MEND,
             code="BF-STORE-005",
         )
 
@@ -181,6 +183,6 @@ def _file_error(artifact: Artifact, name: str, what: str) -> StoreError:
     return StoreError(
         f"{artifact.path}: {name} {what}",
         at=f"see all of it: bifrost artifacts verify {artifact.path}",
-        fix="restore the file from a copy, or extract again in another place: bifrost extract-latents -o PLACE",
+        fix=MEND,
         code="BF-STORE-005",
     )

@@ -19,6 +19,7 @@ from bifrost_cli.errors import StoreError
 
 INDEX = "index"
 OK = "ok"
+MEND = "restore the file from a copy, or extract again in another place: bifrost extract-latents -o PLACE"
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ def read_index(folder: Path, shard: int) -> ShardIndex:
         )
         index = ShardIndex([json.loads(row) for row in rows], commit["files"], commit["sums"])
     except FileNotFoundError as error:
-        raise StoreError(f"{path} is missing", code="BF-STORE-006") from error
+        raise StoreError(f"{path} is missing", fix=MEND, code="BF-STORE-006") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is damaged: {error}", code="BF-STORE-005") from error
+        raise StoreError(f"{path} is damaged: {error}", fix=MEND, code="BF-STORE-005") from error
     if not whole:
-        raise StoreError(f"{path} was changed after it was written", code="BF-STORE-005")
+        raise StoreError(f"{path} was changed after it was written", fix=MEND, code="BF-STORE-005")
     return index

@@ -17,6 +17,7 @@ from pathlib import Path
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from bifrost_cli.data.store_index import MEND
 from bifrost_cli.errors import StoreError
 
 ZARR = "store.zarr"
@@ -92,7 +93,7 @@ def open_group(folder: Path, mode: str = "r") -> zarr.Group:
             warnings.simplefilter("ignore")  # foreign files beside the arrays: `artifacts verify` lists them
             return zarr.open_group(str(folder / ZARR), mode=mode, zarr_format=3, use_consolidated=False)
     except Exception as error:
-        raise StoreError(f"{folder / ZARR} cannot be opened: {error}", code="BF-STORE-005") from error
+        raise StoreError(f"{folder / ZARR} cannot be opened: {error}", fix=MEND, code="BF-STORE-005") from error
 
 
 def open_arrays(group: zarr.Group, layout: Layout, folder: Path) -> dict[str, zarr.Array]:
@@ -103,13 +104,16 @@ def open_arrays(group: zarr.Group, layout: Layout, folder: Path) -> dict[str, za
             array = group[name]
             found = (array.shape, str(array.dtype), array.shards, array.chunks, array.compressors[-1:])
         except Exception as error:
-            raise StoreError(f"{folder / ZARR} has no readable array {name}: {error}", code="BF-STORE-005") from error
+            raise StoreError(
+                f"{folder / ZARR} has no readable array {name}: {error}", fix=MEND, code="BF-STORE-005"
+            ) from error
         chunk, shard = (layout.chunk_rows, *row), (layout.stored_shard_rows(), *row)
         wanted = ((layout.rows, *row), "float16", shard, chunk, (Crc32cCodec(),))
         if found != wanted:
             raise StoreError(
                 f"{folder / ZARR}/{name} is not laid out as its index says",
                 at=f"{found}, not {wanted}",
+                fix=MEND,
                 code="BF-STORE-005",
             )
         arrays[name] = array
