@@ -1,7 +1,7 @@
 """Bifrost: a frozen multimodal LLM and a frozen diffusion model, joined by patch-level CLIP latents.
 
-The five stages are plain functions that take a recipe and return an artifact; each is imported when it is first used, so that
-`import bifrost_cli` costs nothing.
+The five stages are plain functions that take a recipe and return an artifact; each is imported when it is first used,
+so that `import bifrost_cli` costs nothing.
 """
 
 from __future__ import annotations

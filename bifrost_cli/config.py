@@ -1,8 +1,8 @@
 """The recipe: one frozen schema behind the YAML files, `--set` and the Python API.
 
-In: values. Out: a `Recipe`, or a pydantic ValidationError that `recipe_files` turns into file:line:column. Every field has a
-default, and the defaults are the paper's scale; `recipes/tiny.yaml` is what commands use when nothing is said. Unknown keys are refused
-at every level. Does not know torch, nor where models or data are.
+In: values. Out: a `Recipe`, or a pydantic ValidationError that `recipe_files` turns into file:line:column. Every
+field has a default, and the defaults are the paper's scale; `recipes/tiny.yaml` is what commands use when nothing is
+said. Unknown keys are refused at every level. Does not know torch, nor where models or data are.
 """
 
 from __future__ import annotations
@@ -105,10 +105,13 @@ class Branch(Section):
     """The visual generation branch and its training."""
 
     positions: Literal["learned", "rotary"] = Field(
-        "learned", description="where picture tokens stand: a learned embedding (paper), or the place of their plan word"
+        "learned",
+        description="where picture tokens stand: a learned embedding (paper), or the place of their plan word",
     )
     head: Literal["linear", "flow"] = Field("linear", description="linear (paper), or a sampling head for every token")
-    normalize: bool = Field(False, description="predict latents scaled to mean 0, deviation 1 by the store's statistics")
+    normalize: bool = Field(
+        False, description="predict latents scaled to mean 0, deviation 1 by the store's statistics"
+    )
     loss_on: Literal["all", "masked"] = Field("all", description="tokens in the loss")
     mask_mean: Share = Field(1.0, description="mean of the mask ratio's truncated normal")
     mask_sd: Positive = Field(0.25, description="its standard deviation")
@@ -116,7 +119,9 @@ class Branch(Section):
     mask_high: Share = Field(1.0, description="its upper end")
     max_text_tokens: Count = Field(300, description="prompt tokens; longer prompts are cut, and counted")
     drop_prompt: Share = Field(0.1, description="share of rows trained on the empty prompt, for guidance")
-    plan_share: Share = Field(0.0, description="share of rows that see their plan after the caption, where they have one")
+    plan_share: Share = Field(
+        0.0, description="share of rows that see their plan after the caption, where they have one"
+    )
     train: Train = Train()
 
     @model_validator(mode="after")

@@ -58,9 +58,7 @@ class BifrostError(Exception):
     code = "BF-BUG-001"
     exit_code = 1
 
-    def __init__(
-        self, message: str, *, at: str | None = None, fix: str | None = None, code: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, at: str | None = None, fix: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.message, self.at, self.fix = message, at, fix
         if code is not None:

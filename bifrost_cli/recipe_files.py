@@ -1,8 +1,8 @@
 """From a reference and `--set` values to a checked Recipe.
 
-In: nothing (the tiny recipe), the name of a shipped recipe, a YAML file, or an artifact folder, whose manifest keeps the resolved
-recipe. Out: a Recipe, or RecipeError with file:line:column and, for an unknown key, the nearest known one. Does not know what the keys
-mean.
+In: nothing (the tiny recipe), the name of a shipped recipe, a YAML file, or an artifact folder, whose manifest keeps
+the resolved recipe. Out: a Recipe, or RecipeError with file:line:column and, for an unknown key, the nearest known
+one. Does not know what the keys mean.
 """
 
 from __future__ import annotations
@@ -50,12 +50,14 @@ def recipe_path(name: str) -> Path:
 
 
 def load_recipe(ref: str | Path | None = None, sets: Sequence[str] = ()) -> Recipe:
-    """The recipe that `ref` means, with each `section.key=value` of `sets` on top. RecipeError (exit 2) when it cannot be used."""
+    """The recipe that `ref` means, each `section.key=value` of `sets` on top; RecipeError when it cannot be used."""
     from bifrost_cli.config import Recipe  # the schema imports this file for its readers' convenience
 
     document = _read(ref)
     if not isinstance(document.data, dict):
-        raise RecipeError("a recipe consists of sections, each with key: value lines", at=document.place(()), code="BF-RECIPE-001")
+        raise RecipeError(
+            "a recipe consists of sections, each with key: value lines", at=document.place(()), code="BF-RECIPE-001"
+        )
     for entry in sets:
         _apply(document, entry)
     return validate(Recipe, document)

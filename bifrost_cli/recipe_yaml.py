@@ -1,8 +1,9 @@
 """Strict YAML: the part of YAML 1.2 that means what it looks like.
 
-In: the text of a recipe. Out: plain values, and the line and column of every key. Refused, with a place: duplicate keys, anchors and
-aliases, tags, several documents, numbers that start with 0, infinities, more than 32 levels, more than 1 MB. `1e-4` is a number; only
-`true` and `false` are booleans; `no` and `12:30:45` are text. Does not know what a recipe contains.
+In: the text of a recipe. Out: plain values, and the line and column of every key. Refused, with a place: duplicate
+keys, anchors and aliases, tags, several documents, numbers that start with 0, infinities, more than 32 levels, more
+than 1 MB. `1e-4` is a number; only `true` and `false` are booleans; `no` and `12:30:45` are text. Does not know what
+a recipe contains.
 """
 
 from __future__ import annotations
@@ -126,7 +127,9 @@ class _Reader:
         if text in ("true", "false"):
             return text == "true"
         if _LEADING_ZERO.fullmatch(text):
-            raise self._refuse(f"{text} starts with 0, which other readers take for octal", event, f"write {text.lstrip('0')}")
+            raise self._refuse(
+                f"{text} starts with 0, which other readers take for octal", event, f"write {text.lstrip('0')}"
+            )
         if _NOT_FINITE.fullmatch(text):
             raise self._refuse(f"{text} is not a finite number", event)
         if _INTEGER.fullmatch(text):

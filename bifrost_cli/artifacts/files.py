@@ -1,7 +1,7 @@
 """Writing files that must last, and reading them with suspicion.
 
-In: bytes or JSON values and a path. Out: a file that is either absent or whole: temporary name in the same folder, flush, fsync,
-rename, fsync of the folder. Does not know what the files mean.
+In: bytes or JSON values and a path. Out: a file that is either absent or whole: temporary name in the same folder,
+flush, fsync, rename, fsync of the folder. Does not know what the files mean.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _counter = itertools.count()
 
 
 def temp_path(path: Path) -> Path:
-    """A fresh name beside `path` that `sweep` recognises. The name is kept short: `path.name` may fill all 255 bytes."""
+    """A fresh name beside `path` that `sweep` recognises; short, because `path.name` may fill all 255 bytes."""
     return path.with_name(f"{TEMP_PREFIX}{os.getpid()}-{next(_counter)}")
 
 
@@ -97,24 +97,21 @@ def sweep(folder: Path) -> int:
 def sha256_file(path: Path) -> str:
     """Hexadecimal sha256 of a file's bytes."""
     with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
-
-
-def _sha256(stream: Any) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_json(path: Path, limit: int = JSON_LIMIT) -> Any:
-    """Read one JSON value. ArtifactError on a missing, oversized, deeply nested or broken file, or on a key given twice."""
+    """Read one JSON value. ArtifactError on a missing, oversized or broken file, or a key given twice."""
     path = Path(path)
     try:
         size = path.stat().st_size
         if size > limit:
-            raise ArtifactError(f"{path} has {size} bytes, more than a file of this kind can have ({limit})", code="BF-ART-005")
-        return json.loads(path.read_bytes().decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+            raise ArtifactError(
+                f"{path} has {size} bytes, more than a file of this kind can have ({limit})", code="BF-ART-005"
+            )
+        return json.loads(
+            path.read_bytes().decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+        )
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist", code="BF-ART-001") from error
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,7 @@
 """What an artifact is: the hash of its kind, format, identity and parents; and, apart from it, who made it and when.
 
-In: JSON values. Out: ids, digests, and the sentence that says how two identities differ. Does not touch an artifact folder.
+In: JSON values. Out: ids, digests, and the sentence that says how two identities differ. Does not touch an artifact
+folder.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import hashlib
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -68,10 +70,37 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def provenance() -> dict[str, Any]:
-    """The command as typed and the versions it ran with; no host, no user, no folder of the interpreter."""
+def provenance(**extra: Any) -> dict[str, Any]:
+    """When, the command as typed, the versions it ran with, the commit in a checkout, and `extra` (seed, device).
+
+    No host, no user, no folder of the interpreter.
+    """
     command = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv and sys.argv[0] else []
-    return {"command": shlex.join(command)[:2000], "versions": dict(_versions())}
+    made = {
+        "when": datetime.now(UTC).isoformat(),
+        "command": shlex.join(command)[:2000],
+        "versions": dict(_versions()),
+    }
+    if commit := _commit():
+        made["commit"] = commit
+    return {**made, **extra}
+
+
+@cache
+def _commit() -> str | None:
+    """The commit of the checkout this package runs from, read from git's own files; None in a wheel."""
+    git = Path(__file__).parents[2] / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        loose = git / head.removeprefix("ref: ")
+        if loose.is_file():
+            return loose.read_text().strip()
+        packed = (git / "packed-refs").read_text().splitlines()
+        return next((line.split()[0] for line in packed if line.endswith(" " + head.removeprefix("ref: "))), None)
+    except OSError:
+        return None
 
 
 @cache

@@ -1,7 +1,7 @@
 """One writer per folder.
 
-In: a folder. Out: an exclusive `flock` on `<folder>/.lock`, which the kernel releases even after kill -9, so a stale lock never has to
-be deleted. The file says who holds it. Does not know what is written.
+In: a folder. Out: an exclusive `flock` on `<folder>/.lock`, which the kernel releases even after kill -9, so a stale
+lock never has to be deleted. The file says who holds it. Does not know what is written.
 """
 
 from __future__ import annotations

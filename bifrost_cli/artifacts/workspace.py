@@ -1,7 +1,7 @@
 """A workspace: a folder of artifacts.
 
-In: a folder, a kind, a reference. Out: the artifacts in it, newest first, and the one that a reference means. Drafts and broken folders
-are reported, never used. Does not know what artifacts hold.
+In: a folder, a kind, a reference. Out: the artifacts in it, newest first, and the one that a reference means. Drafts
+and broken folders are reported, never used. Does not know what artifacts hold.
 """
 
 from __future__ import annotations
@@ -92,7 +92,9 @@ def resolve(workspace: Path | str, ref: Path | str, kind: str | None = None) -> 
     if matches:
         raise ArtifactError(f"{ref} can mean {len(matches)} artifacts", at=", ".join(a.id for a in matches[:5]))
     raise ArtifactError(
-        f"there is no artifact {ref}", at=f"{workspace} holds {known}", fix=f"see all: bifrost artifacts ls -w {workspace}"
+        f"there is no artifact {ref}",
+        at=f"{workspace} holds {known}",
+        fix=f"see all: bifrost artifacts ls -w {workspace}",
     )
 
 
