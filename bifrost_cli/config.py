@@ -177,10 +177,14 @@ class Evaluate(Section):
 
 
 class Shapes(Section):
-    """The built-in world of shapes."""
+    """The built-in world of shapes, and how the bases that ship with the package are made."""
 
     rows: Count = Field(2048, description="rows of the store that extract-latents makes when no source is given")
     seed: Every = Field(0, description="which scenes")
+    vae: Train = Field(Train(), description="pretraining of the tiny VAE")
+    mllm: Train = Field(Train(), description="pretraining of the tiny MLLM")
+    open_clip: Train = Field(Train(), description="pretraining of the tiny open_clip model")
+    flux: Train = Field(Train(), description="pretraining of the tiny FLUX and its text encoders")
 
 
 class Recipe(Section):

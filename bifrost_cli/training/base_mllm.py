@@ -23,12 +23,13 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwe
 
 from bifrost_cli.models.prompt import chat_text, join_plan, user_turn
 from bifrost_cli.shapes.captions import Prompt, sample_prompt, sample_scene
-from bifrost_cli.shapes.draw import draw
+from bifrost_cli.shapes.draw import crowded_scene, draw
 from bifrost_cli.shapes.plan import cell_classes, cell_words, fill_cells, thing_words, write_plan
 from bifrost_cli.shapes.questions import sample_question
 from bifrost_cli.shapes.scene import TONES, Scene
 
-FILL_QUESTION = "What is in every cell?"
+FILL_QUESTION = "What is in these cells?"
+CROWD = "many things"
 Row = tuple[str, str, bool]  # what is asked, what is answered, whether every other word of the answer is given
 
 
@@ -83,7 +84,10 @@ class MllmTask:
         return user_turn(self.instruction.format(prompt=prompt.text)), write_plan(scene), False
 
     def fill_row(self, rng: np.random.Generator, prompt: Prompt, scene: Scene) -> Row:
-        return chat_text(join_plan(prompt.text, write_plan(scene))), " " + _filled(rng, scene), True
+        text = prompt.text
+        if rng.random() < 0.5:  # a full picture asks for many more places than any prompt of the grammar
+            text, scene = CROWD, crowded_scene(rng)
+        return chat_text(join_plan(text, write_plan(scene))), " " + _filled(rng, scene), True
 
     def look_row(self, rng: np.random.Generator, prompt: Prompt, scene: Scene) -> Row:
         picture = "<|vision_start|>" + "<|image_pad|>" * len(cell_words()) + "<|vision_end|>"
@@ -93,16 +97,17 @@ class MllmTask:
         return user_turn(picture + question), answer, False
 
     def batch(self, step: int, micro: int) -> dict:
-        """Three eighths plan rows, as many fill rows, two eighths look rows; the text rows and the pictures apart."""
+        """Half plan rows, three eighths fill rows, an eighth look rows; each kind padded apart."""
         rng = np.random.default_rng((self.seed, step, micro))
         share = self.batch_size // 8
-        text = [self._row(rng, self.plan_row) for _ in range(3 * share)]
-        text += [self._row(rng, self.fill_row) for _ in range(3 * share)]
-        look = [self._row(rng, self.look_row) for _ in range(2 * share)]
+        plan = [self._row(rng, self.plan_row) for _ in range(4 * share)]
+        fill = [self._row(rng, self.fill_row) for _ in range(3 * share)]
+        look = [self._row(rng, self.look_row) for _ in range(share)]
         scenes = [scene for _, scene in look]
         pixels = [torch.from_numpy(draw(scene)).permute(2, 0, 1) for scene in scenes]
         return {
-            "text": self.encode([row for row, _ in text]),
+            "plan": self.encode([row for row, _ in plan]),
+            "fill": self.encode([row for row, _ in fill]),
             "look": self.encode([row for row, _ in look]),
             "pixels": self.processor(images=pixels, do_resize=False, return_tensors="pt"),
             "scenes": scenes,
@@ -137,10 +142,12 @@ class MllmTask:
         mllm, grid = self.module["mllm"], batch["pixels"].image_grid_thw
         visual = mllm.model.visual(batch["pixels"].pixel_values, grid_thw=grid).pooler_output
         probe, right = self.module["probe"].loss(visual.unflatten(0, (len(grid), -1)), batch["scenes"])
-        text, text_right = self._answer_loss(batch["text"], None, None)
+        plan, plan_right = self._answer_loss(batch["plan"], None, None)
+        fill, fill_right = self._answer_loss(batch["fill"], None, None)
         look, look_right = self._answer_loss(batch["look"], visual, grid)
-        metrics = {"text": text, "look": look, "text_right": text_right, "look_right": look_right, "probe_right": right}
-        return text + 0.5 * look + 0.5 * probe, {name: value.detach() for name, value in metrics.items()}
+        metrics = {"plan": plan, "fill": fill, "look": look, "plan_right": plan_right, "fill_right": fill_right,
+                   "look_right": look_right, "probe_right": right}  # fmt: skip
+        return plan + fill + 0.5 * look + 0.5 * probe, {name: value.detach() for name, value in metrics.items()}
 
     def _answer_loss(
         self, rows: dict[str, torch.Tensor], visual_ND: torch.Tensor | None, grid_B3: torch.Tensor | None
@@ -163,8 +170,11 @@ class MllmTask:
         return nn.functional.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean()
 
     def keys(self, batch: dict) -> list[str]:
-        return self.tokenizer.batch_decode(batch["text"]["ids"])
+        return self.tokenizer.batch_decode(batch["plan"]["ids"])
 
 
 def _filled(rng: np.random.Generator, scene: Scene) -> str:
-    return fill_cells(scene, rng.permutation(len(cell_words())))
+    """Half the cells, those with things among them, in random order."""
+    classes = cell_classes(scene)
+    order = sorted(rng.permutation(len(classes)), key=lambda cell: classes[cell] == 0)[: len(classes) // 2]
+    return fill_cells(scene, rng.permutation(order))
