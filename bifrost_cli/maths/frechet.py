@@ -1,7 +1,7 @@
 """The Frechet distance between two Gaussians, in float64.
 
-Comes in: features (N, D) of two sets of pictures, or the moments of a set. Goes out: the distance, its standard error and
-its limit for N -> infinity. Does not know what a picture, a network or a file is.
+Comes in: features (N, D) of two sets of pictures, or the moments of a set. Goes out: the distance, its standard error
+and its limit for N -> infinity. Does not know what a picture, a network or a file is.
 
     FD = |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1 S2)^(1/2))          Heusel et al. 2017, eq. 6
 

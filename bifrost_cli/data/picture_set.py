@@ -1,0 +1,126 @@
+"""Sets of pictures to be judged or compared: a samples artifact, a folder, or drawings of the built-in world.
+
+Comes in: an artifact, a folder with reading rules, or a number. Goes out: entries in order, each read when asked for,
+and digests that name the set by content. Does not know features, distances or verdicts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bifrost_cli.artifacts import Artifact
+from bifrost_cli.artifacts.identity import digest_of
+from bifrost_cli.config import Latents
+from bifrost_cli.data.images import read_image
+from bifrost_cli.data.sources import Sample, scan
+from bifrost_cli.errors import ArtifactError
+from bifrost_cli.shapes.captions import held_out_prompts, sample_scene
+from bifrost_cli.shapes.draw import draw
+
+PROMPTS = "prompts.jsonl"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One picture: `load()` gives RGB uint8 (H, W, 3); `digest` is the sha256 of its bytes."""
+
+    name: str
+    digest: str
+    load: Callable[[], np.ndarray]
+    prompt: str | None = None
+    plan: str | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class PictureSet:
+    """Pictures in order; `what` says in words what they are, `artifact` is theirs if any, `skipped` were left out."""
+
+    what: str
+    entries: tuple[Entry, ...]
+    artifact: Artifact | None = None
+    skipped: int = 0
+
+    @property
+    def content(self) -> str:
+        """Names the pictures alone, whatever their order or names."""
+        return digest_of(sorted(entry.digest for entry in self.entries))
+
+    @property
+    def digest(self) -> str:
+        """Names the pictures with their names, prompts, plans and seeds."""
+        return digest_of([[e.name, e.digest, e.prompt, e.plan, e.seed] for e in self.entries])
+
+
+def picture_count(artifact: Artifact) -> int:
+    """How many pictures a samples artifact holds."""
+    return sum(1 for name in artifact.files if _is_picture(name))
+
+
+def _is_picture(name: str) -> bool:
+    """Samples are named by their number: 00000.png; a grid or a sheet is no sample."""
+    return name.endswith(".png") and name.removesuffix(".png").isdecimal()
+
+
+def from_samples(artifact: Artifact, rules: Latents) -> PictureSet:
+    """The pictures of a samples artifact with their lines of `prompts.jsonl`.
+
+    ArtifactError: a payload file is missing or changed, or a picture has no line.
+    """
+    artifact.check()
+    lines = _prompt_lines(artifact)
+    names = sorted(filter(_is_picture, artifact.files), key=lambda name: int(name.removesuffix(".png")))
+    entries = []
+    for name in names:
+        line = lines.get(int(name.removesuffix(".png")))
+        if line is None:
+            raise ArtifactError(f"{artifact.path / PROMPTS} has no line for {name}", code="BF-ART-005")
+        load = partial(_read, artifact.path / name, rules)
+        entries.append(Entry(name, artifact.files[name]["sha256"], load, line["prompt"], line["plan"], line["seed"]))
+    return PictureSet(f"samples artifact {artifact.id}", tuple(entries), artifact)
+
+
+def _prompt_lines(artifact: Artifact) -> dict[int, dict[str, Any]]:
+    path = artifact.file(PROMPTS)
+    try:
+        text = path.read_text("utf-8").removesuffix("\n")
+        lines = [json.loads(line) for line in text.split("\n")]  # not splitlines: U+2028 may stand in a prompt
+        return {int(line["index"]): {key: line.get(key) for key in ("prompt", "plan", "seed")} for line in lines}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}", code="BF-ART-005") from error
+
+
+def _read(path: Path, rules: Latents) -> np.ndarray:
+    return read_image(path, rules).rgb
+
+
+def from_folder(folder: Path, rules: Latents) -> PictureSet:
+    """The pictures of a folder, with captions where it has any. DataError: none."""
+    found = scan(str(folder), rules.model_copy(update={"missing_caption": "empty"}))
+    entries = tuple(
+        Entry(sample.key, sample.sha256, partial(_load, sample), sample.caption or None, sample.plan)
+        for sample in found.samples
+    )
+    return PictureSet(f"folder {folder}", entries, skipped=found.funnel["seen"] - len(entries))
+
+
+def _load(sample: Sample) -> np.ndarray:
+    return sample.load().rgb
+
+
+def drawn(count: int, *, seed: int = 0) -> PictureSet:
+    """Drawings of the built-in world for held-out prompts; the same number and seed give the same pictures."""
+    entries = []
+    for index, prompt in enumerate(held_out_prompts(count, seed)):
+        rgb = draw(sample_scene(np.random.default_rng((seed, index)), prompt))
+        digest = hashlib.sha256(rgb.tobytes()).hexdigest()
+        entries.append(Entry(f"{index:05d}", digest, partial(np.copy, rgb), prompt.text))
+    return PictureSet(f"{len(entries)} drawings of the built-in world (held-out prompts, seed {seed})", tuple(entries))

@@ -1,0 +1,71 @@
+"""Which pictures are evaluated: the ones named, else the newest, else a set made for it.
+
+Comes in: what the user named, how many pictures are needed. Goes out: a picture set. Does not know what is measured.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bifrost_cli.artifacts import Artifact, find, resolve
+from bifrost_cli.config import Recipe
+from bifrost_cli.data.picture_set import PictureSet, from_folder, from_samples, picture_count
+from bifrost_cli.errors import DataError
+from bifrost_cli.shapes.captions import held_out_prompts
+from bifrost_cli.stages.ui import Ui
+
+
+def samples_for(
+    recipe: Recipe, samples: Path | str | None, needed: int, workspace: Path | str, device: str, ui: Ui
+) -> PictureSet:
+    """Find out what `samples` is: a samples artifact (path or id), a folder of pictures, or None.
+
+    None takes the newest artifact with at least `needed` pictures made since the last training, else makes one.
+    """
+    if samples is None:
+        artifact = _newest_enough(workspace, needed, ui) or _make_samples(recipe, needed, workspace, device, ui)
+        return from_samples(artifact, recipe.latents)
+    folder = Path(samples)
+    if folder.is_dir() and not (folder / "manifest.json").exists():
+        return from_folder(folder, recipe.latents)
+    return from_samples(resolve(workspace, samples, "samples"), recipe.latents)
+
+
+def _newest_enough(workspace: Path | str, needed: int, ui: Ui) -> Artifact | None:
+    """The newest samples artifact with enough pictures, unless something was trained after it was made."""
+    for artifact in find(workspace):
+        if artifact.kind in ("branch", "controlnet"):
+            ui.say(f"no samples with at least {needed} pictures since {artifact.id} was trained")
+            return None
+        if artifact.kind == "samples" and picture_count(artifact) >= needed:
+            ui.say(f"samples: {artifact.id}, the newest with at least {needed} pictures ({picture_count(artifact)})")
+            return artifact
+    ui.say(f"no samples artifact in {workspace} has at least {needed} pictures")
+    return None
+
+
+def _make_samples(recipe: Recipe, needed: int, workspace: Path | str, device: str, ui: Ui) -> Artifact:
+    """A default set: held-out prompts of the built-in world through the newest pair. Restartable, as generate is."""
+    if not recipe.models.flux.startswith("builtin:"):
+        raise DataError(
+            f"no samples artifact in {workspace} has at least {needed} pictures of what is trained now",
+            at=f"recipe {recipe.name} does not paint the built-in world, so there is no default set of prompts",
+            fix="make them: bifrost generate --prompts FILE -o DIR",
+            code="BF-DATA-008",
+        )
+    from bifrost_cli.stages.generate import generate
+
+    prompts = [prompt.text for prompt in held_out_prompts(needed)]
+    ui.say(f"making {len(prompts)} pictures from held-out prompts first; the same command continues where it stopped")
+    return generate(recipe, prompts, workspace=workspace, device=device, ui=ui)
+
+
+def require_enough(pictures: PictureSet, needed: int) -> None:
+    """DataError, with how many there are and how to get more."""
+    if len(pictures.entries) < needed:
+        raise DataError(
+            f"{pictures.what} has {len(pictures.entries)} pictures; at least {needed} are needed",
+            at="with few pictures the Frechet distance is mostly bias: it halves when their number doubles",
+            fix="make more: bifrost generate --prompts FILE -o DIR; or lower the bar: --min-samples N",
+            code="BF-DATA-008",
+        )
