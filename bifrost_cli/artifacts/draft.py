@@ -1,7 +1,7 @@
 """A draft: an artifact in the making, and the one way to make one.
 
-In: a folder, a kind, an identity, parents. Out: an `Artifact`, by writing the manifest last. A draft that was cut short is
-continued by asking for the same thing again. Does not know what the payload means.
+In: a folder, a kind, an identity, parents. Out: an `Artifact`, by writing the manifest last. A draft that was cut short
+is continued by asking for the same thing again. Does not know what the payload means.
 """
 
 from __future__ import annotations

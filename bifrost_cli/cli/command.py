@@ -1,0 +1,116 @@
+"""What every command shares, written once: recipe, `--set`, `--json`, `-q`, `--debug`, `--offline`, and the printing.
+
+In: a function that takes a `recipe` and a `ui` (when it names them) and its own options, and returns a `Result`. Out:
+a Typer command. Results go to stdout, everything else to stderr. Does not know any stage.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bifrost_cli.cli.options import AsJson, Debug, Flag, Offline, Quiet, RecipeRef, Sets
+from bifrost_cli.errors import BifrostError, Interrupted
+from bifrost_cli.stages.ui import TerminalUi, Ui
+
+_COMMON = {"as_json": AsJson, "quiet": Quiet, "debug": Debug, "offline": Offline}
+_RECIPE = {"recipe": RecipeRef, "sets": Sets}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command prints: `lines` for people, `data` for --json, `path` for -q, then the `hint` on stderr.
+
+    `error` is raised after the printing: a command that finished, with findings.
+    """
+
+    lines: Sequence[str] = ()
+    data: dict[str, Any] = field(default_factory=dict)
+    path: Path | str | None = None
+    hint: str | None = None
+    error: BifrostError | None = None
+
+
+Body = Callable[..., Result]
+
+
+def command(app: typer.Typer, name: str, flags: Sequence[Flag] = ()) -> Callable[[Body], Body]:
+    """Register a body as `name`. Its `recipe` parameter becomes --recipe, --set and `flags`; its `ui` is supplied."""
+
+    def register(body: Body) -> Body:
+        own = inspect.signature(body, eval_str=True).parameters
+
+        @functools.wraps(body)
+        def run(*, as_json: bool, quiet: bool, debug: bool, offline: bool, **given: Any) -> None:
+            try:
+                if "recipe" in own:
+                    given["recipe"] = _load(given, flags)
+                if "ui" in own:
+                    given["ui"] = Ui() if quiet else TerminalUi()
+                _show(body(**given), as_json, quiet)
+            except KeyboardInterrupt as error:
+                again = "give the same command again; finished work is kept"
+                raise Interrupted("interrupted before anything could be saved", fix=again) from error
+            except Exception:
+                if debug:
+                    traceback.print_exc()
+                raise
+
+        _declare(run, own, flags)
+        app.command(name)(run)
+        return body
+
+    return register
+
+
+def _declare(run: Callable[..., None], own: Any, flags: Sequence[Flag]) -> None:
+    """Give `run` the signature that Typer reads."""
+    wanted = [parameter for name, parameter in own.items() if name not in ("recipe", "ui")]
+    if "recipe" in own:
+        wanted += [_option(name, hint, None) for name, hint in _RECIPE.items()]
+        wanted += [
+            _option(f.parameter, Annotated[f.kind | None, typer.Option(*f.names, help=f.help)], None) for f in flags
+        ]
+    wanted += [_option(name, hint, False) for name, hint in _COMMON.items()]
+    keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in wanted]
+    run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in wanted}
+
+
+def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _load(given: dict[str, Any], flags: Sequence[Flag]) -> Any:
+    from bifrost_cli.config import load_recipe
+
+    sets = list(given.pop("sets") or ())
+    for flag in flags:
+        value = given.pop(flag.parameter)
+        if value is not None:
+            sets.append(f"{flag.key}={json.dumps(value)}")
+    return load_recipe(given.pop("recipe"), sets)
+
+
+def _show(result: Result, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print(json.dumps(result.data, indent=1, sort_keys=True, default=str))
+    elif quiet and result.path is not None:
+        print(result.path)
+    else:
+        for line in result.lines:
+            print(line)
+    sys.stdout.flush()
+    if result.hint and not quiet:
+        print(result.hint, file=sys.stderr)
+    if result.error:
+        raise result.error

@@ -1,0 +1,118 @@
+"""`bifrost`: the tree of commands, and the one place where an exception becomes a message and an exit code.
+
+In: the command line. Out: an exit code (0 ok, 1 bug, 2 usage or recipe, 3 environment, 4 data, 5 artifact, 6 memory,
+7 diverged, 8 findings, 75 stopped, 130 interrupted). Imports no stage and no torch: each command imports its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from pathlib import Path
+
+import typer
+
+from bifrost_cli.artifacts.files import disk_errors
+from bifrost_cli.cli import artifacts, recipes, shapes, stages
+from bifrost_cli.cli.options import Version
+from bifrost_cli.errors import BifrostError, EnvironmentProblem, Interrupted, OutOfMemory, UsageError, render
+
+app = typer.Typer(
+    name="bifrost",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(context: typer.Context, version: Version = False) -> None:
+    """A frozen multimodal LLM and a frozen diffusion model, joined by patch-level CLIP latents.
+
+    Everything works with no argument on a tiny system that ships with the package; --recipe leaves it.
+
+    First picture: bifrost generate "a red circle above a blue square" -o out.png
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+app.add_typer(stages.app)
+app.add_typer(artifacts.app, name="artifacts")
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(shapes.app, name="shapes")
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run())
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command line and return its exit code; every error has been printed."""
+    _prepare_environment()
+    try:
+        return int(app(arguments, standalone_mode=False) or 0)
+    except BaseException as error:  # noqa: B036 the last line of defence: nothing reaches the user as a traceback
+        if isinstance(error, SystemExit):
+            return error.code if isinstance(error.code, int) else 1
+        told = explain(error)
+        print(render(told), file=sys.stderr)
+        return told.exit_code
+
+
+def _prepare_environment() -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the hub's and the loaders' own bars: only on a terminal
+
+
+def explain(error: BaseException) -> BifrostError:
+    """Any exception as one of ours."""
+    if isinstance(error, BifrostError):
+        return error
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        return Interrupted("interrupted before anything could be saved", fix="give the same command again")
+    if hasattr(error, "format_message"):  # Typer's own usage errors; their class lives in a module that moves
+        return _usage(error)
+    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+        return OutOfMemory(
+            "out of memory",
+            at=str(error).splitlines()[0] if str(error) else None,
+            fix="smaller batches: --set SECTION.batch_size=1",
+        )
+    if isinstance(error, OSError) and (told := _disk(error)):
+        return told
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("bifrost_cli"):
+        return EnvironmentProblem(
+            f"the package {error.name} is not installed", fix=f"pip install {error.name}", code="BF-ENV-002"
+        )
+    what = f"{type(error).__name__}: {error}".splitlines()[0]
+    return BifrostError(
+        f"this is a bug: {what}", fix="run it with --debug and report what it prints", code="BF-BUG-001"
+    )
+
+
+def _usage(error: BaseException) -> UsageError:
+    context = getattr(error, "ctx", None)
+    place = context.command_path if context is not None else "bifrost"
+    return UsageError(error.format_message().rstrip("."), fix=f"see {place} --help")  # type: ignore[attr-defined]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error)
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or "CUDA out of memory" in text
+
+
+def _disk(error: OSError) -> BifrostError | None:
+    try:
+        with disk_errors(Path(error.filename or ".")):
+            raise error
+    except BifrostError as told:
+        return told
+    except OSError:
+        if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR):
+            return UsageError(f"{str(error.filename)[:80]} cannot be a path: {error.strerror}", fix="choose another -o")
+        return None

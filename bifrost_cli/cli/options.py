@@ -1,0 +1,105 @@
+"""Options that several commands share, and the flags that stand for a recipe key.
+
+In: nothing. Out: annotated types for command signatures. Imports neither the schema nor a stage, so that `--help`
+stays quick. Does not know what the options do.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import typer
+
+from bifrost_cli import __version__
+
+if TYPE_CHECKING:
+    from bifrost_cli.config import Recipe
+else:
+    Recipe = Any  # signatures are evaluated when commands are registered; the schema costs 0.3 s that help need not pay
+
+
+class Flag(NamedTuple):
+    """A flag that sets a recipe key for one run."""
+
+    key: str
+    kind: type
+    names: tuple[str, ...]
+    help: str
+
+    @property
+    def parameter(self) -> str:
+        return "key_" + self.key.replace(".", "_")
+
+
+def _go_offline(value: bool) -> None:
+    if value:
+        os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"bifrost {__version__}")
+        raise typer.Exit()
+
+
+RecipeRef = Annotated[
+    str | None,
+    typer.Option("--recipe", metavar="REF", help="A shipped name, a YAML file or an artifact folder.  (default: tiny)"),
+]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one recipe key; can be repeated.")
+]
+Workspace = Annotated[
+    Path, typer.Option("--workspace", "-w", metavar="DIR", help="Where artifacts are found and made.")
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="PATH", help="Where the result goes.  (default: a new place in the workspace)"
+    ),
+]
+Device = Annotated[
+    Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto takes a GPU where there is one.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and touch nothing.")]
+Resume = Annotated[
+    str,
+    typer.Option("--resume", metavar="auto|PATH", help="auto, a run folder, or the newest checkpoint of a run."),
+]
+Reference = Annotated[str | None, typer.Argument(metavar="REF", help="A folder or an id.  (default: the newest)")]
+Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")]
+
+# ---- options of every command
+AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only where the result is.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Offline = Annotated[bool, typer.Option("--offline", callback=_go_offline, is_eager=True, help="Never use the network.")]
+
+# ---- flags for recipe keys
+EXTRACT = (
+    Flag("latents.encoder", str, ("--encoder",), "mllm, or open_clip:NAME/PRETRAINED."),
+    Flag("latents.background", str, ("--background",), "The colour under transparent pixels."),
+    Flag("latents.missing_caption", str, ("--missing-caption",), "stop, skip or empty."),
+    Flag("latents.bad_image", str, ("--bad-image",), "stop or skip."),
+    Flag("latents.max_bad", float, ("--max-bad",), "With --bad-image skip: the share that stops after all."),
+    Flag("latents.animated", str, ("--animated",), "first (frame) or skip."),
+)
+PAINT = (
+    Flag(
+        "generate.plan",
+        bool,
+        ("--plan/--no-plan",),
+        "The MLLM first writes what the picture shows, then it is painted.",
+    ),
+    Flag("generate.decode_steps", int, ("--decode-steps",), "Steps of the branch."),
+    Flag("generate.guidance", float, ("--guidance",), "Weight of the prompt in the branch; 1 is the quickest."),
+    Flag("generate.steps", int, ("--steps",), "Diffusion steps."),
+    Flag("generate.control_scale", float, ("--control-scale",), "Weight of the ControlNet."),
+)
+RECONSTRUCT = PAINT[3:]
+EVALUATE = (
+    Flag("evaluate.min_samples", int, ("--min-samples",), "Fewer images than this are refused."),
+    Flag("evaluate.features", str, ("--features",), "inception, builtin:open_clip, or open_clip:NAME/PRETRAINED."),
+)

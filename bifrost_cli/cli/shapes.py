@@ -1,0 +1,55 @@
+"""`bifrost shapes`: the built-in world: draw its pictures, train its models from nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from bifrost_cli.cli.command import Result, command
+from bifrost_cli.cli.options import Device, Output, Recipe, Workspace
+from bifrost_cli.stages.ui import Ui
+
+app = typer.Typer(no_args_is_help=True, help="The built-in world of coloured shapes.")
+
+
+@command(app, "render")
+def render(
+    ui: Ui,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to fill.")] = Path("shapes"),
+    n: Annotated[int, typer.Option("-n", min=1, help="Pictures.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which pictures.")] = 0,
+    split: Annotated[Literal["train", "held-out"], typer.Option("--split", help="Which prompts.")] = "train",
+) -> Result:
+    """Draw pictures of the built-in world with their captions and plans.
+
+    Example: bifrost shapes render -n 100 -o shapes
+    """
+    from bifrost_cli.stages.shapes import render_shapes
+
+    folder = render_shapes(output, n=n, seed=seed, split=split, ui=ui)
+    return Result(
+        [str(folder)], {"path": str(folder), "pictures": n}, folder, f"next: bifrost extract-latents {folder}"
+    )
+
+
+@command(app, "pretrain")
+def pretrain(
+    recipe: Recipe,
+    ui: Ui,
+    parts: Annotated[list[str] | None, typer.Option("--parts", help="Only this part; can be repeated.")] = None,
+    output: Output = None,
+    workspace: Workspace = Path("runs"),
+    device: Device = "auto",
+) -> Result:
+    """Train the whole built-in system from nothing: bases, branch and ControlNet.
+
+    Given again, the command continues where it stopped.
+
+    Example: bifrost shapes pretrain -o system
+    """
+    from bifrost_cli.stages.pretrain import pretrain
+
+    folder = pretrain(recipe, parts=parts, output=output, workspace=workspace, device=device, ui=ui)
+    return Result([str(folder)], {"path": str(folder)}, folder)

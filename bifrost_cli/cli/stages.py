@@ -1,0 +1,268 @@
+"""The stages as commands: extract-latents, train, generate, eval, reconstruct, ask, bench.
+
+In: options. Out: one stage call and its Result. Each imports its stage inside, so that help and other commands stay
+quick.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bifrost_cli.artifacts import Artifact
+from bifrost_cli.cli.command import Result, command
+from bifrost_cli.cli.options import (
+    EVALUATE,
+    EXTRACT,
+    PAINT,
+    RECONSTRUCT,
+    Device,
+    DryRun,
+    Output,
+    Recipe,
+    Resume,
+    Workspace,
+)
+from bifrost_cli.errors import UsageError
+from bifrost_cli.stages.ui import Ui
+
+FIRST_PROMPT = "a red circle above a blue square"
+RUNS = Path("runs")
+_NEXT = {
+    "latents": "next: bifrost train branch",
+    "branch": "next: bifrost train controlnet",
+    "controlnet": f'next: bifrost generate "{FIRST_PROMPT}" -o out.png',
+}
+
+app = typer.Typer()
+train = typer.Typer(no_args_is_help=True, help="Train the branch or the ControlNet on a latents store.")
+bench = typer.Typer(no_args_is_help=True, help="Measure what a design decision saves.")
+app.add_typer(train, name="train")
+app.add_typer(bench, name="bench")
+
+Latents = Annotated[
+    str | None, typer.Option("--latents", metavar="REF", help="A latents artifact.  (default: the newest)")
+]
+Branch = Annotated[str | None, typer.Option("--branch", metavar="REF", help="A branch artifact.")]
+ControlNet = Annotated[str | None, typer.Option("--controlnet", metavar="REF", help="A ControlNet artifact.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same bytes.")]
+Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or WebP file.")]
+
+
+@command(app, "extract-latents", EXTRACT)
+def extract_latents(
+    recipe: Recipe,
+    ui: Ui,
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="SOURCE", help="A folder of images, or shapes:N.  [default: the built-in world]"),
+    ] = None,
+    output: Output = None,
+    workspace: Workspace = RUNS,
+    device: Device = "auto",
+    dry_run: DryRun = False,
+) -> Result:
+    """Turn pictures and captions into a latents store.
+
+    SOURCE is a folder of images with .txt captions or a metadata.jsonl. Given again, the command continues where it
+    stopped.
+
+    Example: bifrost extract-latents photos/ -o runs/photos
+    """
+    from bifrost_cli.stages.extract import extract_latents
+
+    return _made(
+        extract_latents(
+            recipe, source=source, output=output, workspace=workspace, device=device, dry_run=dry_run, ui=ui
+        )
+    )
+
+
+@command(train, "branch")
+def train_branch(
+    recipe: Recipe,
+    ui: Ui,
+    latents: Latents = None,
+    output: Output = None,
+    workspace: Workspace = RUNS,
+    resume: Resume = "auto",
+    device: Device = "auto",
+    dry_run: DryRun = False,
+) -> Result:
+    """Train the visual generation branch on a latents store.
+
+    Given again, the command continues from the last checkpoint, to the bit.
+
+    Example: bifrost train branch --set branch.train.steps=2000
+    """
+    from bifrost_cli.stages.branch import train_branch
+
+    options = {"output": output, "workspace": workspace, "resume": resume, "device": device, "dry_run": dry_run}
+    return _made(train_branch(recipe, latents=latents, ui=ui, **options))
+
+
+@command(train, "controlnet")
+def train_controlnet(
+    recipe: Recipe,
+    ui: Ui,
+    latents: Latents = None,
+    output: Output = None,
+    workspace: Workspace = RUNS,
+    resume: Resume = "auto",
+    device: Device = "auto",
+    dry_run: DryRun = False,
+) -> Result:
+    """Train the latent ControlNet on a latents store.
+
+    Given again, the command continues from the last checkpoint, to the bit.
+
+    Example: bifrost train controlnet --latents runs/photos
+    """
+    from bifrost_cli.stages.controlnet import train_controlnet
+
+    options = {"output": output, "workspace": workspace, "resume": resume, "device": device, "dry_run": dry_run}
+    return _made(train_controlnet(recipe, latents=latents, ui=ui, **options))
+
+
+@command(app, "generate", PAINT)
+def generate(
+    recipe: Recipe,
+    ui: Ui,
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to paint.")] = None,
+    prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one a line.")] = None,
+    output: Output = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 1,
+    seed: Seed = 0,
+    branch: Branch = None,
+    controlnet: ControlNet = None,
+    grid: Annotated[bool, typer.Option("--grid", help="Also put all pictures into one.")] = False,
+    save_latents: Annotated[bool, typer.Option("--save-latents", help="Also keep the predicted latents.")] = False,
+    timings: Annotated[bool, typer.Option("--timings", help="Say how long each stage took.")] = False,
+    workspace: Workspace = RUNS,
+    device: Device = "auto",
+) -> Result:
+    """Paint pictures of a prompt, or of each line of a file.
+
+    -o FILE.png makes one picture; -o DIR a samples folder, which is continued when the command is given again.
+
+    Example: bifrost generate "a green star left of a yellow circle" -o out.png --seed 7
+    """
+    from bifrost_cli.stages.generate import generate
+
+    if prompt is not None and prompts is not None:
+        raise UsageError("a prompt and --prompts were both given", fix="leave one of them out")
+    if prompt is None and prompts is None:
+        prompt = FIRST_PROMPT
+        ui.say(f'no prompt was given; painting "{prompt}"')
+    keep = {"grid": grid, "save_latents": save_latents, "timings": timings, "device": device, "ui": ui}
+    parts = {"branch": branch, "controlnet": controlnet, "workspace": workspace}
+    return _made(
+        generate(recipe, prompt if prompts is None else prompts, output=output, n=n, seed=seed, **parts, **keep)
+    )
+
+
+@command(app, "eval", EVALUATE)
+def evaluate(
+    recipe: Recipe,
+    ui: Ui,
+    fid: Annotated[bool, typer.Option("--fid", help="Frechet distance to a reference; the default.")] = False,
+    shapes: Annotated[bool, typer.Option("--shapes", help="Accuracy by the built-in world's checker.")] = False,
+    samples: Annotated[
+        str | None, typer.Option("--samples", metavar="REF", help="Samples, or a folder.  (default: the newest)")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", metavar="REF", help="A folder, samples, or saved statistics.")
+    ] = None,
+    output: Output = None,
+    workspace: Workspace = RUNS,
+    device: Device = "auto",
+) -> Result:
+    """Measure samples against a reference and write a report.
+
+    Without --fid or --shapes it measures the Frechet distance. The report is report.json and report.html.
+
+    Example: bifrost eval --fid --samples runs/samples-0123456789ab --reference photos/
+    """
+    from bifrost_cli.stages.evaluate import evaluate
+
+    measures = {"fid": fid or not shapes, "shapes": shapes}
+    inputs = {"samples": samples, "reference": reference}
+    return _made(evaluate(recipe, **measures, **inputs, output=output, workspace=workspace, device=device, ui=ui))
+
+
+@command(app, "reconstruct", RECONSTRUCT)
+def reconstruct(
+    recipe: Recipe,
+    ui: Ui,
+    image: Image,
+    output: Output = Path("reconstruction.png"),
+    prompt: Annotated[str, typer.Option("--prompt", help="What FLUX reads beside the latents.")] = "",
+    controlnet: ControlNet = None,
+    seed: Seed = 0,
+    workspace: Workspace = RUNS,
+    device: Device = "auto",
+) -> Result:
+    """Turn an image into latents and paint it again from them.
+
+    Shows what the latents keep; the branch is not used.
+
+    Example: bifrost reconstruct photo.jpg -o again.png
+    """
+    from bifrost_cli.stages.reconstruct import reconstruct
+
+    where = {"output": output, "workspace": workspace, "device": device}
+    return _made(reconstruct(recipe, image, prompt=prompt, controlnet=controlnet, seed=seed, ui=ui, **where))
+
+
+@command(app, "ask")
+def ask(
+    recipe: Recipe,
+    ui: Ui,
+    image: Image,
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="A question about it.")],
+    device: Device = "auto",
+) -> Result:
+    """Ask the frozen multimodal LLM about an image.
+
+    Example: bifrost ask out.png "what is above the blue square?"
+    """
+    from bifrost_cli.stages.ask import ask
+
+    answer = ask(recipe, image, question, device=device, ui=ui)
+    return Result([answer], {"image": str(image), "question": question, "answer": answer})
+
+
+@command(bench, "decode")
+def bench_decode(
+    ui: Ui,
+    hidden: Annotated[int, typer.Option("--hidden", min=64, help="Width.")] = 512,
+    layers: Annotated[int, typer.Option("--layers", min=1, help="Decoder layers.")] = 8,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Image tokens.")] = 256,
+    text: Annotated[int, typer.Option("--text", min=1, help="Text tokens.")] = 300,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Decode steps.")] = 4,
+) -> Result:
+    """Time the decode loop against a plain one that encodes everything again at each step.
+
+    Example: bifrost bench decode --steps 8
+    """
+    from dataclasses import asdict
+
+    from bifrost_cli.stages.bench import bench_decode
+
+    rows = bench_decode(hidden=hidden, layers=layers, tokens=tokens, text=text, steps=steps, say=ui.say)
+    found = [asdict(row) for row in rows]
+    lines = [", ".join(f"{name} {value:.3g}" for name, value in row.items()) for row in found]
+    return Result(lines, {"rows": found})
+
+
+def _made(made: Artifact | Path | dict[str, Any]) -> Result:
+    """A stage's return value as a Result: an artifact, a picture, or the plan of a dry run."""
+    if isinstance(made, Artifact):
+        info = {key: value for key, value in made.info.items() if key != "recipe"}
+        data = {"kind": made.kind, "id": made.id, "path": str(made.path), "info": info}
+        return Result([f"{made.id}  {made.path}"], data, made.path, _NEXT.get(made.kind))
+    if isinstance(made, dict):
+        return Result([f"{name}: {value}" for name, value in made.items()], made)
+    return Result([str(made)], {"path": str(made)}, made)
