@@ -232,7 +232,7 @@ def _command(
 ) -> str:
     """The command that makes this report again; nothing is left to a default that may change."""
     used = asked.samples.artifact
-    words = ["bifrost", "eval", "--fid" if asked.network else "--no-fid", *(["--shapes"] if asked.shapes else [])]
+    words = ["bifrost", "eval", *(["--fid"] if asked.network else []), *(["--shapes"] if asked.shapes else [])]
     words += ["--samples", used.id if used else str(samples), "--workspace", str(workspace)]
     if asked.network:
         words += ["--min-samples", str(needed), "--set", f"evaluate.features={recipe.evaluate.features}"]
