@@ -34,3 +34,4 @@ class SourceError(DataError):
             lines.append(f"and {len(problems) - _SHOWN} more")
         super().__init__(message, at="\n".join(lines), fix=fix or "mend or remove them", code=code)
         self.problems = tuple(problems)
+        self.all_shown = len(problems) <= _SHOWN

@@ -13,9 +13,11 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -56,8 +58,16 @@ class Scan:
     events: tuple[Problem, ...] = ()
 
 
-def scan(source: str | Path, rules: Latents, progress: Callable[[int], object] = lambda count: None) -> Scan:
-    """Look at everything `source` holds; `progress(count)` is called as images are checked.
+class _Silent:
+    def advance(self, n: int = 1) -> None:
+        pass
+
+
+Progress = Callable[[int, str], AbstractContextManager[Any]]
+
+
+def scan(source: str | Path, rules: Latents, progress: Progress = lambda total, what: nullcontext(_Silent())) -> Scan:
+    """Look at everything `source` holds; `progress(total, what)` opens a counter that is advanced image by image.
 
     UsageError: a malformed `shapes:`. DataError: no images, keys that clash, nothing left to use. SourceError: captions
     or images that stop under the recipe's rules, with all problems of that kind.
@@ -66,7 +76,8 @@ def scan(source: str | Path, rules: Latents, progress: Callable[[int], object] =
         return _scan_shapes(str(source), progress)
     listing = list_source(Path(source), rules)
     captioned, missing = _captioned(listing.entries, source, rules)
-    checked = list(_checked(listing.entries, rules, progress))
+    with progress(len(listing.entries), "checking images") as bar:
+        checked = list(_checked(listing.entries, rules, bar))
     bad, animated = _sort_problems(checked, source, rules)
     readable = [
         (entry, found) for entry, found in zip(listing.entries, checked, strict=True) if isinstance(found, _Seen)
@@ -124,13 +135,13 @@ class _Seen:
     notes: tuple[str, ...]
 
 
-def _checked(entries: Sequence[Entry], rules: Latents, progress: Callable[[int], object]) -> Iterator[_Seen | Problem]:
+def _checked(entries: Sequence[Entry], rules: Latents, bar: Any) -> Iterator[_Seen | Problem]:
     """Decode every image once, a few at a time. Pillow releases the interpreter lock while it decodes."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for start in range(0, len(entries), _BLOCK):
             for result in pool.map(partial(_check, rules=rules), entries[start : start + _BLOCK]):
                 yield result
-                progress(1)
+                bar.advance()
 
 
 def _check(entry: Entry, rules: Latents) -> _Seen | Problem:
@@ -186,12 +197,13 @@ def _shown(funnel: dict[str, int]) -> str:
 # ---- the built-in world ----------------------------------------------------------------------------------------------
 
 
-def _scan_shapes(source: str, progress: Callable[[int], object]) -> Scan:
+def _scan_shapes(source: str, progress: Progress) -> Scan:
     rows, seed = _shapes_arguments(source)
     samples = []
-    for i in range(rows):
-        samples.append(_shapes_sample(seed, i))
-        progress(1)
+    with progress(rows, "drawing pictures") as bar:
+        for i in range(rows):
+            samples.append(_shapes_sample(seed, i))
+            bar.advance()
     return Scan(tuple(samples), dict.fromkeys(("seen", "readable", "captioned", "used"), rows))
 
 

@@ -138,8 +138,10 @@ def _is_whole(path: Path, entry: Mapping[str, Any] | None) -> bool:
 
 def _as_half(name: str, values: np.ndarray, ok_N: np.ndarray, lines: Sequence[Mapping[str, Any]]) -> np.ndarray:
     with np.errstate(over="ignore"):
-        half = np.array(values, np.float16)
-    half[~ok_N] = np.nan
+        half = np.asarray(values, np.float16)
+    if not ok_N.all():
+        half = half.copy()
+        half[~ok_N] = np.nan
     for row in np.flatnonzero(ok_N):
         if not np.isfinite(half[row]).all():
             raise DataError(

@@ -1,0 +1,183 @@
+"""Picture encoders: uint8 squares in, patch latents out, and an identity that says which encoder it was.
+
+In: a loaded model. Out: latents before any pooling, raw. Two encoders are the same exactly when their identities are
+equal: weights, number format, preprocessing, layer and activation (the same weights under another activation give other
+latents without an error). Knows no path, no store and no recipe. Legend: B pictures, H W the patch grid, P = H*W
+patches row by row, C channels, S pixels a side.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from bifrost_cli.data.weights import weights_hash
+from bifrost_cli.errors import RecipeError
+from bifrost_cli.models.flux import vae_encode
+from bifrost_cli.models.mllm import Mllm
+
+RESIZE = "short side to size by bicubic with antialiasing, centre crop, uint8"
+_ACTIVATIONS = ("gelu", "relu", "silu", "swish")
+
+
+class Encoder(Protocol):
+    """What extraction needs of an encoder. `identity` holds JSON values; `grid` is (H, W)."""
+
+    identity: dict[str, Any]
+    image_size: int
+    grid: tuple[int, int]
+    channels: int
+
+    def encode(self, pixels_BSS3: np.ndarray | Tensor) -> Tensor:
+        """uint8 (B, S, S, 3), S = `image_size` -> float32 (B, P, C)."""
+        ...
+
+
+class MllmEncoder:
+    """The MLLM's own visual encoder, after the 2x2 merge: the paper's choice (section 3.1)."""
+
+    def __init__(self, mllm: Mllm, image_size: int) -> None:
+        """RecipeError when `image_size` is not a whole number of patches."""
+        patch = mllm.pixels_per_patch
+        if image_size % patch:
+            raise RecipeError(
+                f"latents.image_size {image_size} is not a whole number of the MLLM's patches of {patch} pixels",
+                fix=f"--set latents.image_size={max(patch, image_size // patch * patch)}",
+            )
+        self._mllm, self.image_size, self.channels = mllm, image_size, mllm.width
+        self.grid = (image_size // patch, image_size // patch)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        visual, processor = self._mllm.model.model.visual, self._mllm.image_processor
+        return {
+            "name": "mllm",
+            "weights": weights_hash(visual.state_dict()),
+            "dtype": str(visual.dtype).removeprefix("torch."),
+            "activation": visual.config.hidden_act,
+            "layer": "visual encoder after the 2x2 merge (pooler_output)",
+            "image_size": self.image_size,
+            "grid": list(self.grid),
+            "channels": self.channels,
+            "resize": RESIZE,
+            "mean": list(processor.image_mean),
+            "std": list(processor.image_std),
+        }
+
+    def encode(self, pixels_BSS3: np.ndarray | Tensor) -> Tensor:
+        """uint8 (B, S, S, 3) -> float32 (B, P, C)."""
+        return self._mllm.encode(pixels_BSS3)
+
+
+class OpenClipEncoder:
+    """The image tower of an open_clip model: patch tokens of its last block, normed as the tower does before it pools.
+
+    Tokens come from open_clip's own `forward_intermediates`.
+    """
+
+    def __init__(self, model: nn.Module, name: str, image_size: int) -> None:
+        """RecipeError: a tower without patch tokens, or one for another picture size than `image_size`."""
+        self._visual = model.visual.eval().requires_grad_(False)
+        own = self._visual.image_size
+        self.name, self.image_size = name, own if isinstance(own, int) else own[0]
+        if self.image_size != image_size:
+            raise RecipeError(
+                f"latents.image_size is {image_size}, but {name} reads {self.image_size} pixels",
+                fix=f"--set latents.image_size={self.image_size}",
+                code="BF-RECIPE-005",
+            )
+        if not hasattr(self._visual, "forward_intermediates"):
+            raise RecipeError(f"the image tower of {name} has no patch tokens", fix="choose a vision transformer")
+        # A tower that normalises after pooling, or pools by attention, has no norm that belongs to its patch tokens.
+        pools_first = getattr(self._visual, "final_ln_after_pool", False)
+        self._normalise = not pools_first and getattr(self._visual, "attn_pool", None) is None
+        probe_1CHW = self._maps(torch.zeros(1, self.image_size, self.image_size, 3, dtype=torch.uint8))
+        self.channels, self.grid = probe_1CHW.shape[1], (probe_1CHW.shape[2], probe_1CHW.shape[3])
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        norm = "after the final norm" if self._normalise else "without a norm"
+        return {
+            "name": self.name,
+            "weights": weights_hash(self._visual.state_dict()),
+            "dtype": str(next(self._visual.parameters()).dtype).removeprefix("torch."),
+            "activation": _activation(self._visual),
+            "layer": f"last block, patch tokens {norm}, before pooling",
+            "image_size": self.image_size,
+            "grid": list(self.grid),
+            "channels": self.channels,
+            "resize": RESIZE,
+            "mean": list(self._visual.image_mean),
+            "std": list(self._visual.image_std),
+        }
+
+    def encode(self, pixels_BSS3: np.ndarray | Tensor) -> Tensor:
+        """uint8 (B, S, S, 3) -> float32 (B, P, C). ValueError on another size."""
+        pixels = torch.as_tensor(pixels_BSS3)
+        if pixels.shape[1:] != (self.image_size, self.image_size, 3):
+            raise ValueError(
+                f"pictures must be (B, {self.image_size}, {self.image_size}, 3), not {tuple(pixels.shape)}"
+            )
+        return self._maps(pixels).flatten(2).transpose(1, 2).float()
+
+    @torch.no_grad()
+    def _maps(self, pixels_BSS3: Tensor) -> Tensor:
+        like = next(self._visual.parameters())
+        mean_C11, std_C11 = (torch.tensor(v, device=like.device).view(-1, 1, 1) for v in self._statistics())
+        pixels_BCSS = pixels_BSS3.to(like.device).permute(0, 3, 1, 2).float() / 255
+        out = self._visual.forward_intermediates(
+            ((pixels_BCSS - mean_C11) / std_C11).to(like.dtype),
+            indices=1,
+            normalize_intermediates=self._normalise,
+            intermediates_only=True,
+            output_fmt="NCHW",
+        )
+        return out["image_intermediates"][-1]
+
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return tuple(self._visual.image_mean), tuple(self._visual.image_std)
+
+
+class VaeEncoder:
+    """FLUX's VAE alone, for latents the ControlNet is trained on: scaled and shifted as FLUX does."""
+
+    def __init__(self, vae: AutoencoderKL, image_size: int) -> None:
+        """RecipeError when `image_size` is no multiple of what the VAE halves and FLUX packs."""
+        unit = 2 ** len(vae.config.block_out_channels)
+        if image_size % unit:
+            raise RecipeError(
+                f"latents.paint_size {image_size} is not a multiple of {unit}",
+                fix=f"--set latents.paint_size={max(unit, image_size // unit * unit)}",
+            )
+        self._vae, self.image_size = vae.eval().requires_grad_(False), image_size
+        side = 2 * image_size // unit
+        self.shape: tuple[int, int, int] = (vae.config.latent_channels, side, side)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        config = self._vae.config
+        return {
+            "weights": weights_hash(self._vae.state_dict()),
+            "dtype": str(self._vae.dtype).removeprefix("torch."),
+            "paint_size": self.image_size,
+            "shape": list(self.shape),
+            "scaling_factor": config.scaling_factor,
+            "shift_factor": config.shift_factor,
+            "resize": RESIZE,
+        }
+
+    @torch.no_grad()
+    def encode(self, pixels_BSS3: np.ndarray | Tensor) -> Tensor:
+        """uint8 (B, S, S, 3) -> float32 (B, c, h, w). The mean, so no randomness."""
+        return vae_encode(self._vae, torch.as_tensor(pixels_BSS3)).float()
+
+
+def _activation(tower: nn.Module) -> str:
+    """The classes of the tower's activation functions: GELU and QuickGELU fit the same weights."""
+    names = {type(module).__name__ for module in tower.modules()}
+    return "+".join(sorted(name for name in names if any(word in name.lower() for word in _ACTIVATIONS)))

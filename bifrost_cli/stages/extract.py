@@ -1,0 +1,228 @@
+"""extract-latents: captioned pictures -> a latents store.
+
+In: a recipe and a source (a folder, a metadata.jsonl, `shapes:N[:SEED]`). Out: a latents artifact. An interrupted
+extraction continues at the first missing shard and ends in the same bytes. Does not know what the latents are for.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
+from bifrost_cli.config import Recipe
+from bifrost_cli.data.problems import Problem, SourceError
+from bifrost_cli.data.sources import Sample, Scan, refuse_too_many
+from bifrost_cli.data.store import LatentsStore
+from bifrost_cli.data.store_layout import Layout
+from bifrost_cli.data.store_writer import StoreWriter
+from bifrost_cli.errors import DiskFull, Stopped
+from bifrost_cli.models.encoders import Encoder, VaeEncoder
+from bifrost_cli.stages.encoding import ShardRows, encode_shard
+from bifrost_cli.stages.loading import load_encoder, load_vae, pick_device
+from bifrost_cli.stages.source import choose_source, digest, listed, refuse_output, scan_source, write_events
+from bifrost_cli.stages.ui import Ui
+from bifrost_cli.training.signals import StopFlag
+
+PREPROCESSING = {"orientation": "exif", "colour": "srgb", "frame": "first", "crop": "centre"}
+
+
+def extract_latents(
+    recipe: Recipe,
+    *,
+    source: Path | str | None = None,
+    output: Path | str | None = None,
+    workspace: Path | str = "runs",
+    device: str = "auto",
+    dry_run: bool = False,
+    ui: Ui | None = None,
+) -> Artifact | dict[str, Any]:
+    """Encode every usable picture of `source` (None: the built-in world) and return the latents artifact.
+
+    With `dry_run` the plan is returned and nothing is written. UsageError (2): an output inside the source, or one that
+    is no folder of ours. DiskFull (3). DataError (4): see `scan`. StoreError (5): the output holds latents of another
+    setup, or is being written. Stopped (75): SIGTERM or Ctrl-C; the same command continues.
+    """
+    ui = ui or Ui()
+    chosen = choose_source(source, recipe, ui)
+    refuse_output(chosen, output, workspace)
+    found = scan_source(chosen, recipe, Path(workspace), ui)
+    place, models = pick_device(device), recipe.models
+    encoder = load_encoder(recipe, place)
+    vae = None
+    if recipe.latents.vae:
+        dtype = getattr(torch, models.dtype)
+        vae = VaeEncoder(load_vae(models.flux, place, dtype, revision=models.revision), recipe.latents.paint_size)
+    job = _Job(recipe, chosen, found, encoder, vae, place, ui)
+    path = Path(output or default_path(workspace, "latents", identity_id("latents", job.identity)))
+    return job.plan(path) if dry_run else job.run(path)
+
+
+class _Job:
+    """One extraction: what is encoded, by what, into which layout."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: str,
+        found: Scan,
+        encoder: Encoder,
+        vae: VaeEncoder | None,
+        device: torch.device,
+        ui: Ui,
+    ) -> None:
+        self.recipe, self.source, self.found, self.device, self.ui = recipe, source, found, device, ui
+        self.encoder, self.vae = encoder, vae
+        rules = recipe.latents
+        self.described = {
+            "encoder": encoder.identity,
+            "painter": vae.identity if vae else None,
+            "preprocessing": {**PREPROCESSING, "background": rules.background},
+        }
+        self.layout = Layout(
+            len(found.samples),
+            encoder.grid,
+            encoder.channels,
+            vae.shape if vae else None,
+            rules.shard_rows,
+            rules.chunk_rows,
+        )
+        self.identity = {
+            **self.described,
+            "samples": digest(found.samples),
+            "rows": len(found.samples),
+            "shard_rows": rules.shard_rows,
+            "chunk_rows": rules.chunk_rows,
+        }
+
+    def plan(self, path: Path) -> dict[str, Any]:
+        """What the extraction will do and need; sizes in bytes, before compression."""
+        plan = {
+            "output": str(path),
+            "encoder": f"{self.encoder.identity['name']} ({self.encoder.identity['weights'][:12]})",
+            "grid": list(self.layout.grid),
+            "channels": self.layout.channels,
+            **self.found.funnel,
+            "shards": self.layout.shards,
+            "disk_needed": self._bytes(self.layout.rows),
+            "disk_free": _free(path),
+            "memory_of_a_shard": self._bytes(min(self.layout.rows, self.layout.shard_rows)),
+            "device": str(self.device),
+        }
+        for name, value in plan.items():
+            self.ui.say(f"{name}: {value}")
+        return plan
+
+    def run(self, path: Path) -> Artifact:
+        """Write what is missing, then the manifest."""
+        with Draft.open(path, "latents", self.identity) as draft:
+            if draft.complete:
+                self.ui.say(f"{path} holds these latents already")
+                return draft.complete
+            started = time.monotonic()
+            writer = StoreWriter(draft, self.layout, self.described)
+            write_events(path, self.found.events)
+            encoded = self._fill(writer, path)
+            statistics = writer.finish()
+            seconds = time.monotonic() - started
+            artifact = draft.commit(
+                {
+                    "recipe": self.recipe.model_dump(mode="json"),
+                    "funnel": self.found.funnel,
+                    "counts": self.found.counts,
+                    "statistics": statistics,
+                },
+                made={"device": str(self.device), "seed": None},
+                cost={"device": str(self.device), "samples": encoded},
+            )
+        self._report(artifact, statistics, encoded, seconds)
+        return artifact
+
+    def _fill(self, writer: StoreWriter, path: Path) -> int:
+        """Encode and write each missing shard; returns how many rows that were."""
+        missing = writer.missing_shards()
+        rows = sum(len(self._samples(shard)) for shard in missing)
+        self._require_room(path, rows)
+        if len(missing) < self.layout.shards:
+            self.ui.say(f"continuing: {self.layout.rows - rows} of {self.layout.rows} rows are there")
+        with StopFlag() as stop, self.ui.progress(rows, "encoding images") as bar:
+            for done, shard in enumerate(missing):
+                if stop.requested:
+                    raise Stopped(
+                        f"stopped before shard {shard}; {self.layout.shards - len(missing) + done} of "
+                        f"{self.layout.shards} are written",
+                        at=str(path),
+                        fix="give the same command again; it continues there",
+                    )
+                self._write(writer, shard, bar, path)
+        return rows
+
+    def _write(self, writer: StoreWriter, shard: int, bar: Any, path: Path) -> None:
+        rows = encode_shard(self._samples(shard), self.encoder, self.vae, self.recipe.latents.batch_size, bar)
+        self._judge_failed(rows, path)
+        writer.write_shard(shard, rows.latents_NPC, rows.lines, rows.vae_Nchw)
+
+    def _judge_failed(self, rows: ShardRows, path: Path) -> None:
+        """Pictures that changed since the scan: an event each, and the recipe's rules for bad images."""
+        if not rows.failed:
+            return
+        failed = [Problem("failed", line["key"], line["notes"][0]) for line in rows.failed]
+        write_events(path, failed, append=True)
+        rules = self.recipe.latents
+        if rules.bad_image == "stop":
+            raise SourceError(
+                f"{len(failed)} images of {self.source} changed during the run",
+                failed,
+                fix="extract again, in another place (-o)",
+                code="BF-DATA-003",
+            )
+        bad = [event for event in self.found.events if event.event == "bad-image"]
+        refuse_too_many([*bad, *failed], self.found.funnel["seen"], self.source, rules)
+
+    def _samples(self, shard: int) -> tuple[Sample, ...]:
+        return self.found.samples[self.layout.span(shard)]
+
+    def _bytes(self, rows: int) -> int:
+        return 2 * rows * sum(math.prod(shape) for shape in self.layout.row_shapes.values())
+
+    def _require_room(self, path: Path, rows: int) -> None:
+        need, free = self._bytes(rows), _free(path)
+        if need > free:
+            raise DiskFull(
+                f"{rows} rows of latents do not fit on the disk of {path}",
+                at=f"need {need:,} bytes, free {free:,}",
+                fix="free some space, or write elsewhere with -o; finished shards are kept",
+            )
+
+    def _report(self, artifact: Artifact, statistics: dict[str, Any], encoded: int, seconds: float) -> None:
+        store = LatentsStore.open(artifact)
+        funnel = {**self.found.funnel, "used": store.rows}
+        self.ui.say("funnel: " + listed(funnel))
+        if self.found.counts:
+            self.ui.say("counted: " + listed(self.found.counts))
+        if store.rows < self.layout.rows:
+            self.ui.say(
+                f"failed: {self.layout.rows - store.rows} images changed during the run, see {artifact.path}/work"
+            )
+        self.ui.say(
+            f"channels: {store.channels}, mean {_range(statistics['mean'])}, std {_range(statistics['std'])}; "
+            f"mean norm of a token {statistics['norm']:.4g}"
+        )
+        shape = "x".join(map(str, (*store.grid, store.channels)))
+        self.ui.say(
+            f"latents: {artifact.path} ({artifact.id}), {store.rows} rows of {shape}, "
+            f"{encoded / max(seconds, 1e-9):.1f} images/s; next: bifrost train branch"
+        )
+
+
+def _free(path: Path) -> int:
+    return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free
+
+
+def _range(values: list[float]) -> str:
+    return f"{min(values):.4g} to {max(values):.4g}"
