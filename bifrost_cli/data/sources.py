@@ -222,4 +222,4 @@ def _shapes_sample(seed: int, i: int) -> Sample:
     prompt = sample_prompt(rng, split="train")
     scene = sample_scene(rng, prompt)
     digest = hashlib.sha256(draw(scene).tobytes()).hexdigest()
-    return Sample(f"{i:08d}", prompt.text, write_plan(scene), digest, lambda: Picture(draw(scene)))
+    return Sample(f"{i:08d}", prompt.text, write_plan(scene, prompt), digest, lambda: Picture(draw(scene)))

@@ -66,7 +66,7 @@ def _bpe(words: Iterable[str], **options: str) -> tuple[dict[str, int], list[tup
 
 def qwen_tokenizer(words: Iterable[str]) -> Qwen2Tokenizer:
     """Qwen2-format tokenizer in which each word, alone and after a space, is one token."""
-    words = sorted(set(words) | {"system", "user", "assistant", "You", "are", "a", "helpful", "assistant"})
+    words = sorted(set(words) | {"system", "user", "assistant", "You", "are", "a", "helpful"})
     vocab, merges = _bpe([*words, *(" " + word for word in words)])
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
     tokenizer.add_special_tokens({"additional_special_tokens": list(QWEN_SPECIAL)})

@@ -1,6 +1,6 @@
 """Plans: a scene as one line of words, `"white ab redcircle cd bluesquare"`.
 
-The tone, then for each thing in reading order its cell word (row letter, column letter) and its thing word (colour and
+The tone, then for each thing its cell word (row letter, column letter) and its thing word (colour and
 shape as one word). Comes in and goes out: text and `Scene`. A plan does not hold the pixel shifts.
 """
 
@@ -11,6 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from bifrost_cli.shapes.captions import Prompt
 from bifrost_cli.shapes.scene import COLOURS, GRID, SHAPES, TONES, Scene, Thing
 
 EMPTY = "none"
@@ -34,12 +35,20 @@ def _things() -> dict[str, tuple[str, str]]:
     return {colour + shape: (shape, colour) for colour in COLOURS for shape in SHAPES}
 
 
-def write_plan(scene: Scene) -> str:
-    """The plan of `scene`."""
+def write_plan(scene: Scene, prompt: Prompt | None = None) -> str:
+    """The plan of `scene`; with the prompt it shows, things come in the prompt's order instead of reading order."""
     words = [scene.tone]
-    for thing in scene.things:
+    for thing in scene.things if prompt is None else _as_told(scene, prompt):
         words += [cell_words()[thing.cell], thing.colour + thing.shape]
     return " ".join(words)
+
+
+def _as_told(scene: Scene, prompt: Prompt) -> list[Thing]:
+    left, told = list(scene.things), []
+    for wanted in prompt.spec.things:
+        told.append(next(t for t in left if t.shape == wanted.shape and wanted.colour in (None, t.colour)))
+        left.remove(told[-1])
+    return told + left
 
 
 def read_plan(text: str) -> Scene:

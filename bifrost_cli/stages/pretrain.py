@@ -2,8 +2,8 @@
 
 In: a recipe (its `shapes` section sizes the bases, `branch` and `controlnet` the rest). Out: a folder with `mllm/`,
 `flux/` and `open_clip/` in the layouts their libraries read, and `branch/` and `controlnet/` artifacts: what
-`bifrost_cli/builtin` holds. Every part resumes from its checkpoints, and a finished one is not made again. Two terminals
-may share the work: `--parts mllm,open_clip` in one, `--parts vae,flux` in the other, then all the rest.
+`bifrost_cli/builtin` holds. Every part resumes from its checkpoints, and a finished one is not made again. Two
+terminals may share the work: `--parts mllm,open_clip` in one, `--parts vae,flux` in the other, then all the rest.
 """
 
 from __future__ import annotations

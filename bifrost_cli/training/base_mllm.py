@@ -81,13 +81,13 @@ class MllmTask:
     # ---- rows -------------------------------------------------------------------------------------------------------
 
     def plan_row(self, rng: np.random.Generator, prompt: Prompt, scene: Scene) -> Row:
-        return user_turn(self.instruction.format(prompt=prompt.text)), write_plan(scene), False
+        return user_turn(self.instruction.format(prompt=prompt.text)), write_plan(scene, prompt), False
 
     def fill_row(self, rng: np.random.Generator, prompt: Prompt, scene: Scene) -> Row:
-        text = prompt.text
-        if rng.random() < 0.5:  # a full picture asks for many more places than any prompt of the grammar
-            text, scene = CROWD, crowded_scene(rng)
-        return chat_text(join_plan(text, write_plan(scene))), " " + _filled(rng, scene), True
+        if rng.random() < 0.5:
+            return chat_text(join_plan(prompt.text, write_plan(scene, prompt))), " " + _filled(rng, scene), True
+        scene = crowded_scene(rng)  # a full picture asks for many more places than any prompt of the grammar
+        return chat_text(join_plan(CROWD, write_plan(scene))), " " + _filled(rng, scene), True
 
     def look_row(self, rng: np.random.Generator, prompt: Prompt, scene: Scene) -> Row:
         picture = "<|vision_start|>" + "<|image_pad|>" * len(cell_words()) + "<|vision_end|>"
