@@ -25,6 +25,7 @@ def make_store(
     chunk_rows: int = 4,
     seed: int = 0,
     encoder: dict[str, Any] | None = None,
+    painter: dict[str, Any] | None = None,
     captions: list[str] | None = None,
     plans: list[str] | None = None,
     failed: tuple[int, ...] = (),
@@ -35,7 +36,7 @@ def make_store(
     with Draft.open(path, "latents", {"encoder": encoder, "rows": rows, "seed": seed, "vae": list(vae or ())}) as draft:
         if draft.complete:
             return draft.complete
-        writer = StoreWriter(draft, layout, {"encoder": encoder, "preprocessing": {}, "painter": None})
+        writer = StoreWriter(draft, layout, {"encoder": encoder, "preprocessing": {}, "painter": painter})
         for shard in writer.missing_shards():
             span = range(*layout.span(shard).indices(rows))
             lines = [line(i, captions, plans, failed) for i in span]

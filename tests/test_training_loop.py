@@ -75,9 +75,8 @@ def test_the_update_is_adamw_with_clipping_and_no_decay_on_vectors(tmp_path):
     task, reference = Plain(train), Plain(train)
     fit(task, train, tmp_path)
     linear = reference.module
-    optimizer = torch.optim.AdamW(
-        [{"params": [linear.weight]}, {"params": [linear.bias], "weight_decay": 0.0}], betas=train.betas, weight_decay=0.1
-    )
+    groups = [{"params": [linear.weight]}, {"params": [linear.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=train.betas, weight_decay=0.1)
     for step in range(6):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, train)

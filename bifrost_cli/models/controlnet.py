@@ -7,6 +7,7 @@ Legend: B images, P patches, C latent channels, D FLUX's width, H W patch grid, 
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -70,7 +71,9 @@ def latent_controlnet(
 def controlnet_config(controlnet: FluxControlNetModel) -> dict[str, Any]:
     """What `controlnet_from_config` needs to build the same empty model, as plain JSON values."""
     embedder = controlnet.controlnet_x_embedder
-    stock = {key: value for key, value in controlnet.config.items() if not key.startswith("_")}
+    # `from_transformer` also keeps keys of the transformer's own config, which a ControlNet does not take.
+    known = inspect.signature(FluxControlNetModel.__init__).parameters
+    stock = {key: value for key, value in controlnet.config.items() if key in known}
     return {**stock, "axes_dims_rope": list(stock["axes_dims_rope"]), "control_channels": embedder.proj.in_features}
 
 

@@ -16,7 +16,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bifrost_cli.artifacts.files import read_json, replace_file, sha256_file, sweep, temp_path, write_json
+from bifrost_cli.artifacts.files import (
+    make_folder,
+    read_json,
+    replace_file,
+    sha256_file,
+    sweep,
+    temp_path,
+    write_json,
+)
 from bifrost_cli.data.weights import load_tensors, save_tensors
 from bifrost_cli.errors import ArtifactError
 
@@ -42,7 +50,7 @@ class Checkpoints:
 
     def prepare(self) -> None:
         """Create the folder and remove what a killed save left under temporary names."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         sweep(self.folder)
 
     def steps(self) -> list[int]:
@@ -60,17 +68,23 @@ class Checkpoints:
             verify(final)
             return final
         draft = temp_path(final)
-        draft.mkdir(parents=True)
+        try:
+            self._fill(draft, checkpoint)
+            replace_file(draft, final)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)  # a full disk must not be kept full by half a checkpoint
+        verify(final)
+        for step in self.steps()[: -self.keep]:
+            _drop(self.path(step))
+        return final
+
+    def _fill(self, draft: Path, checkpoint: Checkpoint) -> None:
+        make_folder(draft)
         for name, tensors in checkpoint.groups.items():
             save_tensors(draft / f"{name}.safetensors", tensors, {"kind": "checkpoint", "step": checkpoint.step})
         write_json(draft / "state.json", {**checkpoint.state, "step": checkpoint.step})
         digests = {path.name: sha256_file(path) for path in sorted(draft.iterdir())}
         write_json(draft / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "files": digests})
-        replace_file(draft, final)
-        verify(final)
-        for step in self.steps()[: -self.keep]:
-            _drop(self.path(step))
-        return final
 
     def load_newest(self) -> Checkpoint | None:
         """The newest checkpoint, verified, or None when there is none. Raises ArtifactError when it is damaged."""

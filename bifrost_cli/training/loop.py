@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from bifrost_cli.artifacts.files import write_json
+from bifrost_cli.artifacts.files import make_folder, write_json
 from bifrost_cli.errors import ArtifactError, Diverged, Stopped, UsageError
 from bifrost_cli.training.checkpoint import (
     Checkpoint,
@@ -83,7 +83,7 @@ def fit(task: Task, train: Any, folder: Path, *, device: str | torch.device = "c
     UsageError (2) for any checkpoint when `resume` is False; DiskFull (3).
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     checkpoints = Checkpoints(folder / "checkpoints", train.keep)
     losses, validation = Table(folder / "losses.csv"), Table(folder / "validation.csv")
     with StopFlag() as stop, Journal(folder, train, ui) as journal:

@@ -8,6 +8,7 @@ library versions. Knows nothing of stores, tasks or devices.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -45,3 +46,16 @@ def batch_indices(seed: int, step: int, batch_size: int, rows: int) -> list[int]
         raise ValueError("batch_indices needs at least one row")
     first = step * batch_size
     return [int(permutation(seed, p // rows, rows)[p % rows]) for p in range(first, first + batch_size)]
+
+
+def held_out(keys: Sequence[str], count: int) -> tuple[list[int], list[int]]:
+    """(rows to train on, rows to validate on): the `count` rows whose keys have the smallest hash are held out.
+
+    At most a tenth of the rows, and at least one if `count` is not 0. Which rows depends on the keys alone, so a row
+    keeps its side when seeds or settings change. Raises ValueError when nothing is left to train on.
+    """
+    count = min(count, max(1, len(keys) // 10))
+    if len(keys) <= count:
+        raise ValueError(f"{len(keys)} rows are too few to train on and validate")
+    ranked = sorted(range(len(keys)), key=lambda row: derive("held out", keys[row]))
+    return sorted(ranked[count:]), sorted(ranked[:count])

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bifrost_cli.artifacts.files import write_bytes
+from bifrost_cli.artifacts.files import disk_errors, write_bytes
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem
 
 
@@ -39,18 +39,20 @@ class Table:
 
     def add(self, step: int, row: dict[str, float]) -> None:
         """Append one row; numbers are written with 9 digits, enough for every float32."""
-        if self._file is None:
-            self._file = open(self.path, "a", encoding="utf-8", newline="\n")
-        if not self._columns:
-            self._columns = list(row)
-            self._file.write(",".join(["step", *self._columns]) + "\n")
-        self._file.write(",".join([str(step), *(f"{row[name]:.9g}" for name in self._columns)]) + "\n")
+        lines = [] if self._columns else [",".join(["step", *row])]
+        self._columns = self._columns or list(row)
+        lines.append(",".join([str(step), *(f"{row[name]:.9g}" for name in self._columns)]))
+        with disk_errors(self.path):
+            if self._file is None:
+                self._file = open(self.path, "a", encoding="utf-8", newline="\n")
+            self._file.write("\n".join(lines) + "\n")
 
     def sync(self) -> None:
         """Make what was added durable; called before the checkpoint that counts on it."""
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            with disk_errors(self.path):
+                self._file.flush()
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self.sync()
@@ -65,7 +67,9 @@ class Journal:
 
     def __init__(self, folder: Path, train: Any, ui: Any) -> None:
         self._train, self._say = train, ui.say if ui is not None else lambda line: None
-        self._log = open(folder / "train.log", "a", encoding="utf-8")
+        self._path = folder / "train.log"
+        with disk_errors(self._path):
+            self._log = open(self._path, "a", encoding="utf-8")
         self._board = _tensorboard(folder / "tensorboard") if train.tensorboard else None
 
     def __enter__(self) -> Journal:
@@ -109,8 +113,9 @@ class Journal:
 
     def _tell(self, line: str) -> None:
         self._say(line)
-        self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')}  {self.seconds():.1f} s  {line}\n")
-        self._log.flush()
+        with disk_errors(self._path):
+            self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')}  {self.seconds():.1f} s  {line}\n")
+            self._log.flush()
 
     def _scalars(self, group: str, step: int, row: dict[str, float]) -> None:
         for name, value in row.items():

@@ -1,0 +1,107 @@
+"""train branch: latents -> branch. A trainable copy of the MLLM's decoder learns to predict patch latents from text.
+
+In: a recipe and a latents artifact (given, or the newest). Out: a branch artifact. The MLLM is read and hashed before
+and after, never changed. Does not know FLUX.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bifrost_cli.artifacts import Artifact
+from bifrost_cli.artifacts.identity import differences
+from bifrost_cli.config import Recipe
+from bifrost_cli.data.store import LatentsStore
+from bifrost_cli.data.weights import weights_hash
+from bifrost_cli.errors import RecipeError
+from bifrost_cli.models.branch import VisualBranch
+from bifrost_cli.models.encoders import MllmEncoder
+from bifrost_cli.models.mllm import Mllm
+from bifrost_cli.stages.loading import load_encoder, load_mllm, pick_device
+from bifrost_cli.stages.train import Job, choose_store, other_encoder, run_job, shared_identity
+from bifrost_cli.stages.ui import Ui
+from bifrost_cli.training.branch import BranchTask
+from bifrost_cli.training.order import derive
+
+LOOKED_AT = 2000  # rows whose texts are measured before the training; a store may have millions
+
+
+def train_branch(
+    recipe: Recipe,
+    *,
+    latents: Path | str | None = None,
+    output: Path | str | None = None,
+    workspace: Path | str = "runs",
+    resume: Path | str = "auto",
+    device: str = "auto",
+    dry_run: bool = False,
+    ui: Ui | None = None,
+) -> Artifact | dict[str, Any]:
+    """Train the branch of `recipe` on a latents store; the same call continues an interrupted training to the bit.
+
+    Returns the branch artifact, or with `dry_run` the plan. Errors: ArtifactError BF-ART-004 when the latents are not
+    of the recipe's encoder, 5 for a damaged store or checkpoint, RecipeError 2, Diverged 7, Stopped 75, DiskFull 3.
+    """
+    ui, settings = ui or Ui(), recipe.branch
+    store, place = choose_store(recipe, latents, workspace, ui), pick_device(device)
+    mllm = load_mllm(recipe.models.mllm, place, getattr(torch, recipe.models.dtype), revision=recipe.models.revision)
+    _require_encoder(recipe, store, mllm, place)
+    branch = new_branch(recipe, store, mllm)
+    task = BranchTask(branch, mllm, store, settings)
+    looked_at = min(store.rows, LOOKED_AT)
+    if cut := task.too_long(looked_at):
+        ui.say(f"{cut} of the first {looked_at} texts are longer than {settings.max_text_tokens} tokens and are cut")
+    identity = {**shared_identity(store, settings), "mllm": mllm.weights_hash()}
+    job = Job(
+        kind="branch",
+        recipe=recipe,
+        train=settings.train,
+        store=store,
+        identity=identity,
+        task=task,
+        config=branch.config,
+        frozen=lambda: weights_hash(mllm.model.state_dict()),
+        frozen_hash=mllm.weights_hash(),
+        device=place,
+    )
+    made = run_job(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
+    if isinstance(made, Artifact):
+        ui.say(f"branch: {made.path} ({_health(made)}); next: bifrost train controlnet")
+    return made
+
+
+def new_branch(recipe: Recipe, store: LatentsStore, mllm: Mllm) -> VisualBranch:
+    """The untrained branch: copied from the MLLM, sized for the store, its new layers drawn from the recipe's seed."""
+    settings = recipe.branch
+    if settings.positions == "rotary":
+        raise RecipeError("branch.positions rotary needs plans with one word for each patch, which no store has",
+                          fix="--set branch.positions=learned", code="BF-RECIPE-005")
+    branch = VisualBranch.from_mllm(
+        mllm,
+        store.grid[0] * store.grid[1],
+        store.channels,
+        positions=settings.positions,
+        head=settings.head,
+        normalize=settings.normalize,
+        generator=torch.Generator().manual_seed(derive(settings.train.seed, "init")),
+    )
+    if settings.normalize:
+        branch.set_statistics(torch.from_numpy(store.mean_C), torch.from_numpy(store.std_C))
+    return branch
+
+
+def _require_encoder(recipe: Recipe, store: LatentsStore, mllm: Mllm, device: torch.device) -> None:
+    """The encoder of the same name must have the same weights and preprocessing, too."""
+    own = recipe.latents.encoder == "mllm"
+    encoder = MllmEncoder(mllm, recipe.latents.image_size) if own else load_encoder(recipe, device)
+    if store.encoder != encoder.identity:
+        sides = ({"kind": "latents", "parents": [], "identity": side} for side in (store.encoder, encoder.identity))
+        raise other_encoder(store, recipe, differences(*sides))
+
+
+def _health(artifact: Artifact) -> str:
+    metrics = artifact.info["metrics"]
+    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()) or "no validation"

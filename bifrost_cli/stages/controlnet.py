@@ -1,0 +1,104 @@
+"""train controlnet: latents -> controlnet. A few FLUX blocks learn to paint what patch latents say.
+
+In: a recipe and a latents artifact with VAE latents (given, or the newest). Out: a controlnet artifact. FLUX is read
+and hashed before and after, never changed; no picture is opened. Does not know the MLLM.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bifrost_cli.artifacts import Artifact
+from bifrost_cli.artifacts.identity import differences
+from bifrost_cli.config import Recipe
+from bifrost_cli.data.store import LatentsStore
+from bifrost_cli.errors import ArtifactError, RecipeError
+from bifrost_cli.models.controlnet import controlnet_config, latent_controlnet
+from bifrost_cli.models.encoders import VaeEncoder
+from bifrost_cli.models.flux import Painter
+from bifrost_cli.stages.loading import load_painter, pick_device
+from bifrost_cli.stages.train import Job, choose_store, run_job, shared_identity
+from bifrost_cli.stages.ui import Ui
+from bifrost_cli.training.controlnet import ControlNetTask
+from bifrost_cli.training.order import derive
+
+
+def train_controlnet(
+    recipe: Recipe,
+    *,
+    latents: Path | str | None = None,
+    output: Path | str | None = None,
+    workspace: Path | str = "runs",
+    resume: Path | str = "auto",
+    device: str = "auto",
+    dry_run: bool = False,
+    ui: Ui | None = None,
+) -> Artifact | dict[str, Any]:
+    """Train the ControlNet of `recipe` on a latents store; the same call continues an interrupted training to the bit.
+
+    Returns the controlnet artifact, or with `dry_run` the plan. Errors: StoreError 5 for a store without VAE latents or
+    with damage, ArtifactError BF-ART-004 for VAE latents of another FLUX or size, RecipeError 2, Diverged 7,
+    Stopped 75, DiskFull 3.
+    """
+    ui, settings, models = ui or Ui(), recipe.controlnet, recipe.models
+    if settings.train.precision == "fp32" and models.dtype != "float32":
+        raise RecipeError(f"controlnet.train.precision fp32 cannot run through a FLUX in models.dtype {models.dtype}",
+                          fix="--set models.dtype=float32, or precision bf16", code="BF-RECIPE-005")
+    store, place = choose_store(recipe, latents, workspace, ui), pick_device(device)
+    store.vae([0])  # a store without VAE latents is refused before anything is loaded
+    painter = load_painter(models.flux, place, getattr(torch, models.dtype), revision=models.revision)
+    _require_painter(recipe, store, painter)
+    _require_size(store, painter)
+    torch.manual_seed(derive(settings.train.seed, "init"))
+    controlnet = latent_controlnet(painter.transformer, settings.double_blocks, settings.single_blocks, store.channels)
+    frozen = painter_hash(painter)
+    tokens = recipe.generate.max_flux_tokens
+    job = Job(
+        kind="controlnet",
+        recipe=recipe,
+        train=settings.train,
+        store=store,
+        identity={**shared_identity(store, settings), "flux": frozen, "max_flux_tokens": tokens},
+        task=ControlNetTask(controlnet.float(), painter, store, settings, tokens),
+        config=controlnet_config(controlnet),
+        frozen=lambda: painter_hash(painter),
+        frozen_hash=frozen,
+        device=place,
+    )
+    made = run_job(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
+    if isinstance(made, Artifact):
+        ui.say(f'controlnet: {made.path}; next: bifrost generate "a red circle above a blue square" -o out.png')
+    return made
+
+
+def painter_hash(painter: Painter) -> str:
+    """sha256 over all frozen weights of FLUX: transformer, VAE and text encoders."""
+    return painter.weights_hash()
+
+
+def _require_painter(recipe: Recipe, store: LatentsStore, painter: Painter) -> None:
+    """The VAE latents must be those of this FLUX, at the recipe's size."""
+    now, then = VaeEncoder(painter.vae, recipe.latents.paint_size).identity, store.attributes["painter"]
+    if now != then:
+        sides = ({"kind": "latents", "parents": [], "identity": side} for side in (then or {}, now))
+        raise ArtifactError(
+            f"the VAE latents of {store.artifact.path} are not of the FLUX of recipe {recipe.name}",
+            at=differences(*sides),
+            fix=f"give the recipe that the store was made with: --recipe {store.artifact.path}, or extract again",
+            code="BF-ART-004",
+        )
+
+
+def _require_size(store: LatentsStore, painter: Painter) -> None:
+    """Four packed FLUX tokens for each patch, in the painter's own VAE channels."""
+    wanted = (painter.latent_channels, *(4 * side for side in store.grid))
+    if tuple(store.vae_shape) != wanted:
+        raise ArtifactError(
+            f"the VAE latents of {store.artifact.path} do not fit its patch latents in this FLUX",
+            at=f"they are {tuple(store.vae_shape)}; a {store.grid[0]}x{store.grid[1]} grid needs {wanted}",
+            fix=f"extract again with --set latents.paint_size={4 * store.grid[0] * painter.factor}",
+            code="BF-ART-004",
+        )

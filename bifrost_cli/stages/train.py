@@ -1,0 +1,186 @@
+"""What `train branch` and `train controlnet` share: choosing the store, planning, running the loop, committing.
+
+In: a `Job` (a task, its identity, what is frozen). Out: an artifact with `model.safetensors` (averaged weights, only
+what was trained), `config.json`, `losses.csv`, `validation.csv` and `samples/`. Does not know which model is trained.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id, newest, resolve
+from bifrost_cli.artifacts.files import write_bytes, write_json
+from bifrost_cli.config import Recipe, Train
+from bifrost_cli.data.store import LatentsStore
+from bifrost_cli.data.weights import save_tensors
+from bifrost_cli.errors import ArtifactError, BifrostError, DiskFull, RecipeError, UsageError
+from bifrost_cli.stages.loading_clip import features_name
+from bifrost_cli.stages.ui import Ui
+from bifrost_cli.training.checkpoint import Checkpoints
+from bifrost_cli.training.loop import FitResult, Task, fit
+
+RUN_ONLY = {"checkpoint_every", "keep", "log_every", "tensorboard"}  # change no byte of the result
+RECORDS = ("losses.csv", "validation.csv")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: `frozen` hashes the weights that must not change, `frozen_hash` is what it gave before."""
+
+    kind: str
+    recipe: Recipe
+    train: Train
+    store: LatentsStore
+    identity: dict[str, Any]
+    task: Task
+    config: dict[str, Any]
+    frozen: Callable[[], str]
+    frozen_hash: str
+    device: torch.device
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers."""
+        return sum(parameter.numel() for parameter in self.task.module.parameters() if parameter.requires_grad)
+
+
+def choose_store(recipe: Recipe, latents: Path | str | None, workspace: Path | str, ui: Ui) -> LatentsStore:
+    """The given latents artifact, else the newest of the workspace; checked. ArtifactError or StoreError (5).
+
+    BF-ART-004 when its encoder has not the recipe's name: found before any weight is loaded.
+    """
+    found = resolve(workspace, latents, "latents") if latents is not None else newest(workspace, "latents")
+    why = "as given" if latents is not None else f"the newest in {workspace}"
+    ui.say(f"latents: {found.path} ({found.id}), {why}")
+    store = LatentsStore.open(found)
+    name = features_name(recipe.latents.encoder)
+    if store.encoder.get("name") != name:
+        raise other_encoder(store, recipe, f"encoder {store.encoder.get('name')}, not {name}")
+    return store
+
+
+def other_encoder(store: LatentsStore, recipe: Recipe, at: str) -> ArtifactError:
+    """BF-ART-004: the store's latents are not of the recipe's encoder; `at` says how they differ."""
+    return ArtifactError(
+        f"{store.artifact.path} holds latents of another encoder than that of recipe {recipe.name}",
+        at=at,
+        fix=f"give the recipe that the store was made with: --recipe {store.artifact.path}, or extract again",
+        code="BF-ART-004",
+    )
+
+
+def shared_identity(store: LatentsStore, section: Any) -> dict[str, Any]:
+    """What any part trained on a store is: the kind of latents, and the recipe's section without run-only keys."""
+    settings = section.model_dump(mode="json")
+    settings["train"] = {name: value for name, value in settings["train"].items() if name not in RUN_ONLY}
+    return {"encoder": store.encoder, "grid": list(store.grid), "channels": store.channels, "settings": settings}
+
+
+def run_job(
+    job: Job, *, output: Path | str | None, workspace: Path | str, resume: Path | str, dry_run: bool, ui: Ui
+) -> Artifact | dict[str, Any]:
+    """Train, or continue, or say that it is done; with `dry_run` return the plan and touch nothing.
+
+    `resume`: "auto" continues what the same command left, a run folder or a checkpoint in it names that place.
+    """
+    parents = [job.store.artifact]
+    chosen = output if str(resume) == "auto" else _run_folder(resume, output)
+    path = Path(chosen or default_path(workspace, job.kind, identity_id(job.kind, job.identity, parents)))
+    plan = _plan(job, path)
+    if dry_run:
+        for name, value in plan.items():
+            ui.say(f"{name}: {value}")
+        return plan
+    _require_rows(job)
+    with Draft.open(path, job.kind, job.identity, parents) as draft:
+        if draft.complete:
+            ui.say(f"{path} holds this {job.kind} already")
+            return draft.complete
+        if not draft.continued and plan["disk_needed"] > plan["disk_free"]:
+            raise DiskFull(f"a {job.kind} training does not fit on the disk of {path}",
+                           at=f"need {plan['disk_needed']:,} bytes, free {plan['disk_free']:,}",
+                           fix=f"free some space, or --set {job.kind}.train.keep=1")
+        ui.say(f"{job.kind}: {job.parameters:,} trained parameters, {job.train.steps} steps on {plan['rows']} rows, "
+               f"in {path}")
+        result = fit(job.task, job.train, path / "work", device=job.device, ui=ui)
+        _require_untouched(job)
+        return _commit(job, draft, result)
+
+
+def _commit(job: Job, draft: Draft, result: FitResult) -> Artifact:
+    work = draft.path / "work"
+    save_tensors(draft.path / "model.safetensors", result.ema_state, {"kind": job.kind})
+    write_json(draft.path / "config.json", job.config)
+    for name in RECORDS:
+        if (work / name).exists():
+            write_bytes(draft.path / name, (work / name).read_bytes())
+    if (work / "samples").is_dir():
+        shutil.copytree(work / "samples", draft.path / "samples", dirs_exist_ok=True)
+    device = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else str(job.device)
+    artifact = draft.commit(
+        {"recipe": job.recipe.model_dump(mode="json"), "metrics": result.metrics, "parameters": job.parameters},
+        made={"device": device, "seed": job.train.seed},
+        cost={"seconds": round(result.seconds, 1), "device": device, "samples": result.samples_seen},
+    )
+    shutil.rmtree(work / "checkpoints")  # the artifact is whole: nothing can be continued from here any more
+    return artifact
+
+
+def _plan(job: Job, path: Path) -> dict[str, Any]:
+    """What the training will do and need. Sizes in bytes; float32 weights, gradients, two moments, averaged weights."""
+    copies = 3 + bool(job.train.ema)
+    steps = Checkpoints(path / "work" / "checkpoints").steps()
+    place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    rows = len(job.task.train_rows)
+    return {
+        "output": str(path),
+        "latents": job.store.artifact.id,
+        "rows": rows,
+        "held_out": len(job.task.held_rows),
+        "steps": job.train.steps,
+        "epochs": round(job.train.steps * job.train.batch_size * job.train.accumulate / rows, 2),
+        "continues_at": steps[-1] if steps else 0,
+        "parameters": job.parameters,
+        "memory_of_the_trained_part": 4 * job.parameters * (copies + 1),
+        "disk_needed": 4 * job.parameters * (copies * (job.train.keep + 1) + 1),
+        "disk_free": shutil.disk_usage(place).free,
+        "device": str(job.device),
+    }
+
+
+def _require_rows(job: Job) -> None:
+    rows, size = len(job.task.train_rows), job.train.batch_size
+    if size > rows:
+        raise RecipeError(f"{job.kind}.train.batch_size {size} is more than the {rows} rows to train on",
+                          at=f"{job.store.artifact.path} has {job.store.rows} rows, {job.store.rows - rows} held out",
+                          fix=f"--set {job.kind}.train.batch_size={rows}", code="BF-RECIPE-005")
+
+
+def _require_untouched(job: Job) -> None:
+    if (now := job.frozen()) != job.frozen_hash:
+        raise BifrostError(f"training the {job.kind} changed weights that are frozen",
+                           at=f"sha256 {job.frozen_hash[:12]} -> {now[:12]}", fix="please report this")
+
+
+def _run_folder(resume: Path | str, output: Path | str | None) -> Path:
+    """The run folder that `--resume` names, by itself or by its newest checkpoint."""
+    if output is not None:
+        raise UsageError(f"--resume {resume} continues where it is, so -o {output} would be ignored", fix="give one",
+                         code="BF-USE-001")
+    named = Path(resume)
+    folder = named.parents[2] if named.name.startswith("step-") and len(named.parents) > 2 else named
+    steps = Checkpoints(folder / "work" / "checkpoints").steps()
+    if not named.is_dir() or not steps:
+        raise ArtifactError(f"{named} holds no checkpoint to resume from", fix="leave --resume out to start",
+                            code="BF-ART-001")
+    newest_one = Checkpoints(folder / "work" / "checkpoints").path(steps[-1])
+    if folder != named and newest_one.name != named.name:
+        raise UsageError(f"{named} is not the newest checkpoint of its run", at=str(newest_one), code="BF-USE-001",
+                         fix=f"--resume {newest_one}, or remove the newer ones first")
+    return folder

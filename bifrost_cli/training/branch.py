@@ -1,0 +1,157 @@
+"""What a training of the branch does in a step: rows of a latents store, the frozen MLLM's prefix, the branch's loss.
+
+In: a store, a frozen MLLM, a branch, the recipe's section. Out: a `Task` for the loop. Knows no files but the sample
+grids it draws, and no artifact.
+B batch, P patches, C latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bifrost_cli.artifacts.files import make_folder, write_bytes
+from bifrost_cli.config import Branch
+from bifrost_cli.data.png import contact_sheet, png_bytes
+from bifrost_cli.data.store import LatentsStore
+from bifrost_cli.maths.masking import draw_masks, random_orders
+from bifrost_cli.models.branch import VisualBranch
+from bifrost_cli.models.decode import decode
+from bifrost_cli.models.mllm import Mllm, Prefix
+from bifrost_cli.models.prompt import clean_caption, join_plan, layout
+from bifrost_cli.training.order import batch_indices, derive, held_out, uniform
+
+SHOWN, SHOWN_STEPS, SHOWN_PIXELS = 8, 8, 128  # pictures of a sample grid, their decode steps, pixels a side
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of the store, their latents, and what the branch sees of their texts."""
+
+    rows: list[int]
+    latents_BPC: Tensor
+    prefix: Prefix
+
+
+class BranchTask:
+    """The branch on a store. Text and masks are functions of (seed, step, row); the MLLM is only read."""
+
+    def __init__(self, branch: VisualBranch, mllm: Mllm, store: LatentsStore, settings: Branch) -> None:
+        self.module, self._mllm, self._store, self._settings = branch, mllm, store, settings
+        self.train_rows, self.held_rows = held_out(store.keys, settings.train.validation_rows)
+        self._closing = mllm.template.closing()
+        self._ids = lru_cache(maxsize=100_000)(mllm.template.ids)
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def batch(self, step: int, micro: int) -> Batch:
+        train = self._settings.train
+        number = step * train.accumulate + micro
+        places = batch_indices(train.seed, number, train.batch_size, len(self.train_rows))
+        rows = [self.train_rows[place] for place in places]
+        return self._batch(rows, [self._text(row, number) for row in rows])
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        settings, (count, patches) = self._settings, batch.latents_BPC.shape[:2]
+        spread = (settings.mask_mean, settings.mask_sd, settings.mask_low, settings.mask_high)
+        masked_BP = draw_masks(count, patches, generator, *spread).to(batch.latents_BPC.device)
+        return self.module.loss(
+            batch.latents_BPC, batch.prefix, masked_BP, loss_on=settings.loss_on, generator=generator
+        )
+
+    def keys(self, batch: Batch) -> list[str]:
+        return [self._store.keys[row] for row in batch.rows]
+
+    def too_long(self, rows: int) -> int:
+        """How many of the first `rows` rows have a text that is cut to `max_text_tokens`."""
+        return sum(len(self._ids(self._best_text(row))) > self._settings.max_text_tokens for row in range(rows))
+
+    # ---- health -----------------------------------------------------------------------------------------------------
+
+    def validate(self) -> dict[str, float]:
+        """Loss, cosine and variance on the held-out rows, and the loss with less text and with another row's text.
+
+        A branch that hears its text has a `loss` well below `loss_shuffled`, and a `variance` that nears 1.
+        """
+        if not self.held_rows:
+            return {}
+        found = self._held("", [self._best_text(row) for row in self.held_rows])
+        if self._settings.plan_share:
+            found |= self._held("_caption", [self._caption(row) for row in self.held_rows])
+        if len(self.held_rows) > 1:
+            texts = [self._best_text(row) for row in self.held_rows]
+            found |= self._held("_shuffled", texts[1:] + texts[:1])
+        return found
+
+    def _held(self, suffix: str, texts: Sequence[str]) -> dict[str, float]:
+        size, total = self._settings.train.batch_size, {}
+        for start in range(0, len(self.held_rows), size):
+            rows = self.held_rows[start : start + size]
+            generator = torch.Generator().manual_seed(derive(self._settings.train.seed, "validate", start))
+            loss, metrics = self.loss(self._batch(rows, texts[start : start + size]), generator)
+            for name, value in {"loss": loss, **({} if suffix else metrics)}.items():
+                total[name + suffix] = total.get(name + suffix, 0.0) + float(value) * len(rows) / len(self.held_rows)
+        return total
+
+    def samples(self, folder: Path, step: int) -> None:
+        """A sheet of held-out latents beside the decoded ones: their first three principal components as colours."""
+        rows = self.held_rows[:SHOWN]
+        if not rows:
+            return
+        true = self._batch(rows, [self._best_text(row) for row in rows])
+        generator = torch.Generator().manual_seed(derive(self._settings.train.seed, "samples"))
+        orders_BP = random_orders(len(rows), self.module.patches, generator)
+        noise_BPC = torch.randn(true.latents_BPC.shape, generator=generator)
+        made_BPC = decode(self.module, true.prefix, steps=SHOWN_STEPS, orders_BP=orders_BP, noise_BPC=noise_BPC)
+        sheet = latent_sheet(true.latents_BPC.cpu(), made_BPC.cpu(), self._store.grid)
+        make_folder(folder)
+        write_bytes(folder / f"step-{step:07d}.png", png_bytes(sheet))
+
+    # ---- rows -------------------------------------------------------------------------------------------------------
+
+    def _batch(self, rows: list[int], texts: Sequence[str]) -> Batch:
+        device = self.module.mask_token.device
+        latents_BPC = torch.from_numpy(self._store.latents(rows)).to(device, torch.float32)
+        ids = [self._ids(text) for text in texts]
+        length = min(self._settings.max_text_tokens, max(map(len, ids)))
+        return Batch(
+            rows, latents_BPC, self._mllm.prefix(layout(ids, length, self._closing, self._mllm.tokenizer.pad_token_id))
+        )
+
+    def _text(self, row: int, number: int) -> str:
+        settings = self._settings
+        if uniform(settings.train.seed, number, row, "drop prompt") < settings.drop_prompt:
+            return ""
+        if uniform(settings.train.seed, number, row, "plan") < settings.plan_share:
+            return self._best_text(row)
+        return self._caption(row)
+
+    def _best_text(self, row: int) -> str:
+        """Caption and plan, or the caption alone when this training has no plans."""
+        plan = self._store.plans[row] if self._settings.plan_share else None
+        return join_plan(self._caption(row), plan)
+
+    def _caption(self, row: int) -> str:
+        return clean_caption(self._store.captions[row])
+
+
+def latent_sheet(true_BPC: Tensor, made_BPC: Tensor, grid: tuple[int, int]) -> np.ndarray:
+    """uint8 (H, W, 3): pairs (true, made); the true latents' first three principal components, 2 deviations to black
+    and white. Components come from the Gram matrix, whose size does not grow with C."""
+    true_NC = true_BPC.flatten(0, 1).double()
+    mean_C = true_NC.mean(0)
+    _, vectors_NN = torch.linalg.eigh((true_NC - mean_C) @ (true_NC - mean_C).T)
+    axes_C3 = torch.nn.functional.normalize((true_NC - mean_C).T @ vectors_NN[:, -3:], dim=0)
+    axes_C3 = axes_C3 * axes_C3.sum(0).sign()
+    scale = ((true_NC - mean_C) @ axes_C3).std(0).clamp_min(1e-12)
+    colours = [((latents_BPC.double() - mean_C) @ axes_C3 / scale / 4 + 0.5) for latents_BPC in (true_BPC, made_BPC)]
+    pixels = [(c.clamp(0, 1) * 255).round().byte().unflatten(1, grid).numpy() for c in colours]
+    size = max(1, SHOWN_PIXELS // grid[0])
+    pairs = [np.concatenate(pair, axis=1) for pair in zip(*pixels, strict=True)]
+    return contact_sheet([pair.repeat(size, axis=0).repeat(size, axis=1) for pair in pairs])

@@ -1,0 +1,137 @@
+"""What a training of the latent ControlNet does in a step: rows of a latents store, frozen FLUX, its flow loss.
+
+In: a store with VAE latents, a frozen painter, a ControlNet, the recipe's section. Out: a `Task` for the loop. Never
+touches a picture's pixels, except to draw the sample grids.
+B batch, P patches, C latent channels, c h w the VAE grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import FluxControlNetModel
+from torch import Tensor
+
+from bifrost_cli.artifacts.files import make_folder, write_bytes
+from bifrost_cli.config import ControlNet
+from bifrost_cli.data.png import contact_sheet, png_bytes
+from bifrost_cli.data.store import LatentsStore
+from bifrost_cli.models.flux import Control, Painter, Text
+from bifrost_cli.training.order import batch_indices, derive, held_out, uniform
+
+SHOWN, SHOWN_STEPS, SHOWN_GUIDANCE, SHOWN_SCALE = 8, 28, 3.5, 0.7  # a sample grid; the paper's settings (section 4)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of the store: patch latents, VAE latents, FLUX's text."""
+
+    rows: list[int]
+    latents_BPC: Tensor
+    vae_Bchw: Tensor
+    text: Text
+
+
+class ControlNetTask:
+    """The ControlNet on a store. Dropped texts and noise are functions of (seed, step, row); FLUX is only read."""
+
+    def __init__(
+        self,
+        controlnet: FluxControlNetModel,
+        painter: Painter,
+        store: LatentsStore,
+        settings: ControlNet,
+        max_tokens: int,
+    ) -> None:
+        self.module, self._painter, self._store, self._settings = controlnet, painter, store, settings
+        self._max_tokens = max_tokens
+        self.train_rows, self.held_rows = held_out(store.keys, settings.train.validation_rows)
+        self._std_C = torch.from_numpy(store.std_C).to(painter.transformer.device)
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def batch(self, step: int, micro: int) -> Batch:
+        train = self._settings.train
+        number = step * train.accumulate + micro
+        places = batch_indices(train.seed, number, train.batch_size, len(self.train_rows))
+        rows = [self.train_rows[place] for place in places]
+        return self._batch(rows, [self._text(row, number) for row in rows])
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        control_BPC = batch.latents_BPC
+        if self._settings.latent_noise:
+            control_BPC = self._noisy(control_BPC, generator)
+        return self._painter.control_loss(self.module, batch.vae_Bchw, control_BPC, batch.text, generator), {}
+
+    def keys(self, batch: Batch) -> list[str]:
+        return [self._store.keys[row] for row in batch.rows]
+
+    def _noisy(self, latents_BPC: Tensor, generator: torch.Generator) -> Tensor:
+        """Each row gets its own noise level, uniform up to `latent_noise` channel deviations: it must bear the errors
+        of predicted latents."""
+        level_B11 = torch.rand(len(latents_BPC), 1, 1, generator=generator) * self._settings.latent_noise
+        noise_BPC = torch.randn(latents_BPC.shape, generator=generator) * level_B11
+        return latents_BPC + noise_BPC.to(latents_BPC) * self._std_C
+
+    # ---- health -----------------------------------------------------------------------------------------------------
+
+    def validate(self) -> dict[str, float]:
+        """The loss on held-out rows, with no text, and with another row's latents (which must be much higher)."""
+        if not self.held_rows:
+            return {}
+        captions = [self._store.captions[row] for row in self.held_rows]
+        found = {
+            "loss": self._held(self.held_rows, captions),
+            "loss_no_text": self._held(self.held_rows, [""] * len(captions)),
+        }
+        if len(self.held_rows) > 1:
+            found["loss_shuffled"] = self._held(self.held_rows[1:] + self.held_rows[:1], captions)
+        return found
+
+    def _held(self, control_rows: list[int], texts: Sequence[str]) -> float:
+        size, total = self._settings.train.batch_size, 0.0
+        for start in range(0, len(self.held_rows), size):
+            part = slice(start, start + size)
+            batch = self._batch(self.held_rows[part], texts[part])
+            control_BPC = self._latents(control_rows[part])
+            generator = torch.Generator().manual_seed(derive(self._settings.train.seed, "validate", start))
+            loss = self._painter.control_loss(self.module, batch.vae_Bchw, control_BPC, batch.text, generator)
+            total += float(loss) * len(batch.rows) / len(self.held_rows)
+        return total
+
+    def samples(self, folder: Path, step: int) -> None:
+        """A sheet of pairs: a held-out picture (its VAE latents decoded) and what is painted from its patch latents."""
+        rows, painter = self.held_rows[:SHOWN], self._painter
+        if not rows:
+            return
+        batch = self._batch(rows, [self._store.captions[row] for row in rows])
+        pixels = batch.vae_Bchw.shape[-1] * painter.factor
+        generator = torch.Generator().manual_seed(derive(self._settings.train.seed, "samples"))
+        noise_Bchw = torch.cat([painter.noise(pixels, generator) for _ in rows])
+        control = Control(self.module, batch.latents_BPC, SHOWN_SCALE)
+        made_Bchw = painter.denoise(
+            noise_Bchw, batch.text, control=control, steps=SHOWN_STEPS, guidance=SHOWN_GUIDANCE
+        )
+        true, made = painter.decode(batch.vae_Bchw).numpy(), painter.decode(made_Bchw).numpy()
+        make_folder(folder)
+        sheet = contact_sheet([np.concatenate(pair, axis=1) for pair in zip(true, made, strict=True)])
+        write_bytes(folder / f"step-{step:07d}.png", png_bytes(sheet))
+
+    # ---- rows -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _batch(self, rows: list[int], texts: Sequence[str]) -> Batch:
+        place = {"device": self._painter.transformer.device, "dtype": torch.float32}
+        vae_Bchw = torch.from_numpy(self._store.vae(rows)).to(**place)
+        return Batch(rows, self._latents(rows), vae_Bchw, self._painter.embed(texts, self._max_tokens))
+
+    def _latents(self, rows: list[int]) -> Tensor:
+        return torch.from_numpy(self._store.latents(rows)).to(self._painter.transformer.device, torch.float32)
+
+    def _text(self, row: int, number: int) -> str:
+        dropped = uniform(self._settings.train.seed, number, row, "drop prompt") < self._settings.drop_prompt
+        return "" if dropped else self._store.captions[row]
