@@ -102,9 +102,10 @@ def _apply(document: Document, entry: str) -> None:
     if not equals or not all(path) or not text.strip():
         raise RecipeError(f"{entry!r} is not key=value", at=name, fix="for example --set branch.train.lr=1e-4")
     section = document.data
-    for part in path[:-1]:
+    for depth, part in enumerate(path[:-1], start=1):
         if section.get(part) is None:
             section[part] = {}
+            document.places[path[:depth]] = name
         section = section[part]
         if not isinstance(section, dict):
             raise RecipeError(f"{part} is not a section", at=name, code="BF-RECIPE-002")

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from bifrost_cli.artifacts.files import (
+    TEMP_PREFIX,
     canonical_json,
     read_json,
     sha256_file,
@@ -58,6 +59,7 @@ class Draft:
             raise UsageError(
                 f"{path} exists and is not a folder", fix="choose another place with -o", code="BF-USE-002"
             )
+        draft._refuse_foreign()  # before the lock: nothing is written into a folder that is not ours
         if (draft.path / MANIFEST).exists() and not (draft.path / DRAFT).exists():
             draft._adopt()
         else:
@@ -119,15 +121,19 @@ class Draft:
         elif (self.path / DRAFT).exists():
             self._require_same(read_json(self.path / DRAFT), "an unfinished")
             self.continued = True
-        elif foreign := sorted(p.name for p in self.path.iterdir() if p.name != LOCK_NAME):
+        else:
+            write_json(self.path / DRAFT, self._header())
+
+    def _refuse_foreign(self) -> None:
+        names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
+        foreign = {name for name in names if name != LOCK_NAME and not name.startswith(TEMP_PREFIX)}
+        if foreign and not foreign & {MANIFEST, DRAFT}:
             raise UsageError(
                 f"{self.path} exists and was not made by bifrost",
-                at="it holds " + ", ".join(foreign[:5]),
+                at="it holds " + ", ".join(sorted(foreign)[:5]),
                 fix="choose another place with -o",
                 code="BF-USE-002",
             )
-        else:
-            write_json(self.path / DRAFT, self._header())
 
     def _adopt(self) -> None:
         found = Artifact.open(self.path)

@@ -78,7 +78,7 @@ def provenance(**extra: Any) -> dict[str, Any]:
     command = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv and sys.argv[0] else []
     made = {
         "when": datetime.now(UTC).isoformat(),
-        "command": shlex.join(command)[:2000],
+        "command": shlex.join(command)[:2000].encode("utf-8", "replace").decode(),
         "versions": dict(_versions()),
     }
     if commit := _commit():

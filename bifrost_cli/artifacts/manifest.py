@@ -145,6 +145,23 @@ def _check_manifest(path: Path, manifest: Any) -> None:
 def _intact(path: Path, manifest: dict[str, Any]) -> bool:
     """The digest fits and the file's bytes are the ones we write for these values (so no flipped bit can hide)."""
     body = {key: value for key, value in manifest.items() if key != "digest"}
-    text = json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=False).encode("utf-8") + b"\n"
-    names = all(not PurePosixPath(n).is_absolute() and ".." not in PurePosixPath(n).parts for n in manifest["files"])
-    return names and manifest["digest"] == digest_of(body) and (path / MANIFEST).read_bytes() == text
+    try:
+        text = json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=False).encode("utf-8") + b"\n"
+        same = manifest["digest"] == digest_of(body) and (path / MANIFEST).read_bytes() == text
+    except ValueError:  # text that has no UTF-8
+        return False
+    return same and _well_formed(manifest)
+
+
+def _well_formed(manifest: dict[str, Any]) -> bool:
+    """The types that readers rely on, and no payload file outside the folder."""
+    shapes = {"id": str, "identity": dict, "parents": list, "files": dict, "made": dict, "cost": dict, "info": dict}
+    if not all(isinstance(manifest[name], kind) for name, kind in shapes.items()):
+        return False
+    paths = [PurePosixPath(name) for name in manifest["files"]]
+    entries = [*manifest["files"].values()]
+    return (
+        not any(path.is_absolute() or ".." in path.parts for path in paths)
+        and all(isinstance(entry, dict) and {"sha256", "size"} <= set(entry) for entry in entries)
+        and all(isinstance(parent, dict) and {"kind", "id", "path"} <= set(parent) for parent in manifest["parents"])
+    )

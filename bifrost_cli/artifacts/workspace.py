@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST, Artifact
-from bifrost_cli.errors import ArtifactError
+from bifrost_cli.errors import ArtifactError, UsageError
 
 MAKERS = {
     "latents": "bifrost extract-latents",
@@ -81,6 +81,8 @@ def newest(workspace: Path | str, kind: str) -> Artifact:
 
 def resolve(workspace: Path | str, ref: Path | str, kind: str | None = None) -> Artifact:
     """The artifact that `ref` means: a folder, an id, or the beginning of an id (with or without its kind)."""
+    if not str(ref).strip():
+        raise UsageError("the reference to an artifact is empty", fix="see what there is: bifrost artifacts ls")
     folder = Path(ref)
     if folder.is_dir():
         return _of_kind(Artifact.open(folder), kind)

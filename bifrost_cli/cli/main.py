@@ -53,10 +53,12 @@ def run(arguments: list[str] | None = None) -> int:
     """Run one command line and return its exit code; every error has been printed."""
     _prepare_environment()
     try:
-        return int(app(arguments, standalone_mode=False) or 0)
+        return int(app(arguments, prog_name="bifrost", standalone_mode=False) or 0)
     except BaseException as error:  # noqa: B036 the last line of defence: nothing reaches the user as a traceback
         if isinstance(error, SystemExit):
             return error.code if isinstance(error.code, int) else 1
+        if hasattr(error, "format_message") and not error.format_message():
+            return 2  # a group without a command: its help has been printed
         told = explain(error)
         print(render(told), file=sys.stderr)
         return told.exit_code

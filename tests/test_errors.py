@@ -1,0 +1,66 @@
+"""The error tree: its form, its exit codes, and that every code in the source is in its table."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import bifrost_cli.errors as errors
+from bifrost_cli.errors import ArtifactError, BifrostError, DiskFull, StoreError, render
+
+PACKAGE = Path(errors.__file__).parent
+EXIT_CODES = {
+    "BifrostError": 1,
+    "UsageError": 2,
+    "RecipeError": 2,
+    "EnvironmentProblem": 3,
+    "DiskFull": 3,
+    "DataError": 4,
+    "ArtifactError": 5,
+    "StoreError": 5,
+    "OutOfMemory": 6,
+    "Diverged": 7,
+    "Findings": 8,
+    "Stopped": 75,
+    "Interrupted": 130,
+}
+
+
+def test_the_form_is_what_where_fix():
+    error = StoreError("runs/latents already holds others", at="weights 8f3c -> 21aa", fix="-o b", code="BF-STORE-003")
+    assert render(error) == (
+        "error[BF-STORE-003]: runs/latents already holds others\n  at:  weights 8f3c -> 21aa\n  fix: -o b"
+    )
+
+
+def test_empty_parts_are_left_out_and_lines_are_aligned():
+    assert render(BifrostError("what")) == "error[BF-BUG-001]: what"
+    assert render(BifrostError("what", at="one\ntwo")).splitlines()[1:] == ["  at:  one", "       two"]
+
+
+@pytest.mark.parametrize("name", EXIT_CODES)
+def test_exit_codes(name):
+    assert getattr(errors, name).exit_code == EXIT_CODES[name]
+
+
+def test_the_table_of_exit_codes_is_complete():
+    classes = {n for n, value in vars(errors).items() if isinstance(value, type) and issubclass(value, BifrostError)}
+    assert classes == set(EXIT_CODES)
+
+
+def test_a_store_error_is_an_artifact_error_and_a_full_disk_is_the_environment():
+    assert issubclass(StoreError, ArtifactError)
+    assert issubclass(DiskFull, errors.EnvironmentProblem)
+
+
+def test_a_code_given_at_the_raise_stays_with_that_error():
+    assert BifrostError("x", code="BF-ENV-020").code == "BF-ENV-020"
+    assert BifrostError.code == "BF-BUG-001"
+
+
+def test_every_code_in_the_source_is_in_the_table():
+    table = set(re.findall(r"BF-[A-Z]+-\d{3}", errors.__doc__ or ""))
+    used = {code for path in PACKAGE.rglob("*.py") for code in re.findall(r"BF-[A-Z]+-\d{3}", path.read_text())}
+    assert used - table == set()
