@@ -120,6 +120,8 @@ def read_header(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], dict[str,
     try:
         entries = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_no_duplicates)
         metadata = entries.pop("__metadata__", {})
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is not a table")
         meta = json.loads(metadata[META_KEY]) if META_KEY in metadata else {}
         _check_layout(entries, size - 8 - length)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
