@@ -11,7 +11,7 @@ from fixtures_mllm import random_mllm
 from fixtures_stage_training import CAPTIONS, PLANS, end, mllm_store, recipe, save_mllm, start
 
 from bifrost_cli.data.store import LatentsStore
-from bifrost_cli.errors import ArtifactError, BifrostError, RecipeError, UsageError
+from bifrost_cli.errors import ArtifactError, BifrostError, DataError, RecipeError, UsageError
 from bifrost_cli.models.encoders import MllmEncoder
 from bifrost_cli.stages import branch as stage
 from bifrost_cli.stages.branch import new_branch, train_branch
@@ -143,6 +143,12 @@ def test_a_batch_larger_than_the_store_and_rotary_positions_are_refused(workspac
         train_branch(recipe(mllm_folder, batch_size=37), workspace=workspace, device="cpu")
     with pytest.raises(RecipeError, match="rotary"):
         train_branch(recipe(mllm_folder, positions="rotary"), workspace=workspace, device="cpu")
+
+
+def test_one_row_is_too_few(mllm_folder, tmp_path):
+    store = mllm_store(tmp_path / "one", rows=1)
+    with pytest.raises(DataError, match="1 rows"):
+        train_branch(recipe(mllm_folder), latents=store.path, device="cpu")
 
 
 def test_resume_names_a_run_or_its_newest_checkpoint(workspace, mllm_folder, tmp_path):

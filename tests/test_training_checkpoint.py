@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from fixtures_training import SmallTask, settings
 from torch import nn
 
-from bifrost_cli.errors import ArtifactError
+from bifrost_cli.errors import ArtifactError, DiskFull
 from bifrost_cli.training.checkpoint import Checkpoint, Checkpoints, module_tensors, restore_module
 from bifrost_cli.training.loop import fit
 
@@ -88,6 +89,19 @@ def test_a_save_that_does_not_read_back_keeps_the_old_ones(tmp_path, monkeypatch
     with pytest.raises(ArtifactError):
         checkpoints.save(checkpoint(10))
     assert checkpoints.steps() == [5, 10]
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_leaves_no_half_one(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, 5)
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(DiskFull):
+        checkpoints.save(checkpoint(10))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000005"]
+    assert checkpoints.load_newest().step == 5
+
+
+def full_disk(descriptor):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_tied_weights_are_stored_once_and_other_models_refused(tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bifrost_cli.training.order import batch_indices, derive, permutation, uniform
+from bifrost_cli.training.order import batch_indices, derive, held_out, permutation, uniform
 
 
 def sequence(batch_size: int, count: int, rows: int = 10, seed: int = 1) -> list[int]:
@@ -38,3 +38,14 @@ def test_uniform_is_uniform():
 def test_no_rows_is_a_mistake_of_ours():
     with pytest.raises(ValueError):
         batch_indices(0, 0, 4, 0)
+
+
+def test_held_out_rows_depend_on_their_keys_alone():
+    keys = [f"{number:04d}" for number in range(200)]
+    train, held = held_out(keys, 16)
+    assert len(held) == 16 and sorted(train + held) == list(range(200))
+    more_train, more_held = held_out(keys[:150], 16)
+    assert {keys[row] for row in held if row < 150} <= {keys[row] for row in more_held}
+    assert held_out(keys[:12], 16)[1] == held_out(keys[:12], 1)[1] and held_out(keys, 0) == (list(range(200)), [])
+    with pytest.raises(ValueError):
+        held_out(keys[:1], 1)

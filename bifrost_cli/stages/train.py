@@ -19,7 +19,7 @@ from bifrost_cli.artifacts.files import write_bytes, write_json
 from bifrost_cli.config import Recipe, Train
 from bifrost_cli.data.store import LatentsStore
 from bifrost_cli.data.weights import save_tensors
-from bifrost_cli.errors import ArtifactError, BifrostError, DiskFull, RecipeError, UsageError
+from bifrost_cli.errors import ArtifactError, BifrostError, DataError, DiskFull, RecipeError, UsageError
 from bifrost_cli.stages.loading_clip import features_name
 from bifrost_cli.stages.ui import Ui
 from bifrost_cli.training.checkpoint import Checkpoints
@@ -62,6 +62,9 @@ def choose_store(recipe: Recipe, latents: Path | str | None, workspace: Path | s
     name = features_name(recipe.latents.encoder)
     if store.encoder.get("name") != name:
         raise other_encoder(store, recipe, f"encoder {store.encoder.get('name')}, not {name}")
+    if store.rows < 2:
+        raise DataError(f"{found.path} has {store.rows} rows: too few to train on and validate", code="BF-DATA-008",
+                        fix="extract more pictures: bifrost extract-latents")
     return store
 
 

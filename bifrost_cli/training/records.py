@@ -133,5 +133,5 @@ def _tensorboard(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise EnvironmentProblem("the recipe asks for TensorBoard, which is not installed", code="BF-ENV-002",
-                                 fix="pip install tensorboard, or set tensorboard: false") from None
+                                 fix="pip install 'bifrost-cli[tensorboard]', or set tensorboard: false") from None
     return SummaryWriter(str(folder))
