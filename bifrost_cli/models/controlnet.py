@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ PUBLISHED_NAMES = {
     "up_sampling_block.": "controlnet_x_embedder.",
     "controlnet_x_embedder.": "controlnet_x_embedder.proj.",
 }
+
+
+# Stock FluxControlNetModel (diffusers 0.42) itself imports the rotary embedding from its deprecated place.
+warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated", category=FutureWarning)
 
 
 class PatchLatentEmbedder(nn.Module):

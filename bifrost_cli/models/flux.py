@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxControlNetModel, FluxTransformer2DModel
 from torch import nn
 
+from bifrost_cli.data.weights import weights_hash
 from bifrost_cli.maths import flow
 
 
@@ -33,6 +34,13 @@ class Control(NamedTuple):
     model: FluxControlNetModel
     latents_BPC: torch.Tensor
     scale: float = 1.0
+
+
+def vae_encode(vae: AutoencoderKL, pixels_BHWc: torch.Tensor) -> torch.Tensor:
+    """`Painter.encode` for a VAE alone: extraction needs none of FLUX's other parts."""
+    pixels_BcHW = pixels_BHWc.permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
+    mean_Bchw = vae.encode(pixels_BcHW).latent_dist.mode()
+    return (mean_Bchw - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
 @dataclass(frozen=True)
@@ -57,12 +65,23 @@ class Painter:
         """VAE channels c (FLUX packs 2x2 of them into one token)."""
         return self.transformer.config.in_channels // 4
 
+    def weights_hash(self) -> str:
+        """sha256 over all weights: transformer, VAE and both text encoders."""
+        parts = ("transformer", "vae", "text_encoder", "text_encoder_2")
+        states = [(part, getattr(self, part).state_dict()) for part in parts]
+        return weights_hash({f"{part}.{name}": value for part, state in states for name, value in state.items()})
+
     # ---- text -------------------------------------------------------------------------------------------------------
 
     def tokenize(self, prompts: Sequence[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """CLIP ids (B, 77) and T5 ids (B, max_tokens), padded and cut on the right as stock FLUX does."""
         clip_tokens = self.text_encoder.config.max_position_embeddings
         return _ids(self.tokenizer, prompts, clip_tokens), _ids(self.tokenizer_2, prompts, max_tokens)
+
+    def too_long(self, prompt: str, max_tokens: int) -> bool:
+        """True when the T5 encoder, cut to `max_tokens`, does not see the whole prompt."""
+        options = {"truncation": True, "max_length": max_tokens + 1}
+        return len(self.tokenizer_2(prompt, **options).input_ids) > max_tokens
 
     def embed(self, prompts: Sequence[str], max_tokens: int) -> Text:
         """Prompts -> Text((B, max_tokens, D), (B, pooled width)). Gradients flow: pretraining trains the encoders."""
@@ -87,9 +106,7 @@ class Painter:
     @torch.no_grad()
     def encode(self, pixels_BHWc: torch.Tensor) -> torch.Tensor:
         """uint8 (B, H, W, 3) -> VAE latents (B, c, h, w), shifted and scaled for FLUX. The mean, so no randomness."""
-        pixels_BcHW = pixels_BHWc.permute(0, 3, 1, 2).to(self.vae.device, self.vae.dtype) / 127.5 - 1
-        mean_Bchw = self.vae.encode(pixels_BcHW).latent_dist.mode()
-        return (mean_Bchw - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+        return vae_encode(self.vae, pixels_BHWc)
 
     @torch.no_grad()
     def decode(self, latents_Bchw: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,54 @@
+"""Pictures as PNG bytes with text in them, and contact sheets.
+
+In: uint8 arrays and text by keyword. Out: bytes, the same for the same input (no time, no host). Does not know what the
+text means.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+GUTTER = 4
+PAPER = 255
+
+
+def png_bytes(pixels_HWC: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
+    """A PNG of one uint8 (H, W, 3) picture; `text` becomes iTXt chunks (UTF-8), in the given order."""
+    chunks = PngInfo()
+    for keyword, value in (text or {}).items():
+        chunks.add_itxt(keyword, value)
+    stream = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels_HWC)).save(stream, "PNG", pnginfo=chunks)
+    return stream.getvalue()
+
+
+def png_text(data: bytes) -> dict[str, str]:
+    """The text chunks of a PNG, by keyword."""
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        image.load()
+        return {str(keyword): str(value) for keyword, value in image.text.items()}
+
+
+def png_pixels(data: bytes) -> np.ndarray:
+    """The picture of a PNG that `png_bytes` made, uint8 (H, W, 3)."""
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        return np.asarray(image)
+
+
+def contact_sheet(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Equal-sized uint8 pictures (H, W, 3), row by row on a nearly square sheet with white gutters."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    height, width = pictures[0].shape[:2]
+    sheet = np.full((rows * (height + GUTTER) + GUTTER, columns * (width + GUTTER) + GUTTER, 3), PAPER, np.uint8)
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        top, left = GUTTER + row * (height + GUTTER), GUTTER + column * (width + GUTTER)
+        sheet[top : top + height, left : left + width] = picture
+    return sheet

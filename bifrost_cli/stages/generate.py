@@ -1,0 +1,224 @@
+"""generate: prompts -> pictures, through the branch, the ControlNet and FLUX.
+
+In: a recipe, prompts, and a branch and a ControlNet (given, or found). Out: one PNG file, or a samples artifact of
+many, restartable picture by picture. Every PNG carries what made it. Does not know how the parts were trained.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from bifrost_cli import __version__
+from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
+from bifrost_cli.artifacts.files import make_folder, write_bytes
+from bifrost_cli.artifacts.identity import digest_of, provenance
+from bifrost_cli.config import Recipe
+from bifrost_cli.data.png import contact_sheet, png_bytes, png_pixels
+from bifrost_cli.errors import Stopped, UsageError
+from bifrost_cli.stages.painting import Bridge, Painting, Reading, timing_line
+from bifrost_cli.stages.pair import Pair, choose_pair
+from bifrost_cli.stages.prompts import Order, destination, orders, read_prompts
+from bifrost_cli.stages.ui import Ui
+from bifrost_cli.stages.worklog import WorkLog
+from bifrost_cli.training.signals import StopFlag
+
+SHEET = 256
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is asked for, apart from where it goes."""
+
+    recipe: Recipe
+    prompts: list[str]
+    copies: int
+    seed: int
+    save_latents: bool
+    grid: bool
+    pair: Pair
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides a picture beside prompt, seed and weights (which the parents' ids stand for)."""
+        recipe = self.recipe
+        sizes = {"paint_size": recipe.latents.paint_size, "max_text_tokens": recipe.branch.max_text_tokens}
+        return {**recipe.generate.model_dump(mode="json"), **sizes, "dtype": recipe.models.dtype}
+
+    @property
+    def parents(self) -> tuple[Artifact, Artifact]:
+        return self.pair.branch, self.pair.controlnet
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        asked = {"prompts": digest_of(self.prompts), "count": len(self.prompts), "copies": self.copies}
+        extras = {"save_latents": self.save_latents, "grid": self.grid}
+        return {**asked, "seed": self.seed, "settings": self.settings, **extras}
+
+    def orders(self) -> list[Order]:
+        return list(orders(self.prompts, self.copies, self.seed))
+
+    def png(self, order: Order, reading: Reading, painting: Painting) -> bytes:
+        """The picture with everything that made it in its text chunks; no time, no host, no position in a batch."""
+        plan = {} if reading.plan is None else {"plan": reading.plan}
+        facts = {
+            "settings": self.settings,
+            "artifacts": {parent.kind: parent.id for parent in self.parents},
+            "versions": provenance()["versions"],
+        }
+        text = {"prompt": order.prompt, **plan, "seed": str(order.seed), "Software": f"bifrost {__version__}"}
+        return png_bytes(painting.pixels_HWC, text | {key: json.dumps(value) for key, value in facts.items()})
+
+
+class _Studio:
+    """Paints orders one by one with models that are loaded when the first picture is really needed."""
+
+    def __init__(self, load: Callable[[], Bridge], ui: Ui) -> None:
+        self._load, self._ui = load, ui
+        self._reading: Reading | None = None
+
+    @cached_property
+    def bridge(self) -> Bridge:
+        """The loaded models."""
+        return self._load()
+
+    def paint(self, order: Order) -> tuple[Reading, Painting]:
+        if self._reading is None or self._reading.prompt != order.prompt:
+            self._reading = self.bridge.read(order.prompt)
+            if self._reading.plan is not None:
+                self._ui.say(f"plan {order.index}: {self._reading.plan}")
+        return self._reading, self.bridge.paint(self._reading, order.seed)
+
+    def times(self) -> str:
+        return timing_line(self.bridge.seconds) if "bridge" in self.__dict__ else "nothing was painted"
+
+
+def generate(
+    recipe: Recipe,
+    prompts: str | Path | Sequence[str],
+    *,
+    output: Path | str | None = None,
+    branch: Path | str | None = None,
+    controlnet: Path | str | None = None,
+    workspace: Path | str = "runs",
+    n: int = 1,
+    seed: int = 0,
+    grid: bool = False,
+    save_latents: bool = False,
+    timings: bool = False,
+    device: str = "auto",
+    ui: Ui | None = None,
+) -> Artifact | Path:
+    """Paint `n` pictures of each prompt: one (str), a list, or a file with one a line (Path).
+
+    `output` FILE.png (one picture) returns that path; a folder, or None (workspace/samples-HASH), returns a samples
+    artifact: 00000.png, ..., prompts.jsonl, with `grid` grid.png, with `save_latents` latents/00000.safetensors.
+    Picture i of a prompt has seed `seed + i`; (prompt, seed, settings, weights) decide its bytes on one machine.
+    UsageError: an empty prompt, an output that exists. ArtifactError: parts that do not fit. Stopped (75): a signal
+    between pictures; the same call again goes on.
+    """
+    ui = ui or Ui()
+    if n < 1:
+        raise UsageError(f"{n} pictures of each prompt is not a number of pictures", fix="-n 1")
+    found = read_prompts(prompts, ui)
+    file = destination(output, len(found) * n)
+    if file and grid:
+        raise UsageError("--grid needs several pictures", fix="give a folder: -o DIR; or leave --grid out")
+    pair = choose_pair(branch, controlnet, workspace)
+    ui.say(pair.why)
+    job = _Job(recipe, found, n, seed, save_latents, grid, pair)
+    studio = _Studio(lambda: Bridge.load(recipe, pair, device), ui)
+    if file:
+        made: Artifact | Path = _paint_file(job, studio, file, ui)
+    else:
+        own = default_path(workspace, "samples", identity_id("samples", job.identity, job.parents))
+        made = _paint_folder(job, studio, Path(output or own), device, ui)
+    if timings:
+        ui.say(f"time: {studio.times()}")
+    return made
+
+
+# ---- one file -----------------------------------------------------------------------------------------------------
+
+
+def _paint_file(job: _Job, studio: _Studio, file: Path, ui: Ui) -> Path:
+    latents = file.with_suffix(".safetensors")
+    if job.save_latents and latents.exists():
+        raise UsageError(f"{latents} exists already", fix="choose another name with -o", code="BF-USE-002")
+    (order,) = job.orders()
+    reading, painting = studio.paint(order)
+    make_folder(file.parent)
+    if job.save_latents:
+        write_bytes(latents, _latents_bytes(painting))
+    write_bytes(file, job.png(order, reading, painting))
+    _say_cut(int(reading.cut), ui)
+    ui.say(f"{file}: seed {order.seed}; another: --seed {order.seed + 1}")
+    return file
+
+
+# ---- a samples artifact -------------------------------------------------------------------------------------------
+
+
+def _paint_folder(job: _Job, studio: _Studio, folder: Path, device: str, ui: Ui) -> Artifact:
+    with StopFlag() as stop, Draft.open(folder, "samples", job.identity, job.parents) as draft:
+        if draft.complete:
+            draft.complete.check()
+            ui.say(f"{folder} holds these pictures already; they were verified")
+            return draft.complete
+        log, wanted = WorkLog(draft.path), job.orders()
+        missing = [order for order in wanted if not log.done(order.index)]
+        if len(missing) < len(wanted):
+            ui.say(f"{len(wanted) - len(missing)} of {len(wanted)} pictures are there already")
+        with ui.progress(len(missing), "pictures") as bar:
+            for done, order in enumerate(missing):
+                if stop.requested:
+                    raise _stopped(len(wanted) - len(missing) + done, len(wanted), folder)
+                reading, painting = studio.paint(order)
+                files = {order.name: job.png(order, reading, painting)}
+                if job.save_latents:
+                    files[f"latents/{order.index:05d}.safetensors"] = _latents_bytes(painting)
+                log.add(order.index, files, {"plan": reading.plan, "cut": reading.cut})
+                bar.advance(1)
+        artifact = _commit(job, draft, log, wanted, studio, device)
+    shutil.rmtree(folder / "work")
+    _say_cut(artifact.info["cut"], ui)
+    ui.say(f"{folder}: {len(wanted)} pictures; judge them: bifrost eval --samples {folder}")
+    return artifact
+
+
+def _commit(job: _Job, draft: Draft, log: WorkLog, wanted: list[Order], studio: _Studio, device: str) -> Artifact:
+    lines = [
+        {"index": o.index, "file": o.name, "prompt": o.prompt, "plan": log.facts[o.index]["plan"], "seed": o.seed}
+        for o in wanted
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_bytes(draft.path / "prompts.jsonl", text.encode("utf-8"))
+    if job.grid:
+        shown = [png_pixels((draft.path / order.name).read_bytes()) for order in wanted[:SHEET]]
+        write_bytes(draft.path / "grid.png", png_bytes(contact_sheet(shown)))
+    cut = sum(log.facts[order.index]["cut"] for order in wanted)
+    info = {"settings": job.settings, "cut": cut, "recipe": job.recipe.model_dump(mode="json")}
+    seconds = dict(studio.bridge.seconds) if "bridge" in vars(studio) else {}
+    cost = {"samples": len(wanted), "stages": {stage: round(value, 3) for stage, value in seconds.items()}}
+    return draft.commit(info, made={"seed": job.seed, "device": device}, cost=cost)
+
+
+def _stopped(done: int, total: int, folder: Path) -> Stopped:
+    return Stopped(f"stopped after {done} of {total} pictures; they are kept", at=str(folder),
+                   fix="give the same command again; it goes on")  # fmt: skip
+
+
+def _latents_bytes(painting: Painting) -> bytes:
+    return save({"latents": painting.latents_PC.contiguous()})
+
+
+def _say_cut(count: int, ui: Ui) -> None:
+    if count:
+        ui.say(f"{count} of the pictures had a prompt or a plan longer than the models read; its end was cut")

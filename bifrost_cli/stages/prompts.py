@@ -1,0 +1,123 @@
+"""What is to be painted: prompts from the command line or a file, and where each picture goes.
+
+In: prompts, a file of prompts, an output name. Out: `Order`s (one a picture) and a `Destination`; UsageError for what
+cannot be painted or would be overwritten. Does not know models; reads no picture.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bifrost_cli.errors import UsageError
+from bifrost_cli.stages.ui import Ui
+
+MAX_BYTES = 64 * 1024
+OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class Order:
+    """One picture to paint. The same (prompt, seed) is the same picture, alone or among others."""
+
+    index: int
+    prompt: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """File name: the number alone, since a prompt may hold anything."""
+        return f"{self.index:05d}.png"
+
+
+def orders(prompts: Sequence[str], copies: int, seed: int) -> Iterator[Order]:
+    """`copies` pictures of each prompt, seeds counting up from `seed`; a prompt that comes again goes on counting."""
+    painted: Counter[str] = Counter()
+    for index in range(len(prompts) * copies):
+        prompt = prompts[index // copies]
+        yield Order(index, prompt, seed + painted[prompt])
+        painted[prompt] += 1
+
+
+def read_prompts(prompts: str | Path | Sequence[str], ui: Ui) -> list[str]:
+    """One prompt (str), a file with one a line (Path), or a list of them; each checked.
+
+    In a file blank lines are skipped and counted; a line that begins with `#` is a prompt like any other. UsageError
+    (2): no prompt, an empty one, one that is no text, over 64 kB, or holds a NUL; the file's name and line are given.
+    """
+    if isinstance(prompts, Path):
+        return _prompt_file(prompts, ui)
+    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not given:
+        raise UsageError("there is no prompt", fix=_EXAMPLE)
+    for number, prompt in enumerate(given, start=1):
+        _check(prompt, f"prompt {number}" if len(given) > 1 else "the prompt")
+    return given
+
+
+def destination(output: Path | str | None, pictures: int) -> Path | None:
+    """The one PNG file that is asked for, or None when the pictures go into a samples folder.
+
+    UsageError (2): the file exists, several pictures for one file, a format other than PNG, a folder name that is a
+    file.
+    """
+    if output is None:
+        return None
+    path = Path(output)
+    suffix = path.suffix.lower()
+    if suffix in OTHER_PICTURES:
+        raise UsageError(f"{path} would not be a PNG", at="pictures are written as PNG alone",
+                         fix=f"-o {path.with_suffix('.png')}")  # fmt: skip
+    if suffix != ".png":
+        if path.exists() and not path.is_dir():
+            raise _exists(path, f"{path}-2")
+        return None
+    if pictures != 1:
+        raise UsageError(f"{pictures} pictures do not fit into {path}", fix=f"give a folder: -o {path.with_suffix('')}")
+    if path.exists() or path.is_symlink():
+        raise _exists(path, str(path.with_name(f"{path.stem}-2.png")))
+    return path
+
+
+_EXAMPLE = 'bifrost generate "a red circle above a blue square" -o out.png'
+
+
+def _exists(path: Path, other: str) -> UsageError:
+    return UsageError(f"{path} exists already", at="nothing is overwritten", fix=f"-o {other}, or remove {path}",
+                      code="BF-USE-002")  # fmt: skip
+
+
+def _prompt_file(path: Path, ui: Ui) -> list[str]:
+    lines = _text(path).removesuffix("\n").split("\n")  # not splitlines: U+2028 may stand in a prompt
+    found = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not found:
+        raise UsageError(f"{path} holds no prompt", fix="write one prompt a line")
+    for number, prompt in found:
+        _check(prompt, f"{path}:{number}")
+    if blank := len(lines) - len(found):
+        ui.say(f"{path}: {len(found)} prompts; {blank} blank lines skipped")
+    return [prompt for _, prompt in found]
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text", at=f"byte {error.start}", fix="save it as UTF-8") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", fix="give a text file") from error
+
+
+def _check(prompt: str, where: str) -> None:
+    if not prompt.strip():
+        raise UsageError(f"{where} is empty", fix=_EXAMPLE)
+    if "\0" in prompt:
+        raise UsageError(f"{where} holds a NUL character", at=repr(prompt[:60]), fix="remove it")
+    try:
+        size = len(prompt.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{where} is not valid text", at=f"character {error.start}", fix="type it as UTF-8") from error
+    if size > MAX_BYTES:
+        raise UsageError(f"{where} has {size} bytes; at most {MAX_BYTES} are read", fix="shorten it")

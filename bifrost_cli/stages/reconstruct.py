@@ -1,0 +1,78 @@
+"""reconstruct: image -> patch latents -> image, to see what the latents keep; the branch has no part in it.
+
+In: a recipe, an image, a ControlNet (given, or found). Out: one PNG file. Does not know the branch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from bifrost_cli import __version__
+from bifrost_cli.artifacts import Artifact
+from bifrost_cli.artifacts.files import make_folder, write_bytes
+from bifrost_cli.artifacts.identity import provenance
+from bifrost_cli.config import Recipe
+from bifrost_cli.data.images import read_image, square
+from bifrost_cli.data.png import png_bytes
+from bifrost_cli.errors import UsageError
+from bifrost_cli.stages.loading import load_controlnet, load_encoder, load_painter, pick_device
+from bifrost_cli.stages.painting import diffuse, generator_of
+from bifrost_cli.stages.pair import choose_controlnet
+from bifrost_cli.stages.prompts import destination
+from bifrost_cli.stages.ui import Ui
+
+
+@torch.no_grad()
+def reconstruct(
+    recipe: Recipe,
+    image: Path | str,
+    *,
+    output: Path | str,
+    prompt: str = "",
+    controlnet: Path | str | None = None,
+    workspace: Path | str = "runs",
+    seed: int = 0,
+    device: str = "auto",
+    ui: Ui | None = None,
+) -> Path:
+    """Encode a square of the image, paint it again from its latents, write `output` (PNG) and return its path.
+
+    `prompt` is what FLUX reads beside the latents. BadImage (4): an image that cannot be used; UsageError (2): the
+    output exists or is no PNG; ArtifactError (5): a ControlNet for other latents.
+    """
+    ui = ui or Ui()
+    file = _file(output)
+    picture = read_image(Path(image), recipe.latents)
+    for note in picture.notes:
+        ui.say(f"{image}: {note}")
+    place, models = pick_device(device), recipe.models
+    encoder = load_encoder(recipe, place)
+    chosen, why = choose_controlnet(controlnet, encoder.identity, workspace)
+    ui.say(why)
+    kind = {"device": place, "dtype": getattr(torch, models.dtype)}
+    painter, model = load_painter(models.flux, **kind, revision=models.revision), load_controlnet(chosen, **kind)
+    pixels_BHWC = square(picture.rgb, recipe.latents.image_size)[None]
+    text = painter.embed([prompt], recipe.generate.max_flux_tokens)
+    generator = generator_of(seed, prompt, "diffusion")
+    vae_Bchw = diffuse(painter, model, encoder.encode(pixels_BHWC.copy()), text, generator, recipe)
+    make_folder(file.parent)
+    write_bytes(file, png_bytes(painter.decode(vae_Bchw)[0].numpy(), _facts(recipe, chosen, prompt, seed)))
+    ui.say(f"{file}: painted again from {encoder.grid[0]}x{encoder.grid[1]} latents of {image}")
+    return file
+
+
+def _file(output: Path | str) -> Path:
+    file = destination(output, 1)
+    if file is None:
+        raise UsageError(f"{output} is no PNG file", fix=f"-o {output}.png")
+    return file
+
+
+def _facts(recipe: Recipe, controlnet: Artifact, prompt: str, seed: int) -> dict[str, str]:
+    settings = {"latents": recipe.latents.model_dump(mode="json"), "generate": recipe.generate.model_dump(mode="json")}
+    facts = {"settings": settings, "artifacts": {"controlnet": controlnet.id}, "versions": provenance()["versions"]}
+    plain = {"reconstruction": "yes", "prompt": prompt, "seed": str(seed), "Software": f"bifrost {__version__}"}
+    return plain | {key: json.dumps(value) for key, value in facts.items()}

@@ -1,0 +1,58 @@
+"""Which pictures of an unfinished samples folder are done, so that the next attempt makes only the others.
+
+In: the draft's folder and finished files. Out: `work/pictures.jsonl`, a line a picture, written after its files; a
+picture counts only when every file still has the sha256 of its line. Does not know prompts or models.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bifrost_cli.artifacts.files import disk_errors, make_folder, sha256_file, write_bytes
+
+
+class WorkLog:
+    """The log of one draft. `facts[index]` is what was noted with a finished picture."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._path = folder, folder / "work" / "pictures.jsonl"
+        make_folder(self._path.parent)
+        lines = self._lines()
+        self.facts = {line["index"]: line["facts"] for line in lines}
+        self._files = {line["index"]: line["files"] for line in lines}
+
+    def done(self, index: int) -> bool:
+        """True when the picture's files are there and unchanged."""
+        files = self._files.get(index)
+        return files is not None and all(self._same(name, digest) for name, digest in files.items())
+
+    def add(self, index: int, files: Mapping[str, bytes], facts: Mapping[str, Any]) -> None:
+        """Write a picture's files, then its line. DiskFull when there is no room; earlier pictures are kept."""
+        for name, data in files.items():
+            make_folder((self.folder / name).parent)
+            write_bytes(self.folder / name, data)
+        digests = {name: sha256_file(self.folder / name) for name in files}
+        line = json.dumps({"index": index, "files": digests, "facts": dict(facts)}, ensure_ascii=False)
+        with disk_errors(self._path, len(line)), open(self._path, "a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        self._files[index], self.facts[index] = digests, dict(facts)
+
+    def _same(self, name: str, digest: str) -> bool:
+        path = self.folder / name
+        return path.is_file() and sha256_file(path) == digest
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """Every whole line; a kill may have cut the last one, which then starts the next line afresh."""
+        if not self._path.exists():
+            return []
+        data = self._path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            write_bytes(self._path, whole)
+        return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
