@@ -156,7 +156,6 @@ class Generate(Section):
     flux_guidance: NotNegative = Field(3.5, description="FLUX's distilled guidance")
     control_scale: NotNegative = Field(0.7, description="weight of the ControlNet")
     max_flux_tokens: Count = Field(512, description="prompt tokens that FLUX reads")
-    batch_size: Count = Field(4, description="pictures painted at once")
 
     @model_validator(mode="after")
     def _consistent(self) -> Generate:
