@@ -60,9 +60,11 @@ def command(app: typer.Typer, name: str, flags: Sequence[Flag] = ()) -> Callable
             except KeyboardInterrupt as error:
                 again = "give the same command again; finished work is kept"
                 raise Interrupted("interrupted before anything could be saved", fix=again) from error
-            except Exception:
+            except Exception as error:
                 if debug:
                     traceback.print_exc()
+                if isinstance(error, EOFError):  # Typer would take it for a person who closed the input
+                    raise RuntimeError("a file ended early") from error
                 raise
 
         _declare(run, own, flags)

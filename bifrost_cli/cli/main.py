@@ -75,7 +75,7 @@ def explain(error: BaseException) -> BifrostError:
     """Any exception as one of ours."""
     if isinstance(error, BifrostError):
         return error
-    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+    if isinstance(error, KeyboardInterrupt):
         return Interrupted("interrupted before anything could be saved", fix="give the same command again")
     if hasattr(error, "format_message"):  # Typer's own usage errors; their class lives in a module that moves
         return _usage(error)

@@ -1,0 +1,159 @@
+"""The house: quick help, forbidden calls, strict schemas, small files, and the options frozen."""
+
+from __future__ import annotations
+
+import ast
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from pydantic import BaseModel
+
+from bifrost_cli.cli.main import app
+from bifrost_cli.config import Recipe
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "bifrost_cli"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+OPTIONS = Path(__file__).parent / "options.txt"
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+# ---- help ------------------------------------------------------------------------------------------------------------
+
+HELP = """
+import sys
+from bifrost_cli.cli.main import run
+assert run(["--help"]) == 0
+heavy = {"torch", "transformers", "diffusers", "open_clip", "zarr", "numpy", "pydantic"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_help_imports_no_torch_and_takes_under_0_8_seconds_of_cpu():
+    assert min(_cpu_seconds([sys.executable, "-c", HELP]) for _ in range(3)) < 0.8
+
+
+def _cpu_seconds(command: list[str]) -> float:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment, timeout=60)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_importing_the_package_costs_nothing_and_offers_the_stages():
+    script = (
+        "import sys, bifrost_cli; assert not {'torch', 'pydantic', 'typer'} & set(sys.modules); "
+        "assert {'extract_latents', 'train_branch', 'train_controlnet', 'generate', 'evaluate', 'load_recipe'} "
+        "<= set(dir(bifrost_cli)); print(bifrost_cli.load_recipe().name)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "tiny\n"
+
+
+# ---- no code runs from data ------------------------------------------------------------------------------------------
+
+FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "os.system"}
+FORBIDDEN_METHODS = {"cuda", "extractall", "load_module"}
+FORBIDDEN_IMPORTS = {"pickle", "click", "dill", "joblib", "shelve", "marshal"}
+FORBIDDEN_KEYWORDS = {("shell", True), ("trust_remote_code", True), ("allow_pickle", True), ("weights_only", False)}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_forbidden_calls(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        where = f"{path}:{getattr(node, 'lineno', '?')}"
+        if isinstance(node, ast.Import):
+            assert not {alias.name.split(".")[0] for alias in node.names} & FORBIDDEN_IMPORTS, where
+        if isinstance(node, ast.ImportFrom):
+            assert (node.module or "").split(".")[0] not in FORBIDDEN_IMPORTS, where
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            assert name not in FORBIDDEN_CALLS, where
+            assert not (isinstance(node.func, ast.Attribute) and node.func.attr in FORBIDDEN_METHODS), where
+            for keyword in node.keywords:
+                value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
+                assert (keyword.arg, value) not in FORBIDDEN_KEYWORDS, where
+
+
+# ---- schemas ---------------------------------------------------------------------------------------------------------
+
+
+def sections(schema: type[BaseModel]) -> list[type[BaseModel]]:
+    inner = [info.annotation for info in schema.model_fields.values()]
+    nested = [kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)]
+    return [schema, *(found for kind in nested for found in sections(kind))]
+
+
+def test_no_section_takes_unknown_keys_or_changes():
+    found = sections(Recipe)
+    assert len(found) > 8
+    for schema in found:
+        config = schema.model_config
+        assert (config.get("extra"), config.get("frozen"), config.get("strict")) == ("forbid", True, True), schema
+        with pytest.raises(ValueError, match="extra_forbidden"):
+            schema.model_validate({"no such key": 1})
+
+
+# ---- style -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_every_file_says_what_it_is_and_stays_small(path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree), "no module docstring"
+    assert len(text.splitlines()) <= 300
+    assert path.stem not in ("utils", "common", "helpers")
+    if len(tree.body) > 1:
+        assert "from __future__ import annotations" in text
+
+
+def test_nine_functions_in_ten_are_short():
+    lengths = sorted(
+        (node.end_lineno or 0) - node.lineno + 1
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    )
+    assert lengths[len(lengths) * 9 // 10] < 45
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def options(command, name: str = "bifrost") -> list[str]:
+    """Every command with its arguments and options, one a line."""
+    parameters = [
+        "/".join([*parameter.opts, *parameter.secondary_opts])
+        for parameter in command.params
+        if parameter.name != "help"
+    ]
+    lines = [f"{name}: {' '.join(parameters)}".rstrip()]
+    for inner, sub in sorted(getattr(command, "commands", {}).items()):
+        lines += options(sub, f"{name} {inner}")
+    return lines
+
+
+def test_the_options_are_frozen():
+    """A changed option is a changed promise: change options.txt with it, and say so in the CHANGELOG."""
+    assert "\n".join(options(typer.main.get_command(app))) + "\n" == OPTIONS.read_text()
+
+
+def test_every_command_has_help_with_an_example():
+    for line in options(typer.main.get_command(app)):
+        words = line.split(":")[0].split()[1:]
+        command = typer.main.get_command(app)
+        for word in words:
+            command = command.commands[word]
+        if not getattr(command, "commands", None):
+            assert "Example: bifrost " in (command.help or ""), line
