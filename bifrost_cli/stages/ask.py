@@ -34,4 +34,4 @@ def ask(
         ui.say(f"{image}: {note}")
     models = recipe.models
     mllm = load_mllm(models.mllm, pick_device(device), getattr(torch, models.dtype), revision=models.revision)
-    return mllm.answer(picture.rgb, question, max_tokens)
+    return mllm.answer(picture.rgb.copy(), question, max_tokens)  # Pillow lends a read-only array
