@@ -18,12 +18,11 @@ from typing import Annotated, Any
 
 import typer
 
-from bifrost_cli.cli.options import AsJson, Debug, Flag, Offline, Quiet, RecipeRef, Sets
+from bifrost_cli.cli.options import AsJson, Debug, Flag, Offline, Quiet, Sets, recipe_option
 from bifrost_cli.errors import BifrostError, Interrupted
 from bifrost_cli.stages.ui import TerminalUi, Ui
 
 _COMMON = {"as_json": AsJson, "quiet": Quiet, "debug": Debug, "offline": Offline}
-_RECIPE = {"recipe": RecipeRef, "sets": Sets}
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,11 @@ class Result:
 Body = Callable[..., Result]
 
 
-def command(app: typer.Typer, name: str, flags: Sequence[Flag] = ()) -> Callable[[Body], Body]:
-    """Register a body as `name`. Its `recipe` parameter becomes --recipe, --set and `flags`; its `ui` is supplied."""
+def command(app: typer.Typer, name: str, flags: Sequence[Flag] = (), default: str = "tiny") -> Callable[[Body], Body]:
+    """Register a body as `name`. Its `recipe` parameter becomes --recipe, --set and `flags`; its `ui` is supplied.
+
+    `default` is the recipe when none is named.
+    """
 
     def register(body: Body) -> Body:
         own = inspect.signature(body, eval_str=True).parameters
@@ -67,18 +69,18 @@ def command(app: typer.Typer, name: str, flags: Sequence[Flag] = ()) -> Callable
                     raise RuntimeError("a file ended early") from error
                 raise
 
-        _declare(run, own, flags)
+        _declare(run, own, flags, default)
         app.command(name)(run)
         return body
 
     return register
 
 
-def _declare(run: Callable[..., None], own: Any, flags: Sequence[Flag]) -> None:
+def _declare(run: Callable[..., None], own: Any, flags: Sequence[Flag], default: str) -> None:
     """Give `run` the signature that Typer reads."""
     wanted = [parameter for name, parameter in own.items() if name not in ("recipe", "ui")]
     if "recipe" in own:
-        wanted += [_option(name, hint, None) for name, hint in _RECIPE.items()]
+        wanted += [_option("recipe", recipe_option(default), default), _option("sets", Sets, None)]
         wanted += [
             _option(f.parameter, Annotated[f.kind | None, typer.Option(*f.names, help=f.help)], None) for f in flags
         ]

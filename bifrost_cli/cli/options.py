@@ -33,6 +33,12 @@ class Flag(NamedTuple):
         return "key_" + self.key.replace(".", "_")
 
 
+def recipe_option(default: str) -> Any:
+    """--recipe, with the recipe that a command takes when nothing is said."""
+    text = f"A shipped name, a YAML file or an artifact folder. (default: {default})"
+    return Annotated[str, typer.Option("--recipe", metavar="REF", help=text, show_default=False)]
+
+
 def _go_offline(value: bool) -> None:
     if value:
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
@@ -44,10 +50,6 @@ def _show_version(value: bool) -> None:
         raise typer.Exit()
 
 
-RecipeRef = Annotated[
-    str | None,
-    typer.Option("--recipe", metavar="REF", help="A shipped name, a YAML file or an artifact folder.  (default: tiny)"),
-]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set one recipe key; can be repeated.")
 ]

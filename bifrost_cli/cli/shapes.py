@@ -34,16 +34,18 @@ def render(
     )
 
 
-@command(app, "pretrain")
+@command(app, "pretrain", default="shapes")
 def pretrain(
     recipe: Recipe,
     ui: Ui,
-    parts: Annotated[list[str] | None, typer.Option("--parts", help="Only this part; can be repeated.")] = None,
+    parts: Annotated[str | None, typer.Option("--parts", metavar="A,B", help="Only these parts.")] = None,
     output: Output = None,
     workspace: Workspace = Path("runs"),
     device: Device = "auto",
 ) -> Result:
     """Train the whole built-in system from nothing: bases, branch and ControlNet.
+
+    Parts, in order: vae, mllm, open_clip, flux, latents, branch, controlnet.
 
     Given again, the command continues where it stopped.
 
@@ -51,5 +53,6 @@ def pretrain(
     """
     from bifrost_cli.stages.pretrain import pretrain
 
-    folder = pretrain(recipe, parts=parts, output=output, workspace=workspace, device=device, ui=ui)
+    chosen = parts.split(",") if parts is not None else None
+    folder = pretrain(recipe, parts=chosen, output=output, workspace=workspace, device=device, ui=ui)
     return Result([str(folder)], {"path": str(folder)}, folder)

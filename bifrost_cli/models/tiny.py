@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
@@ -182,13 +180,3 @@ def open_clip_config(vocabulary: int) -> dict:
         },
         "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic"},
     }  # fmt: skip
-
-
-def save_open_clip(folder: Path, tokenizer: CLIPTokenizer) -> torch.nn.Module:
-    """Write the folder that open_clip's `local-dir:` schema reads, without weights; returns the new model."""
-    import open_clip
-
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(open_clip_config(len(tokenizer)), indent=1) + "\n")
-    tokenizer.save_pretrained(folder)
-    return open_clip.create_model(f"local-dir:{folder}", pretrained=None, load_weights=False)

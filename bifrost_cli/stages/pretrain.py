@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bifrost_cli.artifacts.files import write_json
+from bifrost_cli.artifacts.files import make_folder, write_json
 from bifrost_cli.artifacts.identity import provenance
 from bifrost_cli.config import Recipe, Train
 from bifrost_cli.data.weights import weights_hash
@@ -53,6 +53,7 @@ def pretrain(
         "vae": _vae, "mllm": _mllm, "open_clip": _open_clip, "flux": _flux,
         "latents": _latents, "branch": _branch, "controlnet": _controlnet,
     }  # fmt: skip
+    provenance()  # reads the commit now: the checkout may move during hours of training
     for part in parts or PARTS:
         ui.say(f"pretrain: {part} in {folder}")
         makers[part](recipe, folder, device, ui)
@@ -105,8 +106,12 @@ def _open_clip(recipe: Recipe, folder: Path, device: str, ui: Ui) -> None:
         return
     torch.manual_seed(train.seed)
     tokenizer = tiny.clip_tokenizer(words())
-    model = tiny.save_open_clip(target, tokenizer)
-    card = tiny.open_clip_config(len(tokenizer))["preprocess_cfg"]
+    make_folder(target)
+    config = tiny.open_clip_config(len(tokenizer))
+    write_json(target / "open_clip_config.json", config)
+    tokenizer.save_pretrained(target)
+    model = open_clip.create_model(f"local-dir:{target}", pretrained=None, load_weights=False)
+    card = config["preprocess_cfg"]
     tokenize = open_clip.get_tokenizer(f"local-dir:{target}")
     task = OpenClipTask(model, tokenize, card["mean"], card["std"], train.seed, train.batch_size)
     result = _fit(task, train, folder, "open_clip", device, ui)
