@@ -240,14 +240,17 @@ def _cell_pairs(relation: str) -> list[tuple[int, int]]:
 
 
 def sample_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
-    """A scene that shows the prompt and nothing else, uniform over cells, shifts, and unnamed colours and tones."""
+    """A scene that shows the prompt and nothing else, uniform over cells, shifts, and unnamed colours and tones.
+
+    Where no relation is named, the things of the prompt come in reading order, as people list what they see.
+    """
     spec = prompt.spec
     colours, tones = list(COLOURS), list(TONES)
     if spec.relation:
         pairs = _cell_pairs(spec.relation)
         cells = pairs[rng.integers(len(pairs))]
     else:
-        cells = rng.permutation(GRID**2)[: len(spec.things)].tolist()
+        cells = sorted(rng.permutation(GRID**2)[: len(spec.things)].tolist())
     things = []
     for wanted, cell in zip(spec.things, cells, strict=True):
         free, dx, dy = rng.integers(0, (len(colours), 2 * JITTER + 1, 2 * JITTER + 1)).tolist()

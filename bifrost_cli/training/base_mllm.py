@@ -23,13 +23,12 @@ from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwe
 
 from bifrost_cli.models.prompt import chat_text, join_plan, user_turn
 from bifrost_cli.shapes.captions import Prompt, sample_prompt, sample_scene
-from bifrost_cli.shapes.draw import crowded_scene, draw
+from bifrost_cli.shapes.draw import draw
 from bifrost_cli.shapes.plan import cell_classes, cell_words, fill_cells, thing_words, write_plan
 from bifrost_cli.shapes.questions import sample_question
 from bifrost_cli.shapes.scene import TONES, Scene
 
 FILL_QUESTION = "What is in these cells?"
-CROWD = "many things"
 Row = tuple[str, str, bool]  # what is asked, what is answered, whether every other word of the answer is given
 
 
@@ -84,10 +83,7 @@ class MllmTask:
         return user_turn(self.instruction.format(prompt=prompt.text)), write_plan(scene, prompt), False
 
     def fill_row(self, rng: np.random.Generator, prompt: Prompt, scene: Scene) -> Row:
-        if rng.random() < 0.5:
-            return chat_text(join_plan(prompt.text, write_plan(scene, prompt))), " " + _filled(rng, scene), True
-        scene = crowded_scene(rng)  # a full picture asks for many more places than any prompt of the grammar
-        return chat_text(join_plan(CROWD, write_plan(scene))), " " + _filled(rng, scene), True
+        return chat_text(join_plan(prompt.text, write_plan(scene, prompt))), " " + _filled(rng, scene), True
 
     def look_row(self, rng: np.random.Generator, prompt: Prompt, scene: Scene) -> Row:
         picture = "<|vision_start|>" + "<|image_pad|>" * len(cell_words()) + "<|vision_end|>"
@@ -97,12 +93,12 @@ class MllmTask:
         return user_turn(picture + question), answer, False
 
     def batch(self, step: int, micro: int) -> dict:
-        """Half plan rows, three eighths fill rows, an eighth look rows; each kind padded apart."""
+        """Three eighths plan rows, as many fill rows, a quarter look rows; each kind padded apart."""
         rng = np.random.default_rng((self.seed, step, micro))
         share = self.batch_size // 8
-        plan = [self._row(rng, self.plan_row) for _ in range(4 * share)]
+        plan = [self._row(rng, self.plan_row) for _ in range(3 * share)]
         fill = [self._row(rng, self.fill_row) for _ in range(3 * share)]
-        look = [self._row(rng, self.look_row) for _ in range(share)]
+        look = [self._row(rng, self.look_row) for _ in range(2 * share)]
         scenes = [scene for _, scene in look]
         pixels = [torch.from_numpy(draw(scene)).permute(2, 0, 1) for scene in scenes]
         return {
