@@ -42,8 +42,8 @@ def render_shapes(
             scene = sample_scene(rng, prompt)
             name = f"{i:05d}.png"
             write_bytes(folder / name, png_bytes(draw(scene)))
-            line = {"file_name": name, "caption": prompt.text, "plan": write_plan(scene, prompt), "category": prompt.category}
-            lines.append(json.dumps(line, sort_keys=True) + "\n")
+            told = {"caption": prompt.text, "plan": write_plan(scene, prompt), "category": prompt.category}
+            lines.append(json.dumps({"file_name": name, **told}, sort_keys=True) + "\n")
             bar.advance()
     write_bytes(folder / METADATA, "".join(lines).encode())
     return folder
