@@ -30,6 +30,7 @@ from bifrost_cli.training.loop import FitResult, fit
 
 PARTS = ("vae", "mllm", "open_clip", "flux", "latents", "branch", "controlnet")
 CARD = "bifrost.json"
+POOL = 12_288  # drawings encoded once for FLUX's pretraining
 
 
 def pretrain(
@@ -141,7 +142,8 @@ def _flux(recipe: Recipe, folder: Path, device: str, ui: Ui) -> None:
         tokenizer_2=tokenizers[1],
         scheduler=tiny.scheduler(),
     )
-    task = FluxTask(painter, recipe.generate.max_flux_tokens, train.seed, train.batch_size)
+    pool = min(POOL, train.steps * train.batch_size)
+    task = FluxTask(painter, recipe.generate.max_flux_tokens, train.seed, train.batch_size, pool)
     result = _fit(task, train, folder, "flux", device, ui)
     task.module.load_state_dict(result.ema_state)
     painter.scheduler.save_pretrained(target / "scheduler")

@@ -21,7 +21,7 @@ DROPPED = 0.1  # share of rows without their prompt
 class FluxTask:
     """Flow matching (`Painter.base_loss`) on a pool of drawings that is encoded once, at the start."""
 
-    def __init__(self, painter: Painter, max_tokens: int, seed: int, batch_size: int, pool: int = 12_288) -> None:
+    def __init__(self, painter: Painter, max_tokens: int, seed: int, batch_size: int, pool: int) -> None:
         self.painter, self.seed, self.batch_size = painter, seed, batch_size
         self.module = nn.ModuleDict({
             "transformer": painter.transformer,

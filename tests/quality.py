@@ -1,0 +1,88 @@
+"""Measure the built-in system: `python tests/quality.py [-n 240] [--system FOLDER]` prints the README's table.
+
+Reconstruction of held-out pictures, the full chain, the chain without the plan, and FLUX with text alone: one picture
+a held-out prompt, no picking, judged by the checker, with Wilson 95 % intervals by category.
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bifrost_cli import load_recipe
+from bifrost_cli.artifacts import Artifact
+from bifrost_cli.maths.intervals import wilson
+from bifrost_cli.shapes.captions import CATEGORIES, held_out_prompts, sample_scene
+from bifrost_cli.shapes.checker import check
+from bifrost_cli.shapes.draw import draw
+from bifrost_cli.stages.loading import load_encoder
+from bifrost_cli.stages.painting import Bridge, diffuse, generator_of
+from bifrost_cli.stages.pair import BUILTIN, Pair
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-n", type=int, default=240)
+    parser.add_argument("--system", type=Path, default=BUILTIN)
+    parser.add_argument("--set", action="append", default=[], dest="sets")
+    parser.add_argument("--grid", type=Path, help="write a contact sheet of the full chain's pictures")
+    asked = parser.parse_args()
+    bases = [f"models.mllm={asked.system / 'mllm'}", f"models.flux={asked.system / 'flux'}"]
+    recipe = load_recipe("tiny", [*bases, *asked.sets])
+    pair = Pair(Artifact.open(asked.system / "branch"), Artifact.open(asked.system / "controlnet"), "as given")
+    bridge, prompts = Bridge.load(recipe, pair, "cpu"), held_out_prompts(asked.n)
+    pictures = chain(bridge, prompts, plan=True)
+    show("full chain: plan, branch, ControlNet", prompts, pictures)
+    show("reconstruction of held-out pictures", prompts, reconstructions(bridge, recipe, prompts))
+    show("chain without the plan", prompts, chain(bridge, prompts, plan=False))
+    show("FLUX with text alone", prompts, chain(bridge, prompts, plan=False, control_scale=0.0))
+    if asked.grid:
+        sheet(pictures[:64]).save(asked.grid)
+
+
+def chain(bridge, prompts, **settings):
+    """One picture a prompt, with these `generate` settings instead of the recipe's."""
+    recipe = bridge.recipe
+    changed = recipe.model_copy(update={"generate": recipe.generate.model_copy(update=settings)})
+    other = Bridge(bridge.mllm, bridge.branch, bridge.painter, bridge.controlnet, changed)
+    return [other.paint(other.read(prompt.text), seed=0).pixels_HWC for prompt in prompts]
+
+
+@torch.no_grad()
+def reconstructions(bridge, recipe, prompts):
+    """Held-out scenes drawn, encoded, and painted again from their latents alone (FLUX reads an empty prompt)."""
+    rng, encoder = np.random.default_rng(0), load_encoder(recipe, torch.device("cpu"))
+    text, made = bridge.painter.embed([""], recipe.generate.max_flux_tokens), []
+    for index, prompt in enumerate(prompts):
+        latents_BPC = encoder.encode(draw(sample_scene(rng, prompt))[None])
+        generator = generator_of(index, "", "diffusion")
+        vae = diffuse(bridge.painter, bridge.controlnet, latents_BPC, text, generator, recipe)
+        made.append(bridge.painter.decode(vae)[0].numpy())
+    return made
+
+
+def show(title, prompts, pictures):
+    """One line for all and one for each category: right / asked, share and interval."""
+    verdicts = [check(prompt, pixels) for prompt, pixels in zip(prompts, pictures, strict=True)]
+    right, asked = Counter(), Counter(prompt.category for prompt in prompts)
+    right.update(prompt.category for prompt, verdict in zip(prompts, verdicts, strict=True) if verdict.right)
+    print(f"\n{title}")
+    for name in ("all", *CATEGORIES):
+        k, n = (right[name], asked[name]) if name != "all" else (right.total(), asked.total())
+        low, high = wilson(k, n)
+        print(f"  {name:18} {k:4} / {n:<4} {k / n:.3f}  [{low:.3f}, {high:.3f}]", flush=True)
+    for prompt, verdict in list(zip(prompts, verdicts, strict=True)):
+        if not verdict.right and right.total() > 0.8 * len(prompts):
+            print(f"    wrong: {prompt.text}: {verdict.why}")
+
+
+def sheet(pictures):
+    rows = [np.concatenate(pictures[i : i + 8], axis=1) for i in range(0, len(pictures) - 7, 8)]
+    return Image.fromarray(np.concatenate(rows, axis=0))
+
+
+if __name__ == "__main__":
+    main()
