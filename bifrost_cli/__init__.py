@@ -17,7 +17,7 @@ _WHERE = {
     "train_controlnet": "bifrost_cli.stages.controlnet",
     "generate": "bifrost_cli.stages.generate",
     "evaluate": "bifrost_cli.stages.evaluate",
-    "load_recipe": "bifrost_cli.config",
+    "load_recipe": "bifrost_cli.recipe_files",
 }
 __all__ = ["__version__", *_WHERE]
 

@@ -11,13 +11,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from bifrost_cli.recipe_files import load_recipe, recipe_names, recipe_path
-
-__all__ = [
-    "Branch", "ControlNet", "Evaluate", "Generate", "Latents", "Models", "Recipe", "Shapes", "Train",
-    "load_recipe", "recipe_names", "recipe_path",
-]  # fmt: skip
-
 FORMAT = 1
 Count = Annotated[int, Field(ge=1)]
 Every = Annotated[int, Field(ge=0)]

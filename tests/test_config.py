@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bifrost_cli.artifacts import Draft
-from bifrost_cli.config import Recipe, load_recipe, recipe_names, recipe_path
+from bifrost_cli.config import Recipe
 from bifrost_cli.errors import RecipeError
-from bifrost_cli.recipe_files import all_keys
+from bifrost_cli.recipe_files import all_keys, load_recipe, recipe_names, recipe_path
 from bifrost_cli.recipe_yaml import parse
 
 # text of a recipe, code, line:column, words of the message
@@ -178,7 +178,7 @@ def test_an_artifact_is_a_recipe(tmp_path):
 
 
 def test_hash_seed_and_locale_do_not_matter():
-    script = "from bifrost_cli.config import load_recipe; print(load_recipe('tiny').model_dump_json())"
+    script = "from bifrost_cli import load_recipe; print(load_recipe('tiny').model_dump_json())"
     root = str(Path(__file__).parents[1])
     outputs = {
         subprocess.run(

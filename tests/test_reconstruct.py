@@ -14,7 +14,8 @@ from bifrost_cli.data.png import png_bytes, png_pixels, png_text
 from bifrost_cli.errors import ArtifactError, UsageError
 from bifrost_cli.stages import pair
 from bifrost_cli.stages.ask import ask
-from bifrost_cli.stages.loading import load_mllm, pick_device
+from bifrost_cli.stages.loading import load_mllm
+from bifrost_cli.stages.place import pick_device
 from bifrost_cli.stages.reconstruct import reconstruct
 
 

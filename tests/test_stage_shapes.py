@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from bifrost_cli.config import load_recipe
 from bifrost_cli.data.sources import scan
 from bifrost_cli.errors import UsageError
+from bifrost_cli.recipe_files import load_recipe
 from bifrost_cli.shapes.captions import held_out
 from bifrost_cli.shapes.checker import check
 from bifrost_cli.stages.shapes import render_shapes

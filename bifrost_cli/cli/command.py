@@ -95,7 +95,7 @@ def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
 
 
 def _load(given: dict[str, Any], flags: Sequence[Flag]) -> Any:
-    from bifrost_cli.config import load_recipe
+    from bifrost_cli.recipe_files import load_recipe
 
     sets = list(given.pop("sets") or ())
     for flag in flags:

@@ -26,7 +26,7 @@ def ls(ui: Ui) -> Result:
 
     Example: bifrost recipes ls
     """
-    from bifrost_cli.config import load_recipe, recipe_names, recipe_path
+    from bifrost_cli.recipe_files import load_recipe, recipe_names, recipe_path
 
     claims = {name: load_recipe(name).claim for name in recipe_names()}
     data = {name: {"claim": claim, "path": str(recipe_path(name))} for name, claim in claims.items()}
@@ -63,7 +63,7 @@ def check(
 
     Example: bifrost recipes check my.yaml
     """
-    from bifrost_cli.config import load_recipe, recipe_names
+    from bifrost_cli.recipe_files import load_recipe, recipe_names
 
     names = refs or recipe_names()
     for name in names:

@@ -12,7 +12,8 @@ import torch
 from bifrost_cli.config import Recipe
 from bifrost_cli.data.images import read_image
 from bifrost_cli.errors import UsageError
-from bifrost_cli.stages.loading import load_mllm, pick_device
+from bifrost_cli.stages.loading import load_mllm
+from bifrost_cli.stages.place import pick_device
 from bifrost_cli.stages.ui import Ui
 
 

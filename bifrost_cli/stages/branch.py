@@ -20,7 +20,8 @@ from bifrost_cli.errors import RecipeError
 from bifrost_cli.models.branch import VisualBranch
 from bifrost_cli.models.encoders import MllmEncoder
 from bifrost_cli.models.mllm import Mllm
-from bifrost_cli.stages.loading import load_encoder, load_mllm, pick_device
+from bifrost_cli.stages.loading import load_encoder, load_mllm
+from bifrost_cli.stages.place import pick_device
 from bifrost_cli.stages.train import Job, choose_store, other_encoder, run_job, shared_identity
 from bifrost_cli.stages.ui import Ui
 from bifrost_cli.training.branch import BranchTask

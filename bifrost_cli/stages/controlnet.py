@@ -19,7 +19,8 @@ from bifrost_cli.errors import ArtifactError, RecipeError
 from bifrost_cli.models.controlnet import controlnet_config, latent_controlnet
 from bifrost_cli.models.encoders import VaeEncoder
 from bifrost_cli.models.flux import Painter
-from bifrost_cli.stages.loading import load_painter, pick_device
+from bifrost_cli.stages.loading import load_painter
+from bifrost_cli.stages.place import pick_device
 from bifrost_cli.stages.train import Job, choose_store, run_job, shared_identity
 from bifrost_cli.stages.ui import Ui
 from bifrost_cli.training.controlnet import ControlNetTask

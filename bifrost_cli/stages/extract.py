@@ -24,7 +24,8 @@ from bifrost_cli.data.store_writer import StoreWriter
 from bifrost_cli.errors import DiskFull, Stopped
 from bifrost_cli.models.encoders import Encoder, VaeEncoder
 from bifrost_cli.stages.encoding import ShardRows, encode_shard
-from bifrost_cli.stages.loading import load_encoder, load_vae, pick_device
+from bifrost_cli.stages.loading import load_encoder, load_vae
+from bifrost_cli.stages.place import pick_device
 from bifrost_cli.stages.source import choose_source, digest, listed, refuse_output, scan_source, write_events
 from bifrost_cli.stages.ui import Ui
 from bifrost_cli.training.signals import StopFlag

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem, RecipeError
 from bifrost_cli.models.features import ClipFeatures
-from bifrost_cli.stages.loading import model_place, pick_device
+from bifrost_cli.stages.place import model_place, pick_device
 
 _LOCAL = "local-dir:"
 

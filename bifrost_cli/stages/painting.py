@@ -27,8 +27,9 @@ from bifrost_cli.models.decode import decode
 from bifrost_cli.models.flux import Control, Painter, Text
 from bifrost_cli.models.mllm import Mllm, Prefix
 from bifrost_cli.models.prompt import join_plan
-from bifrost_cli.stages.loading import load_branch, load_controlnet, load_mllm, load_painter, pick_device
+from bifrost_cli.stages.loading import load_branch, load_controlnet, load_mllm, load_painter
 from bifrost_cli.stages.pair import Pair, require_base
+from bifrost_cli.stages.place import pick_device
 from bifrost_cli.training.order import derive
 
 STAGES = ("plan", "prompt", "decode", "diffusion", "vae")

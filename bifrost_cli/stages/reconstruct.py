@@ -18,9 +18,10 @@ from bifrost_cli.config import Recipe
 from bifrost_cli.data.images import read_image, square
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import UsageError
-from bifrost_cli.stages.loading import load_controlnet, load_encoder, load_painter, pick_device
+from bifrost_cli.stages.loading import load_controlnet, load_encoder, load_painter
 from bifrost_cli.stages.painting import diffuse, generator_of
 from bifrost_cli.stages.pair import choose_controlnet
+from bifrost_cli.stages.place import pick_device
 from bifrost_cli.stages.prompts import destination
 from bifrost_cli.stages.ui import Ui
 

@@ -1,0 +1,103 @@
+"""Where a model is and where it goes: names -> folders, device names -> devices.
+
+In: `builtin:NAME`, a folder or a hub id; a device name. Out: a local folder, a torch device. Every base becomes a local
+folder first, so that each trouble with a hub has one place and one message. Does not know what is in the folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import get_token, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+
+from bifrost_cli.errors import ArtifactError, BifrostError, EnvironmentProblem
+
+BUILTIN = Path(__file__).parents[1] / "builtin"
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
+_HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one. EnvironmentProblem BF-ENV-001 for a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise EnvironmentProblem(f"there is no device {name} here", at=_first_line(error),
+                                 fix="--device cpu, or bifrost doctor", code="BF-ENV-001") from error  # fmt: skip
+    return device
+
+
+def model_place(ref: str, *, revision: str | None = None, patterns: Sequence[str] = MODEL_FILES) -> str:
+    """The local folder of a frozen base; a hub id is downloaded (safetensors and text files alone) or taken from cache.
+
+    Raises what `model_errors` does.
+    """
+    folder = BUILTIN / ref.removeprefix("builtin:") if ref.startswith("builtin:") else Path(ref).expanduser()
+    if folder.is_dir():
+        return str(folder)
+    if ref.startswith(("builtin:", ".", "/", "~")):
+        raise EnvironmentProblem(f"there is no model folder {folder}", fix="give a folder, builtin:NAME or a hub id",
+                                 code="BF-ENV-020")  # fmt: skip
+    with model_errors(ref):
+        return snapshot_download(ref, revision=revision, allow_patterns=list(patterns))
+
+
+@contextmanager
+def model_errors(ref: str) -> Iterator[None]:
+    """Turn a library's complaint about a model into one of ours.
+
+    EnvironmentProblem: BF-ENV-020 not a model, or not reachable; 021 gated and no token; 022 licence not accepted; 023
+    offline and not in the cache. ArtifactError BF-ART-008: damaged weights.
+    """
+    try:
+        yield
+    except BifrostError:
+        raise
+    except _HUB_ERRORS as error:
+        raise _hub_problem(ref, error) from error
+    except SafetensorError as error:
+        raise ArtifactError(f"{ref} holds damaged weights: {error}", fix="fetch the model again",
+                            code="BF-ART-008") from error  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise EnvironmentProblem(f"{ref} is not a model of the kind that is needed", at=_first_line(error),
+                                 fix="check the recipe's models section", code="BF-ENV-020") from error  # fmt: skip
+
+
+def _hub_problem(ref: str, error: Exception) -> EnvironmentProblem:
+    page = f"https://huggingface.co/{ref}"
+    if isinstance(error, GatedRepoError) and get_token() is None:
+        return EnvironmentProblem(f"{ref} is gated, and there is no token", at=page,
+                                  fix="hf auth login, or set HF_TOKEN", code="BF-ENV-021")  # fmt: skip
+    if isinstance(error, GatedRepoError):
+        return EnvironmentProblem(f"{ref} is gated, and your account has not accepted its licence", at=page,
+                                  fix=f"accept it at {page}", code="BF-ENV-022")  # fmt: skip
+    if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)):
+        return EnvironmentProblem(f"there is no model {ref}", at=_first_line(error),
+                                  fix="check the name and the revision; a private one needs HF_TOKEN",
+                                  code="BF-ENV-020")  # fmt: skip
+    if os.environ.get("HF_HUB_OFFLINE") or isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
+        return EnvironmentProblem(f"{ref} is not in the cache, and the hub cannot be reached", at=page,
+                                  fix="go online once, or give a local folder", code="BF-ENV-023")  # fmt: skip
+    return EnvironmentProblem(f"{ref} cannot be reached", at=_first_line(error), fix="try again later",
+                              code="BF-ENV-020")  # fmt: skip
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
