@@ -59,7 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name, error, tolerance in rows_of(path.parent):
             passed = error <= tolerance
             counts[passed] += 1
-            print(f"{path.parent.name}/{name}  {error:.3g}  {tolerance:.3g}  {'pass' if passed else 'fail'}", flush=True)
+            verdict = "pass" if passed else "fail"
+            print(f"{path.parent.name}/{name}  {error:.3g}  {tolerance:.3g}  {verdict}", flush=True)
     print(f"{counts[True]} passed, {counts[False]} failed" if any(counts.values()) else f"no vectors below {root}")
     return 0 if counts[True] and not counts[False] else 1
 

@@ -144,7 +144,9 @@ def _decoded(
     }
 
 
-def _gradient_rows(branch: VisualBranch, loss: Tensor, config: dict[str, Any], expected: dict[str, Tensor]) -> list[Row]:
+def _gradient_rows(
+    branch: VisualBranch, loss: Tensor, config: dict[str, Any], expected: dict[str, Tensor]
+) -> list[Row]:
     gradients = {name: parameter.grad for name, parameter in branch.named_parameters()}
     norms = [gradients[branch_name(name)].norm() for name in config.get("grad_names", ())]
     ours = {"loss": loss.detach()[None], "grad_norms": torch.stack(norms) if norms else torch.zeros(0)}

@@ -29,7 +29,7 @@ def sample_mask_ratio(
 
 
 def random_orders(batch: int, patches: int, generator: torch.Generator) -> Tensor:
-    """One random order of the patches per image, orders_BP int64. Decoding reveals an order from its end to its start."""
+    """One random order of the patches per image, orders_BP int64; decoding reveals it from its end to its start."""
     return torch.stack([torch.randperm(patches, generator=generator) for _ in range(batch)])
 
 
@@ -49,7 +49,7 @@ def draw_masks(
     low: float = 0.7,
     high: float = 1.0,
 ) -> Tensor:
-    """Training masks, masked_BP bool: per image ceil(P * ratio) patches, at least one, at the start of a random order."""
+    """Training masks, masked_BP bool: per image ceil(P * ratio) patches, at least one, in random places."""
     ratio_B = sample_mask_ratio(batch, generator, mean, sd, low, high)
     count_B = (ratio_B * patches).ceil().long().clamp(1, patches)
     return mask_from_orders(random_orders(batch, patches, generator), count_B)

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicLayer, Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
 from bifrost_cli.models.flow_head import FlowHead
 from bifrost_cli.models.linear_head import LinearHead
 from bifrost_cli.models.mllm import Mllm, Prefix
+from bifrost_cli.models.prefix_pass import PrefixCache, hidden_of_some
 from bifrost_cli.models.prompt import additive, image_mask
 
 HEADS = {"linear": LinearHead, "flow": FlowHead}
@@ -101,7 +102,7 @@ class VisualBranch(nn.Module):
         }
 
     def set_statistics(self, mean_C: Tensor, std_C: Tensor) -> None:
-        """Channel mean and standard deviation of the training latents; only with normalize. A zero deviation counts as 1."""
+        """Channel mean and deviation of the training latents; only with normalize. A deviation of zero counts as 1."""
         if not self.normalize:
             raise ValueError("this branch does not normalise: statistics would be ignored")
         self.latents_mean_C.copy_(mean_C)
@@ -113,16 +114,24 @@ class VisualBranch(nn.Module):
         """Predicted latents_BPC (the flow head: their mean) at every patch; `known` counts where masked is False."""
         return self.from_decoder(self.vision_head.mean(self.hidden(known_BPC, masked_BP, prefix)))
 
-    def hidden(self, known_BPC: Tensor, masked_BP: Tensor, prefix: Prefix) -> Tensor:
-        """hidden_BPD after the final norm. The prefix is read, never extended: give the same one at every step."""
+    def hidden(
+        self, known_BPC: Tensor, masked_BP: Tensor, prefix: Prefix, wanted_Bn: Tensor | None = None
+    ) -> Tensor:
+        """hidden_BPD after the final norm, or hidden_BnD of the wanted patches alone, which is cheaper.
+
+        The prefix is read, never extended: give the same one at every step.
+        """
         batch, patches = masked_BP.shape
         known_BPD = self.input_projection(self.to_decoder(known_BPC))
         inputs_BPD = torch.where(masked_BP[..., None], self.mask_token, known_BPD) + self.position_embedding
+        position_ids = self._rotary(prefix, batch, patches)
+        if wanted_Bn is not None:
+            return hidden_of_some(self.decoder, inputs_BPD, position_ids, prefix, wanted_Bn)
         return self.decoder(
             inputs_embeds=inputs_BPD,
             attention_mask=additive(image_mask(prefix.attention_BT, patches), inputs_BPD.dtype),
-            position_ids=self._rotary(prefix, batch, patches),
-            past_key_values=_PrefixCache(prefix),
+            position_ids=position_ids,
+            past_key_values=PrefixCache(prefix),
             use_cache=False,
         ).last_hidden_state
 
@@ -174,24 +183,6 @@ class VisualBranch(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
                 nn.init.zeros_(module.bias)
-
-
-class _PrefixLayer(DynamicLayer):
-    """One layer's prompt keys and values: returned in front of the new ones, never stored with them."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values, self.is_initialized = keys, values, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        keys = torch.cat([self.keys.to(key_states.dtype), key_states], dim=-2)
-        return keys, torch.cat([self.values.to(value_states.dtype), value_states], dim=-2)
-
-
-class _PrefixCache(Cache):
-    def __init__(self, prefix: Prefix) -> None:
-        pairs = zip(prefix.keys, prefix.values, strict=True)
-        super().__init__(layers=[_PrefixLayer(keys, values) for keys, values in pairs])
 
 
 def _decoder(text_config: Qwen2_5_VLTextConfig) -> Qwen2_5_VLTextModel:

@@ -66,10 +66,7 @@ def _predict(
     noise_BPC: Tensor | None,
 ) -> Tensor:
     """New latents_BnC of the patches that this step reveals."""
-    hidden = []
-    for prefix in prefixes:
-        hidden_BPD = branch.hidden(latents_BPC, masked_BP, prefix)
-        hidden.append(hidden_BPD.gather(1, _across(revealed_Bn, hidden_BPD.shape[-1])))
+    hidden = [branch.hidden(latents_BPC, masked_BP, prefix, revealed_Bn) for prefix in prefixes]
     noise_BnC = None
     if noise_BPC is not None:
         noise_BnC = noise_BPC.to(revealed_Bn.device).gather(1, _across(revealed_Bn, branch.channels))

@@ -23,6 +23,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from bifrost_cli.data.weights import weights_hash
 from bifrost_cli.models.prompt import Layout, Template, additive, layout, text_mask
 
 
@@ -77,8 +78,6 @@ class Mllm:
 
     def weights_hash(self) -> str:
         """sha256 over all weights. Kept after the first call: nothing in this class changes a weight."""
-        from bifrost_cli.data.weights import weights_hash
-
         self._hash = self._hash or weights_hash(self.model.state_dict())
         return self._hash
 
@@ -123,7 +122,7 @@ class Mllm:
 
     @torch.no_grad()
     def encode_patches(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """Stock inputs (pixel rows in Qwen order; frames, rows, columns of each picture) -> latents (all patches, C)."""
+        """Stock inputs (pixel rows in Qwen order; frames, rows, columns a picture) -> latents (all patches, C)."""
         visual = self.model.model.visual
         inputs = self._placed({"pixel_values": pixel_values, "grid_thw": grid_thw})
         return visual(inputs["pixel_values"], grid_thw=inputs["grid_thw"]).pooler_output.float()

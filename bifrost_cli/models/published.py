@@ -30,7 +30,7 @@ IGNORED = ("vision_gen_vae_model.", "diffusion_decoder.")
 
 @dataclass(frozen=True)
 class Published:
-    """`branch` and `mllm` under our (stock) names; `ignored` belongs to parts that are not used; `unknown` to nobody."""
+    """`branch` and `mllm` under our (stock) names; `ignored` is of parts that are not used, `unknown` of none."""
 
     branch: dict[str, Tensor]
     mllm: dict[str, Tensor]
