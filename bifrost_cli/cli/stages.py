@@ -241,11 +241,11 @@ def bench_decode(
     layers: Annotated[int, typer.Option("--layers", min=1, help="Decoder layers.")] = 8,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Image tokens.")] = 256,
     text: Annotated[int, typer.Option("--text", min=1, help="Text tokens.")] = 300,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Decode steps.")] = 4,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Decode steps.")] = 8,
 ) -> Result:
     """Time the decode loop against a plain one that encodes everything again at each step.
 
-    Example: bifrost bench decode --steps 8
+    Example: bifrost bench decode --steps 16
     """
     from dataclasses import asdict
 

@@ -154,8 +154,9 @@ def _decode(mllm: Mllm, branch: VisualBranch, text: Layout, uncond_text: Layout,
 def _random_models(hidden: int, layers: int, tokens: int, device: torch.device) -> tuple[Mllm, VisualBranch]:
     heads = hidden // HEAD_WIDTH
     text = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers, "vocab_size": 256,
-            "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4), "bos_token_id": None,
-            "eos_token_id": None, "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12]}}  # fmt: skip
+            "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4),
+            "bos_token_id": None, "eos_token_id": None,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12]}}  # fmt: skip
     vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": hidden}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=1, video_token_id=2)
     torch.manual_seed(0)
