@@ -97,10 +97,6 @@ class Train(Section):
 class Branch(Section):
     """The visual generation branch and its training."""
 
-    positions: Literal["learned", "rotary"] = Field(
-        "learned",
-        description="where picture tokens stand: a learned embedding (paper), or the place of their plan word",
-    )
     head: Literal["linear", "flow"] = Field("linear", description="linear (paper), or a sampling head for every token")
     normalize: bool = Field(
         False, description="predict latents scaled to mean 0, deviation 1 by the store's statistics"

@@ -50,7 +50,7 @@ def test_the_native_branch_has_no_tensor_that_the_published_one_lacks(tiny_mllm)
 
 
 def test_its_config_builds_it_again(tiny_mllm, prefix):  # noqa: F811
-    branch = random_branch(tiny_mllm, channels=24, positions="rotary", head="flow", normalize=True)
+    branch = random_branch(tiny_mllm, channels=24, head="flow", normalize=True)
     again = VisualBranch.from_config(json.loads(json.dumps(branch.config)))
     again.load_state_dict(branch.state_dict())
     known = normal(2, PATCHES, 24)
@@ -139,20 +139,9 @@ def test_it_learns_what_the_text_decides(tiny_mllm, prefix, head):  # noqa: F811
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5]) and metrics["cosine"] > 0.4
 
 
-def test_rotary_positions_come_from_the_prefix(tiny_mllm, prefix):  # noqa: F811
-    branch = random_branch(tiny_mllm, positions="rotary")
-    at_zero = branch(LATENTS, MASKED, prefix)
-    given = replace(prefix, image_positions_BP=torch.zeros(2, PATCHES, dtype=torch.long))
-    assert torch.equal(branch(LATENTS, MASKED, given), at_zero)
-    moved = replace(prefix, image_positions_BP=torch.arange(PATCHES).expand(2, -1) + 5)
-    assert not torch.allclose(branch(LATENTS, MASKED, moved), at_zero)
-    with pytest.raises(ValueError, match="ignored"):
-        random_branch(tiny_mllm)(LATENTS, MASKED, given)
-
-
 def test_unknown_kinds_are_refused(tiny_mllm):  # noqa: F811
-    with pytest.raises(ValueError, match="positions"):
-        VisualBranch.from_mllm(tiny_mllm, PATCHES, positions="absolute")
+    with pytest.raises(ValueError, match="heads are"):
+        VisualBranch.from_mllm(tiny_mllm, PATCHES, head="square")
 
 
 def test_half_precision_prefixes_and_latents_are_accepted(tiny_mllm, prefix):  # noqa: F811

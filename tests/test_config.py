@@ -149,7 +149,7 @@ def test_the_defaults_are_the_papers():
         0.7,
         1,
     )
-    assert (paper.branch.positions, paper.branch.head, paper.branch.loss_on) == ("learned", "linear", "all")
+    assert (paper.branch.head, paper.branch.loss_on) == ("linear", "all")
     assert (paper.controlnet.double_blocks, paper.controlnet.single_blocks) == (4, 1)
     assert (paper.generate.steps, paper.generate.flux_guidance, paper.generate.control_scale) == (28, 3.5, 0.7)
     for section in ("models", "latents"):

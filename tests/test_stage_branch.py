@@ -138,11 +138,9 @@ def test_a_dry_run_touches_nothing(workspace, mllm_folder, tmp_path):
     assert sorted(workspace.rglob("*")) == before
 
 
-def test_a_batch_larger_than_the_store_and_rotary_positions_are_refused(workspace, mllm_folder):
+def test_a_batch_larger_than_the_store_is_refused(workspace, mllm_folder):
     with pytest.raises(RecipeError, match="36 rows"):
         train_branch(recipe(mllm_folder, batch_size=37), workspace=workspace, device="cpu")
-    with pytest.raises(RecipeError, match="rotary"):
-        train_branch(recipe(mllm_folder, positions="rotary"), workspace=workspace, device="cpu")
 
 
 def test_one_row_is_too_few(mllm_folder, tmp_path):

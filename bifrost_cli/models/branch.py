@@ -20,15 +20,14 @@ from bifrost_cli.models.prefix_pass import PrefixCache, hidden_of_some
 from bifrost_cli.models.prompt import additive, image_mask
 
 HEADS = {"linear": LinearHead, "flow": FlowHead}
-POSITIONS = ("learned", "rotary")
 LOSS_ON = ("all", "masked")
 
 
 class VisualBranch(nn.Module):
     """Stock `Qwen2_5_VLTextModel` without its embedding table, a mask token, patch positions and a vision head.
 
-    positions: learned (every patch at rotary position 0, as published) or rotary (each patch at the text position that
-    the prefix names for it). head: linear (mean squared error, as published) or flow (samples each token).
+    Every patch stands at rotary position 0; their order comes from the learned positions alone (as published). head:
+    linear (mean squared error, as published) or flow (samples each token).
     normalize: the decoder sees and predicts latents divided by the stored channel statistics.
     """
 
@@ -38,14 +37,13 @@ class VisualBranch(nn.Module):
         patches: int,
         channels: int,
         *,
-        positions: str = "learned",
         head: str = "linear",
         normalize: bool = False,
     ) -> None:
         super().__init__()
-        if positions not in POSITIONS or head not in HEADS:
-            raise ValueError(f"positions are one of {POSITIONS} and heads of {tuple(HEADS)}: {positions!r}, {head!r}")
-        self.patches, self.channels, self.positions, self.head_kind = patches, channels, positions, head
+        if head not in HEADS:
+            raise ValueError(f"heads are {tuple(HEADS)}, not {head!r}")
+        self.patches, self.channels, self.head_kind = patches, channels, head
         width = text_config.hidden_size
         self.decoder = _decoder(text_config)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -64,7 +62,6 @@ class VisualBranch(nn.Module):
         patches: int,
         channels: int | None = None,
         *,
-        positions: str = "learned",
         head: str = "linear",
         normalize: bool = False,
         generator: torch.Generator | None = None,
@@ -73,7 +70,7 @@ class VisualBranch(nn.Module):
 
         channels: of the latents, None = the MLLM's own. Weights are float32 whatever the MLLM's type.
         """
-        branch = cls(mllm.text_config, patches, channels or mllm.width, positions=positions, head=head,
+        branch = cls(mllm.text_config, patches, channels or mllm.width, head=head,
                      normalize=normalize)  # fmt: skip
         weights = mllm.model.model.language_model.state_dict()
         copied = {name: value.float() for name, value in weights.items() if not name.startswith("embed_tokens.")}
@@ -96,7 +93,6 @@ class VisualBranch(nn.Module):
             "text_config": text_config,
             "patches": self.patches,
             "channels": self.channels,
-            "positions": self.positions,
             "head": self.head_kind,
             "normalize": self.normalize,
         }
@@ -124,7 +120,7 @@ class VisualBranch(nn.Module):
         batch, patches = masked_BP.shape
         known_BPD = self.input_projection(self.to_decoder(known_BPC))
         inputs_BPD = torch.where(masked_BP[..., None], self.mask_token, known_BPD) + self.position_embedding
-        position_ids = self._rotary(prefix, batch, patches)
+        position_ids = torch.zeros(3, batch, patches, dtype=torch.long, device=inputs_BPD.device)
         if wanted_Bn is not None:
             return hidden_of_some(self.decoder, inputs_BPD, position_ids, prefix, wanted_Bn)
         return self.decoder(
@@ -170,13 +166,6 @@ class VisualBranch(nn.Module):
         return latents_BPC * self.latents_std_C + self.latents_mean_C if self.normalize else latents_BPC
 
     # ---- inside -----------------------------------------------------------------------------------------------------
-
-    def _rotary(self, prefix: Prefix, batch: int, patches: int) -> Tensor:
-        if prefix.image_positions_BP is None:
-            return torch.zeros(3, batch, patches, dtype=torch.long, device=self.mask_token.device)
-        if self.positions == "learned":
-            raise ValueError("this branch has learned positions: the prefix's image positions would be ignored")
-        return prefix.image_positions_BP.to(self.mask_token.device).expand(3, -1, -1)
 
     def _init_new(self, generator: torch.Generator) -> None:
         for module in (self.input_projection, *self.vision_head.modules()):

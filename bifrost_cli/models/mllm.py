@@ -29,15 +29,11 @@ from bifrost_cli.models.prompt import Layout, Template, additive, layout, text_m
 
 @dataclass(frozen=True)
 class Prefix:
-    """What the branch sees of a prompt: keys and values of every layer, each (B, h, T, d), and which text is real.
-
-    `image_positions_BP` (optional) are the rotary positions of the patches, for branches that have them.
-    """
+    """What the branch sees of a prompt: keys and values of every layer, each (B, h, T, d), and which text is real."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     attention_BT: Tensor
-    image_positions_BP: Tensor | None = None
 
 
 class Mllm:
@@ -103,7 +99,7 @@ class Mllm:
             use_cache=True,
         )
         keys, values = zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
-        return Prefix(keys, values, attention_BT, text.image_positions_BP)
+        return Prefix(keys, values, attention_BT)
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ B batch, T text tokens, P patches. Semantics as published (Bifrost-1, arXiv 2508
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,20 +45,12 @@ CAPTION_OPENERS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """Left-padded prompts: input_ids_BT and attention_BT int64 (1 = real), position_ids_3BT int64, truncated per row.
-
-    `image_positions_BP` is for branches with rotary positions: the text position that each patch shares.
-    """
+    """Left-padded prompts: input_ids_BT and attention_BT int64 (1 = real), position_ids_3BT int64, truncated per row."""
 
     input_ids_BT: Tensor
     attention_BT: Tensor
     position_ids_3BT: Tensor
     truncated: tuple[bool, ...]
-    image_positions_BP: Tensor | None = None
-
-    def with_image_positions(self, image_positions_BP: Tensor) -> Layout:
-        """The same prompts with the rotary position of every patch (B, P), counted from the first real token."""
-        return replace(self, image_positions_BP=image_positions_BP)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from bifrost_cli.artifacts.identity import differences
 from bifrost_cli.config import Recipe
 from bifrost_cli.data.store import LatentsStore
 from bifrost_cli.data.weights import weights_hash
-from bifrost_cli.errors import RecipeError
 from bifrost_cli.models.branch import VisualBranch
 from bifrost_cli.models.encoders import MllmEncoder
 from bifrost_cli.models.mllm import Mllm
@@ -77,14 +76,10 @@ def train_branch(
 def new_branch(recipe: Recipe, store: LatentsStore, mllm: Mllm) -> VisualBranch:
     """The untrained branch: copied from the MLLM, sized for the store, its new layers drawn from the recipe's seed."""
     settings = recipe.branch
-    if settings.positions == "rotary":
-        raise RecipeError("branch.positions rotary needs plans with one word for each patch, which no store has",
-                          fix="--set branch.positions=learned", code="BF-RECIPE-005")
     branch = VisualBranch.from_mllm(
         mllm,
         store.grid[0] * store.grid[1],
         store.channels,
-        positions=settings.positions,
         head=settings.head,
         normalize=settings.normalize,
         generator=torch.Generator().manual_seed(derive(settings.train.seed, "init")),
