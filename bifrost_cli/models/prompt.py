@@ -45,7 +45,7 @@ CAPTION_OPENERS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """Left-padded prompts: input_ids_BT and attention_BT int64 (1 = real), position_ids_3BT int64, truncated per row."""
+    """Left-padded prompts: input_ids_BT, attention_BT (1 = real) and position_ids_3BT, int64; `truncated` rows."""
 
     input_ids_BT: Tensor
     attention_BT: Tensor
