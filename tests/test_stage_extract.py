@@ -124,9 +124,9 @@ def test_rows_captions_plans_and_statistics(averages: Any, tmp_path: Path) -> No
     assert np.array_equal(store.latents(range(90)), expected)
     assert np.allclose(store.mean_C, expected.astype(np.float64).mean((0, 1)), rtol=1e-6)
     assert ui.lines[0] == f"source: {ROWS}" and "seen 90, readable 90, captioned 90, used 90" in ui.lines[-3]
-    assert "images/s; next: bifrost train branch" in ui.lines[-1] and "mean norm of a token" in ui.lines[-2]
+    assert "images/s" in ui.lines[-1] and "mean norm of a token" in ui.lines[-2]
     assert artifact.info["recipe"]["latents"]["image_size"] == 32 and artifact.info["funnel"]["used"] == 90
-    assert artifact.info["statistics"]["mean"] == store.attributes["mean"]
+    assert artifact.info["statistics"]["mean"] == [min(store.attributes["mean"]), max(store.attributes["mean"])]
 
 
 def test_without_a_source_the_built_in_world_is_used(averages: Any, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ class _Job:
                     "recipe": self.recipe.model_dump(mode="json"),
                     "funnel": self.found.funnel,
                     "counts": self.found.counts,
-                    "statistics": statistics,
+                    "statistics": _summary(statistics),
                 },
                 made={"device": str(self.device), "seed": None},
                 cost={"device": str(self.device), "samples": encoded},
@@ -217,12 +217,18 @@ class _Job:
         shape = "x".join(map(str, (*store.grid, store.channels)))
         self.ui.say(
             f"latents: {artifact.path} ({artifact.id}), {store.rows} rows of {shape}, "
-            f"{encoded / max(seconds, 1e-9):.1f} images/s; next: bifrost train branch"
+            f"{encoded / max(seconds, 1e-9):.1f} images/s"
         )
 
 
 def _free(path: Path) -> int:
     return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free
+
+
+def _summary(statistics: dict[str, Any]) -> dict[str, Any]:
+    """For the manifest; the values of every channel are in the store's attributes."""
+    ranges = {name: [min(statistics[name]), max(statistics[name])] for name in ("mean", "std")}
+    return {"tokens": statistics["tokens"], "norm": statistics["norm"], **ranges}
 
 
 def _range(values: list[float]) -> str:
