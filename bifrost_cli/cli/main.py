@@ -6,7 +6,9 @@ In: the command line. Out: an exit code (0 ok, 1 bug, 2 usage or recipe, 3 envir
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import os
 import sys
 from pathlib import Path
@@ -46,7 +48,12 @@ app.add_typer(shapes.app, name="shapes")
 
 def main() -> None:
     """The console script."""
-    sys.exit(run())
+    gc.set_threshold(100_000, 50, 1000)  # else the collector spends a second on what importing diffusers makes
+    code = run()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # everything is written; taking half a million objects apart would cost another second
 
 
 def run(arguments: list[str] | None = None) -> int:
