@@ -66,7 +66,7 @@ def test_what_is_not_a_bifrost_command_is_the_install_or_the_tests():
 
 def test_the_python_shown_runs(desk):
     (code,) = blocks("python")
-    short = code.replace("branch.train.steps=900", "branch.train.steps=52").replace(
+    short = code.replace("branch.train.steps=1600", "branch.train.steps=52").replace(
         '52"]', '52", "branch.train.sample_every=0", "controlnet.train.steps=52", "controlnet.train.sample_every=0",'
         ' "shapes.rows=160"]')
     assert short != code
