@@ -83,7 +83,7 @@ def test_reconstruction_keeps_the_picture(tmp_path):
         prompt = sample_prompt(rng, split="held_out")
         Image.fromarray(draw(sample_scene(rng, prompt))).save(tmp_path / f"{i}.png")
         again = tmp_path / f"{i}-again.png"
-        reconstruct(load_recipe(), tmp_path / f"{i}.png", again, workspace=tmp_path)
+        reconstruct(load_recipe(), tmp_path / f"{i}.png", output=again, workspace=tmp_path)
         right += check(prompt, png_pixels(again.read_bytes())).right
     assert right >= 8  # 0.95 is shipped: fewer happen once in a hundred such draws
 

@@ -22,6 +22,9 @@ def bifrost(folder: Path, *words: str) -> subprocess.CompletedProcess:
     return done
 
 
+pytestmark = pytest.mark.timeout(900)
+
+
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
     """The five commands on the default recipe; only the trainings are shortened, and the store is smaller."""
@@ -30,7 +33,7 @@ def chain(tmp_path_factory):
     bifrost(folder, "train", "branch", *SHORT)
     bifrost(folder, "train", "controlnet", *[word.replace("branch.", "controlnet.") for word in SHORT])
     bifrost(folder, "generate", PROMPT, "-o", "out.png")
-    bifrost(folder, "eval", "--fid")
+    bifrost(folder, "eval", "--fid", "--min-samples", "32")
     return folder
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from bifrost_cli.cli.command import Result, command
-from bifrost_cli.cli.options import Recipe
+from bifrost_cli.cli.options import Sets
 from bifrost_cli.stages.ui import Ui
 
 app = typer.Typer(help="List, show and check recipes.")
@@ -35,18 +35,22 @@ def ls(ui: Ui) -> Result:
 
 @command(app, "show")
 def show(
-    recipe: Recipe,
     ui: Ui,
+    ref: Annotated[
+        str | None, typer.Argument(metavar="RECIPE", help="A name, a file or an artifact.  (default: tiny)")
+    ] = None,
+    sets: Sets = None,
     keys: Annotated[bool, typer.Option("--keys", help="Every key, its value and its meaning.")] = False,
 ) -> Result:
     """Show a recipe with every default filled in; an artifact's too.
 
-    Example: bifrost recipes show --recipe bifrost1-7b --set branch.train.lr=1e-4
+    Example: bifrost recipes show bifrost1-7b --set branch.train.lr=1e-4
     """
     import yaml
 
-    from bifrost_cli.recipe_files import all_keys
+    from bifrost_cli.recipe_files import all_keys, load_recipe
 
+    recipe = load_recipe(ref, sets or ())
     data = recipe.model_dump(mode="json")
     if not keys:
         return Result([yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100).rstrip()], data)

@@ -251,10 +251,11 @@ def bench_decode(
 
     from bifrost_cli.stages.bench import bench_decode
 
-    rows = bench_decode(hidden=hidden, layers=layers, tokens=tokens, text=text, steps=steps, say=ui.say)
-    found = [asdict(row) for row in rows]
-    lines = [", ".join(f"{name} {value:.3g}" for name, value in row.items()) for row in found]
-    return Result(lines, {"rows": found})
+    with ui.progress(2, "guidance weights") as bar:
+        rows = bench_decode(
+            hidden=hidden, layers=layers, tokens=tokens, text=text, steps=steps, on_row=lambda: bar.advance(1)
+        )
+    return Result([str(row) for row in rows], {"rows": [{**asdict(row), "ratio": row.ratio} for row in rows]})
 
 
 def _made(made: Artifact | Path | dict[str, Any]) -> Result:

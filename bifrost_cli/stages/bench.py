@@ -55,7 +55,7 @@ def bench_decode(
     prompts: int = 2,
     guidance: float = 3.0,
     device: str = "cpu",
-    say: Callable[[str], None] = print,
+    on_row: Callable[[], None] = lambda: None,
 ) -> list[BenchRow]:
     """Both loops on the same random weights, with guidance and at weight 1, the prompt's encoding included.
 
@@ -79,7 +79,7 @@ def bench_decode(
         ours, seconds = _timed(device, lambda run=run: _decode(mllm, branch, *short, **run))
         difference = float((plain - ours).abs().max())
         rows.append(BenchRow(weight, plain_seconds, seconds, plain_seconds / seconds, difference))
-        say(str(rows[-1]))
+        on_row()
     return rows
 
 

@@ -103,7 +103,7 @@ class _Job:
 
     def plan(self, path: Path) -> dict[str, Any]:
         """What the extraction will do and need; sizes in bytes, before compression."""
-        plan = {
+        return {
             "output": str(path),
             "encoder": f"{self.encoder.identity['name']} ({self.encoder.identity['weights'][:12]})",
             "grid": list(self.layout.grid),
@@ -115,9 +115,6 @@ class _Job:
             "memory_of_a_shard": self._bytes(min(self.layout.rows, self.layout.shard_rows)),
             "device": str(self.device),
         }
-        for name, value in plan.items():
-            self.ui.say(f"{name}: {value}")
-        return plan
 
     def run(self, path: Path) -> Artifact:
         """Write what is missing, then the manifest."""

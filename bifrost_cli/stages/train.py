@@ -97,8 +97,6 @@ def run_job(
     path = Path(chosen or default_path(workspace, job.kind, identity_id(job.kind, job.identity, parents)))
     plan = _plan(job, path)
     if dry_run:
-        for name, value in plan.items():
-            ui.say(f"{name}: {value}")
         return plan
     _require_rows(job)
     with Draft.open(path, job.kind, job.identity, parents) as draft:
