@@ -105,7 +105,8 @@ def test_what_cannot_be_decoded_is_refused(tiny_mllm, prefixes):  # noqa: F811
 
 def test_the_benchmark_compares_equal_outputs():
     lines = []
-    rows = bench_decode(hidden=128, layers=2, tokens=16, text=60, prompt_tokens=30, steps=3, on_row=lambda: lines.append(1))
+    sizes = {"hidden": 128, "layers": 2, "tokens": 16, "text": 60, "prompt_tokens": 30, "steps": 3}
+    rows = bench_decode(**sizes, on_row=lambda: lines.append(1))
     assert [row.guidance for row in rows] == [3.0, 1.0] and len(lines) == 2
     assert all(row.largest_difference < 1e-4 and row.seconds > 0 for row in rows)
     with pytest.raises(UsageError, match="width"):
