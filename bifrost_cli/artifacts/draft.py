@@ -7,6 +7,7 @@ is continued by asking for the same thing again. Does not know what the payload 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -175,6 +176,5 @@ class Draft:
         return files
 
     def _hint(self, parent: Path) -> str:
-        """Where the parent was: beside this artifact (which survives a move of the workspace), else the full path."""
-        parent = parent.resolve()
-        return f"../{parent.name}" if parent.parent == self.path.resolve().parent else str(parent)
+        """Where the parent was, from here: it survives a move of both, and tells nothing of the machine."""
+        return os.path.relpath(parent.resolve(), self.path.resolve())
