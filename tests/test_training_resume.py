@@ -65,11 +65,13 @@ def test_kills_in_the_save_and_at_random_moments(tmp_path, undisturbed):
     for fsync in (2, 9, 30, 61):
         process = start(tmp_path, checkpoint_every=1, die=fsync)
         assert end(process) == -signal.SIGKILL
-    for _ in range(3):
-        process = start(tmp_path, checkpoint_every=1, pause=0.05)
+    ends = []
+    for _ in range(10):
+        process = start(tmp_path, checkpoint_every=1, pause=0.4)
         time.sleep(0.2 + chance.uniform(0.0, 0.4))
         process.kill()
-        end(process)
+        ends.append(end(process))
+    assert ends == [-signal.SIGKILL] * 10  # none had finished before it was killed
     assert end(start(tmp_path, checkpoint_every=3)) == 0
     assert fingerprint(tmp_path) == undisturbed
     assert not list(tmp_path.rglob(".bifrost-tmp-*"))
