@@ -20,7 +20,8 @@ from bifrost_cli.shapes.checker import check
 from bifrost_cli.shapes.draw import draw
 from bifrost_cli.stages.loading import load_encoder
 from bifrost_cli.stages.painting import Bridge, diffuse, generator_of
-from bifrost_cli.stages.pair import BUILTIN, Pair
+from bifrost_cli.stages.pair import Pair
+from bifrost_cli.stages.place import BUILTIN
 
 
 def main():

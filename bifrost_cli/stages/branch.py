@@ -69,7 +69,7 @@ def train_branch(
     )
     made = run_job(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
     if isinstance(made, Artifact):
-        ui.say(f"branch: {made.path} ({_health(made)}); next: bifrost train controlnet")
+        ui.say(f"branch: {made.path} ({_health(made)})")
     return made
 
 

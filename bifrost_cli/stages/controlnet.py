@@ -71,7 +71,7 @@ def train_controlnet(
     )
     made = run_job(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
     if isinstance(made, Artifact):
-        ui.say(f'controlnet: {made.path}; next: bifrost generate "a red circle above a blue square" -o out.png')
+        ui.say(f"controlnet: {made.path}")
     return made
 
 

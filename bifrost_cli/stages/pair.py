@@ -13,8 +13,8 @@ from typing import Any
 
 from bifrost_cli.artifacts import Artifact, find, resolve
 from bifrost_cli.errors import ArtifactError
+from bifrost_cli.stages.place import BUILTIN
 
-BUILTIN = Path(__file__).parents[1] / "builtin"
 _SHARED = ("encoder", "grid", "channels")
 
 
