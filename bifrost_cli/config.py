@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-FORMAT = 1
+FORMAT = 2  # 1 called models.painter models.flux; recipe_files reads it still
 Count = Annotated[int, Field(ge=1)]
 Every = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -29,7 +29,7 @@ class Models(Section):
     """The frozen bases. `builtin:NAME` is a folder of this package; anything else a hub id or a local folder."""
 
     mllm: str = Field("Qwen/Qwen2.5-VL-7B-Instruct", description="the multimodal LLM")
-    flux: str = Field("black-forest-labs/FLUX.1-dev", description="the diffusion model")
+    painter: str = Field("black-forest-labs/FLUX.1-dev", description="the diffusion model")
     revision: str | None = Field(None, description="hub commit of both; null is the newest, and is recorded")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="number format of the frozen weights")
 
@@ -142,9 +142,9 @@ class Generate(Section):
     decode_steps: Count = Field(64, description="steps of the branch")
     guidance: NotNegative = Field(1.0, description="weight of the prompt in the branch; 1 runs no unconditional half")
     steps: Count = Field(28, description="diffusion steps")
-    flux_guidance: NotNegative = Field(3.5, description="FLUX's distilled guidance")
+    painter_guidance: NotNegative = Field(3.5, description="the diffusion model's guidance")
     control_scale: NotNegative = Field(0.7, description="weight of the ControlNet")
-    max_flux_tokens: Count = Field(512, description="prompt tokens that FLUX reads")
+    painter_tokens: Count = Field(512, description="prompt tokens that the diffusion model reads")
 
     @model_validator(mode="after")
     def _consistent(self) -> Generate:

@@ -23,6 +23,14 @@ if TYPE_CHECKING:
     from bifrost_cli.config import Recipe
 
 DEFAULT = "tiny"
+# What keys were called before each format: a recipe or an artifact of that format is read with the new names.
+RENAMED = {
+    2: {
+        ("models", "flux"): ("models", "painter"),
+        ("generate", "flux_guidance"): ("generate", "painter_guidance"),
+        ("generate", "max_flux_tokens"): ("generate", "painter_tokens"),
+    }
+}
 _SHOWN = 5
 
 
@@ -58,6 +66,7 @@ def load_recipe(ref: str | Path | None = None, sets: Sequence[str] = ()) -> Reci
         raise RecipeError(
             "a recipe consists of sections, each with key: value lines", at=document.place(()), code="BF-RECIPE-001"
         )
+    _upgrade(document)
     for entry in sets:
         _apply(document, entry)
     return validate(Recipe, document)
@@ -93,6 +102,20 @@ def _of_artifact(path: Path) -> Document:
     if not isinstance(artifact.info.get("recipe"), dict):
         raise RecipeError(f"{path} ({artifact.kind}) keeps no recipe", fix="give a recipe", code="BF-RECIPE-004")
     return Document(str(path / MANIFEST), artifact.info["recipe"])
+
+
+def _upgrade(document: Document) -> None:
+    """Give the keys of an older format their names of today, in place; a recipe that names no format is of today."""
+    written = document.data.get("format")
+    for format_, names in RENAMED.items():
+        if type(written) is not int or written >= format_:
+            continue
+        for (section, old), (_, new) in names.items():
+            values = document.data.get(section)
+            if isinstance(values, dict) and old in values and new not in values:
+                values[new] = values.pop(old)
+                document.places[section, new] = document.place((section, old))
+        document.data["format"] = written = format_
 
 
 def _apply(document: Document, entry: str) -> None:

@@ -85,9 +85,9 @@ class System:
 def save_system(folder: Path, *, head: str = "linear", **settings: object) -> System:
     """A whole random system below `folder`; `settings` go into the recipe's `generate` section."""
     mllm, painter = random_mllm(), tiny_painter()
-    models = Models(mllm=str(save_mllm(mllm, folder / "mllm")), flux=str(save_painter(painter, folder / "flux")),
+    models = Models(mllm=str(save_mllm(mllm, folder / "mllm")), painter=str(save_painter(painter, folder / "flux")),
                     dtype="float32")  # fmt: skip
-    generate = Generate(**{"decode_steps": 2, "steps": 2, "max_flux_tokens": 8, "plan_tokens": 3, **settings})
+    generate = Generate(**{"decode_steps": 2, "steps": 2, "painter_tokens": 8, "plan_tokens": 3, **settings})
     recipe = Recipe(models=models, generate=generate, latents=Latents(image_size=64, paint_size=64),
                     branch=Branch(max_text_tokens=40))  # fmt: skip
     branch = random_branch(mllm, head=head)
@@ -99,7 +99,7 @@ def save_system(folder: Path, *, head: str = "linear", **settings: object) -> Sy
         save_part(folder / "branch", "branch", branch, branch.config, {**shared, "mllm": mllm.weights_hash()}),
         save_part(
             folder / "controlnet", "controlnet", controlnet, controlnet_config(controlnet),
-            {**shared, "flux": painter.weights_hash()},
+            {**shared, "painter": painter.weights_hash()},
         ),  # fmt: skip
         encoder,
     )

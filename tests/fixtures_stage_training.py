@@ -49,14 +49,14 @@ def recipe(mllm: Path = Path("none"), flux: Path = Path("none"), **changes: Any)
         kind(train=train, **{name: value for name, value in fields.items() if name in kind.model_fields})
         for kind, fields in ((Branch, rest), (ControlNet, {"double_blocks": 1, "single_blocks": 1, **rest}))
     )
-    models = Models(mllm=str(mllm), flux=str(flux), dtype="float32")
+    models = Models(mllm=str(mllm), painter=str(flux), dtype="float32")
     return Recipe(
         name="test",
         models=models,
         latents=Latents(image_size=64, paint_size=64, encoder=rest.get("encoder", "mllm")),
         branch=branch,
         controlnet=controlnet,
-        generate={"max_flux_tokens": 16},
+        generate={"painter_tokens": 16},
     )
 
 

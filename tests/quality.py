@@ -32,7 +32,7 @@ def main():
     parser.add_argument("--set", action="append", default=[], dest="sets")
     parser.add_argument("--grid", type=Path, help="write 32 of the chain's pictures, evenly taken")
     asked = parser.parse_args()
-    bases = [f"models.mllm={asked.system / 'mllm'}", f"models.flux={asked.system / 'flux'}"]
+    bases = [f"models.mllm={asked.system / 'mllm'}", f"models.painter={asked.system / 'flux'}"]
     recipe = load_recipe("tiny", [*bases, *asked.sets])
     pair = Pair(Artifact.open(asked.system / "branch"), Artifact.open(asked.system / "controlnet"), "as given")
     bridge, prompts = Bridge.load(recipe, pair, "cpu"), held_out_prompts(asked.n, asked.seed)
@@ -57,7 +57,7 @@ def chain(bridge, prompts, **settings):
 def reconstructions(bridge, recipe, prompts):
     """Held-out scenes drawn, encoded, and painted again from their latents alone (FLUX reads an empty prompt)."""
     rng, encoder = np.random.default_rng(0), load_encoder(recipe, torch.device("cpu"))
-    text, made = bridge.painter.embed([""], recipe.generate.max_flux_tokens), []
+    text, made = bridge.painter.embed([""], recipe.generate.painter_tokens), []
     for index, prompt in enumerate(prompts):
         latents_BPC = encoder.encode(draw(sample_scene(rng, prompt))[None])
         generator = generator_of(index, "", "diffusion")

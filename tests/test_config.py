@@ -151,7 +151,7 @@ def test_the_defaults_are_the_papers():
     )
     assert (paper.branch.head, paper.branch.loss_on) == ("linear", "all")
     assert (paper.controlnet.double_blocks, paper.controlnet.single_blocks) == (4, 1)
-    assert (paper.generate.steps, paper.generate.flux_guidance, paper.generate.control_scale) == (28, 3.5, 0.7)
+    assert (paper.generate.steps, paper.generate.painter_guidance, paper.generate.control_scale) == (28, 3.5, 0.7)
     for section in ("models", "latents"):
         assert getattr(paper, section) == getattr(shipped, section)
 
@@ -190,3 +190,21 @@ def test_hash_seed_and_locale_do_not_matter():
         for seed, locale in (("1", "C"), ("2", "C.UTF-8"))
     }
     assert len(outputs) == 1
+
+
+def test_a_recipe_of_format_1_is_read_with_todays_names(tmp_path: Path) -> None:
+    old = tmp_path / "old.yaml"
+    old.write_text("format: 1\nmodels: {flux: some/folder}\ngenerate: {max_flux_tokens: 7, flux_guidance: 2.5}\n")
+    recipe = load_recipe(old)
+    assert (recipe.models.painter, recipe.generate.painter_tokens, recipe.generate.painter_guidance) == (
+        "some/folder", 7, 2.5)
+    assert recipe.format == 2
+    old.write_text("format: 2\nmodels: {flux: some/folder}\n")
+    with pytest.raises(RecipeError, match="models.flux"):
+        load_recipe(old)
+
+
+def test_the_built_in_artifacts_recipe_is_read(tmp_path: Path) -> None:
+    from bifrost_cli.stages.place import BUILTIN
+
+    assert load_recipe(BUILTIN / "branch").generate.painter_tokens == 24

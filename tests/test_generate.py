@@ -195,10 +195,10 @@ def test_a_branch_of_another_mllm_is_refused(system: System, tmp_path: Path) -> 
     assert "eeeeeeeeeeee" in str(caught.value) and caught.value.code == "BF-ART-004"
 
 
-def test_a_controlnet_of_another_flux_is_refused(system: System, tmp_path: Path) -> None:
-    identity = {**system.controlnet.identity, "flux": "d" * 64}
+def test_a_controlnet_of_another_painter_is_refused(system: System, tmp_path: Path) -> None:
+    identity = {**system.controlnet.identity, "painter": "d" * 64}
     other = save_part(tmp_path / "c", "controlnet", painting.torch.nn.Linear(1, 1), {}, identity)
-    with pytest.raises(ArtifactError, match="another flux"):
+    with pytest.raises(ArtifactError, match="another painter"):
         paint(system, "a star", tmp_path / "out.png", controlnet=other.path)
 
 

@@ -56,7 +56,7 @@ def test_the_artifact_is_whole_and_loads(made):
 
 
 def test_flux_is_what_it_was(made, flux_folder):
-    assert made.identity["flux"] == painter_hash(load_painter(str(flux_folder), torch.device("cpu")))
+    assert made.identity["painter"] == painter_hash(load_painter(str(flux_folder), torch.device("cpu")))
 
 
 def test_the_averaged_weights_have_the_batch_statistics_of_the_training(made):

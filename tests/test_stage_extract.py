@@ -201,7 +201,7 @@ def test_photographs_go_through_the_real_encoders(photographs: Path, tmp_path: P
     files = sorted(photographs.glob("*.JPG"))[:8]
     pixels = np.stack([square(np.asarray(ImageOps.exif_transpose(Image.open(file))), 64) for file in files])
     np.testing.assert_allclose(store.latents(range(8)), encoder.encode(pixels).numpy(), rtol=2e-3, atol=2e-3)
-    vae = load_vae(wanted.models.flux, cpu)
+    vae = load_vae(wanted.models.painter, cpu)
     from bifrost_cli.models.encoders import VaeEncoder
 
     np.testing.assert_allclose(store.vae(range(8)), VaeEncoder(vae, 64).encode(pixels).numpy(), rtol=2e-3, atol=2e-3)

@@ -50,19 +50,19 @@ def train_controlnet(
                           fix="--set models.dtype=float32, or precision bf16", code="BF-RECIPE-005")
     store, place = choose_store(recipe, latents, workspace, ui), pick_device(device)
     store.vae([0])  # a store without VAE latents is refused before anything is loaded
-    painter = load_painter(models.flux, place, getattr(torch, models.dtype), revision=models.revision)
+    painter = load_painter(models.painter, place, getattr(torch, models.dtype), revision=models.revision)
     _require_painter(recipe, store, painter)
     _require_size(store, painter)
     torch.manual_seed(derive(settings.train.seed, "init"))
     controlnet = latent_controlnet(painter.transformer, settings.double_blocks, settings.single_blocks, store.channels)
     frozen = painter_hash(painter)
-    tokens = recipe.generate.max_flux_tokens
+    tokens = recipe.generate.painter_tokens
     job = Job(
         kind="controlnet",
         recipe=recipe,
         train=settings.train,
         store=store,
-        identity={**shared_identity(store, settings), "flux": frozen, "max_flux_tokens": tokens},
+        identity={**shared_identity(store, settings), "painter": frozen, "painter_tokens": tokens},
         task=ControlNetTask(controlnet.float(), painter, store, settings, tokens),
         config=controlnet_config(controlnet),
         frozen=lambda: painter_hash(painter),

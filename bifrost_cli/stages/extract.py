@@ -58,7 +58,7 @@ def extract_latents(
     vae = None
     if recipe.latents.vae:
         dtype = getattr(torch, models.dtype)
-        vae = VaeEncoder(load_vae(models.flux, place, dtype, revision=models.revision), recipe.latents.paint_size)
+        vae = VaeEncoder(load_vae(models.painter, place, dtype, revision=models.revision), recipe.latents.paint_size)
     job = _Job(recipe, chosen, found, encoder, vae, place, ui)
     path = Path(output or default_path(workspace, "latents", identity_id("latents", job.identity)))
     return job.plan(path) if dry_run else job.run(path)

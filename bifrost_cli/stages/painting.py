@@ -72,8 +72,8 @@ class Bridge:
         kind = {"device": place, "dtype": getattr(torch, models.dtype)}
         mllm = load_mllm(models.mllm, **kind, revision=models.revision)
         require_base(pair.branch, "mllm", models.mllm, mllm.weights_hash())
-        painter = load_painter(models.flux, **kind, revision=models.revision)
-        require_base(pair.controlnet, "flux", models.flux, painter.weights_hash())
+        painter = load_painter(models.painter, **kind, revision=models.revision)
+        require_base(pair.controlnet, "painter", models.painter, painter.weights_hash())
         return cls(mllm, load_branch(pair.branch, **kind), painter, load_controlnet(pair.controlnet, **kind), recipe)
 
     @torch.no_grad()
@@ -86,8 +86,8 @@ class Bridge:
                 plan = self.mllm.write([prompt], settings.plan_instruction, settings.plan_tokens)[0]
         with self._timed("prompt"):
             layout = self.mllm.layout([join_plan(prompt, plan)], self.recipe.branch.max_text_tokens)
-            text = self.painter.embed([prompt], settings.max_flux_tokens)
-            cut = layout.truncated[0] or self.painter.too_long(prompt, settings.max_flux_tokens)
+            text = self.painter.embed([prompt], settings.painter_tokens)
+            cut = layout.truncated[0] or self.painter.too_long(prompt, settings.painter_tokens)
             return Reading(prompt, plan, self.mllm.prefix(layout), text, cut)
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ def diffuse(
             code="BF-RECIPE-005",
         )
     control = Control(controlnet, latents_BPC, settings.control_scale)
-    return painter.denoise(noise_Bchw, text, control=control, steps=settings.steps, guidance=settings.flux_guidance)
+    return painter.denoise(noise_Bchw, text, control=control, steps=settings.steps, guidance=settings.painter_guidance)
 
 
 def generator_of(seed: int, prompt: str, purpose: str) -> torch.Generator:

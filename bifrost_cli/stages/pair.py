@@ -106,8 +106,9 @@ def require_encoder(controlnet: Artifact, encoder: dict[str, Any]) -> None:
 
 
 def require_base(trained: Artifact, base: str, name: str, weights: str) -> None:
-    """ArtifactError BF-ART-004 unless `trained` was made on the base (`mllm`, `flux`) with these weights."""
-    recorded = trained.identity.get(base)
+    """ArtifactError BF-ART-004 unless `trained` was made on the base (`mllm`, `painter`) with these weights."""
+    before = {"painter": "flux"}  # the name of artifacts made before format 2 of the recipe
+    recorded = trained.identity.get(base, trained.identity.get(before.get(base)))
     if recorded == weights:
         return
     raise ArtifactError(

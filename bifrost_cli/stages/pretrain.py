@@ -143,7 +143,7 @@ def _flux(recipe: Recipe, folder: Path, device: str, ui: Ui) -> None:
         scheduler=tiny.scheduler(),
     )
     pool = min(POOL, train.steps * train.batch_size)
-    task = FluxTask(painter, recipe.generate.max_flux_tokens, train.seed, train.batch_size, pool)
+    task = FluxTask(painter, recipe.generate.painter_tokens, train.seed, train.batch_size, pool)
     result = _fit(task, train, folder, "flux", device, ui)
     task.module.load_state_dict(result.ema_state)
     painter.scheduler.save_pretrained(target / "scheduler")
@@ -166,7 +166,7 @@ def _model_index(painter: Painter) -> dict[str, Any]:
 
 
 def _with_system(recipe: Recipe, folder: Path) -> Recipe:
-    models = recipe.models.model_copy(update={"mllm": str(folder / "mllm"), "flux": str(folder / "flux")})
+    models = recipe.models.model_copy(update={"mllm": str(folder / "mllm"), "painter": str(folder / "flux")})
     return recipe.model_copy(update={"models": models})
 
 

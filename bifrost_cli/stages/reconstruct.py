@@ -54,9 +54,9 @@ def reconstruct(
     chosen, why = choose_controlnet(controlnet, encoder.identity, workspace)
     ui.say(why)
     kind = {"device": place, "dtype": getattr(torch, models.dtype)}
-    painter, model = load_painter(models.flux, **kind, revision=models.revision), load_controlnet(chosen, **kind)
+    painter, model = load_painter(models.painter, **kind, revision=models.revision), load_controlnet(chosen, **kind)
     pixels_BHWC = square(picture.rgb, recipe.latents.image_size)[None]
-    text = painter.embed([prompt], recipe.generate.max_flux_tokens)
+    text = painter.embed([prompt], recipe.generate.painter_tokens)
     generator = generator_of(seed, prompt, "diffusion")
     vae_Bchw = diffuse(painter, model, encoder.encode(pixels_BHWC.copy()), text, generator, recipe)
     make_folder(file.parent)

@@ -80,7 +80,7 @@ def reference_for(recipe: Recipe, ref: Path | str | None, count: int, workspace:
 
 
 def _require_world(recipe: Recipe) -> None:
-    if not recipe.models.flux.startswith("builtin:"):
+    if not recipe.models.painter.startswith("builtin:"):
         raise UsageError(
             f"recipe {recipe.name} does not paint the built-in world, so there is no default reference",
             fix="give --reference FOLDER, a samples artifact, or a saved statistics file",

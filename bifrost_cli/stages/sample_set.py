@@ -46,7 +46,7 @@ def _newest_enough(workspace: Path | str, needed: int, ui: Ui) -> Artifact | Non
 
 def _make_samples(recipe: Recipe, needed: int, workspace: Path | str, device: str, ui: Ui) -> Artifact:
     """A default set: held-out prompts of the built-in world through the newest pair. Restartable, as generate is."""
-    if not recipe.models.flux.startswith("builtin:"):
+    if not recipe.models.painter.startswith("builtin:"):
         raise DataError(
             f"no samples artifact in {workspace} has at least {needed} pictures of what is trained now",
             at=f"recipe {recipe.name} does not paint the built-in world, so there is no default set of prompts",
