@@ -32,7 +32,7 @@ def clip(tmp_path_factory):
 @pytest.fixture
 def recipe(clip):
     settings = Evaluate(features=f"open_clip:local-dir:{clip}", min_samples=COUNT)
-    return Recipe(name="test", models=Models(flux="builtin:flux"), evaluate=settings)
+    return Recipe(name="test", models=Models(painter="builtin:flux"), evaluate=settings)
 
 
 @pytest.fixture
