@@ -71,6 +71,9 @@ class Train(Section):
     steps: Count = Field(50_000, description="optimizer steps")
     batch_size: Count = Field(32, description="rows of one forward pass")
     accumulate: Count = Field(1, description="forward passes summed into one step")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw", description="adamw, or with its averages in 8 bits: a quarter of their memory (the quant extra)"
+    )
     lr: Positive = Field(5e-4, description="highest learning rate")
     betas: tuple[Share, Share] = Field((0.9, 0.95), strict=False, description="AdamW's two averaging factors")
     weight_decay: NotNegative = Field(0.0, description="AdamW's weight decay")
@@ -78,6 +81,9 @@ class Train(Section):
     clip: NotNegative = Field(1.0, description="largest gradient norm; 0 is no clipping")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the averaged weights; 0 is none")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of the forward pass")
+    gradient_checkpointing: bool = Field(
+        False, description="keep only the inputs of layers and compute them again for the gradient: less memory, slower"
+    )
     seed: Every = Field(0, description="decides order, masks and noise")
     checkpoint_every: Count = Field(1_000, description="steps between checkpoints")
     keep: Count = Field(2, description="checkpoints kept")

@@ -51,6 +51,9 @@ Codes in use (a number keeps its meaning for ever):
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class BifrostError(Exception):
     """`message` says what, `at` where or what differs, `fix` what to type next."""
@@ -114,6 +117,25 @@ class Stopped(BifrostError):
 
 class Interrupted(BifrostError):
     code, exit_code = "BF-STOP-002", 130
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for main or GPU memory that could not be had, in the words of Python or of torch."""
+    text = str(error)
+    said = any(words in text for words in ("can't allocate memory", "not enough memory", "CUDA out of memory"))
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or said
+
+
+@contextmanager
+def memory_errors(what: str, fix: str) -> Iterator[None]:
+    """OutOfMemory (6), naming `what` was done and the setting that needs less, for any lack of memory inside."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        line = (str(error).splitlines() or [""])[0]
+        raise OutOfMemory(f"{what} needs more memory than there is", at=line or None, fix=fix) from error
 
 
 def render(error: BifrostError) -> str:

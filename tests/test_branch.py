@@ -152,3 +152,32 @@ def test_half_precision_prefixes_and_latents_are_accepted(tiny_mllm, prefix):  #
     with torch.autocast("cpu", torch.bfloat16):
         loss, _ = branch.loss(LATENTS.half(), prefix, MASKED)
     assert loss.dtype == torch.float32 and loss.isfinite()
+
+
+def saved_bytes(branch, prefix) -> tuple[int, list[torch.Tensor]]:
+    """What the forward pass keeps for the gradient, beside the weights; and the gradients."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in branch.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss, _ = branch.train().loss(LATENTS, prefix, MASKED)
+    size = sum(size for size, _ in kept.values())
+    return size, torch.autograd.grad(loss, list(branch.parameters()))
+
+
+def test_checkpointed_layers_give_the_same_gradients_for_less(tiny_mllm, prefix):  # noqa: F811
+    branch = random_branch(tiny_mllm)
+    bytes_before, before = saved_bytes(branch, prefix)
+    branch.enable_gradient_checkpointing()
+    bytes_after, after = saved_bytes(branch, prefix)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert bytes_after < 0.3 * bytes_before
+    keys = prefix.keys[0].clone().requires_grad_()  # the prompt is really read in the second pass
+    loss, _ = branch.loss(LATENTS, replace(prefix, keys=(keys, *prefix.keys[1:])), MASKED)
+    assert torch.autograd.grad(loss, keys)[0].abs().max() > 0

@@ -11,7 +11,7 @@ from fixtures_mllm import random_mllm
 from fixtures_stage_training import CAPTIONS, PLANS, end, mllm_store, recipe, save_mllm, start
 
 from bifrost_cli.data.store import LatentsStore
-from bifrost_cli.errors import ArtifactError, BifrostError, DataError, RecipeError, UsageError
+from bifrost_cli.errors import ArtifactError, BifrostError, DataError, OutOfMemory, RecipeError, UsageError
 from bifrost_cli.models.encoders import MllmEncoder
 from bifrost_cli.stages import branch as stage
 from bifrost_cli.stages.branch import new_branch, train_branch
@@ -78,6 +78,23 @@ def test_a_changed_mllm_stops_the_command(workspace, mllm_folder, tmp_path, monk
 def test_the_same_call_again_returns_what_is_there(made, workspace, mllm_folder):
     again = train_branch(recipe(mllm_folder, keep=7, log_every=3), workspace=workspace, device="cpu")
     assert again.path == made.path and again.manifest == made.manifest
+
+
+def test_gradient_checkpointing_changes_no_byte_and_is_no_other_branch(made, workspace, mllm_folder, tmp_path):
+    again = train_branch(recipe(mllm_folder, gradient_checkpointing=True), workspace=workspace, output=tmp_path / "b",
+                         device="cpu")  # fmt: skip
+    assert again.id == made.id and again.files == made.files
+
+
+def test_a_lack_of_memory_in_training_names_what_keeps_the_bytes(workspace, mllm_folder, tmp_path, monkeypatch):
+    def hungry(self, batch, generator):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(BranchTask, "loss", hungry)
+    for changes, fix in ({}, "gradient_checkpointing=true"), ({"gradient_checkpointing": True}, "batch_size=2 "):
+        with pytest.raises(OutOfMemory) as found:
+            train_branch(recipe(mllm_folder, **changes), workspace=workspace, output=tmp_path / "b", device="cpu")
+        assert found.value.fix.startswith(f"--set branch.train.{fix}")
 
 
 def test_other_settings_in_the_same_place_are_refused(made, workspace, mllm_folder):

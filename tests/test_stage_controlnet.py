@@ -55,6 +55,12 @@ def test_the_artifact_is_whole_and_loads(made):
     assert weights["controlnet_x_embedder.proj.weight"].abs().max() > 0
 
 
+def test_gradient_checkpointing_changes_no_byte(made, workspace, flux_folder, tmp_path):
+    options = {"workspace": workspace, "output": tmp_path / "c", "device": "cpu"}
+    again = train_controlnet(recipe(flux=flux_folder, gradient_checkpointing=True), **options)
+    assert again.id == made.id and again.files == made.files
+
+
 def test_flux_is_what_it_was(made, flux_folder):
     assert made.identity["painter"] == painter_hash(load_painter(str(flux_folder), torch.device("cpu")))
 

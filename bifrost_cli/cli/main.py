@@ -18,7 +18,15 @@ import typer
 from bifrost_cli.artifacts.files import disk_errors
 from bifrost_cli.cli import artifacts, recipes, shapes, stages
 from bifrost_cli.cli.options import Version
-from bifrost_cli.errors import BifrostError, EnvironmentProblem, Interrupted, OutOfMemory, UsageError, render
+from bifrost_cli.errors import (
+    BifrostError,
+    EnvironmentProblem,
+    Interrupted,
+    OutOfMemory,
+    UsageError,
+    is_out_of_memory,
+    render,
+)
 
 app = typer.Typer(
     name="bifrost",
@@ -86,7 +94,7 @@ def explain(error: BaseException) -> BifrostError:
         return Interrupted("interrupted before anything could be saved", fix="give the same command again")
     if hasattr(error, "format_message"):  # Typer's own usage errors; their class lives in a module that moves
         return _usage(error)
-    if isinstance(error, MemoryError) or _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return OutOfMemory(
             "out of memory",
             at=str(error).splitlines()[0] if str(error) else None,
@@ -108,11 +116,6 @@ def _usage(error: BaseException) -> UsageError:
     context = getattr(error, "ctx", None)
     place = context.command_path if context is not None else "bifrost"
     return UsageError(error.format_message().rstrip("."), fix=f"see {place} --help")  # type: ignore[attr-defined]
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error)
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text or "CUDA out of memory" in text
 
 
 def _disk(error: OSError) -> BifrostError | None:

@@ -7,10 +7,12 @@ B batch, P patches, C latent channels, D decoder width, T text tokens, S = T + P
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
 
 from bifrost_cli.models.flow_head import FlowHead
@@ -164,6 +166,15 @@ class VisualBranch(nn.Module):
     def from_decoder(self, latents_BPC: Tensor) -> Tensor:
         """The decoder's space -> raw latents."""
         return latents_BPC * self.latents_std_C + self.latents_mean_C if self.normalize else latents_BPC
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keep only each layer's input for the gradient, and compute the layer once more there.
+
+        The stock switch of transformers drops the prompt's keys and values without a word; a checkpoint around each
+        layer keeps them, because our prefix is only read, so that the second pass sees the same.
+        """
+        for layer in self.decoder.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     # ---- inside -----------------------------------------------------------------------------------------------------
 

@@ -50,6 +50,8 @@ def train_branch(
     mllm = load_mllm(recipe.models.mllm, place, getattr(torch, recipe.models.dtype), revision=recipe.models.revision)
     _require_encoder(recipe, store, mllm, place)
     branch = new_branch(recipe, store, mllm)
+    if settings.train.gradient_checkpointing:
+        branch.enable_gradient_checkpointing()
     task = BranchTask(branch, mllm, store, settings)
     looked_at = min(store.rows, LOOKED_AT)
     if cut := task.too_long(looked_at):

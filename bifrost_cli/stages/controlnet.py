@@ -55,6 +55,9 @@ def train_controlnet(
     _require_size(store, painter)
     torch.manual_seed(derive(settings.train.seed, "init"))
     controlnet = latent_controlnet(painter.transformer, settings.double_blocks, settings.single_blocks, store.channels)
+    if settings.train.gradient_checkpointing:
+        for module in (controlnet, painter.transformer):  # the gradient passes through frozen FLUX, too
+            module.enable_gradient_checkpointing()
     frozen = painter_hash(painter)
     tokens = recipe.generate.painter_tokens
     job = Job(

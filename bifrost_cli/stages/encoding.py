@@ -19,7 +19,7 @@ import torch
 from bifrost_cli.data.images import BadImage, Picture, square
 from bifrost_cli.data.sources import Sample
 from bifrost_cli.data.store_index import OK
-from bifrost_cli.errors import OutOfMemory
+from bifrost_cli.errors import memory_errors
 from bifrost_cli.models.encoders import Encoder, VaeEncoder
 from bifrost_cli.stages.ui import Counter
 
@@ -61,15 +61,11 @@ def encode_shard(
     lines: list[dict[str, Any]] = []
     for batch in _batches(samples, encoder.image_size, vae and vae.image_size, batch_size):
         rows = slice(len(lines), len(lines) + len(batch))
-        try:
+        smaller = f"--set latents.batch_size={max(1, len(batch) // 2)}"
+        with memory_errors(f"encoding {len(batch)} pictures at once", smaller):
             latents_NPC[rows] = _half(encoder.encode(np.stack([item.encoder_SS3 for item in batch])))
             if vae is not None and vae_Nchw is not None:
                 vae_Nchw[rows] = _half(vae.encode(np.stack([item.paint_SS3 for item in batch])))
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemory(
-                f"encoding {len(batch)} pictures at once needs more memory than there is",
-                fix=f"--set latents.batch_size={max(1, len(batch) // 2)}",
-            ) from error
         lines += [item.line for item in batch]
         bar.advance(len(batch))
     return ShardRows(latents_NPC, vae_Nchw, lines)

@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from bifrost_cli.errors import ArtifactError, BifrostError, EnvironmentProblem
+from bifrost_cli.errors import ArtifactError, BifrostError, EnvironmentProblem, memory_errors
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
@@ -64,10 +64,11 @@ def model_errors(ref: str) -> Iterator[None]:
     """Turn a library's complaint about a model into one of ours.
 
     EnvironmentProblem: BF-ENV-020 not a model, or not reachable; 021 gated and no token; 022 licence not accepted; 023
-    offline and not in the cache. ArtifactError BF-ART-008: damaged weights.
+    offline and not in the cache. ArtifactError BF-ART-008: damaged weights. OutOfMemory.
     """
     try:
-        yield
+        with memory_errors(f"loading {ref}", "--set models.dtype=bfloat16, or a machine with more memory"):
+            yield
     except BifrostError:
         raise
     except _HUB_ERRORS as error:

@@ -19,13 +19,15 @@ from bifrost_cli.artifacts.files import write_bytes, write_json
 from bifrost_cli.config import Recipe, Train
 from bifrost_cli.data.store import LatentsStore
 from bifrost_cli.data.weights import save_tensors
-from bifrost_cli.errors import ArtifactError, BifrostError, DataError, DiskFull, RecipeError, UsageError
+from bifrost_cli.errors import ArtifactError, BifrostError, DataError, DiskFull, RecipeError, UsageError, memory_errors
 from bifrost_cli.stages.loading_clip import features_name
 from bifrost_cli.stages.ui import Ui
 from bifrost_cli.training.checkpoint import Checkpoints
 from bifrost_cli.training.loop import FitResult, Task, fit
 
-RUN_ONLY = {"checkpoint_every", "keep", "log_every", "tensorboard"}  # change no byte of the result
+# What changes no byte of the result, and what came later and is as it was before where it has this value.
+RUN_ONLY = {"checkpoint_every", "keep", "log_every", "tensorboard", "gradient_checkpointing"}
+LATER = {"optimizer": "adamw"}
 RECORDS = ("losses.csv", "validation.csv")
 
 
@@ -81,7 +83,8 @@ def other_encoder(store: LatentsStore, recipe: Recipe, at: str) -> ArtifactError
 def shared_identity(store: LatentsStore, section: Any) -> dict[str, Any]:
     """What any part trained on a store is: the kind of latents, and the recipe's section without run-only keys."""
     settings = section.model_dump(mode="json")
-    settings["train"] = {name: value for name, value in settings["train"].items() if name not in RUN_ONLY}
+    train = {name: value for name, value in settings["train"].items() if name not in RUN_ONLY}
+    settings["train"] = {name: value for name, value in train.items() if (name, value) not in LATER.items()}
     return {"encoder": store.encoder, "grid": list(store.grid), "channels": store.channels, "settings": settings}
 
 
@@ -109,9 +112,20 @@ def run_job(
                            fix=f"free some space, or --set {job.kind}.train.keep=1")
         ui.say(f"{job.kind}: {job.parameters:,} trained parameters, {job.train.steps} steps on {plan['rows']} rows, "
                f"in {path}")
-        result = fit(job.task, job.train, path / "work", device=job.device, ui=ui)
+        with memory_errors(f"a step of the {job.kind}'s training", _needs_less(job)):
+            result = fit(job.task, job.train, path / "work", device=job.device, ui=ui)
         _require_untouched(job)
         return _commit(job, draft, result)
+
+
+def _needs_less(job: Job) -> str:
+    """The next setting to try: first the one that changes no byte of the result, so that the run goes on with it."""
+    train, key = job.train, f"--set {job.kind}.train."
+    if not train.gradient_checkpointing:
+        return f"{key}gradient_checkpointing=true (the same bytes; it continues from the last checkpoint)"
+    if train.batch_size > 1:
+        return f"{key}batch_size={train.batch_size // 2} {key}accumulate={2 * train.accumulate}, into a new folder"
+    return f"{key}optimizer=adamw8bit, into a new folder; or a GPU with more memory"
 
 
 def _commit(job: Job, draft: Draft, result: FitResult) -> Artifact:

@@ -133,12 +133,6 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in named if name in persistent}
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
-    """Optimizer state as flat `parameter/key` names."""
-    return {f"{name}/{key}": value for name, parameter in module.named_parameters()
-            for key, value in optimizer.state.get(parameter, {}).items()}
-
-
 @torch.no_grad()
 def restore_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy tensors into the module in place. Raises ArtifactError naming missing, unexpected or misshapen ones."""
@@ -149,11 +143,3 @@ def restore_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
                             fix="train into a new folder", code="BF-ART-007")
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
-
-
-def restore_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put flat `parameter/key` tensors back; each on its parameter's device (a fused AdamW wants `step` there too)."""
-    parameters = dict(module.named_parameters())
-    for flat, tensor in tensors.items():
-        name, key = flat.rsplit("/", 1)
-        optimizer.state[parameters[name]][key] = tensor.to(parameters[name].device, copy=True)

@@ -21,21 +21,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bifrost_cli.artifacts.files import make_folder, write_json
 from bifrost_cli.errors import ArtifactError, Diverged, Stopped, UsageError
-from bifrost_cli.training.checkpoint import (
-    Checkpoint,
-    Checkpoints,
-    module_tensors,
-    optimizer_tensors,
-    restore_module,
-    restore_optimizer,
-)
+from bifrost_cli.training.checkpoint import Checkpoint, Checkpoints, module_tensors, restore_module
+from bifrost_cli.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
 from bifrost_cli.training.order import derive
 from bifrost_cli.training.records import Journal, Table
 from bifrost_cli.training.signals import StopFlag
 
 # What changes the weights; a checkpoint made under other values of these does not continue.
-SETTINGS = ("steps", "batch_size", "accumulate", "lr", "betas", "weight_decay", "warmup", "clip", "ema", "precision",
-            "seed")
+SETTINGS = ("steps", "batch_size", "accumulate", "optimizer", "lr", "betas", "weight_decay", "warmup", "clip", "ema",
+            "precision", "seed")
 
 
 class Task(Protocol):
@@ -120,10 +114,7 @@ def fit(task: Task, train: Any, folder: Path, *, device: str | torch.device = "c
 
 def _start(task: Task, train: Any, device: torch.device) -> _State:
     module = task.module.to(device)
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": train.weight_decay},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=train.lr, betas=tuple(train.betas), fused=True)
+    optimizer = make_optimizer(module, train)
     ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(train.ema)) if train.ema else None
     module.train()
     return _State(task, train, device, ema, optimizer)
@@ -154,6 +145,7 @@ def _settings(train: Any) -> dict[str, Any]:
 
 
 def _same_settings(before: dict, now: dict, path: Path) -> None:
+    before = {"optimizer": "adamw", **before}  # checkpoints from before there was a choice
     changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
     if changed:
         raise ArtifactError(f"checkpoint {path} was made with other training settings", at="; ".join(changed),
