@@ -1,6 +1,6 @@
 """A painter and a ControlNet with random weights, for tests: the built-in system's classes, no files needed.
 
-`tiny_painter()` gives a Painter whose every weight is random and not zero; `tiny_controlnet(painter)` a ControlNet
+`tiny_painter()` gives a FluxPainter whose every weight is random and not zero; `tiny_controlnet(painter)` a ControlNet
 that really changes the picture; `save_painter(painter, folder)` the layout that `from_pretrained` reads;
 `save_system(folder)` all of it with a branch and a ControlNet as artifacts.
 """
@@ -21,14 +21,14 @@ from bifrost_cli.data.weights import save_tensors
 from bifrost_cli.models import tiny
 from bifrost_cli.models.controlnet import controlnet_config, latent_controlnet
 from bifrost_cli.models.encoders import MllmEncoder
-from bifrost_cli.models.flux import Painter
+from bifrost_cli.models.flux import FluxPainter
 from bifrost_cli.models.mllm import Mllm
 
 WORDS = ("a", "red", "circle", "above", "blue", "square", "green", "star")
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
 
-def tiny_painter(seed: int = 0) -> Painter:
+def tiny_painter(seed: int = 0) -> FluxPainter:
     """A frozen random painter: 64 px pictures, VAE factor 4, an 8x8 packed grid."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -36,10 +36,10 @@ def tiny_painter(seed: int = 0) -> Painter:
         modules = (tiny.flux_transformer(), tiny.vae(), tiny.clip_text(tokenizer), tiny.t5(tokenizer_2))
     for module in modules:
         module.eval().requires_grad_(False)
-    return Painter(*modules, tokenizer, tokenizer_2, tiny.scheduler())
+    return FluxPainter(*modules, tokenizer, tokenizer_2, tiny.scheduler())
 
 
-def tiny_controlnet(painter: Painter, channels: int = 12, seed: int = 1) -> FluxControlNetModel:
+def tiny_controlnet(painter: FluxPainter, channels: int = 12, seed: int = 1) -> FluxControlNetModel:
     """One double and one single block; the zero layers and the BatchNorm statistics made random."""
     controlnet = latent_controlnet(painter.transformer, 1, 1, channels).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +50,7 @@ def tiny_controlnet(painter: Painter, channels: int = 12, seed: int = 1) -> Flux
     return controlnet
 
 
-def save_painter(painter: Painter, folder: Path) -> Path:
+def save_painter(painter: FluxPainter, folder: Path) -> Path:
     """The folder layout of a diffusers FLUX pipeline."""
     for part in PARTS:
         getattr(painter, part).save_pretrained(folder / part)

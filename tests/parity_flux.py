@@ -16,7 +16,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxControlNetModel, Flux
 from safetensors.torch import load_file
 
 from bifrost_cli.models.controlnet import controlnet_from_config, from_published
-from bifrost_cli.models.flux import Control, Painter, Text, pack, unpack
+from bifrost_cli.models.flux import FluxPainter, Text, pack, unpack
+from bifrost_cli.models.painter import Control
 
 Row = tuple[str, float, float]
 CONTROLNET_TOLERANCE = 1e-4
@@ -89,11 +90,11 @@ def _controlnet(config: dict, weights: dict[str, torch.Tensor]) -> FluxControlNe
     return model.requires_grad_(False)
 
 
-def _painter(config: dict, weights: dict[str, torch.Tensor]) -> Painter:
+def _painter(config: dict, weights: dict[str, torch.Tensor]) -> FluxPainter:
     transformer = FluxTransformer2DModel(**config["transformer"]).eval()
     transformer.load_state_dict(_part(weights, "transformer."))
     scheduler = FlowMatchEulerDiscreteScheduler(**config["scheduler"])
-    return Painter(transformer, None, None, None, None, None, scheduler)
+    return FluxPainter(transformer, None, None, None, None, None, scheduler)
 
 
 def _temb(model: FluxControlNetModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from bifrost_cli.models.controlnet import (
     from_published,
     latent_controlnet,
 )
-from bifrost_cli.models.flux import Control
+from bifrost_cli.models.painter import Control
 
 VECTORS = Path(__file__).parent / "vectors"
 

@@ -13,13 +13,14 @@ from fixtures_flux import PARTS, tiny_controlnet, tiny_painter
 from parity_flux import check_flux_denoise
 
 from bifrost_cli.maths import flow
-from bifrost_cli.models.flux import Control, Painter, image_ids, pack, unpack
+from bifrost_cli.models.flux import FluxPainter, image_ids, pack, unpack
+from bifrost_cli.models.painter import Control
 
 VECTORS = Path(__file__).parent / "vectors"
 
 
 @pytest.fixture(scope="module")
-def painter() -> Painter:
+def painter() -> FluxPainter:
     return tiny_painter()
 
 
@@ -28,7 +29,7 @@ def test_the_published_loops_numbers() -> None:
     assert rows and all(error <= tolerance for _, error, tolerance in rows), rows
 
 
-def test_without_control_it_is_the_stock_pipeline(painter: Painter) -> None:
+def test_without_control_it_is_the_stock_pipeline(painter: FluxPainter) -> None:
     pipeline = FluxPipeline(**{part: getattr(painter, part) for part in PARTS})
     pipeline.set_progress_bar_config(disable=True)
     noise = painter.noise(64, torch.Generator().manual_seed(5))
@@ -49,7 +50,7 @@ def test_pack_is_stock_and_unpack_its_inverse() -> None:
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4])
-def test_any_vae_factor(painter: Painter, levels: int) -> None:
+def test_any_vae_factor(painter: FluxPainter, levels: int) -> None:
     vae = AutoencoderKL(
         block_out_channels=[8] * levels, down_block_types=["DownEncoderBlock2D"] * levels, norm_num_groups=4,
         up_block_types=["UpDecoderBlock2D"] * levels, latent_channels=16, shift_factor=0.25, scaling_factor=2.0,
@@ -63,7 +64,7 @@ def test_any_vae_factor(painter: Painter, levels: int) -> None:
     assert other.decode(latents).shape == pixels.shape
 
 
-def test_control_changes_the_picture_and_scale_weighs_it(painter: Painter) -> None:
+def test_control_changes_the_picture_and_scale_weighs_it(painter: FluxPainter) -> None:
     text, noise = painter.embed(["a star"], 8), painter.noise(64, torch.Generator().manual_seed(0))
     latents = torch.randn(1, 16, 12, generator=torch.Generator().manual_seed(1))
     controlnet = tiny_controlnet(painter)
@@ -75,7 +76,7 @@ def test_control_changes_the_picture_and_scale_weighs_it(painter: Painter) -> No
     assert shifts[0] < 1e-5 < shifts[1] < shifts[2]
 
 
-def test_gradients_reach_the_controlnet_alone(painter: Painter) -> None:
+def test_gradients_reach_the_controlnet_alone(painter: FluxPainter) -> None:
     controlnet = tiny_controlnet(painter).requires_grad_(True).train()
     text = painter.embed(["a red circle", ""], 8)
     latents = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -85,7 +86,7 @@ def test_gradients_reach_the_controlnet_alone(painter: Painter) -> None:
     assert all(p.grad is None for p in painter.transformer.parameters())
 
 
-def test_losses_share_noise_and_levels(painter: Painter) -> None:
+def test_losses_share_noise_and_levels(painter: FluxPainter) -> None:
     text = painter.embed(["a red circle", "a star"], 8)
     latents = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(1))
     silent = tiny_controlnet(painter)
@@ -99,13 +100,13 @@ def test_losses_share_noise_and_levels(painter: Painter) -> None:
     assert base > 0 and painter.base_loss(latents, *text, torch.Generator().manual_seed(4)) != base
 
 
-def test_training_levels_follow_the_sampling_shift(painter: Painter) -> None:
+def test_training_levels_follow_the_sampling_shift(painter: FluxPainter) -> None:
     levels = painter.training_sigmas(20_000, 64, torch.Generator().manual_seed(0))
     median = flow.shift_exponential(torch.tensor(0.5), flow.shift_mu(64))
     assert abs(levels.median() - median) < 0.01
 
 
-def test_embed_lets_gradients_through_and_cuts_long_prompts(painter: Painter) -> None:
+def test_embed_lets_gradients_through_and_cuts_long_prompts(painter: FluxPainter) -> None:
     text = painter.embed(["a red circle " * 1000, "日本語 🙂"], 12)
     assert text.sequence_BTD.shape == (2, 12, 64) and text.pooled_BD.shape == (2, 64)
     painter.text_encoder_2.requires_grad_(True)

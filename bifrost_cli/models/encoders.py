@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from bifrost_cli.data.weights import weights_hash
 from bifrost_cli.errors import RecipeError
-from bifrost_cli.models.flux import vae_encode
 from bifrost_cli.models.mllm import Mllm
+from bifrost_cli.models.painter import vae_encode
 
 RESIZE = "short side to size by bicubic with antialiasing, centre crop, uint8"
 _ACTIVATIONS = ("gelu", "relu", "silu", "swish")
@@ -144,10 +144,10 @@ class OpenClipEncoder:
 
 
 class VaeEncoder:
-    """FLUX's VAE alone, for latents the ControlNet is trained on: scaled and shifted as FLUX does."""
+    """A painter's VAE alone, for latents the ControlNet is trained on: scaled and shifted as the painter does."""
 
     def __init__(self, vae: AutoencoderKL, image_size: int) -> None:
-        """RecipeError when `image_size` is no multiple of what the VAE halves and FLUX packs."""
+        """RecipeError when `image_size` is no multiple of what the VAE halves and the transformer joins."""
         unit = 2 ** len(vae.config.block_out_channels)
         if image_size % unit:
             raise RecipeError(

@@ -16,9 +16,9 @@ from bifrost_cli.artifacts.identity import differences
 from bifrost_cli.config import Recipe
 from bifrost_cli.data.store import LatentsStore
 from bifrost_cli.errors import ArtifactError, RecipeError
-from bifrost_cli.models.controlnet import controlnet_config, latent_controlnet
+from bifrost_cli.models.controlnet import controlnet_config
 from bifrost_cli.models.encoders import VaeEncoder
-from bifrost_cli.models.flux import Painter
+from bifrost_cli.models.painter import Painter
 from bifrost_cli.stages.loading import load_painter
 from bifrost_cli.stages.place import pick_device
 from bifrost_cli.stages.train import Job, choose_store, run_job, shared_identity
@@ -54,9 +54,9 @@ def train_controlnet(
     _require_painter(recipe, store, painter)
     _require_size(store, painter)
     torch.manual_seed(derive(settings.train.seed, "init"))
-    controlnet = latent_controlnet(painter.transformer, settings.double_blocks, settings.single_blocks, store.channels)
+    controlnet = painter.new_controlnet(settings.double_blocks, settings.single_blocks, store.channels)
     if settings.train.gradient_checkpointing:
-        for module in (controlnet, painter.transformer):  # the gradient passes through frozen FLUX, too
+        for module in (controlnet, painter.transformer):  # the gradient passes through the frozen painter, too
             module.enable_gradient_checkpointing()
     frozen = painter_hash(painter)
     tokens = recipe.generate.painter_tokens

@@ -30,8 +30,9 @@ from bifrost_cli.errors import ArtifactError
 from bifrost_cli.models.branch import VisualBranch
 from bifrost_cli.models.controlnet import controlnet_from_config
 from bifrost_cli.models.encoders import Encoder, MllmEncoder, OpenClipEncoder
-from bifrost_cli.models.flux import Painter
+from bifrost_cli.models.flux import FluxPainter
 from bifrost_cli.models.mllm import Mllm
+from bifrost_cli.models.painter import Painter
 from bifrost_cli.stages.loading_clip import features_name, load_open_clip
 from bifrost_cli.stages.place import MODEL_FILES, model_errors, model_place
 
@@ -72,7 +73,7 @@ def load_painter(
             T5Tokenizer.from_pretrained(folder, subfolder="tokenizer_2"),
         )
         scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-    return Painter(*(_frozen(module, device) for module in modules), *tokenizers, scheduler)
+    return FluxPainter(*(_frozen(module, device) for module in modules), *tokenizers, scheduler)
 
 
 def load_vae(

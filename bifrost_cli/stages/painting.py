@@ -14,18 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxControlNetModel
+from torch import nn
 
 from bifrost_cli.config import Recipe
 from bifrost_cli.errors import RecipeError
 from bifrost_cli.maths.masking import random_orders
 from bifrost_cli.models.branch import VisualBranch
 from bifrost_cli.models.decode import decode
-from bifrost_cli.models.flux import Control, Painter, Text
 from bifrost_cli.models.mllm import Mllm, Prefix
+from bifrost_cli.models.painter import Control, Painter
 from bifrost_cli.models.prompt import join_plan
 from bifrost_cli.stages.loading import load_branch, load_controlnet, load_mllm, load_painter
 from bifrost_cli.stages.pair import Pair, require_base
@@ -42,7 +43,7 @@ class Reading:
     prompt: str
     plan: str | None
     prefix: Prefix
-    text: Text
+    text: Any
     cut: bool
 
 
@@ -61,7 +62,7 @@ class Bridge:
     mllm: Mllm
     branch: VisualBranch
     painter: Painter
-    controlnet: FluxControlNetModel
+    controlnet: nn.Module
     recipe: Recipe
     seconds: Counter[str] = field(default_factory=Counter)
 
@@ -78,7 +79,7 @@ class Bridge:
 
     @torch.no_grad()
     def read(self, prompt: str) -> Reading:
-        """Plan (if the recipe says so), then the prompt's keys and values, and FLUX's text embeddings."""
+        """Plan (if the recipe says so), then the prompt's keys and values, and what the painter reads of it."""
         settings = self.recipe.generate
         plan = None
         if settings.plan:
@@ -86,7 +87,7 @@ class Bridge:
                 plan = self.mllm.write([prompt], settings.plan_instruction, settings.plan_tokens)[0]
         with self._timed("prompt"):
             layout = self.mllm.layout([join_plan(prompt, plan)], self.recipe.branch.max_text_tokens)
-            text = self.painter.embed([prompt], settings.painter_tokens)
+            text = self.painter.embed([prompt], settings.painter_tokens, settings.painter_guidance)
             cut = layout.truncated[0] or self.painter.too_long(prompt, settings.painter_tokens)
             return Reading(prompt, plan, self.mllm.prefix(layout), text, cut)
 
@@ -134,15 +135,15 @@ class Bridge:
 
 def diffuse(
     painter: Painter,
-    controlnet: FluxControlNetModel,
+    controlnet: nn.Module,
     latents_BPC: torch.Tensor,
-    text: Text,
+    text: Any,
     generator: torch.Generator,
     recipe: Recipe,
 ) -> torch.Tensor:
     """Patch latents (1, P, C) -> VAE latents (1, c, h, w) of the recipe's paint size.
 
-    RecipeError BF-RECIPE-005 when that size has not four FLUX tokens for each patch.
+    RecipeError BF-RECIPE-005 when that size has not four image tokens for each patch.
     """
     settings, size = recipe.generate, recipe.latents.paint_size
     noise_Bchw = painter.noise(size, generator)
@@ -150,7 +151,7 @@ def diffuse(
     if tokens != 4 * patches:
         side = 4 * math.isqrt(patches) * painter.factor
         raise RecipeError(
-            f"latents.paint_size {size} makes {tokens} FLUX tokens; the ControlNet gives {4 * patches}",
+            f"latents.paint_size {size} makes {tokens} image tokens; the ControlNet gives {4 * patches}",
             fix=f"--set latents.paint_size={side}",
             code="BF-RECIPE-005",
         )

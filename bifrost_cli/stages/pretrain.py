@@ -22,7 +22,7 @@ from bifrost_cli.config import Recipe, Train
 from bifrost_cli.data.weights import weights_hash
 from bifrost_cli.errors import UsageError
 from bifrost_cli.models import tiny
-from bifrost_cli.models.flux import Painter
+from bifrost_cli.models.flux import FluxPainter
 from bifrost_cli.models.prompt import chat_text
 from bifrost_cli.shapes.words import words
 from bifrost_cli.stages.ui import Ui
@@ -133,7 +133,7 @@ def _flux(recipe: Recipe, folder: Path, device: str, ui: Ui) -> None:
     torch.manual_seed(train.seed)
     vocabulary = words()
     tokenizers = tiny.clip_tokenizer(vocabulary), tiny.t5_tokenizer(vocabulary)
-    painter = Painter(
+    painter = FluxPainter(
         transformer=tiny.flux_transformer(),
         vae=AutoencoderKL.from_pretrained(target / "vae", dtype=torch.float32).eval(),
         text_encoder=tiny.clip_text(tokenizers[0]),
@@ -154,7 +154,7 @@ def _flux(recipe: Recipe, folder: Path, device: str, ui: Ui) -> None:
         _save(task.module[name].to("cpu").half(), target / name, train, result)
 
 
-def _model_index(painter: Painter) -> dict[str, Any]:
+def _model_index(painter: FluxPainter) -> dict[str, Any]:
     """The file that tells diffusers' FluxPipeline which class reads which folder."""
     names = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
     classes = {name: type(getattr(painter, name)) for name in names}

@@ -56,7 +56,7 @@ def reconstruct(
     kind = {"device": place, "dtype": getattr(torch, models.dtype)}
     painter, model = load_painter(models.painter, **kind, revision=models.revision), load_controlnet(chosen, **kind)
     pixels_BHWC = square(picture.rgb, recipe.latents.image_size)[None]
-    text = painter.embed([prompt], recipe.generate.painter_tokens)
+    text = painter.embed([prompt], recipe.generate.painter_tokens, recipe.generate.painter_guidance)
     generator = generator_of(seed, prompt, "diffusion")
     vae_Bchw = diffuse(painter, model, encoder.encode(pixels_BHWC.copy()), text, generator, recipe)
     make_folder(file.parent)

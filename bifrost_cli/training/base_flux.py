@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from bifrost_cli.models.flux import Painter
+from bifrost_cli.models.flux import FluxPainter
 from bifrost_cli.shapes.captions import sample_prompt, sample_scene
 from bifrost_cli.shapes.draw import draw
 
@@ -19,9 +19,9 @@ DROPPED = 0.1  # share of rows without their prompt
 
 
 class FluxTask:
-    """Flow matching (`Painter.base_loss`) on a pool of drawings that is encoded once, at the start."""
+    """Flow matching (`FluxPainter.base_loss`) on a pool of drawings that is encoded once, at the start."""
 
-    def __init__(self, painter: Painter, max_tokens: int, seed: int, batch_size: int, pool: int) -> None:
+    def __init__(self, painter: FluxPainter, max_tokens: int, seed: int, batch_size: int, pool: int) -> None:
         self.painter, self.seed, self.batch_size = painter, seed, batch_size
         self.module = nn.ModuleDict({
             "transformer": painter.transformer,

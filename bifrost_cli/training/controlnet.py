@@ -1,4 +1,4 @@
-"""What a training of the latent ControlNet does in a step: rows of a latents store, frozen FLUX, its flow loss.
+"""What a training of the latent ControlNet does in a step: rows of a latents store, a frozen painter, its flow loss.
 
 In: a store with VAE latents, a frozen painter, a ControlNet, the recipe's section. Out: a `Task` for the loop. Never
 touches a picture's pixels, except to draw the sample grids.
@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxControlNetModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from bifrost_cli.artifacts.files import make_folder, write_bytes
 from bifrost_cli.config import ControlNet
 from bifrost_cli.data.png import contact_sheet, png_bytes
 from bifrost_cli.data.store import LatentsStore
-from bifrost_cli.models.flux import Control, Painter, Text
+from bifrost_cli.models.painter import Control, Painter
 from bifrost_cli.training.order import batch_indices, derive, held_out, uniform
 
 SHOWN, SHOWN_STEPS, SHOWN_GUIDANCE, SHOWN_SCALE = 8, 28, 3.5, 0.7  # a sample grid; the paper's settings (section 4)
@@ -28,20 +28,20 @@ SHOWN, SHOWN_STEPS, SHOWN_GUIDANCE, SHOWN_SCALE = 8, 28, 3.5, 0.7  # a sample gr
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of the store: patch latents, VAE latents, FLUX's text."""
+    """Rows of the store: patch latents, VAE latents, what the painter reads of the captions."""
 
     rows: list[int]
     latents_BPC: Tensor
     vae_Bchw: Tensor
-    text: Text
+    text: Any
 
 
 class ControlNetTask:
-    """The ControlNet on a store. Dropped texts and noise are functions of (seed, step, row); FLUX is only read."""
+    """The ControlNet on a store. Dropped texts and noise follow from (seed, step, row); the painter is only read."""
 
     def __init__(
         self,
-        controlnet: FluxControlNetModel,
+        controlnet: nn.Module,
         painter: Painter,
         store: LatentsStore,
         settings: ControlNet,
@@ -50,7 +50,7 @@ class ControlNetTask:
         self.module, self._painter, self._store, self._settings = controlnet, painter, store, settings
         self._max_tokens = max_tokens
         self.train_rows, self.held_rows = held_out(store.keys, settings.train.validation_rows)
-        self._std_C = torch.from_numpy(store.std_C).to(painter.transformer.device)
+        self._std_C = torch.from_numpy(store.std_C).to(painter.device)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
@@ -108,14 +108,13 @@ class ControlNetTask:
         rows, painter = self.held_rows[:SHOWN], self._painter
         if not rows:
             return
-        batch = self._batch(rows, [self._store.captions[row] for row in rows])
+        captions = [self._store.captions[row] for row in rows]
+        batch, text = self._batch(rows, captions), painter.embed(captions, self._max_tokens, SHOWN_GUIDANCE)
         pixels = batch.vae_Bchw.shape[-1] * painter.factor
         generator = torch.Generator().manual_seed(derive(self._settings.train.seed, "samples"))
         noise_Bchw = torch.cat([painter.noise(pixels, generator) for _ in rows])
         control = Control(self.module, batch.latents_BPC, SHOWN_SCALE)
-        made_Bchw = painter.denoise(
-            noise_Bchw, batch.text, control=control, steps=SHOWN_STEPS, guidance=SHOWN_GUIDANCE
-        )
+        made_Bchw = painter.denoise(noise_Bchw, text, control=control, steps=SHOWN_STEPS, guidance=SHOWN_GUIDANCE)
         true, made = painter.decode(batch.vae_Bchw).numpy(), painter.decode(made_Bchw).numpy()
         make_folder(folder)
         sheet = contact_sheet([np.concatenate(pair, axis=1) for pair in zip(true, made, strict=True)])
@@ -125,12 +124,12 @@ class ControlNetTask:
 
     @torch.no_grad()
     def _batch(self, rows: list[int], texts: Sequence[str]) -> Batch:
-        place = {"device": self._painter.transformer.device, "dtype": torch.float32}
+        place = {"device": self._painter.device, "dtype": torch.float32}
         vae_Bchw = torch.from_numpy(self._store.vae(rows)).to(**place)
         return Batch(rows, self._latents(rows), vae_Bchw, self._painter.embed(texts, self._max_tokens))
 
     def _latents(self, rows: list[int]) -> Tensor:
-        return torch.from_numpy(self._store.latents(rows)).to(self._painter.transformer.device, torch.float32)
+        return torch.from_numpy(self._store.latents(rows)).to(self._painter.device, torch.float32)
 
     def _text(self, row: int, number: int) -> str:
         dropped = uniform(self._settings.train.seed, number, row, "drop prompt") < self._settings.drop_prompt
