@@ -57,11 +57,19 @@ class Latents(Section):
     animated: Literal["first", "skip"] = Field("first", description="animated pictures: their first frame, or skip")
     recursive: bool = Field(False, description="look for pictures in the source's folders too")
     allow_outside: bool = Field(False, description="accept links and paths that leave the source folder")
+    image_column: str | None = Field(None, description="a table's column of pictures or their paths; null guesses it")
+    caption_column: str | None = Field(None, description="a table's column of captions; null guesses it")
+    captions: Literal["files", "folders"] = Field(
+        "files", description="where a folder's captions are: .txt files, or the name of each picture's folder"
+    )
+    class_names: str | None = Field(None, description="file of lines FOLDER CAPTION for captions: folders")
 
     @model_validator(mode="after")
     def _consistent(self) -> Latents:
         if self.shard_rows % self.chunk_rows:
             raise ValueError(f"shard_rows ({self.shard_rows}) is not a multiple of chunk_rows ({self.chunk_rows})")
+        if self.class_names and self.captions != "folders":
+            raise ValueError("class_names is for captions: folders, and would be ignored")
         return self
 
 

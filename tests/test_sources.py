@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from bifrost_cli.config import Latents
 from bifrost_cli.data.images import BadImage
 from bifrost_cli.data.problems import SourceError
 from bifrost_cli.data.sources import scan
-from bifrost_cli.errors import BifrostError, DataError, UsageError
+from bifrost_cli.errors import BifrostError, DataError, EnvironmentProblem, UsageError
 from bifrost_cli.shapes.captions import held_out
 
 RULES = Latents()
@@ -299,3 +301,153 @@ def test_nothing_left_to_use_stops(tmp_path: Path) -> None:
     put(tmp_path, "a.png", None)
     with pytest.raises(DataError, match="nothing in"):
         scan(tmp_path, SKIP)
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def table(folder: Path, name: str, data: str | bytes) -> Path:
+    """A table beside two pictures, a.png and b.png."""
+    for value, picture in enumerate(("a.png", "b.png")):
+        put(folder, picture, None, value)
+    (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return folder / name
+
+
+def test_a_csv_gives_samples_and_says_which_columns(tmp_path: Path) -> None:
+    text = '\ufeffimage,text,score\r\nb.png,"two\nlines, and ""quotes""",1\r\na.png,größe,2\r\n'
+    found = scan(table(tmp_path, "list.csv", text), RULES)
+    assert [(s.key, s.caption) for s in found.samples] == [("a", "größe"), ("b", 'two\nlines, and "quotes"')]
+    assert "images from image, captions from text" in found.said[0] and "--caption-column" in found.said[0]
+    tsv = scan(table(tmp_path, "list.tsv", "wo\twas\tcaption\na.png\tein Bild\tx\n"),
+               Latents(image_column="wo", caption_column="was"))  # fmt: skip
+    assert [s.caption for s in tsv.samples] == ["ein Bild"] and tsv.said == ()
+    assert tsv.counts["images not in list.tsv"] == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        ("größe,text\n".encode("latin-1"), "not UTF-8 at byte 2"),
+        (b"", "is empty"),
+        (b"image,image,text\n", "names a column twice: image"),
+        (b"image,text\na.png,x,y\n", "list.csv:2: 3 fields, where the first line names 2"),
+        (b"image,text\na.png,nul \0\n", "list.csv:2: text: a NUL character"),
+        (b'image,text\na.png,"open\nb.png,x\n', "list.csv:3: unexpected end of data"),
+        (b"image,text\n../a.png,x\n", "leaves the source folder"),
+        (b"image,text\nhttps://host/a.png,x\n", "leaves the source folder"),
+        (b"image,text\n,x\n", "list.csv:2: no image; it has image, text"),
+        (b"wo,text\na.png,x\n", "no column known as image"),
+        (b"image,was\na.png,x\n", "it has image, was"),
+    ],
+)
+def test_tables_that_cannot_be_read_say_why(tmp_path: Path, data: bytes, why: str) -> None:
+    assert why in refused(table(tmp_path, "list.csv", data), "BF-DATA-005")
+
+
+def test_a_named_column_must_be_there(tmp_path: Path) -> None:
+    path = table(tmp_path, "list.csv", "image,text\na.png,x\n")
+    message = refused(path, "BF-DATA-005", Latents(caption_column="label"))
+    assert "no column label" in message and "it has image, text" in message and "--caption-column" in message
+
+
+def test_an_empty_cell_is_a_missing_caption(tmp_path: Path) -> None:
+    path = table(tmp_path, "list.csv", "image,text\na.png,\nb.png,x\n")
+    assert "1 of 2 images" in refused(path, "BF-DATA-002")
+    assert [s.key for s in scan(path, Latents(missing_caption="skip")).samples] == ["b"]
+
+
+def test_parts_of_a_table_are_one_source(tmp_path: Path) -> None:
+    table(tmp_path, "part-0.jsonl", json.dumps({"image": "b.png", "caption": "second"}))
+    table(tmp_path, "part-1.jsonl", json.dumps({"image": "a.png", "caption": "first"}))
+    found = scan(tmp_path / "part-{0..1}.jsonl", RULES)
+    assert [(s.key, s.caption) for s in found.samples] == [("a", "first"), ("b", "second")]
+    assert "part-2.jsonl does not exist" in refused(tmp_path / "part-{0..2}.jsonl", "BF-DATA-001")
+    with pytest.raises(UsageError, match="no range"):
+        scan(tmp_path / "part-{2..0}.jsonl", RULES)
+
+
+def test_columns_and_classes_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
+    path = table(tmp_path, "list.csv", "image,text\na.png,x\n")
+    refused(tmp_path, "BF-RECIPE-005", Latents(image_column="image"), 2)
+    refused(path, "BF-RECIPE-005", Latents(captions="folders"), 2)
+    with pytest.raises(ValueError, match="would be ignored"):
+        Latents(class_names="words.txt")
+
+
+# ---- folders that are classes ----------------------------------------------------------------------------------------
+
+
+def test_a_folder_for_each_class_gives_captions(tmp_path: Path) -> None:
+    for value, name in enumerate(("n02/x.png", "n01/y.png", "n01/z.JPEG")):
+        put(tmp_path / "train", name, None, value)
+    plain = scan(tmp_path / "train", Latents(captions="folders"))
+    assert [(s.key, s.caption) for s in plain.samples] == [("n01/y", "n01"), ("n01/z", "n01"), ("n02/x", "n02")]
+    words = tmp_path / "LOC_synset_mapping.txt"
+    words.write_text("n01 tench, Tinca tinca\nn02\tgold fish\nn03 other\n")
+    rules = Latents(captions="folders", class_names=str(words))
+    found = scan(tmp_path / "train", rules)
+    assert [s.caption for s in found.samples] == ["tench, Tinca tinca"] * 2 + ["gold fish"]
+    assert found.said == (f"captions: 2 classes, from {words}",)
+    put(tmp_path / "train", "n09/x.png", None, 9)
+    assert "1 of 3 classes have no name" in refused(tmp_path / "train", "BF-DATA-002", rules)
+    (tmp_path / "train" / "n09" / "x.png").rename(tmp_path / "train" / "top.png")
+    assert "1 of 4 images" in refused(tmp_path / "train", "BF-DATA-002", rules)
+    words.unlink()
+    assert "cannot be read: file not found" in refused(tmp_path / "train", "BF-DATA-002", rules)
+
+
+# ---- elsewhere -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[str]:
+    """A list and its pictures in fsspec's memory."""
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    for value, name in enumerate(("a.png", "b.png")):
+        files.pipe_file(f"/remote/{name}", put(tmp_path, name, None, value).read_bytes())
+    files.pipe_file("/remote/list.csv", b"image,text\na.png,first\nb.png,second\n")
+    yield "memory://remote"
+    files.rm("/remote", recursive=True)
+
+
+def test_a_table_elsewhere_is_read_through_fsspec(memory: str) -> None:
+    found = scan(f"{memory}/list.csv", RULES)
+    assert [(s.key, s.caption, s.load().rgb.mean()) for s in found.samples] == [("a", "first", 0), ("b", "second", 1)]
+    import fsspec
+
+    fsspec.filesystem("memory").rm("/remote/b.png")
+    with pytest.raises(BadImage, match="file not found"):
+        found.samples[1].load()
+    assert "does not exist" in refused(f"{memory}/other.csv", "BF-DATA-001")
+    assert "not a folder" in refused(memory, "BF-DATA-001")
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "exit_code", "why"),
+    [
+        ("s3://bucket/list.csv", "BF-ENV-002", 3, "pip install s3fs"),
+        ("ssh://host/list.csv", "BF-USE-001", 2, "ssh:// is not read"),
+        ("simplecache::s3://bucket/list.csv", "BF-USE-001", 2, "is not read"),
+        ("pipe:touch x://h/x.csv", "BF-USE-001", 2, "is not read"),
+    ],
+)
+def test_addresses_that_cannot_be_opened(source: str, code: str, exit_code: int, why: str,
+                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    assert why in refused(source, code, exit_code=exit_code)
+
+
+def test_a_network_that_fails_is_no_bad_picture(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    sample = scan(f"{memory}/list.csv", RULES).samples[0]
+
+    def broken(self: object, *arguments: object) -> bytes:
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", broken)
+    with pytest.raises(EnvironmentProblem, match="reset by peer"):
+        sample.load()

@@ -87,6 +87,10 @@ EXTRACT = (
     Flag("latents.bad_image", str, ("--bad-image",), "stop or skip."),
     Flag("latents.max_bad", float, ("--max-bad",), "With --bad-image skip: the share that stops after all."),
     Flag("latents.animated", str, ("--animated",), "first (frame) or skip."),
+    Flag("latents.image_column", str, ("--image-column",), "A table's column of pictures or their paths."),
+    Flag("latents.caption_column", str, ("--caption-column",), "A table's column of captions."),
+    Flag("latents.captions", str, ("--captions",), "files (.txt), or folders: each folder is a class."),
+    Flag("latents.class_names", str, ("--class-names",), "With --captions folders: a file of lines FOLDER CAPTION."),
 )
 PAINT = (
     Flag(

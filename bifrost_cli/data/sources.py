@@ -1,6 +1,6 @@
 """A source of captioned pictures, checked before any model is loaded.
 
-In: a folder, a metadata.jsonl, or `shapes:N[:SEED]` (scenes of the built-in world, training split), and the recipe's
+In: anything `listing` knows, or `shapes:N[:SEED]` (scenes of the built-in world, training split), and the recipe's
 rules. Out: `Scan`: samples in key order, the funnel (seen, readable, captioned, used), and every problem as an event;
 or the error that stops. Every image is decoded once here, so that a bad one shows before the encoder starts. Knows no
 store and no encoder.
@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 
 from bifrost_cli.config import Latents
-from bifrost_cli.data.images import Animated, BadImage, Picture, read_image, read_regular
-from bifrost_cli.data.listing import Entry, list_source
+from bifrost_cli.data.entry import Entry
+from bifrost_cli.data.images import Animated, BadImage, Picture, read_image
+from bifrost_cli.data.listing import list_source
 from bifrost_cli.data.problems import Problem, SourceError
 from bifrost_cli.errors import DataError, UsageError
 from bifrost_cli.shapes.captions import sample_prompt, sample_scene
@@ -50,12 +51,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a source gives: samples in key order, the funnel, other counts, and problems that did not stop."""
+    """What a source gives: samples in key order, the funnel, other counts, problems that did not stop, and lines that
+    tell a person what was chosen."""
 
     samples: tuple[Sample, ...]
     funnel: dict[str, int]
     counts: dict[str, int] = field(default_factory=dict)
     events: tuple[Problem, ...] = ()
+    said: tuple[str, ...] = ()
 
 
 class _Silent:
@@ -74,7 +77,7 @@ def scan(source: str | Path, rules: Latents, progress: Progress = lambda total, 
     """
     if str(source).startswith(SHAPES):
         return _scan_shapes(str(source), progress)
-    listing = list_source(Path(source), rules)
+    listing = list_source(str(source), rules)
     captioned, missing = _captioned(listing.entries, source, rules)
     with progress(len(listing.entries), "checking images") as bar:
         checked = list(_checked(listing.entries, rules, bar))
@@ -84,7 +87,7 @@ def scan(source: str | Path, rules: Latents, progress: Progress = lambda total, 
     ]
     samples = tuple(
         Sample(
-            entry.key, captioned[entry.key], entry.plan, found.sha256, partial(_load, entry.path, found.sha256, rules)
+            entry.key, captioned[entry.key], entry.plan, found.sha256, partial(_load, entry.read, found.sha256, rules)
         )
         for entry, found in readable
         if entry.key in captioned
@@ -102,7 +105,7 @@ def scan(source: str | Path, rules: Latents, progress: Progress = lambda total, 
     notes = Counter(note for _, found in readable for note in found.notes)
     duplicates = len(samples) - len({sample.sha256 for sample in samples})
     counts = {**listing.counts, **({"duplicates": duplicates} if duplicates else {}), **dict(sorted(notes.items()))}
-    return Scan(samples, funnel, counts, (*missing, *bad, *animated))
+    return Scan(samples, funnel, counts, (*missing, *bad, *animated), listing.said)
 
 
 # ---- captions --------------------------------------------------------------------------------------------------------
@@ -112,9 +115,7 @@ def _captioned(
     entries: Sequence[Entry], source: str | Path, rules: Latents
 ) -> tuple[dict[str, str], tuple[Problem, ...]]:
     """Captions by key, and what is missing; SourceError when that stops."""
-    missing = tuple(
-        Problem("missing-caption", str(entry.path), "no caption") for entry in entries if entry.caption is None
-    )
+    missing = tuple(Problem("missing-caption", entry.where, "no caption") for entry in entries if entry.caption is None)
     if missing and rules.missing_caption == "stop":
         raise SourceError(
             f"{len(missing)} of {len(entries)} images in {source} have no caption",
@@ -148,11 +149,11 @@ def _check(entry: Entry, rules: Latents) -> _Seen | Problem:
     try:
         if entry.problem:
             raise BadImage(entry.problem)
-        data = read_regular(entry.path)
+        data = entry.read()
         return _Seen(hashlib.sha256(data).hexdigest(), read_image(data, rules).notes)
     except BadImage as error:
         kind = "animated" if isinstance(error, Animated) else "bad-image"
-        return Problem(kind, str(entry.path), error.message)
+        return Problem(kind, entry.where, error.message)
 
 
 def _sort_problems(
@@ -183,8 +184,8 @@ def refuse_too_many(bad: Sequence[Problem], of: int, source: str | Path, rules: 
         )
 
 
-def _load(path: Path, sha256: str, rules: Latents) -> Picture:
-    data = read_regular(path)
+def _load(read: Callable[[], bytes], sha256: str, rules: Latents) -> Picture:
+    data = read()
     if hashlib.sha256(data).hexdigest() != sha256:
         raise BadImage("changed during the run")
     return read_image(data, rules)

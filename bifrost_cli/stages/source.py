@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bifrost_cli.artifacts.files import canonical_json, make_folder, write_bytes
 from bifrost_cli.config import Recipe
+from bifrost_cli.data.listing import local_root
 from bifrost_cli.data.problems import Problem, SourceError
 from bifrost_cli.data.sources import SHAPES, Sample, Scan, scan
 from bifrost_cli.errors import BifrostError, UsageError
@@ -34,7 +35,8 @@ def scan_source(source: str, recipe: Recipe, workspace: Path, ui: Ui) -> Scan:
         if not error.all_shown:
             _write_problems(error, workspace)
         raise
-    ui.say("funnel: " + listed(found.funnel))
+    for line in (*found.said, "funnel: " + listed(found.funnel)):
+        ui.say(line)
     return found
 
 
@@ -54,9 +56,8 @@ def refuse_output(source: str, output: Path | str | None, workspace: Path | str)
         raise UsageError(f"{output} is a link", fix="give the folder itself with -o", code="BF-USE-002")
     if source.startswith(SHAPES):
         return
-    root = Path(source).parent if Path(source).is_file() else Path(source)
-    target = Path(output or workspace)
-    if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(root)):
+    root, target = local_root(source), Path(output or workspace)
+    if root is not None and Path(os.path.realpath(target)).is_relative_to(os.path.realpath(root)):
         raise UsageError(f"the output {target} lies inside the source {root}", fix="choose another place with -o or -w")
 
 
