@@ -31,6 +31,7 @@ Codes in use (a number keeps its meaning for ever):
     BF-RECIPE-005  keys contradict each other  BF-RECIPE-006  newer recipe format
     BF-ENV-001     no such device              BF-ENV-002     a package is missing
     BF-ENV-010     disk full                   BF-ENV-011     not writable
+    BF-ENV-012     the disk fails
     BF-ENV-020     model not reachable         BF-ENV-021     gated, no token
     BF-ENV-022     licence not accepted        BF-ENV-023     offline and not cached
     BF-DATA-001    no images                   BF-DATA-002    captions

@@ -125,7 +125,7 @@ def failing_calls(monkeypatch, failing: int):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", wrap(os.fsync))
         patch.setattr(os, "replace", wrap(os.replace))
-        patch.setattr(Path, "write_bytes", wrap(Path.write_bytes))
+        patch.setattr(os, "write", wrap(os.write))
         yield calls
 
 

@@ -85,6 +85,66 @@ def test_forbidden_calls(path):
                 assert (keyword.arg, value) not in FORBIDDEN_KEYWORDS, where
 
 
+# ---- every lasting write through one module -------------------------------------------------------------------------
+
+WRITER = "artifacts/files.py"
+WRITES = {
+    "write_bytes", "write_text", "touch", "unlink", "rename", "rmdir", "mkdir", "makedirs", "symlink_to", "hardlink_to",
+    "rmtree", "copytree", "save", "save_pretrained", "save_file", "savez", "tofile", "save_to_disk", "to_parquet",
+    "to_csv", "dump", "fsync", "ftruncate", "truncate", "pwrite", "mkstemp", "mkdtemp",
+}  # fmt: skip
+WRITES_OF_MODULES = {"os.open", "os.write", "os.replace", "os.link", "os.remove", "shutil.copy", "shutil.move"}
+ALLOWED_WRITES = {
+    "artifacts/lock.py: os.open": "the lock stays open",
+    "artifacts/lock.py: os.ftruncate": "the name of the holder, which outlives nobody",
+    "data/png.py: Image.fromarray(np.ascontiguousarray(pixels_HWC)).save": "into memory",
+    "training/loop.py: checkpoints.save": "ours",
+    "stages/pretrain.py: *.save_pretrained": "folders that libraries read; synced before the card that counts",
+}
+
+
+def writes(path: Path) -> list[str]:
+    """The calls of a file that change the disk, or can: writing modes, and names of functions that write."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        mode = next((k.value for k in node.keywords if k.arg == "mode"), None)
+        opener = name.split(".")[-1] in ("open", "fdopen") or name.startswith("zarr.")
+        modes = [*node.args[:2], *([mode] if mode else [])] if opener else []
+        texts = [value.value for value in modes if isinstance(value, ast.Constant) and isinstance(value.value, str)]
+        opens = any(set(text) <= set("rwabxt+") and set(text) & set("wax+") for text in texts)
+        method = isinstance(node.func, ast.Attribute) and node.func.attr in WRITES
+        if opens or method or name in WRITES_OF_MODULES or "tempfile" in name:
+            found.append(f"{relative(path)}: {name}")
+    return found
+
+
+def allowed(call: str) -> bool:
+    file, name = call.split(": ", 1)
+    return call in ALLOWED_WRITES or f"{file}: *.{name.split('.')[-1]}" in ALLOWED_WRITES
+
+
+def test_every_lasting_write_goes_through_one_module():
+    found = [call for path in SOURCES if relative(path) != WRITER for call in writes(path)]
+    assert not [call for call in found if not allowed(call)]
+    used = {call for call in found} | {f"{c.split(': ')[0]}: *.{c.split('.')[-1]}" for c in found}
+    assert not set(ALLOWED_WRITES) - used, "no longer needed"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["open(p, 'w')", "open(p, mode='ab')", "p.open('x')", "p.write_text('')", "os.replace(a, b)", "shutil.rmtree(p)",
+     "m.save_pretrained(p)", "json.dump(v, f)", "os.open(p, flags)", "np.save(p, a)", "p.unlink()",
+     "tempfile.NamedTemporaryFile()", "zarr.open_group(p, 'w')", "os.remove(p)", "image.save(p)"],
+)  # fmt: skip
+def test_the_search_for_writes_sees_them(line, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
+    (tmp_path / "a.py").write_text(f"with open(p) as f, open(p, 'rb') as g, p.open() as h:\n    {line}\n")
+    assert len(writes(tmp_path / "a.py")) == 1
+
+
 # ---- schemas ---------------------------------------------------------------------------------------------------------
 
 

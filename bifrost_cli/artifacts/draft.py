@@ -18,10 +18,10 @@ from bifrost_cli.artifacts.files import (
     TEMP_PREFIX,
     canonical_json,
     read_json,
+    remove,
     sha256_file,
     sweep,
-    sync_file,
-    sync_folder,
+    sync,
     write_json,
 )
 from bifrost_cli.artifacts.identity import FORMATS, KINDS, differences, digest_of, identity_id, provenance
@@ -97,7 +97,7 @@ class Draft:
         }
         manifest = json.loads(canonical_json(manifest))
         write_json(self.path / MANIFEST, {**manifest, "digest": digest_of(manifest)})
-        (self.path / DRAFT).unlink(missing_ok=True)
+        remove(self.path / DRAFT)
         self.close()
         return Artifact.open(self.path)
 
@@ -117,7 +117,7 @@ class Draft:
         sweep(self.path)
         if (self.path / MANIFEST).exists():
             self._adopt()
-            (self.path / DRAFT).unlink(missing_ok=True)
+            remove(self.path / DRAFT)
             self.close()
         elif (self.path / DRAFT).exists():
             self._require_same(read_json(self.path / DRAFT), "an unfinished")
@@ -169,10 +169,10 @@ class Draft:
         files = {}
         for name in payload_files(self.path):
             path = self.path / name
-            sync_file(path)
+            sync(path)
             files[name] = {"sha256": sha256_file(path), "size": path.stat().st_size}
         for folder in {(self.path / name).parent for name in files} | {self.path}:
-            sync_folder(folder)
+            sync(folder)
         return files
 
     def _hint(self, parent: Path) -> str:

@@ -1,7 +1,8 @@
-"""Writing files that must last, and reading them with suspicion.
+"""Every lasting write: files and folders that are absent or whole, whatever fails, and suspicious reading.
 
-In: bytes or JSON values and a path. Out: a file that is either absent or whole: temporary name in the same folder,
-flush, fsync, rename, fsync of the folder. Does not know what the files mean.
+In: bytes or JSON values and a path. Out: a file under its final name only when it is whole and on the disk: temporary
+name in the same folder, fsync, rename, fsync of the folder. All that Bifrost writes goes through the calls of `os` in
+this one module (tests/faults.py puts a failing disk in their place). Does not know what the files mean.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +24,55 @@ TEMP_PREFIX = ".bifrost-tmp-"
 JSON_LIMIT = 64 * 1024 * 1024
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
+_BROKEN = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE}
 _counter = itertools.count()
 
 
-def temp_path(path: Path) -> Path:
-    """A fresh name beside `path` that `sweep` recognises; short, because `path.name` may fill all 255 bytes."""
-    return path.with_name(f"{TEMP_PREFIX}{os.getpid()}-{next(_counter)}")
+# ---- whole files and folders -----------------------------------------------------------------------------------------
 
 
-def canonical_json(value: Any) -> bytes:
-    """One value, one spelling: sorted keys, no spaces, UTF-8. NaN and infinity are refused (ValueError)."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
+@contextlib.contextmanager
+def new_file(path: Path, size: int = 0) -> Iterator[Callable[[bytes | memoryview], None]]:
+    """Give `write(data)`; at the end of the block `path` is the whole new file, after an error the old one or none.
+
+    `size` is what the message says is needed when there is no room (DiskFull). A failed fsync is fatal for the file and
+    is not tried again: a second one can succeed although the bytes are lost.
+    """
+    path = Path(path)
+    tmp = _temp_path(path)
+    with disk_errors(path, size):
+        try:
+            with open_file(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+                yield lambda data: write_all(descriptor, data)
+                os.fsync(descriptor)
+            os.replace(tmp, path)
+        except BaseException:
+            _discard(tmp)
+            raise
+        sync(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to fill with whole files; at the end of the block it becomes `path`, after an error it is gone."""
+    path = Path(path)
+    tmp = _temp_path(path)
+    with disk_errors(path):
+        try:
+            os.mkdir(tmp)
+            yield tmp
+            sync(tmp)
+            os.rename(tmp, path)
+        except BaseException:
+            _discard(tmp)  # a full disk must not be kept full by half a checkpoint
+            raise
+        sync(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` so that `path` holds the old file or the whole new one. DiskFull when there is no room."""
-    path = Path(path)
-    tmp = temp_path(path)
-    with disk_errors(path, len(data)):
-        try:
-            tmp.write_bytes(data)
-            replace_file(tmp, path)
-        finally:
-            tmp.unlink(missing_ok=True)
+    with new_file(path, len(data)) as write:
+        write(data)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -54,44 +81,95 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, text.encode("utf-8") + b"\n")
 
 
-def replace_file(tmp: Path, path: Path) -> None:
-    """Give a finished temporary file its final name, durably."""
-    with disk_errors(path, 0):
-        sync_file(tmp)
-        os.replace(tmp, path)
-        sync_folder(Path(path).parent)
-
-
-def sync_file(path: Path) -> None:
-    """Force a file's bytes to the disk. An fsync that fails is fatal for that file and is not tried again."""
-    with disk_errors(path, 0):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Force a folder's names to the disk."""
-    sync_file(folder)
+def append(path: Path, text: str) -> None:
+    """Add to the end of a file. Until `sync` of the file and its folder, a power cut may leave any part of it, or other
+    bytes: who reads it goes by whole lines, and by what it knows was synced."""
+    data = text.encode("utf-8")
+    with disk_errors(path, len(data)), open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
+        write_all(descriptor, data)
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents, with the errors of this module."""
-    with disk_errors(folder, 0):
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    """Create a folder and its parents, durably."""
+    folder = Path(folder)
+    with disk_errors(folder):
+        for path in reversed([path for path in (folder, *folder.parents) if not path.exists()]):
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(path)
+            sync(path.parent)
+        if not folder.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there. A kill leaves a leftover to sweep, never half a folder."""
+    path = Path(path)
+    with disk_errors(path):
+        if path.is_dir() and not path.is_symlink():
+            tmp = _temp_path(path)
+            os.rename(path, tmp)
+            path = tmp
+        _remove(path)
 
 
 def sweep(folder: Path) -> int:
     """Remove what a killed process left below `folder`; the caller holds its lock. Returns how many were removed."""
-    leftovers = [path for path in Path(folder).rglob(f"{TEMP_PREFIX}*")]
-    for path in leftovers:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    leftovers = list(Path(folder).rglob(f"{TEMP_PREFIX}*"))
+    with disk_errors(folder):
+        for path in leftovers:
+            _remove(path)
     return len(leftovers)
+
+
+def sync(path: Path) -> None:
+    """Force a file's bytes, or a folder's names, to the disk."""
+    with disk_errors(path), open_file(path, os.O_RDONLY) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def open_file(path: Path, flags: int) -> Iterator[int]:
+    """A descriptor, closed at the end."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
+    """All of `data`: a full disk, a signal or 2 GB cut a single write short."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def _temp_path(path: Path) -> Path:
+    """A fresh name beside `path` that `sweep` recognises; short, because `path.name` may fill all 255 bytes."""
+    return path.with_name(f"{TEMP_PREFIX}{os.getpid()}-{next(_counter)}")
+
+
+def _discard(path: Path) -> None:
+    with contextlib.suppress(OSError):  # the error that brought us here is the one to tell; `sweep` finds the rest
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir() and not path.is_symlink():
+            for inner in path.iterdir():
+                _remove(inner)
+            os.rmdir(path)
+        else:
+            os.unlink(path)
+
+
+# ---- JSON, and reading -----------------------------------------------------------------------------------------------
+
+
+def canonical_json(value: Any) -> bytes:
+    """One value, one spelling: sorted keys, no spaces, UTF-8. NaN and infinity are refused (ValueError)."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode("utf-8")
 
 
 def sha256_file(path: Path) -> str:
@@ -131,9 +209,12 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number")
 
 
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path, need: int = 0) -> Iterator[None]:
-    """Turn the system's disk errors inside the block into DiskFull; `need` is the number of bytes being written."""
+    """Turn the system's disk errors inside the block into ours; `need` is the number of bytes being written."""
     try:
         yield
     except OSError as error:
@@ -150,6 +231,12 @@ def disk_errors(path: Path, need: int = 0) -> Iterator[None]:
                 f"cannot write {path}: {error.strerror}",
                 fix="choose another place with -o or --workspace",
                 code="BF-ENV-011",
+            ) from error
+        if error.errno in _BROKEN:
+            raise EnvironmentProblem(
+                f"the disk of {path} fails: {error.strerror}",
+                fix="have the disk looked at, then give the same command again; finished work is kept",
+                code="BF-ENV-012",
             ) from error
         raise
 

@@ -6,6 +6,7 @@ lock never has to be deleted. The file says who holds it. Does not know what is 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from bifrost_cli.artifacts.files import disk_errors, make_folder
+from bifrost_cli.artifacts.files import disk_errors, make_folder, write_all
 from bifrost_cli.errors import ArtifactError
 
 LOCK_NAME = ".lock"
@@ -40,15 +41,20 @@ class Lock:
             os.close(descriptor)
             raise _held(self.path.parent, owner) from error
         self._descriptor = descriptor
-        with disk_errors(self.path):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, _self_description(), 0)
+        try:
+            with disk_errors(self.path):
+                os.ftruncate(descriptor, 0)
+                write_all(descriptor, _self_description())
+        except BaseException:
+            self.release()
+            raise
         return self
 
     def release(self) -> None:
         if self._descriptor is None:
             return
-        os.ftruncate(self._descriptor, 0)  # a released lock leaves the same bytes behind, whoever held it
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)  # a released lock leaves the same bytes behind, whoever held it
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # closing alone is not enough while a forked child has it open
         os.close(self._descriptor)
         self._descriptor = None

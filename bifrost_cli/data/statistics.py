@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from bifrost_cli.artifacts.files import canonical_json
+from bifrost_cli.artifacts.files import canonical_json, make_folder
 from bifrost_cli.data.weights import load_tensors, save_tensors
 from bifrost_cli.errors import ArtifactError
 
@@ -37,7 +37,7 @@ def statistics_path(folder: Path, identity: dict[str, Any]) -> Path:
 
 def save_statistics(path: Path, statistics: Statistics) -> None:
     """Write the file whole or not at all. Errors: DiskFull."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     tensors = {"mu": statistics.mean_D, "sigma": statistics.covariance_DD}
     meta = {"format": FORMAT, "n": statistics.count, "identity": statistics.identity}
     save_tensors(path, {name: np.asarray(value, dtype=np.float64) for name, value in tensors.items()}, meta)

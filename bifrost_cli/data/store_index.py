@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bifrost_cli.artifacts.files import canonical_json, make_folder, write_bytes
+from bifrost_cli.artifacts.files import canonical_json, write_bytes
 from bifrost_cli.errors import StoreError
 
 INDEX = "index"
@@ -42,7 +42,6 @@ def write_index(
     rows = b"".join(canonical_json(line) + b"\n" for line in lines)
     commit = {"shard": shard, "lines": hashlib.sha256(rows).hexdigest(), "files": files, "sums": sums}
     last = canonical_json({"commit": commit, "digest": hashlib.sha256(canonical_json(commit)).hexdigest()})
-    make_folder(folder / INDEX)
     write_bytes(folder / index_file(shard), rows + last + b"\n")
 
 

@@ -1,7 +1,7 @@
 """How a latents store lies on the disk: one Zarr v3 group with arrays cut into shards of whole rows.
 
-In: sizes and a folder. Out: arrays made or opened, and the names of their shard files. Does not know what the rows
-mean, which of them are complete, or who checks them.
+In: sizes and rows, or a folder. Out: the bytes of shards and of Zarr's own files, the names they go by, and arrays
+opened for reading. Writes nothing. Does not know what the rows mean, which are complete, or who checks them.
 
 `latents` (N, P, C) and, where wanted, `vae` (N, c, h, w) are float16. The inner chunks carry a crc32c *inside* the
 shard, after zstd: without it most flipped bits come back as other numbers. The fill value is NaN, so that what was
@@ -11,11 +11,16 @@ never written cannot read as zeros.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
 
 from bifrost_cli.data.store_index import MEND
 from bifrost_cli.errors import StoreError
@@ -66,10 +71,21 @@ class Layout:
         return min(self.shard_rows, -(-self.rows // self.chunk_rows) * self.chunk_rows)
 
 
-def create(folder: Path, layout: Layout) -> dict[str, zarr.Array]:
-    """Make the empty group and its arrays below `folder`."""
-    group = zarr.create_group(store=str(folder / ZARR), zarr_format=3)
-    return {name: _create_array(group, name, layout) for name in layout.row_shapes}
+def shard_bytes(layout: Layout, name: str, shard: int, rows: np.ndarray) -> bytes:
+    """The bytes of one shard of one array: Zarr writes it into memory, and no file."""
+    memory: dict[str, Buffer] = {}
+    group = zarr.create_group(MemoryStore(memory), zarr_format=3)
+    _create_array(group, name, layout)[layout.span(shard)] = rows
+    return memory[layout.shard_file(name, shard).removeprefix(f"{ZARR}/")].to_bytes()
+
+
+def metadata_files(layout: Layout, attributes: Mapping[str, Any]) -> dict[str, bytes]:
+    """Zarr's own files of the group and its arrays, by their name in the artifact."""
+    memory: dict[str, Buffer] = {}
+    group = zarr.create_group(MemoryStore(memory), zarr_format=3, attributes=dict(attributes))
+    for name in layout.row_shapes:
+        _create_array(group, name, layout)
+    return {f"{ZARR}/{name}": data.to_bytes() for name, data in memory.items()}
 
 
 def _create_array(group: zarr.Group, name: str, layout: Layout) -> zarr.Array:
@@ -86,12 +102,12 @@ def _create_array(group: zarr.Group, name: str, layout: Layout) -> zarr.Array:
     )
 
 
-def open_group(folder: Path, mode: str = "r") -> zarr.Group:
+def open_group(folder: Path) -> zarr.Group:
     """The Zarr group below `folder`. StoreError when Zarr cannot read its metadata."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # foreign files beside the arrays: `artifacts verify` lists them
-            return zarr.open_group(str(folder / ZARR), mode=mode, zarr_format=3, use_consolidated=False)
+            return zarr.open_group(str(folder / ZARR), mode="r", zarr_format=3, use_consolidated=False)
     except Exception as error:
         raise StoreError(f"{folder / ZARR} cannot be opened: {error}", fix=MEND, code="BF-STORE-005") from error
 

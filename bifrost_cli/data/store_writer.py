@@ -6,7 +6,7 @@ shard files, then the index that makes them count. Does not know images or encod
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from bifrost_cli.artifacts import Draft
-from bifrost_cli.artifacts.files import disk_errors, make_folder, sha256_file, sync_file, sync_folder
+from bifrost_cli.artifacts.files import make_folder, sha256_file, write_bytes
 from bifrost_cli.data import store_layout
 from bifrost_cli.data.channel_statistics import statistics_of, sums_of
-from bifrost_cli.data.store_index import INDEX, OK, index_file, read_index, write_index
-from bifrost_cli.data.store_layout import ZARR, Layout
+from bifrost_cli.data.store_index import INDEX, OK, read_index, write_index
+from bifrost_cli.data.store_layout import Layout
 from bifrost_cli.errors import DataError, StoreError
 
 
@@ -32,10 +32,8 @@ class StoreWriter:
     def __init__(self, draft: Draft, layout: Layout, attributes: Mapping[str, Any]) -> None:
         self.layout, self.path, self.attributes = layout, Path(draft.path), dict(attributes)
         self._sums: dict[int, dict[str, Any]] = {}
-        with disk_errors(self.path):
-            self._sweep()
-            self._keep_whole_shards()
-            self._arrays = self._continue() if self._sums else self._begin()
+        make_folder(self.path / INDEX)
+        self._keep_whole_shards()
 
     def missing_shards(self) -> list[int]:
         return [shard for shard in range(self.layout.shards) if shard not in self._sums]
@@ -55,13 +53,15 @@ class StoreWriter:
         rows = {"latents": latents_NPC} if vae_NCHW is None else {"latents": latents_NPC, "vae": vae_NCHW}
         span = self.layout.span(shard)
         ok_N = np.array([line["status"] == OK for line in lines], bool)
-        assert rows.keys() == self._arrays.keys() and len(lines) == span.stop - span.start, "a shard is written whole"
+        assert rows.keys() == self.layout.row_shapes.keys(), f"a shard has {' and '.join(self.layout.row_shapes)}"
+        assert len(lines) == span.stop - span.start, "a shard is written whole"
         halves = {name: _as_half(name, values, ok_N, lines) for name, values in rows.items()}
-        with disk_errors(self.path, sum(half.nbytes for half in halves.values())):
-            files = {}
-            for name, half in halves.items():
-                assert half.shape == (len(lines), *self.layout.row_shapes[name]), f"{name} has shape {half.shape}"
-                files[self.layout.shard_file(name, shard)] = self._write_array(name, shard, half)
+        files = {}
+        for name, half in halves.items():
+            assert half.shape == (len(lines), *self.layout.row_shapes[name]), f"{name} has shape {half.shape}"
+            file, data = self.layout.shard_file(name, shard), store_layout.shard_bytes(self.layout, name, shard, half)
+            self._write(file, data)
+            files[file] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
         sums = sums_of(halves["latents"][ok_N])
         write_index(self.path, shard, lines, files, sums)
         self._sums[shard] = sums
@@ -72,9 +72,9 @@ class StoreWriter:
             raise StoreError(f"{self.path}: {len(missing)} shards are not written yet", code="BF-STORE-006")
         parts = [self._sums[shard] for shard in range(self.layout.shards)]
         statistics = statistics_of(parts, self.layout.channels)
-        with disk_errors(self.path):
-            group = store_layout.open_group(self.path, "r+")
-            group.attrs.put({**self._described(), **self.attributes, **statistics})
+        described = {**self._described(), **self.attributes, **statistics}
+        for file, data in store_layout.metadata_files(self.layout, described).items():
+            self._write(file, data)
         return statistics
 
     def _described(self) -> dict[str, Any]:
@@ -89,11 +89,6 @@ class StoreWriter:
             "chunk_rows": layout.chunk_rows,
         }
 
-    def _sweep(self) -> None:
-        """Zarr's own leftovers of a killed write; ours are swept when the draft is opened."""
-        for leftover in self.path.glob(f"{ZARR}/**/*.partial"):
-            leftover.unlink(missing_ok=True)
-
     def _keep_whole_shards(self) -> None:
         for shard in range(self.layout.shards):
             try:
@@ -102,32 +97,10 @@ class StoreWriter:
                 continue
             if all(_is_whole(self.path / name, index.files.get(name)) for name in self.layout.shard_files(shard)):
                 self._sums[shard] = index.sums
-        for shard in self.missing_shards():
-            for name in (index_file(shard), *self.layout.shard_files(shard)):
-                (self.path / name).unlink(missing_ok=True)
 
-    def _begin(self) -> dict[str, Any]:
-        for name in (ZARR, INDEX):
-            shutil.rmtree(self.path / name, ignore_errors=True)
-        arrays = store_layout.create(self.path, self.layout)
-        make_folder(self.path / INDEX)
-        for metadata in (self.path / ZARR).rglob("zarr.json"):
-            sync_file(metadata)
-            sync_folder(metadata.parent)
-        sync_folder(self.path)
-        return arrays
-
-    def _continue(self) -> dict[str, Any]:
-        return store_layout.open_arrays(store_layout.open_group(self.path, "r+"), self.layout, self.path)
-
-    def _write_array(self, name: str, shard: int, half: np.ndarray) -> dict[str, Any]:
-        path = self.path / self.layout.shard_file(name, shard)
-        path.unlink(missing_ok=True)  # else Zarr would merge the last, shorter shard into what is there
-        self._arrays[name][self.layout.span(shard)] = half
-        sync_file(path)
-        for folder in [*path.parents][: len(half.shape) + 1]:
-            sync_folder(folder)
-        return {"sha256": sha256_file(path), "size": path.stat().st_size}
+    def _write(self, file: str, data: bytes) -> None:
+        make_folder((self.path / file).parent)
+        write_bytes(self.path / file, data)
 
 
 def _is_whole(path: Path, entry: Mapping[str, Any] | None) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from bifrost_cli.artifacts.files import canonical_json, disk_errors, replace_file, temp_path
+from bifrost_cli.artifacts.files import canonical_json, new_file
 from bifrost_cli.errors import ArtifactError
 
 HEADER_LIMIT = 100_000_000
@@ -44,16 +44,10 @@ def save_tensors(path: Path | str, tensors: Tensors, meta: Mapping[str, Any] | N
     path = Path(path)
     ordered = sorted(_as_torch(tensors).items(), key=lambda item: (-item[1].element_size(), item[0]))
     header = _header(ordered, meta or {})
-    tmp = temp_path(path)
-    with disk_errors(path, len(header) + sum(tensor.nbytes for _, tensor in ordered)):
-        try:
-            with open(tmp, "wb") as stream:
-                stream.write(struct.pack("<Q", len(header)) + header)
-                for _, tensor in ordered:
-                    stream.write(_bytes(tensor))
-            replace_file(tmp, path)
-        finally:
-            tmp.unlink(missing_ok=True)
+    with new_file(path, len(header) + sum(tensor.nbytes for _, tensor in ordered)) as write:
+        write(struct.pack("<Q", len(header)) + header)
+        for _, tensor in ordered:
+            write(_bytes(tensor))
 
 
 def load_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

@@ -7,7 +7,6 @@ many, restartable picture by picture. Every PNG carries what made it. Does not k
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,7 @@ from safetensors.torch import save
 
 from bifrost_cli import __version__
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
-from bifrost_cli.artifacts.files import make_folder, write_bytes
+from bifrost_cli.artifacts.files import make_folder, remove, sweep, write_bytes
 from bifrost_cli.artifacts.identity import digest_of, provenance
 from bifrost_cli.config import Recipe
 from bifrost_cli.data.png import contact_sheet, png_bytes, png_pixels
@@ -170,6 +169,7 @@ def _paint_folder(job: _Job, studio: _Studio, folder: Path, device: str, ui: Ui)
     with StopFlag() as stop, Draft.open(folder, "samples", job.identity, job.parents) as draft:
         if draft.complete:
             draft.complete.check()
+            _tidy(folder)
             ui.say(f"{folder} holds these pictures already; they were verified")
             return draft.complete
         log, wanted = WorkLog(draft.path), job.orders()
@@ -187,7 +187,7 @@ def _paint_folder(job: _Job, studio: _Studio, folder: Path, device: str, ui: Ui)
                 log.add(order.index, files, {"plan": reading.plan, "cut": reading.cut})
                 bar.advance(1)
         artifact = _commit(job, draft, log, wanted, studio, device)
-    shutil.rmtree(folder / "work")
+    _tidy(folder)
     _say_cut(artifact.info["cut"], ui)
     ui.say(f"{folder}: {len(wanted)} pictures; judge them: bifrost eval --samples {folder}")
     return artifact
@@ -208,6 +208,12 @@ def _commit(job: _Job, draft: Draft, log: WorkLog, wanted: list[Order], studio: 
     seconds = dict(studio.bridge.seconds) if "bridge" in vars(studio) else {}
     cost = {"samples": len(wanted), "stages": {stage: round(value, 3) for stage, value in seconds.items()}}
     return draft.commit(info, made={"seed": job.seed, "device": device}, cost=cost)
+
+
+def _tidy(folder: Path) -> None:
+    """The pictures are an artifact: the log of which are done goes, also if the last run was killed before it could."""
+    remove(folder / "work")
+    sweep(folder)
 
 
 def _stopped(done: int, total: int, folder: Path) -> Stopped:

@@ -8,7 +8,6 @@ terminals may share the work: `--parts mllm,open_clip` in one, `--parts vae,flux
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bifrost_cli.artifacts.files import make_folder, write_json
+from bifrost_cli.artifacts.files import make_folder, remove, sync, write_json
 from bifrost_cli.artifacts.identity import provenance
 from bifrost_cli.config import Recipe, Train
 from bifrost_cli.data.weights import weights_hash
@@ -58,6 +57,7 @@ def pretrain(
     for part in parts or PARTS:
         ui.say(f"pretrain: {part} in {folder}")
         makers[part](recipe, folder, device, ui)
+        remove(folder / "work" / part / "checkpoints")  # only now: the part is complete
     return folder
 
 
@@ -118,6 +118,7 @@ def _open_clip(recipe: Recipe, folder: Path, device: str, ui: Ui) -> None:
     result = _fit(task, train, folder, "open_clip", device, ui)
     weights = {name: tensor.to("cpu").half().contiguous() for name, tensor in result.ema_state.items()}
     save_tensors(target / "open_clip_model.safetensors", weights, {})
+    _sync(target)
     write_json(target / CARD, _card(train, result, weights))
 
 
@@ -150,6 +151,7 @@ def _flux(recipe: Recipe, folder: Path, device: str, ui: Ui) -> None:
     painter.tokenizer.save_pretrained(target / "tokenizer")
     painter.tokenizer_2.save_pretrained(target / "tokenizer_2")
     write_json(target / "model_index.json", _model_index(painter))
+    _sync(target)
     for name in ("text_encoder", "text_encoder_2", "transformer"):
         _save(task.module[name].to("cpu").half(), target / name, train, result)
 
@@ -207,15 +209,20 @@ def _require(path: Path, part: str, folder: Path) -> None:
 def _fit(task: Any, train: Train, folder: Path, part: str, device: str, ui: Ui) -> FitResult:
     """The loop on one part; drawing on the fly keeps these trainings on the CPU unless a GPU is asked for."""
     work = folder / "work" / part
-    result = fit(task, train, work, device="cpu" if device == "auto" else device, ui=ui)
-    shutil.rmtree(work / "checkpoints")
-    return result
+    return fit(task, train, work, device="cpu" if device == "auto" else device, ui=ui)
 
 
 def _save(module: nn.Module, target: Path, train: Train, result: FitResult) -> None:
     """`save_pretrained`, then the card, whose presence means that the part is complete."""
     module.save_pretrained(target)
+    _sync(target)
     write_json(target / CARD, _card(train, result, module.state_dict()))
+
+
+def _sync(folder: Path) -> None:
+    """To the disk with what the libraries wrote: they do not do it, and a card must not outlive its weights."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
+        sync(path)
 
 
 def _card(train: Train, result: FitResult, weights: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id, newest, resolve
-from bifrost_cli.artifacts.files import write_bytes, write_json
+from bifrost_cli.artifacts.files import make_folder, remove, sweep, write_bytes, write_json
 from bifrost_cli.config import Recipe, Train
 from bifrost_cli.data.store import LatentsStore
 from bifrost_cli.data.weights import save_tensors
@@ -105,6 +105,7 @@ def run_job(
     with Draft.open(path, job.kind, job.identity, parents) as draft:
         if draft.complete:
             ui.say(f"{path} holds this {job.kind} already")
+            _tidy(path / "work")
             return draft.complete
         if not draft.continued and plan["disk_needed"] > plan["disk_free"]:
             raise DiskFull(f"a {job.kind} training does not fit on the disk of {path}",
@@ -136,15 +137,23 @@ def _commit(job: Job, draft: Draft, result: FitResult) -> Artifact:
         if (work / name).exists():
             write_bytes(draft.path / name, (work / name).read_bytes())
     if (work / "samples").is_dir():
-        shutil.copytree(work / "samples", draft.path / "samples", dirs_exist_ok=True)
+        make_folder(draft.path / "samples")
+        for sheet in sorted((work / "samples").iterdir()):
+            write_bytes(draft.path / "samples" / sheet.name, sheet.read_bytes())
     device = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else str(job.device)
     artifact = draft.commit(
         {"recipe": job.recipe.model_dump(mode="json"), "metrics": result.metrics, "parameters": job.parameters},
         made={"device": device, "seed": job.train.seed},
         cost={"seconds": round(result.seconds, 1), "device": device, "samples": result.samples_seen},
     )
-    shutil.rmtree(work / "checkpoints")  # the artifact is whole: nothing can be continued from here any more
+    _tidy(work)
     return artifact
+
+
+def _tidy(work: Path) -> None:
+    """The artifact is whole: nothing can be continued from here any more, also if the last run was killed in this."""
+    remove(work / "checkpoints")
+    sweep(work)
 
 
 def _plan(job: Job, path: Path) -> dict[str, Any]:

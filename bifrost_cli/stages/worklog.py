@@ -6,13 +6,13 @@ picture counts only when every file still has the sha256 of its line. Does not k
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bifrost_cli.artifacts.files import disk_errors, make_folder, sha256_file, write_bytes
+from bifrost_cli.artifacts.files import append, make_folder, sha256_file, sync, write_bytes
 
 
 class WorkLog:
@@ -37,10 +37,9 @@ class WorkLog:
             write_bytes(self.folder / name, data)
         digests = {name: sha256_file(self.folder / name) for name in files}
         line = json.dumps({"index": index, "files": digests, "facts": dict(facts)}, ensure_ascii=False)
-        with disk_errors(self._path, len(line)), open(self._path, "a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        append(self._path, line + "\n")
+        sync(self._path)
+        sync(self._path.parent)
         self._files[index], self.facts[index] = digests, dict(facts)
 
     def _same(self, name: str, digest: str) -> bool:
@@ -48,11 +47,21 @@ class WorkLog:
         return path.is_file() and sha256_file(path) == digest
 
     def _lines(self) -> list[dict[str, Any]]:
-        """Every whole line; a kill may have cut the last one, which then starts the next line afresh."""
+        """Every whole line; what a kill or a power cut left after them is cut off."""
         if not self._path.exists():
             return []
         data = self._path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
+        lines = list(itertools.takewhile(bool, map(_line, data.splitlines(keepends=True))))
+        whole = data[: sum(length for _, length in lines)]
         if whole != data:
             write_bytes(self._path, whole)
-        return [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+        return [line for line, _ in lines]
+
+
+def _line(text: bytes) -> tuple[dict[str, Any], int] | None:
+    """The value of one whole line and its length, or None."""
+    try:
+        value = json.loads(text) if text.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return (value, len(text)) if isinstance(value, dict) and {"index", "files", "facts"} <= set(value) else None

@@ -9,7 +9,6 @@ Does not know what the tensors mean.
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +17,11 @@ from torch import Tensor, nn
 
 from bifrost_cli.artifacts.files import (
     make_folder,
+    new_folder,
     read_json,
-    replace_file,
+    remove,
     sha256_file,
     sweep,
-    temp_path,
     write_json,
 )
 from bifrost_cli.data.weights import load_tensors, save_tensors
@@ -67,19 +66,14 @@ class Checkpoints:
         if checkpoint.step in self.steps():
             verify(final)
             return final
-        draft = temp_path(final)
-        try:
+        with new_folder(final) as draft:
             self._fill(draft, checkpoint)
-            replace_file(draft, final)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)  # a full disk must not be kept full by half a checkpoint
         verify(final)
         for step in self.steps()[: -self.keep]:
-            _drop(self.path(step))
+            remove(self.path(step))
         return final
 
     def _fill(self, draft: Path, checkpoint: Checkpoint) -> None:
-        make_folder(draft)
         for name, tensors in checkpoint.groups.items():
             save_tensors(draft / f"{name}.safetensors", tensors, {"kind": "checkpoint", "step": checkpoint.step})
         write_json(draft / "state.json", {**checkpoint.state, "step": checkpoint.step})
@@ -117,13 +111,6 @@ def verify(path: Path) -> dict[str, str]:
         if sha256_file(path / name) != digest:
             raise damaged(f"{name} has changed since it was written")
     return files
-
-
-def _drop(path: Path) -> None:
-    # Renamed first: a kill in the middle leaves a leftover to sweep, not a damaged checkpoint.
-    trash = temp_path(path)
-    path.rename(trash)
-    shutil.rmtree(trash)
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -101,8 +101,6 @@ def fit(task: Task, train: Any, folder: Path, *, device: str | torch.device = "c
                 raise Stopped(f"stopped at step {state.step} of {train.steps}; a checkpoint is written",
                               at=str(checkpoints.path(state.step)), fix="run the same command again to continue",
                               code="BF-STOP-001")
-    losses.close()
-    validation.close()
     averaged = state.ema.module if state.ema else task.module
     weights = {name: tensor.detach().clone() for name, tensor in averaged.state_dict().items()}
     seen = state.step * train.batch_size * train.accumulate

@@ -6,13 +6,16 @@ resume they are cut back to the step of the checkpoint), so they hold no times; 
 
 from __future__ import annotations
 
-import os
+import itertools
+import re
 import time
 from pathlib import Path
 from typing import Any
 
-from bifrost_cli.artifacts.files import disk_errors, write_bytes
+from bifrost_cli.artifacts.files import append, remove, sync, write_bytes
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem
+
+_ROW = re.compile(r"\d+(,[^,]+)+\n")
 
 
 class Table:
@@ -20,19 +23,19 @@ class Table:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = None
         self._columns: list[str] = []
 
     def cut(self, step: int, *, complete: bool) -> None:
         """Keep the rows up to `step`. `complete`: rows 1..step must all be there, else ArtifactError."""
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        kept = lines[:1] + [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= step]
+        lines = self.path.read_bytes().decode(errors="replace").splitlines(keepends=True) if self.path.exists() else []
+        whole = itertools.takewhile(_ROW.fullmatch, lines[1:])  # after a power cut the rest can be anything
+        kept = lines[:1] + [line for line in whole if int(line.split(",")[0]) <= step]
         if complete and len(kept) != step + 1 and step > 0:
             raise ArtifactError(f"{self.path} does not reach the checkpoint it belongs to (step {step})",
                                 at=f"{max(0, len(kept) - 1)} rows", fix="remove the folder and train again",
                                 code="BF-ART-005")
         if step == 0:
-            self.path.unlink(missing_ok=True)
+            remove(self.path)
         elif lines:
             write_bytes(self.path, "".join(kept).encode())
             self._columns = kept[0].strip().split(",")[1:]
@@ -42,23 +45,13 @@ class Table:
         lines = [] if self._columns else [",".join(["step", *row])]
         self._columns = self._columns or list(row)
         lines.append(",".join([str(step), *(f"{row[name]:.9g}" for name in self._columns)]))
-        with disk_errors(self.path):
-            if self._file is None:
-                self._file = open(self.path, "a", encoding="utf-8", newline="\n")
-            self._file.write("\n".join(lines) + "\n")
+        append(self.path, "\n".join(lines) + "\n")
 
     def sync(self) -> None:
         """Make what was added durable; called before the checkpoint that counts on it."""
-        if self._file is not None:
-            with disk_errors(self.path):
-                self._file.flush()
-                os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self.sync()
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self.path.exists():
+            sync(self.path)
+            sync(self.path.parent)
 
 
 class Journal:
@@ -68,15 +61,13 @@ class Journal:
     def __init__(self, folder: Path, train: Any, ui: Any) -> None:
         self._train, self._say = train, ui.say if ui is not None else lambda line: None
         self._path = folder / "train.log"
-        with disk_errors(self._path):
-            self._log = open(self._path, "a", encoding="utf-8")
+        append(self._path, "")  # there from the start, for who follows it
         self._board = _tensorboard(folder / "tensorboard") if train.tensorboard else None
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._log.close()
         if self._board is not None:
             self._board.close()
 
@@ -113,9 +104,7 @@ class Journal:
 
     def _tell(self, line: str) -> None:
         self._say(line)
-        with disk_errors(self._path):
-            self._log.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')}  {self.seconds():.1f} s  {line}\n")
-            self._log.flush()
+        append(self._path, f"{time.strftime('%Y-%m-%dT%H:%M:%S')}  {self.seconds():.1f} s  {line}\n")
 
     def _scalars(self, group: str, step: int, row: dict[str, float]) -> None:
         for name, value in row.items():
