@@ -20,6 +20,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from bifrost_cli.models.branch import VisualBranch
 from bifrost_cli.models.decode import decode
+from bifrost_cli.models.families.qwen2_5_vl import encode_patches
 from bifrost_cli.models.mllm import Mllm, Prefix
 from bifrost_cli.models.prompt import Layout, image_mask, layout, text_mask
 from bifrost_cli.models.published import branch_name, split_published
@@ -97,7 +98,7 @@ def check_visual(folder: str | Path) -> list[Row]:
     mllm = _mllm({**text, "vision_config": vision}, weights)
     grid_N3 = inputs["grid_thw"]
     ours = {
-        "image_embeds": mllm.encode_patches(inputs["pixel_values"], grid_N3),
+        "image_embeds": encode_patches(mllm.model, inputs["pixel_values"], grid_N3),
         "per_image_tokens": grid_N3.prod(dim=1) // vision["spatial_merge_size"] ** 2,
     }
     return [(name, error, VISUAL) for name, error in _errors(ours, expected).items()]
@@ -113,7 +114,7 @@ def _sequence(text: Layout, patches: int, image_id: int) -> dict[str, Tensor]:
     text_BTS = nn.functional.pad(text_mask(text.attention_BT), (0, patches))
     return {
         "input_ids": torch.cat([ids_BT, image_id * image_BP], dim=1),
-        "position_ids": nn.functional.pad(text.position_ids_3BT.transpose(0, 1), (0, patches)),
+        "position_ids": nn.functional.pad(text.position_ids_BT, (0, patches))[:, None].expand(-1, 3, -1),
         "image_position_mask": nn.functional.pad(image_BP, (ids_BT.shape[1], 0)),
         "labels": torch.cat([ids_BT.where(real_BT, NO_LABEL), NO_LABEL * image_BP], dim=1),
         "attention_mask_text": text.attention_BT,

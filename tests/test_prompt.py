@@ -25,7 +25,7 @@ def test_rows_are_padded_on_the_left_and_count_from_the_first_real_token():
     text = layout([[5, 6, 7], [8]], 4, [9], pad_id=0)
     assert text.input_ids_BT.tolist() == [[0, 5, 6, 7], [0, 0, 0, 8]]
     assert text.attention_BT.tolist() == [[0, 1, 1, 1], [0, 0, 0, 1]]
-    assert text.position_ids_3BT.tolist() == [[[1, 0, 1, 2], [1, 1, 1, 0]]] * 3
+    assert text.position_ids_BT.tolist() == [[1, 0, 1, 2], [1, 1, 1, 0]]
     assert text.truncated == (False, False)
 
 

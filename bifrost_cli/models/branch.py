@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen2_5_VLTextConfig, Qwen2_5_VLTextModel
+from transformers import PreTrainedConfig
 
+from bifrost_cli.models.decoder import decoder_config, new_decoder
 from bifrost_cli.models.flow_head import FlowHead
 from bifrost_cli.models.linear_head import LinearHead
 from bifrost_cli.models.mllm import Mllm, Prefix
@@ -26,7 +27,7 @@ LOSS_ON = ("all", "masked")
 
 
 class VisualBranch(nn.Module):
-    """Stock `Qwen2_5_VLTextModel` without its embedding table, a mask token, patch positions and a vision head.
+    """A stock decoder without its embedding table, a mask token, patch positions and a vision head.
 
     Every patch stands at rotary position 0; their order comes from the learned positions alone (as published). head:
     linear (mean squared error, as published) or flow (samples each token).
@@ -35,7 +36,7 @@ class VisualBranch(nn.Module):
 
     def __init__(
         self,
-        text_config: Qwen2_5_VLTextConfig,
+        text_config: PreTrainedConfig,
         patches: int,
         channels: int,
         *,
@@ -47,7 +48,7 @@ class VisualBranch(nn.Module):
             raise ValueError(f"heads are {tuple(HEADS)}, not {head!r}")
         self.patches, self.channels, self.head_kind = patches, channels, head
         width = text_config.hidden_size
-        self.decoder = _decoder(text_config)
+        self.decoder = new_decoder(text_config)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position_embedding = nn.Parameter(torch.zeros(1, patches, width))
         self.input_projection = nn.Identity() if channels == width else nn.Linear(channels, width)
@@ -74,7 +75,7 @@ class VisualBranch(nn.Module):
         """
         branch = cls(mllm.text_config, patches, channels or mllm.width, head=head,
                      normalize=normalize)  # fmt: skip
-        weights = mllm.model.model.language_model.state_dict()
+        weights = mllm.decoder.state_dict()
         copied = {name: value.float() for name, value in weights.items() if not name.startswith("embed_tokens.")}
         branch.decoder.load_state_dict(copied, strict=True)
         branch._init_new(generator or torch.Generator().manual_seed(0))
@@ -84,7 +85,7 @@ class VisualBranch(nn.Module):
     def from_config(cls, config: dict[str, Any]) -> VisualBranch:
         """An untrained branch of the sizes that `config` (see the property) names."""
         sizes = {name: value for name, value in config.items() if name != "text_config"}
-        return cls(Qwen2_5_VLTextConfig(**config["text_config"]), **sizes)
+        return cls(decoder_config(config["text_config"]), **sizes)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -122,7 +123,7 @@ class VisualBranch(nn.Module):
         batch, patches = masked_BP.shape
         known_BPD = self.input_projection(self.to_decoder(known_BPC))
         inputs_BPD = torch.where(masked_BP[..., None], self.mask_token, known_BPD) + self.position_embedding
-        position_ids = torch.zeros(3, batch, patches, dtype=torch.long, device=inputs_BPD.device)
+        position_ids = torch.zeros(batch, patches, dtype=torch.long, device=inputs_BPD.device)
         if wanted_Bn is not None:
             return hidden_of_some(self.decoder, inputs_BPD, position_ids, prefix, wanted_Bn)
         return self.decoder(
@@ -183,17 +184,6 @@ class VisualBranch(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
                 nn.init.zeros_(module.bias)
-
-
-def _decoder(text_config: Qwen2_5_VLTextConfig) -> Qwen2_5_VLTextModel:
-    # One word instead of a vocabulary: the table is dropped at once, and must not cost 2 GB until then.
-    no_words = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    config = Qwen2_5_VLTextConfig(**{**text_config.to_dict(), **no_words})
-    config._attn_implementation = text_config._attn_implementation
-    with torch.random.fork_rng(devices=[]):
-        decoder = Qwen2_5_VLTextModel(config)
-    decoder.embed_tokens = None
-    return decoder
 
 
 def _health(predicted_NC: Tensor, true_NC: Tensor) -> dict[str, Tensor]:

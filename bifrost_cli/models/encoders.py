@@ -39,12 +39,18 @@ class Encoder(Protocol):
 
 
 class MllmEncoder:
-    """The MLLM's own visual encoder, after the 2x2 merge: the paper's choice (section 3.1)."""
+    """The MLLM's own visual encoder, the tokens its decoder reads: the paper's choice (section 3.1)."""
 
     def __init__(self, mllm: Mllm, image_size: int) -> None:
-        """RecipeError when `image_size` is not a whole number of patches."""
+        """RecipeError when the MLLM reads no pictures of `image_size`: one side alone, or whole patches only."""
         patch = mllm.pixels_per_patch
-        if image_size % patch:
+        if mllm.image_size not in (None, image_size):
+            raise RecipeError(
+                f"latents.image_size is {image_size}, but the MLLM reads {mllm.image_size} pixels",
+                fix=f"--set latents.image_size={mllm.image_size}",
+                code="BF-RECIPE-005",
+            )
+        if mllm.image_size is None and image_size % patch:
             raise RecipeError(
                 f"latents.image_size {image_size} is not a whole number of the MLLM's patches of {patch} pixels",
                 fix=f"--set latents.image_size={max(patch, image_size // patch * patch)}",
@@ -54,13 +60,10 @@ class MllmEncoder:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        visual, processor = self._mllm.model.model.visual, self._mllm.image_processor
+        processor = self._mllm.image_processor
         return {
             "name": "mllm",
-            "weights": weights_hash(visual.state_dict()),
-            "dtype": str(visual.dtype).removeprefix("torch."),
-            "activation": visual.config.hidden_act,
-            "layer": "visual encoder after the 2x2 merge (pooler_output)",
+            **self._mllm.family.encoder_identity(self._mllm.model),
             "image_size": self.image_size,
             "grid": list(self.grid),
             "channels": self.channels,

@@ -9,21 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from transformers import (
-    DynamicCache,
-    PreTrainedTokenizerBase,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-)
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from bifrost_cli.data.weights import weights_hash
+from bifrost_cli.models.families.family import family_of
 from bifrost_cli.models.prompt import Layout, Template, additive, layout, text_mask
 
 
@@ -37,21 +32,26 @@ class Prefix:
 
 
 class Mllm:
-    """A frozen Qwen2.5-VL with its tokenizer and image processor.
+    """A frozen multimodal LLM of any family in `models.families`, with its tokenizer and image processor.
 
     Sums of floats can differ in the last bit between batch sizes; call with one row where bytes must repeat.
     """
 
-    def __init__(
-        self,
-        model: Qwen2_5_VLForConditionalGeneration,
-        tokenizer: PreTrainedTokenizerBase,
-        image_processor: Qwen2VLImageProcessor,
-    ) -> None:
-        self.model = model.eval().requires_grad_(False)
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: Any) -> None:
+        """ArtifactError BF-ART-009 for a model of no known family."""
+        self.model, self.family = model.eval().requires_grad_(False), family_of(model.config)
         self.tokenizer, self.image_processor = tokenizer, image_processor
-        self.template = Template(self._tokenize)
         self._hash: str | None = None
+
+    @cached_property
+    def template(self) -> Template:
+        """How this family's prompts are written."""
+        return self.family.template(self.tokenizer)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The stock text model, without its language head."""
+        return self.model.model.language_model
 
     @property
     def text_config(self) -> Any:
@@ -70,7 +70,12 @@ class Mllm:
     @property
     def pixels_per_patch(self) -> int:
         """Pixels on the side of one patch latent (28 for Qwen2.5-VL: 14-pixel patches, merged 2x2)."""
-        return self.image_processor.patch_size * self.image_processor.merge_size
+        return self.family.pixels_per_patch(self.model.config)
+
+    @property
+    def image_size(self) -> int | None:
+        """The one picture side that the visual encoder reads; None: any whole number of patches."""
+        return self.family.image_size(self.model.config)
 
     def weights_hash(self) -> str:
         """sha256 over all weights. Kept after the first call: nothing in this class changes a weight."""
@@ -88,13 +93,12 @@ class Mllm:
     @torch.no_grad()
     def prefix(self, text: Layout) -> Prefix:
         """One causal pass of the decoder over the prompts; its cache is all that the branch needs of the text."""
-        decoder = self.model.model.language_model
         ids_BT, attention_BT = text.input_ids_BT.to(self.device), text.attention_BT.to(self.device)
         cache = DynamicCache()
-        decoder(
-            inputs_embeds=decoder.embed_tokens(ids_BT),
+        self.decoder(
+            inputs_embeds=self.decoder.embed_tokens(ids_BT),
             attention_mask=additive(text_mask(attention_BT), self.model.dtype),
-            position_ids=text.position_ids_3BT.to(self.device),
+            position_ids=text.position_ids_BT.to(self.device),
             past_key_values=cache,
             use_cache=True,
         )
@@ -103,25 +107,18 @@ class Mllm:
 
     # ---- pictures ---------------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def encode(self, pixels_BHWC: np.ndarray | Tensor) -> Tensor:
-        """uint8 pictures whose sides are multiples of `pixels_per_patch` -> latents_BPC float32, patches row by row.
+        """uint8 pictures of a side that the visual encoder reads -> latents_BPC float32, patches row by row.
 
-        The visual encoder's output after the 2x2 merge, raw; nothing is resized.
+        What the decoder would see of the picture, raw; nothing is resized. ValueError: pictures of another form.
         """
         pixels_BCHW = _channels_first(pixels_BHWC)
-        height, width = pixels_BCHW.shape[2:]
-        if height % self.pixels_per_patch or width % self.pixels_per_patch:
-            raise ValueError(f"{height}x{width} pixels are not whole patches of {self.pixels_per_patch} pixels")
-        inputs = self.image_processor(images=list(pixels_BCHW), do_resize=False, return_tensors="pt")
-        latents_NC = self.encode_patches(inputs["pixel_values"], inputs["image_grid_thw"])
-        return latents_NC.unflatten(0, (len(pixels_BCHW), -1))
-
-    @torch.no_grad()
-    def encode_patches(self, pixel_values: Tensor, grid_thw: Tensor) -> Tensor:
-        """Stock inputs (pixel rows in Qwen order; frames, rows, columns a picture) -> latents (all patches, C)."""
-        visual = self.model.model.visual
-        inputs = self._placed({"pixel_values": pixel_values, "grid_thw": grid_thw})
-        return visual(inputs["pixel_values"], grid_thw=inputs["grid_thw"]).pooler_output.float()
+        sides, patch, only = pixels_BCHW.shape[2:], self.pixels_per_patch, self.image_size
+        if any(side != only if only else side % patch for side in sides):
+            wanted = f"{only}x{only} pixels" if only else f"whole patches of {patch} pixels"
+            raise ValueError(f"pictures of {sides[0]}x{sides[1]} pixels are not {wanted}")
+        return self.family.latents(self.model, self.image_processor, pixels_BCHW).float()
 
     # ---- words ------------------------------------------------------------------------------------------------------
 
@@ -140,9 +137,7 @@ class Mllm:
         """Stock inputs (ids, masks, pixel values) for one picture and one question."""
         # The stock processor reads special tokens anywhere in the text: a question must not open or close a turn.
         parts = [{"type": "image"}, {"type": "text", "text": question.replace("<|", "< |")}]
-        processor = Qwen2_5_VLProcessor(
-            self.image_processor, self.tokenizer, Qwen2VLVideoProcessor(), chat_template=self.tokenizer.chat_template
-        )
+        processor = self.family.processor(self.model.config, self.tokenizer, self.image_processor)
         text = processor.apply_chat_template(
             [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
         )
@@ -167,9 +162,6 @@ class Mllm:
             name: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
         }
-
-    def _tokenize(self, text: str, special: bool) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
 
 
 def _channels_first(pixels_BHWC: np.ndarray | Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A stock decoder over image tokens, behind a prompt whose keys and values are given.
 
-In: a stock `Qwen2_5_VLTextModel`, a `Prefix`, embedded image tokens. Out: hidden states. Knows no latents and nothing
-of the decode loop.
+In: a stock decoder (see decoder.py), a `Prefix`, embedded image tokens. Out: hidden states. Knows no latents and
+nothing of the decode loop.
 B batch, P patches, n wanted patches, T text tokens, D width, h key-value heads, d head width.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Cache, DynamicLayer, Qwen2_5_VLTextModel
+from torch import Tensor, nn
+from transformers import Cache, DynamicLayer
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from bifrost_cli.models.mllm import Prefix
@@ -38,7 +38,7 @@ class _PrefixLayer(DynamicLayer):
 
 
 def hidden_of_some(
-    decoder: Qwen2_5_VLTextModel, inputs_BPD: Tensor, position_ids_3BP: Tensor, prefix: Prefix, wanted_Bn: Tensor
+    decoder: nn.Module, inputs_BPD: Tensor, position_ids_BP: Tensor, prefix: Prefix, wanted_Bn: Tensor
 ) -> Tensor:
     """hidden_BnD after the final norm of the wanted patches only.
 
@@ -46,7 +46,7 @@ def hidden_of_some(
     L layers that is about 1/L of a decode step.
     """
     mask = additive(image_mask(prefix.attention_BT, inputs_BPD.shape[1]), inputs_BPD.dtype)
-    cache, rotary = PrefixCache(prefix), decoder.rotary_emb(inputs_BPD, position_ids_3BP)
+    cache, rotary = PrefixCache(prefix), decoder.rotary_emb(inputs_BPD, position_ids_BP)
     hidden_BPD = inputs_BPD
     for layer in decoder.layers[:-1]:
         hidden_BPD = layer(hidden_BPD, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
@@ -64,13 +64,17 @@ def hidden_of_some(
 
 
 def _with_patches(
-    attention: torch.nn.Module, normed_BPD: Tensor, rotary: tuple[Tensor, Tensor], cache: PrefixCache
+    attention: nn.Module, normed_BPD: Tensor, rotary: tuple[Tensor, Tensor], cache: PrefixCache
 ) -> tuple[Tensor, Tensor]:
     """A layer's keys and values of the prompt and of all patches, (B, h, T + P, d) each."""
-    keys_BhPd, values_BhPd = (
-        projection(normed_BPD).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    keys_BPhd, values_BPhd = (
+        projection(normed_BPD).unflatten(-1, (-1, attention.head_dim))
         for projection in (attention.k_proj, attention.v_proj)
     )
+    if hasattr(attention, "k_norm"):  # Qwen3 norms the keys of every head
+        keys_BPhd = attention.k_norm(keys_BPhd)
+    keys_BhPd, values_BhPd = keys_BPhd.transpose(1, 2), values_BPhd.transpose(1, 2)
+    # Every decoder of decoder.py turns whole heads, by this formula.
     keys_BhPd, _ = apply_rotary_pos_emb(keys_BhPd, keys_BhPd, *rotary)
     return cache.layers[attention.layer_idx].update(keys_BhPd, values_BhPd)
 

@@ -6,17 +6,20 @@ B batch, T text tokens, P patches. Semantics as published (Bifrost-1, arXiv 2508
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 PADDING_POSITION = 1
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 REQUEST = "Generate an image of "
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
-CLOSING = ANSWER + "<|vision_start|>"
+OPENING = "<|vision_start|>"
+_MARK = "(the prompt)"
 
 # The published list has 19 openers, of which two could be read ("The image shows", "This is an image of").
 # The other 17 are the ones that captioning models write most; longer ones stand first so that they win.
@@ -45,41 +48,70 @@ CAPTION_OPENERS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """Left-padded prompts: input_ids_BT, attention_BT (1 = real) and position_ids_3BT, int64; `truncated` rows."""
+    """Left-padded prompts: input_ids_BT, attention_BT (1 = real) and position_ids_BT, int64; `truncated` rows.
+
+    One rotary axis: where a decoder has three (M-RoPE), text stands at the same place on each of them.
+    """
 
     input_ids_BT: Tensor
     attention_BT: Tensor
-    position_ids_3BT: Tensor
+    position_ids_BT: Tensor
     truncated: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
 class Template:
-    """Turns prompts into ids of the Qwen chat template, cut right after `<|vision_start|>`.
+    """Turns prompts into ids of a chat: `head`, then `lead` + text + `trail`, then `tail` and, to paint, `opening`.
 
-    `tokenize(text, special)` gives ids; special=False must read `<|...|>` in the text as ordinary characters, so that
-    no prompt can open or close a turn.
+    Head, tail and opening are read with their special tokens. What stands between is read in one piece and as ordinary
+    characters, so that no prompt can open or close a turn. Defaults: as published, cut right after `<|vision_start|>`.
     """
 
-    tokenize: Callable[[str, bool], list[int]]
+    tokenizer: PreTrainedTokenizerBase
+    head: str = SYSTEM
+    lead: str = ""
+    trail: str = ""
+    tail: str = ANSWER
+    opening: str = OPENING
+
+    @classmethod
+    def of_chat(cls, tokenizer: PreTrainedTokenizerBase, opening: str) -> Template:
+        """The tokenizer's own chat template around a user's turn, up to where the assistant's words begin."""
+        asked = [{"role": "user", "content": [{"type": "text", "text": _MARK}]}]
+        text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        start = tokenizer.decode(tokenizer("")["input_ids"])  # what the tokenizer puts before every text
+        before, after = (text if text.startswith(start) else start + text).split(_MARK)
+        known = "|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
+        into = max((found.end() for found in re.finditer(known, before)), default=0)
+        out = min((found.start() for found in re.finditer(known, after)), default=len(after))
+        return cls(tokenizer, before[:into], before[into:], after[:out], after[out:], opening)
 
     def ids(self, prompt: str) -> list[int]:
         """Ids of the whole template text around one prompt; the empty prompt gives the unconditional text."""
-        # The pieces meet where the pre-tokenizer splits anyway, so their ids are those of the text in one piece.
-        return self.tokenize(SYSTEM, True) + self.tokenize(REQUEST + prompt, False) + self.closing()
+        return self._around(REQUEST + prompt, self.tail + self.opening)
 
     def turn(self, text: str) -> list[int]:
         """Ids of a user's turn, up to where the assistant's words begin."""
-        return self.tokenize(SYSTEM, True) + self.tokenize(text, False) + self.tokenize(ANSWER, True)
+        return self._around(text, self.tail)
 
     def closing(self) -> list[int]:
         """Ids that end every prompt, truncated or not."""
-        return self.tokenize(CLOSING, True)
+        one, other = self.ids("a")[::-1], self.ids("b")[::-1]
+        same = next(place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
+        return one[:same][::-1]
+
+    def _around(self, text: str, tail: str) -> list[int]:
+        # The pieces meet at special tokens or where the pre-tokenizer splits anyway: the ids are those of one text.
+        pieces = (self.head, True), (self.lead + text + self.trail, False), (tail, True)
+        return [token for piece, special in pieces for token in self._tokenize(piece, special)]
+
+    def _tokenize(self, text: str, special: bool) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
 
 
 def chat_text(prompt: str) -> str:
     """The template text around one prompt, as a reader sees it."""
-    return SYSTEM + REQUEST + prompt + CLOSING
+    return SYSTEM + REQUEST + prompt + ANSWER + OPENING
 
 
 def user_turn(text: str) -> str:
@@ -95,7 +127,7 @@ def join_plan(prompt: str, plan: str | None) -> str:
 def layout(ids: Sequence[Sequence[int]], text_length: int, closing: Sequence[int], pad_id: int) -> Layout:
     """Rows of ids, left-padded to text_length; longer ones cut on the right, their last ids replaced by `closing`.
 
-    Text positions count 0, 1, ... from the first real token on all three rotary axes; padding holds position 1.
+    Text positions count 0, 1, ... from the first real token; padding holds position 1.
     """
     if text_length < len(closing):
         raise ValueError(f"{text_length} text tokens cannot hold the {len(closing)} closing tokens of the template")
@@ -105,7 +137,7 @@ def layout(ids: Sequence[Sequence[int]], text_length: int, closing: Sequence[int
     return Layout(
         input_ids_BT=torch.tensor([[pad_id] * gap + row for gap, row in zip(missing, rows, strict=True)]),
         attention_BT=torch.tensor([[0] * gap + [1] * (text_length - gap) for gap in missing]),
-        position_ids_3BT=torch.tensor(positions).expand(3, -1, -1).clone(),
+        position_ids_BT=torch.tensor(positions),
         truncated=tuple(len(row) > text_length for row in ids),
     )
 

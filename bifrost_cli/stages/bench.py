@@ -99,8 +99,8 @@ def plain_decode(
     halves = (text, uncond_text)
     ids_BT = torch.cat([half.input_ids_BT for half in halves]).to(mllm.device)
     attention_BT = torch.cat([half.attention_BT for half in halves]).to(mllm.device)
-    positions_3BT = torch.cat([half.position_ids_3BT for half in halves], dim=1).to(mllm.device)
-    positions_3BS = nn.functional.pad(positions_3BT, (0, patches))
+    positions_BT = torch.cat([half.position_ids_BT for half in halves]).to(mllm.device)
+    positions_BS = nn.functional.pad(positions_BT, (0, patches))
     text_BTS = nn.functional.pad(text_mask(attention_BT), (0, patches))
     mask_B1SS = additive(torch.cat([text_BTS, image_mask(attention_BT, patches)], dim=1), mllm.model.dtype)
     orders_BP = orders_BP.to(mllm.device)
@@ -108,9 +108,9 @@ def plain_decode(
     masked_BP = torch.ones_like(orders_BP, dtype=torch.bool)
     for kept in mask_schedule(patches, steps):
         shown_BPD = torch.where(masked_BP[..., None], branch.mask_token, latents_BPC) + branch.position_embedding
-        words_BTD = mllm.model.model.language_model.embed_tokens(ids_BT)
+        words_BTD = mllm.decoder.embed_tokens(ids_BT)
         inputs_BSD = torch.cat([words_BTD, shown_BPD.repeat(2, 1, 1)], dim=1)
-        hidden_BSD = _both_passes(mllm, branch, inputs_BSD, positions_3BS, mask_B1SS)
+        hidden_BSD = _both_passes(mllm, branch, inputs_BSD, positions_BS, mask_B1SS)
         conditional, unconditional = branch.vision_head(hidden_BSD)[:, -patches:].chunk(2)
         still_BP = mask_from_orders(orders_BP, torch.full_like(orders_BP[:, 0], kept))
         predicted_BPC = unconditional + guidance * (conditional - unconditional)
@@ -119,16 +119,16 @@ def plain_decode(
     return latents_BPC
 
 
-def _both_passes(mllm: Mllm, branch: VisualBranch, x_BSD: Tensor, positions_3BS: Tensor, mask_B1SS: Tensor) -> Tensor:
+def _both_passes(mllm: Mllm, branch: VisualBranch, x_BSD: Tensor, positions_BS: Tensor, mask_B1SS: Tensor) -> Tensor:
     """Two decoders as one: every weight is applied to every token twice, and a 0/1 mask picks."""
-    words, image = mllm.model.model.language_model, branch.decoder
+    words, image = mllm.decoder, branch.decoder
     place_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
     image_BS1 = (place_S >= len(place_S) - branch.patches).long().expand(len(x_BSD), -1)[..., None]
 
     def both(first: nn.Module, second: nn.Module, value: Tensor) -> Tensor:
         return second(value) * image_BS1 + first(value) * (1 - image_BS1)
 
-    rotary = words.rotary_emb(x_BSD, positions_3BS)
+    rotary = words.rotary_emb(x_BSD, positions_BS)
     for one, two in zip(words.layers, image.layers, strict=True):
         normed = both(one.input_layernorm, two.input_layernorm, x_BSD)
         heads = [

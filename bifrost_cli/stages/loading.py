@@ -6,17 +6,20 @@ and whole: a tensor that is missing or of another shape is an error. Does not kn
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxControlNetModel, FluxTransformer2DModel
 from torch import nn
 from transformers import (
-    AutoTokenizer,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     CLIPTextModel,
     CLIPTokenizer,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
     T5EncoderModel,
     T5Tokenizer,
 )
@@ -30,6 +33,7 @@ from bifrost_cli.errors import ArtifactError
 from bifrost_cli.models.branch import VisualBranch
 from bifrost_cli.models.controlnet import controlnet_from_config
 from bifrost_cli.models.encoders import Encoder, MllmEncoder, OpenClipEncoder
+from bifrost_cli.models.families.family import family_of, require_known
 from bifrost_cli.models.flux import FluxPainter
 from bifrost_cli.models.mllm import Mllm
 from bifrost_cli.models.painter import Painter
@@ -37,6 +41,7 @@ from bifrost_cli.stages.loading_clip import features_name, load_open_clip
 from bifrost_cli.stages.place import MODEL_FILES, model_errors, model_place
 
 _FLUX_FILES = ("model_index.json", *(f"*/{pattern}" for pattern in MODEL_FILES))  # not the second copy at the root
+_CONFIG = "config.json"
 _SHOWN = 5
 
 hub_logging.disable_progress_bar()  # a bar for every part of a model, terminal or not; ours is the one that counts
@@ -48,12 +53,27 @@ hub_logging.disable_progress_bar()  # a bar for every part of a model, terminal 
 def load_mllm(
     ref: str, device: torch.device, dtype: torch.dtype = torch.float32, *, revision: str | None = None
 ) -> Mllm:
-    """The frozen multimodal LLM. EnvironmentProblem or ArtifactError when it is not there or not whole."""
+    """The frozen multimodal LLM, of the family that its config.json names (`models.families`).
+
+    EnvironmentProblem or ArtifactError when it is not there, not whole, or of no known family.
+    """
+    config = Path(model_place(ref, revision=revision, patterns=(_CONFIG,))) / _CONFIG
+    if config.is_file():  # before gigabytes are fetched that could not be used
+        require_known(read_json(config).get("model_type"))
     folder = model_place(ref, revision=revision)
     with model_errors(ref):
-        model = _whole(Qwen2_5_VLForConditionalGeneration, folder, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-        return Mllm(model.to(device), tokenizer, Qwen2VLImageProcessor.from_pretrained(folder))
+        family_of(AutoConfig.from_pretrained(folder))
+        model = _whole(AutoModelForImageTextToText, folder, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(folder)
+        return Mllm(model.to(device), _tokenizer(processor), processor.image_processor)
+
+
+def _tokenizer(processor: ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The processor's tokenizer, as a batch of prompts needs it: padded on the left, and with the chat template."""
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side, tokenizer.chat_template = "left", processor.chat_template or tokenizer.chat_template
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
 
 
 def load_painter(
@@ -102,7 +122,8 @@ def _whole(kind: Any, folder: str, **options: Any) -> Any:
     model, told = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
     lost = sorted(map(str, {*told["missing_keys"], *told["mismatched_keys"]}))
     if lost:
-        raise ArtifactError(f"{folder} lacks {len(lost)} tensors of {kind.__name__}, or has them in another shape",
+        name = type(model).__name__
+        raise ArtifactError(f"{folder} lacks {len(lost)} tensors of {name}, or has them in another shape",
                             at="; ".join(lost[:_SHOWN]), fix="fetch the model again", code="BF-ART-007")  # fmt: skip
     return model
 

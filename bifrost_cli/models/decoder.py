@@ -1,0 +1,36 @@
+"""Decoders that can be copied into a branch: stock text models that keep keys and values of every token they read.
+
+In: a stock text configuration, or one as plain JSON values. Out: the stock model without its table of words. Knows no
+weights, no pictures and no family of multimodal LLMs. What a copy needs of a decoder: layers of `self_attn` and `mlp`
+between two norms, a final `norm`, one rotary embedding for all layers, and full attention.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig
+
+DECODERS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3_vl_text")
+
+
+def decoder_config(values: dict[str, Any]) -> PreTrainedConfig:
+    """The stock configuration of JSON values, its class chosen by `model_type`. ValueError: no decoder we copy."""
+    kind = values["model_type"]
+    if kind not in DECODERS:
+        raise ValueError(f"a decoder of type {kind!r} cannot be copied; known are {', '.join(DECODERS)}")
+    return AutoConfig.for_model(**values)
+
+
+def new_decoder(text_config: PreTrainedConfig) -> nn.Module:
+    """An untrained stock decoder of this configuration, in the default number format, its table of words removed."""
+    # One word instead of a vocabulary: the table is dropped at once, and must not cost 2 GB until then.
+    no_words = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+    config = decoder_config({**text_config.to_dict(), **no_words})
+    config._attn_implementation = text_config._attn_implementation
+    with torch.random.fork_rng(devices=[]):
+        decoder = MODEL_MAPPING[type(config)](config)
+    decoder.embed_tokens = None
+    return decoder

@@ -1,0 +1,1 @@
+"""Families of multimodal LLMs: one small adapter each, for the one wrapper `models.mllm.Mllm` and the one branch."""
