@@ -62,14 +62,14 @@ class Latents(Section):
     captions: Literal["files", "folders"] = Field(
         "files", description="where a folder's captions are: .txt files, or the name of each picture's folder"
     )
-    class_names: str | None = Field(None, description="file of lines FOLDER CAPTION for captions: folders")
+    class_names: str | None = Field(
+        None, description="file of lines FOLDER CAPTION, for captions: folders and for archives' .cls"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Latents:
         if self.shard_rows % self.chunk_rows:
             raise ValueError(f"shard_rows ({self.shard_rows}) is not a multiple of chunk_rows ({self.chunk_rows})")
-        if self.class_names and self.captions != "folders":
-            raise ValueError("class_names is for captions: folders, and would be ignored")
         return self
 
 

@@ -90,7 +90,7 @@ EXTRACT = (
     Flag("latents.image_column", str, ("--image-column",), "A table's column of pictures or their paths."),
     Flag("latents.caption_column", str, ("--caption-column",), "A table's column of captions."),
     Flag("latents.captions", str, ("--captions",), "files (.txt), or folders: each folder is a class."),
-    Flag("latents.class_names", str, ("--class-names",), "With --captions folders: a file of lines FOLDER CAPTION."),
+    Flag("latents.class_names", str, ("--class-names",), "A file of lines FOLDER CAPTION: the classes' names."),
 )
 PAINT = (
     Flag(

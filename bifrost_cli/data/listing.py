@@ -13,9 +13,10 @@ from bifrost_cli.data.entry import Listing
 from bifrost_cli.data.places import expand, is_remote
 from bifrost_cli.data.source_folder import list_folder
 from bifrost_cli.data.source_table import METADATA, TABLES, list_tables
+from bifrost_cli.data.source_tars import list_tars
 from bifrost_cli.errors import DataError, RecipeError
 
-_FIX = "give a folder of images with .txt captions, a .jsonl, .csv, .tsv or .parquet, a .tar, hf:NAME, or shapes:2048"
+_FIX = "give a folder of images with .txt captions, a table (.jsonl, .csv, ...), .tar archives, or shapes:2048"
 
 
 def list_source(source: str, rules: Latents) -> Listing:
@@ -29,6 +30,9 @@ def list_source(source: str, rules: Latents) -> Listing:
         suffix = Path(places[0]).suffix.lower()
         if suffix in TABLES and (is_remote(source) or not Path(places[0]).is_dir()):
             return _of_tables(places, rules)
+        if suffix == ".tar":
+            _refuse(rules, "archives", captions="files", image_column=None)
+            return list_tars(places, rules)
         root = Path(source)
         if is_remote(source) or not root.is_dir():
             gone = not is_remote(source) and not root.exists()
@@ -38,6 +42,8 @@ def list_source(source: str, rules: Latents) -> Listing:
         if metadata.exists() and rules.captions == "files":
             return _of_tables([str(metadata)], rules)
         _refuse(rules, "a folder", image_column=None, caption_column=None)
+        if rules.captions == "files":
+            _refuse(rules, "captions in files", class_names=None)
         return list_folder(root, rules)
     except PermissionError as error:
         raise DataError(f"{error.filename} is not readable by this user") from error
@@ -52,7 +58,7 @@ def local_root(source: str) -> Path | None:
 
 
 def _of_tables(places: list[str], rules: Latents) -> Listing:
-    _refuse(rules, "a table", captions="files")
+    _refuse(rules, "a table", captions="files", class_names=None)
     return list_tables(places, rules)
 
 

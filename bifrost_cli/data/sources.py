@@ -115,7 +115,11 @@ def _captioned(
     entries: Sequence[Entry], source: str | Path, rules: Latents
 ) -> tuple[dict[str, str], tuple[Problem, ...]]:
     """Captions by key, and what is missing; SourceError when that stops."""
-    missing = tuple(Problem("missing-caption", entry.where, "no caption") for entry in entries if entry.caption is None)
+    missing = tuple(
+        Problem("missing-caption", entry.where, "no caption")
+        for entry in entries
+        if entry.caption is None and not entry.problem
+    )
     if missing and rules.missing_caption == "stop":
         raise SourceError(
             f"{len(missing)} of {len(entries)} images in {source} have no caption",
