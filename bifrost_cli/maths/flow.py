@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from bifrost_cli.maths.draws import Source, normal
+
 
 def noisy(clean: torch.Tensor, noise: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
     """The point at noise level s on the straight path: x_s = (1 - s) x0 + s e (SD3, arXiv 2403.03206, eq. 13)."""
@@ -22,9 +24,9 @@ def flow_target(clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     return noise - clean
 
 
-def logit_normal(count: int, generator: torch.Generator, mean: float = 0.0, sd: float = 1.0) -> torch.Tensor:
+def logit_normal(count: int, generator: Source, mean: float = 0.0, sd: float = 1.0) -> torch.Tensor:
     """`count` noise levels s = sigmoid(u), u ~ N(mean, sd) (SD3, section 3.1; the draw of diffusers' FLUX trainers)."""
-    return torch.sigmoid(mean + sd * torch.randn(count, generator=generator, device=generator.device))
+    return torch.sigmoid(mean + sd * normal((count,), generator))
 
 
 def shift_mu(

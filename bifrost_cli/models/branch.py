@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
+from bifrost_cli.maths.draws import Source
 from bifrost_cli.models.decoder import decoder_config, new_decoder
 from bifrost_cli.models.flow_head import FlowHead
 from bifrost_cli.models.linear_head import LinearHead
@@ -141,7 +142,7 @@ class VisualBranch(nn.Module):
         masked_BP: Tensor,
         *,
         loss_on: str = "all",
-        generator: torch.Generator | None = None,
+        generator: Source | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Training loss in float32 in the decoder's (normalised) space, and detached health numbers.
 

@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from bifrost_cli.maths.draws import Source, normal
+
 EULER_STEPS = 25
 
 
@@ -35,7 +37,7 @@ class FlowHead(nn.Module):
             out = block(out, condition)
         return self.to_velocity(out)
 
-    def loss(self, hidden_ND: Tensor, target_NC: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def loss(self, hidden_ND: Tensor, target_NC: Tensor, generator: Source | None = None) -> Tensor:
         """Flow matching: || v(x_s, s | h) - (noise - clean) ||^2 in float32, s = sigmoid of a unit normal."""
         noise_NC = _normal(target_NC, target_NC.shape, generator)
         sigma_N1 = _normal(target_NC, (len(target_NC), 1), generator).sigmoid()
@@ -83,6 +85,6 @@ def _waves(sigma_1: Tensor) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def _normal(like: Tensor, shape: tuple[int, ...] | torch.Size, generator: torch.Generator | None) -> Tensor:
-    device = generator.device if generator is not None else like.device
-    return torch.randn(shape, generator=generator, device=device).to(like)
+def _normal(like: Tensor, shape: tuple[int, ...] | torch.Size, generator: Source | None) -> Tensor:
+    drawn = torch.randn(shape, device=like.device) if generator is None else normal(shape, generator)
+    return drawn.to(like)

@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxContro
 from torch import nn
 
 from bifrost_cli.maths import flow
+from bifrost_cli.maths.draws import Source
 from bifrost_cli.models.controlnet import latent_controlnet
 from bifrost_cli.models.painter import Control, Painter, is_cut, token_ids
 
@@ -157,7 +158,7 @@ class FluxPainter(Painter):
         vae_latents_Bchw: torch.Tensor,
         control_BPC: torch.Tensor,
         text: Text,
-        generator: torch.Generator,
+        generator: Source,
     ) -> torch.Tensor:
         return self._loss(vae_latents_Bchw, text, Control(controlnet, control_BPC), generator)
 
@@ -165,7 +166,7 @@ class FluxPainter(Painter):
         return latent_controlnet(self.transformer, double_blocks, single_blocks, channels)
 
     def _loss(
-        self, clean_Bchw: torch.Tensor, text: Text, control: Control | None, generator: torch.Generator
+        self, clean_Bchw: torch.Tensor, text: Text, control: Control | None, generator: Source
     ) -> torch.Tensor:
         clean_BNc, ids_N3 = pack(clean_Bchw), image_ids(clean_Bchw)
 

@@ -5,8 +5,9 @@ In: hidden states (..., D). Out: latents (..., C) or a loss. Knows no masks, pro
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
+
+from bifrost_cli.maths.draws import Source
 
 
 class LinearHead(nn.Linear):
@@ -16,7 +17,7 @@ class LinearHead(nn.Linear):
         """Predicted latents (..., C)."""
         return self(hidden_D)
 
-    def loss(self, hidden_ND: Tensor, target_NC: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def loss(self, hidden_ND: Tensor, target_NC: Tensor, generator: Source | None = None) -> Tensor:
         """Mean squared error over all entries, in float32. The generator is not needed."""
         return nn.functional.mse_loss(self(hidden_ND).float(), target_NC.float())
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from bifrost_cli.data.weights import weights_hash
 from bifrost_cli.maths import flow
+from bifrost_cli.maths.draws import Source, normal
 
 
 class Control(NamedTuple):
@@ -136,11 +137,11 @@ class Painter(ABC):
         vae_latents_Bchw: torch.Tensor,
         control_BPC: torch.Tensor,
         text: Any,
-        generator: torch.Generator,
+        generator: Source,
     ) -> torch.Tensor:
         """Flow matching with true patch latents as control (paper, section 3): a scalar with the ControlNet's graph."""
 
-    def training_sigmas(self, count: int, image_tokens: int, generator: torch.Generator) -> torch.Tensor:
+    def training_sigmas(self, count: int, image_tokens: int, generator: Source) -> torch.Tensor:
         """`count` noise levels: logit-normal, then the shift that sampling uses at this size (SD3, sections 3.1, 5.3.2;
         diffusers' trainers draw the same from the scheduler's shifted table)."""
         sigma_B = flow.logit_normal(count, generator)
@@ -158,12 +159,12 @@ class Painter(ABC):
         self,
         clean: torch.Tensor,
         image_tokens: int,
-        generator: torch.Generator,
+        generator: Source,
         velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """The mean squared error of `velocity(noisy, sigma_B)` on latents in the family's own layout."""
         clean = clean.to(self.device, self.transformer.dtype)
-        noise = torch.randn(clean.shape, generator=generator, device=generator.device).to(clean)
+        noise = normal(clean.shape, generator).to(clean)
         sigma_B = self.training_sigmas(len(clean), image_tokens, generator).to(clean)
         predicted = velocity(flow.noisy(clean, noise, sigma_B), sigma_B)
         return nn.functional.mse_loss(predicted.float(), flow.flow_target(clean, noise).float())
