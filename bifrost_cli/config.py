@@ -125,10 +125,19 @@ class Branch(Section):
     plan_share: Share = Field(
         0.0, description="share of rows that see their plan after the caption, where they have one"
     )
+    tune: Literal["full", "layers", "lora"] = Field(
+        "full", description="what is trained: all, or the new parts with the decoder's last layers, or with LoRA"
+    )
+    layers: Count | None = Field(None, description="with tune layers: how many of the last layers")
+    lora_rank: Count | None = Field(None, description="with tune lora: its rank in every linear layer (the lora extra)")
     train: Train = Train()
 
     @model_validator(mode="after")
     def _consistent(self) -> Branch:
+        for tune, key in (("layers", "layers"), ("lora", "lora_rank")):
+            value = getattr(self, key)
+            if (self.tune == tune) != (value is not None):
+                raise ValueError(f"tune {tune} and {key} belong together; here they are {self.tune} and {value}")
         if self.mask_low > self.mask_high:
             raise ValueError(f"mask_low ({self.mask_low}) is above mask_high ({self.mask_high})")
         return self

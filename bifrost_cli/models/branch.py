@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
@@ -22,6 +23,7 @@ from bifrost_cli.models.linear_head import LinearHead
 from bifrost_cli.models.mllm import Mllm, Prefix
 from bifrost_cli.models.prefix_pass import PrefixCache, hidden_of_some
 from bifrost_cli.models.prompt import additive, image_mask
+from bifrost_cli.models.tuning import frozen_names, start_low_rank, stock_name, tune_decoder
 
 HEADS = {"linear": LinearHead, "flow": FlowHead}
 LOSS_ON = ("all", "masked")
@@ -32,7 +34,8 @@ class VisualBranch(nn.Module):
 
     Every patch stands at rotary position 0; their order comes from the learned positions alone (as published). head:
     linear (mean squared error, as published) or flow (samples each token).
-    normalize: the decoder sees and predicts latents divided by the stored channel statistics.
+    normalize: the decoder sees and predicts latents divided by the stored channel statistics. tune: None (all of it is
+    trained), {"layers": n} or {"rank": r}; the rest of the decoder is then the frozen MLLM's own.
     """
 
     def __init__(
@@ -43,13 +46,16 @@ class VisualBranch(nn.Module):
         *,
         head: str = "linear",
         normalize: bool = False,
+        tune: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"heads are {tuple(HEADS)}, not {head!r}")
         self.patches, self.channels, self.head_kind = patches, channels, head
         width = text_config.hidden_size
-        self.decoder = new_decoder(text_config)
+        self.decoder, self.tune = new_decoder(text_config), tune
+        if tune:
+            tune_decoder(self.decoder, tune)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position_embedding = nn.Parameter(torch.zeros(1, patches, width))
         self.input_projection = nn.Identity() if channels == width else nn.Linear(channels, width)
@@ -68,17 +74,24 @@ class VisualBranch(nn.Module):
         *,
         head: str = "linear",
         normalize: bool = False,
+        tune: dict[str, int] | None = None,
         generator: torch.Generator | None = None,
     ) -> VisualBranch:
         """A new branch: layers and final norm copied, mask token and positions zero, head small and random.
 
-        channels: of the latents, None = the MLLM's own. Weights are float32 whatever the MLLM's type.
+        channels: of the latents, None = the MLLM's own. What is trained is float32 whatever the MLLM's type; what is
+        not (see `tune`) is no copy but the MLLM's tensors themselves.
         """
-        branch = cls(mllm.text_config, patches, channels or mllm.width, head=head,
-                     normalize=normalize)  # fmt: skip
-        weights = mllm.decoder.state_dict()
-        copied = {name: value.float() for name, value in weights.items() if not name.startswith("embed_tokens.")}
-        branch.decoder.load_state_dict(copied, strict=True)
+        with init_empty_weights():
+            branch = cls(mllm.text_config, patches, channels or mllm.width, head=head, normalize=normalize, tune=tune)
+        weights = {name: torch.zeros(parameter.shape) for name, parameter in branch.named_parameters()
+                   if not name.startswith("decoder.") or ".lora_" in name}  # fmt: skip
+        frozen = branch.from_base(mllm)
+        stock = mllm.decoder.state_dict()
+        copied = branch.decoder.state_dict().keys() - {name.removeprefix("decoder.") for name in {*frozen, *weights}}
+        weights |= frozen | {f"decoder.{name}": stock[name].to(torch.float32, copy=True) for name in copied}
+        weights |= {name: buffer for name, buffer in branch.named_buffers() if name in branch.state_dict()}
+        branch.load_state_dict(weights, assign=True)
         branch._init_new(generator or torch.Generator().manual_seed(0))
         return branch.to(mllm.device)
 
@@ -99,7 +112,13 @@ class VisualBranch(nn.Module):
             "channels": self.channels,
             "head": self.head_kind,
             "normalize": self.normalize,
+            **({"tune": self.tune} if self.tune else {}),
         }
+
+    def from_base(self, mllm: Mllm) -> dict[str, Tensor]:
+        """Our name -> the MLLM's tensor, for what is not trained: it belongs to no checkpoint and to no artifact."""
+        stock = mllm.decoder.state_dict()
+        return {f"decoder.{name}": stock[stock_name(name)] for name in frozen_names(self.decoder)}
 
     def set_statistics(self, mean_C: Tensor, std_C: Tensor) -> None:
         """Channel mean and deviation of the training latents; only with normalize. A deviation of zero counts as 1."""
@@ -185,6 +204,7 @@ class VisualBranch(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
                 nn.init.zeros_(module.bias)
+        start_low_rank(self.decoder, generator)
 
 
 def _health(predicted_NC: Tensor, true_NC: Tensor) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from bifrost_cli.artifacts.identity import differences
 from bifrost_cli.config import Recipe
 from bifrost_cli.data.store import LatentsStore
 from bifrost_cli.data.weights import weights_hash
+from bifrost_cli.errors import RecipeError
 from bifrost_cli.models.branch import VisualBranch
 from bifrost_cli.models.encoders import MllmEncoder
 from bifrost_cli.models.mllm import Mllm
@@ -49,6 +50,7 @@ def train_branch(
     store, place = choose_store(recipe, latents, workspace, ui), pick_device(device)
     mllm = load_mllm(recipe.models.mllm, place, getattr(torch, recipe.models.dtype), revision=recipe.models.revision)
     _require_encoder(recipe, store, mllm, place)
+    _require_sense(recipe, mllm)
     branch = new_branch(recipe, store, mllm)
     if settings.train.gradient_checkpointing:
         branch.enable_gradient_checkpointing()
@@ -84,11 +86,29 @@ def new_branch(recipe: Recipe, store: LatentsStore, mllm: Mllm) -> VisualBranch:
         store.channels,
         head=settings.head,
         normalize=settings.normalize,
+        tune=tuned(recipe),
         generator=torch.Generator().manual_seed(derive(settings.train.seed, "init")),
     )
     if settings.normalize:
         branch.set_statistics(torch.from_numpy(store.mean_C), torch.from_numpy(store.std_C))
     return branch
+
+
+def tuned(recipe: Recipe) -> dict[str, int] | None:
+    """What the branch is told of `branch.tune`: None is all of it."""
+    settings = recipe.branch
+    return {"full": None, "layers": {"layers": settings.layers}, "lora": {"rank": settings.lora_rank}}[settings.tune]
+
+
+def _require_sense(recipe: Recipe, mllm: Mllm) -> None:
+    """RecipeError for settings of `branch.tune` that this MLLM cannot have."""
+    settings, count = recipe.branch, mllm.text_config.num_hidden_layers
+    if settings.tune != "full" and settings.train.precision == "fp32" and recipe.models.dtype != "float32":
+        raise RecipeError(f"branch.train.precision fp32 cannot run through frozen layers in {recipe.models.dtype}",
+                          fix="--set models.dtype=float32, or precision bf16", code="BF-RECIPE-005")  # fmt: skip
+    if settings.tune == "layers" and settings.layers > count:
+        raise RecipeError(f"branch.layers is {settings.layers}; the MLLM has {count} layers", code="BF-RECIPE-005",
+                          fix=f"--set branch.layers={count}, or tune full")  # fmt: skip
 
 
 def _require_encoder(recipe: Recipe, store: LatentsStore, mllm: Mllm, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxControlNetModel, FluxTransformer2DModel
 from torch import nn
 from transformers import (
@@ -131,17 +132,26 @@ def _whole(kind: Any, folder: str, **options: Any) -> Any:
 # ---- what was trained -----------------------------------------------------------------------------------------------
 
 
-def load_branch(artifact: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> VisualBranch:
-    """A trained branch; every payload file is checked first. ArtifactError BF-ART-005, 007 or 008."""
-    branch = VisualBranch.from_config(_config(artifact))
-    return _frozen(_filled(branch, artifact), device).to(dtype)
+def load_branch(
+    artifact: Artifact, device: torch.device, dtype: torch.dtype = torch.float32, *, mllm: Mllm | None = None
+) -> VisualBranch:
+    """A trained branch; every payload file is checked first. ArtifactError BF-ART-005, 007 or 008.
+
+    mllm: whose tensors a branch takes that was trained in part; its weights must be those of the training.
+    """
+    with init_empty_weights():
+        branch = VisualBranch.from_config(_config(artifact))
+    base = branch.from_base(mllm) if branch.tune and mllm is not None else {}
+    return _frozen(_filled(branch, artifact, base), device).to(dtype)
 
 
 def load_controlnet(
     artifact: Artifact, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> FluxControlNetModel:
     """A trained ControlNet, as `load_branch`."""
-    controlnet = _frozen(_filled(controlnet_from_config(_config(artifact)), artifact), device)
+    with init_empty_weights():
+        controlnet = controlnet_from_config(_config(artifact))
+    controlnet = _frozen(_filled(controlnet, artifact, {}), device)
     return nn.Module.to(controlnet, dtype)  # diffusers' own `to` warns of modules kept in float32; there are none
 
 
@@ -150,10 +160,11 @@ def _config(artifact: Artifact) -> dict:
     return read_json(artifact.file("config.json"))
 
 
-def _filled(module: nn.Module, artifact: Artifact) -> nn.Module:
-    """The module with the artifact's weights; every missing, surplus or misshapen tensor is named."""
+def _filled(module: nn.Module, artifact: Artifact, base: dict[str, torch.Tensor]) -> nn.Module:
+    """An empty module with the artifact's weights and those of its base; every missing, surplus or misshapen tensor is
+    named. Nothing is copied."""
     path = artifact.file("model.safetensors")
-    weights, _ = load_tensors(path)
+    weights = {**base, **load_tensors(path)[0]}
     wanted = module.state_dict()
     troubles = [f"missing {name}" for name in wanted.keys() - weights.keys()]
     troubles += [f"unexpected {name}" for name in weights.keys() - wanted.keys()]
@@ -167,7 +178,7 @@ def _filled(module: nn.Module, artifact: Artifact) -> nn.Module:
         shown = "; ".join(sorted(troubles)[:_SHOWN] + more)
         raise ArtifactError(f"the weights of {path} do not fit its config.json", at=shown, fix="train it again",
                             code="BF-ART-007")  # fmt: skip
-    module.load_state_dict(weights)
+    module.load_state_dict(weights, assign=True)
     return module
 
 

@@ -75,7 +75,8 @@ class Bridge:
         require_base(pair.branch, "mllm", models.mllm, mllm.weights_hash())
         painter = load_painter(models.painter, **kind, revision=models.revision)
         require_base(pair.controlnet, "painter", models.painter, painter.weights_hash())
-        return cls(mllm, load_branch(pair.branch, **kind), painter, load_controlnet(pair.controlnet, **kind), recipe)
+        branch = load_branch(pair.branch, **kind, mllm=mllm)
+        return cls(mllm, branch, painter, load_controlnet(pair.controlnet, **kind), recipe)
 
     @torch.no_grad()
     def read(self, prompt: str) -> Reading:

@@ -27,7 +27,7 @@ from bifrost_cli.training.loop import FitResult, Task, fit
 
 # What changes no byte of the result, and what came later and is as it was before where it has this value.
 RUN_ONLY = {"checkpoint_every", "keep", "log_every", "tensorboard", "gradient_checkpointing"}
-LATER = {"optimizer": "adamw"}
+LATER = {"optimizer": "adamw", "tune": "full", "layers": None, "lora_rank": None}
 RECORDS = ("losses.csv", "validation.csv")
 
 
@@ -82,10 +82,14 @@ def other_encoder(store: LatentsStore, recipe: Recipe, at: str) -> ArtifactError
 
 def shared_identity(store: LatentsStore, section: Any) -> dict[str, Any]:
     """What any part trained on a store is: the kind of latents, and the recipe's section without run-only keys."""
-    settings = section.model_dump(mode="json")
-    train = {name: value for name, value in settings["train"].items() if name not in RUN_ONLY}
-    settings["train"] = {name: value for name, value in train.items() if (name, value) not in LATER.items()}
+    settings = _without_later(section.model_dump(mode="json"))
+    train = _without_later(settings["train"])
+    settings["train"] = {name: value for name, value in train.items() if name not in RUN_ONLY}
     return {"encoder": store.encoder, "grid": list(store.grid), "channels": store.channels, "settings": settings}
+
+
+def _without_later(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in LATER or value != LATER[name]}
 
 
 def run_job(
@@ -157,8 +161,9 @@ def _tidy(work: Path) -> None:
 
 
 def _plan(job: Job, path: Path) -> dict[str, Any]:
-    """What the training will do and need. Sizes in bytes; float32 weights, gradients, two moments, averaged weights."""
-    copies = 3 + bool(job.train.ema)
+    """What the training will do and need, in bytes: weights, gradients and averaged weights are float32, AdamW's two
+    averages float32 or 8 bits with a scale for each block of 256."""
+    kept = 4 + (2 * (1 + 4 / 256) if job.train.optimizer == "adamw8bit" else 8) + 4 * bool(job.train.ema)
     steps = Checkpoints(path / "work" / "checkpoints").steps()
     place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     rows = len(job.task.train_rows)
@@ -171,8 +176,8 @@ def _plan(job: Job, path: Path) -> dict[str, Any]:
         "epochs": round(job.train.steps * job.train.batch_size * job.train.accumulate / rows, 2),
         "continues_at": steps[-1] if steps else 0,
         "parameters": job.parameters,
-        "memory_of_the_trained_part": 4 * job.parameters * (copies + 1),
-        "disk_needed": 4 * job.parameters * (copies * (job.train.keep + 1) + 1),
+        "memory_of_the_trained_part": round(job.parameters * (kept + 4)),
+        "disk_needed": round(job.parameters * (kept * (job.train.keep + 1) + 4)),
         "disk_free": shutil.disk_usage(place).free,
         "device": str(job.device),
     }

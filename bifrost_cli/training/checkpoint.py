@@ -114,10 +114,10 @@ def verify(path: Path) -> dict[str, str]:
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, tied ones once (safetensors refuses shared memory)."""
+    """Trained parameters and persistent buffers by name, tied ones once (safetensors refuses shared memory)."""
     persistent = module.state_dict().keys()
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return {name: tensor.detach() for name, tensor in named if name in persistent}
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    return {name: tensor.detach() for name, tensor in [*trained, *module.named_buffers()] if name in persistent}
 
 
 @torch.no_grad()

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bifrost_cli.artifacts.files import make_folder, write_json
 from bifrost_cli.errors import ArtifactError, Diverged, Stopped, UsageError
+from bifrost_cli.training.averaging import Averaged
 from bifrost_cli.training.checkpoint import Checkpoint, Checkpoints, module_tensors, restore_module
 from bifrost_cli.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
 from bifrost_cli.training.order import derive
@@ -47,7 +47,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training made. `ema_state` is a full state dict (the raw weights when `ema` is 0)."""
+    """What a training made. `ema_state` has all weights that are not frozen (the raw ones when `ema` is 0)."""
 
     step: int
     metrics: dict[str, float]
@@ -61,7 +61,7 @@ class _State:
     task: Task
     train: Any
     device: torch.device
-    ema: AveragedModel | None
+    ema: Averaged | None
     optimizer: torch.optim.Optimizer
     step: int = 0
     seconds: float = 0.0
@@ -102,7 +102,8 @@ def fit(task: Task, train: Any, folder: Path, *, device: str | torch.device = "c
                               at=str(checkpoints.path(state.step)), fix="run the same command again to continue",
                               code="BF-STOP-001")
     averaged = state.ema.module if state.ema else task.module
-    weights = {name: tensor.detach().clone() for name, tensor in averaged.state_dict().items()}
+    frozen = {name for name, parameter in averaged.named_parameters() if not parameter.requires_grad}
+    weights = {name: tensor.clone() for name, tensor in averaged.state_dict().items() if name not in frozen}
     seen = state.step * train.batch_size * train.accumulate
     return FitResult(state.step, state.metrics, state.seconds, seen, weights)
 
@@ -113,7 +114,7 @@ def fit(task: Task, train: Any, folder: Path, *, device: str | torch.device = "c
 def _start(task: Task, train: Any, device: torch.device) -> _State:
     module = task.module.to(device)
     optimizer = make_optimizer(module, train)
-    ema = AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(train.ema)) if train.ema else None
+    ema = Averaged(module, train.ema) if train.ema else None
     module.train()
     return _State(task, train, device, ema, optimizer)
 
@@ -131,7 +132,7 @@ def _continue(state: _State, checkpoints: Checkpoints, losses: Table, validation
         restore_module(state.task.module, found.groups["model"])
         if state.ema is not None:
             restore_module(state.ema.module, found.groups["ema"])
-            state.ema.n_averaged.fill_(found.step)
+            state.ema.begun = True
         restore_optimizer(state.optimizer, state.task.module, found.groups["optimizer"])
         state.step, state.seconds, state.metrics = found.step, found.state["seconds"], found.state["metrics"]
     losses.cut(state.step, complete=True)
@@ -181,7 +182,7 @@ def _step(state: _State, folder: Path) -> dict[str, float]:
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     if state.ema is not None:
-        state.ema.update_parameters(module)
+        state.ema.update(module)
     state.step += 1
     names = list(totals)
     return {"loss": mean[0], "grad_norm": norm, "lr": rate, **dict(zip(names[1:], mean[1:], strict=True))}
