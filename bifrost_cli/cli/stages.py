@@ -57,7 +57,7 @@ def extract_latents(
     ui: Ui,
     source: Annotated[
         str | None,
-        typer.Argument(metavar="SOURCE", help="A folder of images, or shapes:N.  [default: the built-in world]"),
+        typer.Argument(metavar="SOURCE", help="Pictures: see above.  [default: the built-in world]"),
     ] = None,
     output: Output = None,
     workspace: Workspace = RUNS,
@@ -66,8 +66,9 @@ def extract_latents(
 ) -> Result:
     """Turn pictures and captions into a latents store.
 
-    SOURCE is a folder of images with .txt captions or a metadata.jsonl. Given again, the command continues where it
-    stopped.
+    SOURCE is a folder of images with .txt captions or a metadata.jsonl, a table (.jsonl, .csv, .tsv, .parquet),
+    WebDataset archives ('shards-{000..099}.tar'), hf:NAME[:SPLIT], or shapes:N. Given again, the command continues
+    where it stopped.
 
     Example: bifrost extract-latents photos/ -o runs/photos
     """

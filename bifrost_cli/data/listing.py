@@ -12,10 +12,13 @@ from bifrost_cli.config import Latents
 from bifrost_cli.data.entry import Listing
 from bifrost_cli.data.places import expand, is_remote
 from bifrost_cli.data.source_folder import list_folder
+from bifrost_cli.data.source_hub import HUB, list_hub
+from bifrost_cli.data.source_parquet import list_parquet
 from bifrost_cli.data.source_table import METADATA, TABLES, list_tables
 from bifrost_cli.data.source_tars import list_tars
 from bifrost_cli.errors import DataError, RecipeError
 
+PARQUET = ".parquet"
 _FIX = "give a folder of images with .txt captions, a table (.jsonl, .csv, ...), .tar archives, or shapes:2048"
 
 
@@ -26,9 +29,12 @@ def list_source(source: str, rules: Latents) -> Listing:
     lines, paths that leave the source (each problem listed). RecipeError: a setting that this source would ignore.
     """
     try:
+        if source.startswith(HUB) and not is_remote(source):
+            _refuse(rules, "a data set", captions="files", class_names=None)
+            return list_hub(source.removeprefix(HUB), rules)
         places = expand(source)
         suffix = Path(places[0]).suffix.lower()
-        if suffix in TABLES and (is_remote(source) or not Path(places[0]).is_dir()):
+        if suffix in (*TABLES, PARQUET) and (is_remote(source) or not Path(places[0]).is_dir()):
             return _of_tables(places, rules)
         if suffix == ".tar":
             _refuse(rules, "archives", captions="files", image_column=None)
@@ -49,17 +55,16 @@ def list_source(source: str, rules: Latents) -> Listing:
         raise DataError(f"{error.filename} is not readable by this user") from error
 
 
-def local_root(source: str) -> Path | None:
-    """The local folder that a source's files lie in, which is never written to; None when it is elsewhere."""
-    if is_remote(source):
-        return None
-    first = Path(expand(source)[0])
-    return first if first.is_dir() else first.parent
+def folder_of(source: str) -> Path | None:
+    """The local folder that a source is, which is never written to; None for files, and for what is elsewhere."""
+    name = source.removeprefix(HUB).partition(":")[0] if source.startswith(HUB) else source
+    return Path(name) if not is_remote(name) and Path(name).is_dir() else None
 
 
 def _of_tables(places: list[str], rules: Latents) -> Listing:
     _refuse(rules, "a table", captions="files", class_names=None)
-    return list_tables(places, rules)
+    parquet = Path(places[0]).suffix.lower() == PARQUET
+    return list_parquet(places, rules) if parquet else list_tables(places, rules)
 
 
 def _refuse(rules: Latents, what: str, **ignored: object) -> None:

@@ -1,6 +1,6 @@
 """extract-latents: captioned pictures -> a latents store.
 
-In: a recipe and a source (a folder, a metadata.jsonl, `shapes:N[:SEED]`). Out: a latents artifact. An interrupted
+In: a recipe and a source (anything `data.listing` knows, or `shapes:N[:SEED]`). Out: a latents artifact. An interrupted
 extraction continues at the first missing shard and ends in the same bytes. Does not know what the latents are for.
 """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from bifrost_cli.artifacts.files import canonical_json, make_folder, write_bytes
 from bifrost_cli.config import Recipe
-from bifrost_cli.data.listing import local_root
+from bifrost_cli.data.listing import folder_of
 from bifrost_cli.data.problems import Problem, SourceError
 from bifrost_cli.data.sources import SHAPES, Sample, Scan, scan
 from bifrost_cli.errors import BifrostError, UsageError
@@ -56,7 +56,7 @@ def refuse_output(source: str, output: Path | str | None, workspace: Path | str)
         raise UsageError(f"{output} is a link", fix="give the folder itself with -o", code="BF-USE-002")
     if source.startswith(SHAPES):
         return
-    root, target = local_root(source), Path(output or workspace)
+    root, target = folder_of(source), Path(output or workspace)
     if root is not None and Path(os.path.realpath(target)).is_relative_to(os.path.realpath(root)):
         raise UsageError(f"the output {target} lies inside the source {root}", fix="choose another place with -o or -w")
 
