@@ -181,9 +181,15 @@ class Evaluate(Section):
 
     features: str = Field(
         "inception",
-        pattern=r"^(inception|builtin:open_clip|open_clip:.+/.+)$",
-        description="the feature network: inception, or open_clip:NAME/PRETRAINED",
+        pattern=r"^(inception|builtin:open_clip|open_clip:.+|dinov2:.+)$",
+        description="the feature network: inception, open_clip:NAME/PRETRAINED, or dinov2:MODEL",
     )
+    clip: str = Field(
+        "open_clip:ViT-L-14/openai",
+        pattern=r"^(builtin:open_clip|open_clip:.+)$",
+        description="the CLIP of --clipscore",
+    )
+    inception_weights: str | None = Field(None, description="file of FID's weights; null is torch-fidelity's cache")
     min_samples: Annotated[int, Field(ge=2)] = Field(2048, description="fewer images than this are refused")
 
 

@@ -121,12 +121,14 @@ def test_generate_takes_one_prompt_or_a_file_and_has_a_default(stage, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "wanted"), [([], (True, False)), (["--fid"], (True, False)), (["--shapes"], (False, True))]
-)
+    ("flags", "wanted"),
+    [([], (["fid"], [])), (["--shapes"], (["shapes"], [])), (["--kid", "--fid", "--is"], (["fid", "kid", "is"], [])),
+     (["--fd", "dinov2:x"], ([], ["dinov2:x"]))],
+)  # fmt: skip
 def test_eval_measures_the_distance_unless_told_otherwise(stage, flags, wanted):
     calls = stage("evaluate")
     assert run(["eval", *flags]) == 0
-    assert (calls[0]["fid"], calls[0]["shapes"]) == wanted
+    assert (calls[0]["measures"], calls[0]["fd"]) == wanted
 
 
 def test_offline_is_set_before_the_stage_is_imported(stage, monkeypatch):

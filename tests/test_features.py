@@ -8,9 +8,14 @@ import pytest
 import torch
 from fixtures_clip import PREPROCESS, SIZE, WIDTH, save_tiny_clip
 
+from bifrost_cli.config import Evaluate
 from bifrost_cli.errors import ArtifactError, BifrostError
 from bifrost_cli.models.features import BATCH, ClipFeatures, feature_batches
-from bifrost_cli.stages.loading_clip import load_features
+from bifrost_cli.stages.loading_features import load_features as load_named
+
+
+def load_features(ref: str, device: str):
+    return load_named(ref, Evaluate(), device)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +61,10 @@ def test_identity_holds_no_path(folder, network):
 
 
 def test_a_picture_has_its_features_alone_or_among_others(network):
-    many = np.concatenate(list(feature_batches(network, pictures(BATCH + 5))))
-    few = np.concatenate(list(feature_batches(network, pictures(BATCH + 5)[:7])))
+    many, few = (
+        np.concatenate([batch["pool"] for batch in feature_batches(network, some, ["pool"])])
+        for some in (pictures(BATCH + 5), pictures(BATCH + 5)[:7])
+    )
     assert many.shape == (BATCH + 5, WIDTH)
     np.testing.assert_array_equal(many[:7], few)
 
@@ -95,9 +102,30 @@ def test_damaged_or_foreign_weights_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ref", "code"), [("inception", 2), ("open_clip:no-such/model", 3), ("open_clip:local-dir:/no/where", 3)]
+    ("ref", "code"), [("inception", 3), ("open_clip:no-such/model", 3), ("open_clip:local-dir:/no/where", 3)]
 )
 def test_networks_that_are_not_there(ref, code):
     with pytest.raises(BifrostError) as caught:
         load_features(ref, "cpu")
     assert caught.value.exit_code == code and caught.value.fix
+
+
+def test_dinov2_reads_as_dgm_eval_does(tmp_path):
+    """Pillow's bicubic to 224, ImageNet's statistics, the class token; the folder is in transformers' own layout."""
+    from PIL import Image
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    model = Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+                                     patch_size=14)).eval()  # fmt: skip
+    model.save_pretrained(tmp_path / "dino")
+    network = load_features(f"dinov2:{tmp_path / 'dino'}", "cpu")
+    rgb = np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8)
+    resized = np.array(Image.fromarray(rgb).resize((224, 224), Image.Resampling.BICUBIC))
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        pixels = ((torch.from_numpy(resized) / 255 - mean) / std).permute(2, 0, 1)
+        expected = model(pixel_values=pixels[None]).last_hidden_state[:, 0]
+    found = network.outputs(network.prepare(rgb)[None], ["pool"])["pool"]
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+    assert network.identity["name"] == "dinov2:dino" and network.identity["width"] == 16

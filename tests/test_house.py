@@ -78,11 +78,17 @@ def test_forbidden_calls(path):
             assert (node.module or "").split(".")[0] not in FORBIDDEN_IMPORTS, where
         if isinstance(node, ast.Call):
             name = ast.unparse(node.func)
-            assert name not in FORBIDDEN_CALLS, where
+            assert name not in FORBIDDEN_CALLS or _reads_published_weights(path, node), where
             assert not (isinstance(node.func, ast.Attribute) and node.func.attr in FORBIDDEN_METHODS), where
             for keyword in node.keywords:
                 value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
                 assert (keyword.arg, value) not in FORBIDDEN_KEYWORDS, where
+
+
+def _reads_published_weights(path, call: ast.Call) -> bool:
+    """FID's weights exist as a torch.save file alone: one place reads it, tensors only."""
+    safe = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in call.keywords)
+    return path.name == "loading_features.py" and ast.unparse(call.func) == "torch.load" and safe
 
 
 # ---- every lasting write through one module -------------------------------------------------------------------------
@@ -99,6 +105,7 @@ ALLOWED_WRITES = {
     "artifacts/lock.py: os.ftruncate": "the name of the holder, which outlives nobody",
     "data/png.py: Image.fromarray(np.ascontiguousarray(pixels_HWC)).save": "into memory",
     "training/loop.py: checkpoints.save": "ours",
+    "models/inception.py: torch.save": "into memory",
     "stages/pretrain.py: *.save_pretrained": "folders that libraries read; synced before the card that counts",
 }
 

@@ -39,7 +39,7 @@ def desk(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     (folder / "prompts.txt").write_text("a red circle\ntwo blue squares\na green star above an orange cross\n")
     (folder / "my-recipe.yaml").write_text("name: mine\nlatents: {image_size: 64, paint_size: 64}\n"
-                                           "models: {mllm: 'builtin:mllm', flux: 'builtin:flux', dtype: float32}\n")
+                                           "models: {mllm: 'builtin:mllm', painter: 'builtin:flux', dtype: float32}\n")
     (folder / "photos").mkdir()
     rng = np.random.default_rng(0)
     for i in range(3):

@@ -15,11 +15,14 @@ from fixtures_clip import save_tiny_clip
 from bifrost_cli.artifacts import Artifact, Draft
 from bifrost_cli.config import Evaluate, Models, Recipe
 from bifrost_cli.data.picture_set import drawn
+from bifrost_cli.data.picture_set import from_folder as pictures_of
 from bifrost_cli.data.png import png_bytes
+from bifrost_cli.data.statistics import load_statistics
 from bifrost_cli.errors import ArtifactError, DataError, UsageError
 from bifrost_cli.shapes.captions import held_out_prompts, sample_scene
 from bifrost_cli.shapes.draw import draw
 from bifrost_cli.stages.evaluate import evaluate
+from bifrost_cli.stages.reference import WORLD_SEED
 
 COUNT = 24
 
@@ -62,6 +65,12 @@ def save_folder(folder, pictures, names=None):
     return folder
 
 
+def kept_of(workspace, pictures):
+    """The file of statistics that was kept for these pictures."""
+    files = (workspace / "statistics").glob("*.safetensors")
+    return next(path for path in files if load_statistics(path).identity["pictures"] == pictures.content)
+
+
 def read(artifact: Artifact) -> dict:
     return json.loads(artifact.file("report.json").read_text())
 
@@ -75,10 +84,10 @@ def result(artifact: Artifact, metric: str = "frechet_distance") -> dict:
 
 def test_report_of_right_pictures(recipe, workspace):
     samples = make_samples(workspace, right_pictures(COUNT))
-    artifact = evaluate(recipe, samples=samples.id, shapes=True, workspace=workspace)
+    artifact = evaluate(recipe, samples=samples.id, measures=["fid", "shapes"], workspace=workspace)
     report = read(artifact)
     assert artifact.kind == "report" and [parent["id"] for parent in artifact.parents] == [samples.id]
-    assert report["schema"] == "bifrost.eval/1" and report["n_gen"] == report["n_ref"] == COUNT
+    assert report["schema"] == "bifrost.eval/2" and report["n_gen"] == report["n_ref"] == COUNT
     distance, shapes = result(artifact), result(artifact, "shapes_accuracy")
     assert distance["value"] >= 0 and distance["standard_error"] > 0 and np.isfinite(distance["raw"])
     assert distance["extractor"]["weights"] and "not Inception FID" in distance["sentence"]
@@ -95,7 +104,7 @@ def test_wrong_pictures_are_counted_and_explained(recipe, workspace):
     pictures = right_pictures(COUNT)
     blank = [(prompt, np.full_like(rgb, 252)) for prompt, rgb in pictures[:6]]
     artifact = evaluate(
-        recipe, samples=make_samples(workspace, blank + pictures[6:]).path, fid=False, shapes=True, workspace=workspace
+        recipe, samples=make_samples(workspace, blank + pictures[6:]).path, measures=["shapes"], workspace=workspace
     )
     shapes = result(artifact, "shapes_accuracy")
     assert (shapes["right"], shapes["value"]) == (COUNT - 6, 0.75)
@@ -122,9 +131,10 @@ def test_names_and_order_change_nothing(recipe, workspace, tmp_path):
 
 def test_the_same_again_is_the_same_report(recipe, workspace, tmp_path):
     samples = make_samples(workspace, right_pictures(COUNT))
-    first = evaluate(recipe, shapes=True, workspace=workspace)
-    assert evaluate(recipe, shapes=True, workspace=workspace).manifest == first.manifest
-    elsewhere = evaluate(recipe, samples=samples.path, shapes=True, workspace=workspace, output=tmp_path / "other")
+    first = evaluate(recipe, measures=["fid", "shapes"], workspace=workspace)
+    assert evaluate(recipe, measures=["fid", "shapes"], workspace=workspace).manifest == first.manifest
+    options = {"samples": samples.path, "measures": ["fid", "shapes"], "output": tmp_path / "other"}
+    elsewhere = evaluate(recipe, **options, workspace=workspace)
     assert elsewhere.id == first.id
     assert elsewhere.files == first.files
 
@@ -136,7 +146,7 @@ def test_kept_statistics_are_a_reference(recipe, workspace, tmp_path):
     samples = make_samples(workspace, right_pictures(COUNT))
     folder = save_folder(tmp_path / "ref", right_pictures(2 * COUNT)[COUNT:])
     from_folder = evaluate(recipe, samples=samples.id, reference=folder, workspace=workspace)
-    (kept,) = (workspace / "statistics").glob("*.safetensors")
+    kept = kept_of(workspace, pictures_of(folder, recipe.latents))
     from_file = evaluate(recipe, samples=samples.id, reference=kept, workspace=workspace)
     assert result(from_file)["raw"] == result(from_folder)["raw"] and result(from_file)["n_ref"] == COUNT
 
@@ -144,7 +154,7 @@ def test_kept_statistics_are_a_reference(recipe, workspace, tmp_path):
 def test_a_damaged_cache_is_computed_again(recipe, workspace, tmp_path):
     samples = make_samples(workspace, right_pictures(COUNT))
     first = evaluate(recipe, samples=samples.id, workspace=workspace)
-    (kept,) = (workspace / "statistics").glob("*.safetensors")
+    kept = kept_of(workspace, drawn(COUNT, seed=WORLD_SEED))
     good = kept.read_bytes()
     kept.write_bytes(good[: len(good) // 2])
     again = evaluate(recipe, samples=samples.id, workspace=workspace, output=tmp_path / "again")
@@ -154,7 +164,7 @@ def test_a_damaged_cache_is_computed_again(recipe, workspace, tmp_path):
 def test_statistics_of_other_features_are_refused(recipe, workspace, tmp_path):
     samples = make_samples(workspace, right_pictures(COUNT))
     evaluate(recipe, samples=samples.id, workspace=workspace)
-    (kept,) = (workspace / "statistics").glob("*.safetensors")
+    kept = kept_of(workspace, drawn(COUNT, seed=WORLD_SEED))
     other = save_tiny_clip(tmp_path / "tiny", seed=1)
     settings = Evaluate(features=f"open_clip:local-dir:{other}", min_samples=COUNT)
     changed = recipe.model_copy(update={"evaluate": settings})
@@ -216,7 +226,9 @@ def test_too_few_pictures_are_refused(recipe, workspace):
     assert result(evaluate(recipe, samples=samples.id, min_samples=10, workspace=workspace))["n_gen"] == COUNT - 1
 
 
-@pytest.mark.parametrize("options", [{"fid": False}, {"min_samples": 0}, {"min_samples": -5}])
+@pytest.mark.parametrize(
+    "options", [{"measures": []}, {"measures": ["beauty"]}, {"min_samples": 0}, {"min_samples": -5}]
+)
 def test_options_that_make_no_sense(recipe, workspace, options):
     with pytest.raises(UsageError):
         evaluate(recipe, workspace=workspace, **options)
@@ -226,7 +238,7 @@ def test_prompts_of_another_world_are_not_judged(recipe, workspace):
     pictures = [(f"a photograph of cat {i}", rgb) for i, (_, rgb) in enumerate(right_pictures(COUNT))]
     samples = make_samples(workspace, pictures)
     with pytest.raises(DataError, match="built-in world"):
-        evaluate(recipe, samples=samples.id, fid=False, shapes=True, workspace=workspace)
+        evaluate(recipe, samples=samples.id, measures=["shapes"], workspace=workspace)
     assert not list(workspace.glob("report-*/manifest.json"))
 
 
@@ -275,7 +287,7 @@ def test_hostile_prompts_stay_text(recipe, workspace):
     ]
     pictures = [*zip(hostile, (rgb for _, rgb in right_pictures(COUNT)), strict=False), *right_pictures(COUNT)[6:]]
     samples = make_samples(workspace, pictures)
-    artifact = evaluate(recipe, samples=samples.id, fid=False, shapes=True, workspace=workspace)
+    artifact = evaluate(recipe, samples=samples.id, measures=["shapes"], workspace=workspace)
     page = artifact.file("report.html").read_text("utf-8")
     seen = Tags()
     seen.feed(page)

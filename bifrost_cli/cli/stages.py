@@ -169,7 +169,15 @@ def evaluate(
     recipe: Recipe,
     ui: Ui,
     fid: Annotated[bool, typer.Option("--fid", help="Frechet distance to a reference; the default.")] = False,
+    sfid: Annotated[bool, typer.Option("--sfid", help="The same of spatial features (Inception only).")] = False,
+    kid: Annotated[bool, typer.Option("--kid", help="Kernel distance to a reference.")] = False,
+    inception_score: Annotated[bool, typer.Option("--is", help="Inception score (Inception only).")] = False,
+    prdc: Annotated[bool, typer.Option("--prdc", help="Precision, recall, density, coverage.")] = False,
+    clipscore: Annotated[bool, typer.Option("--clipscore", help="Picture against prompt, in a CLIP.")] = False,
     shapes: Annotated[bool, typer.Option("--shapes", help="Accuracy by the built-in world's checker.")] = False,
+    fd: Annotated[
+        list[str] | None, typer.Option("--fd", metavar="FEATURES", help="Frechet distance in another network too.")
+    ] = None,
     samples: Annotated[
         str | None, typer.Option("--samples", metavar="REF", help="Samples, or a folder.  (default: the newest)")
     ] = None,
@@ -182,15 +190,17 @@ def evaluate(
 ) -> Result:
     """Measure samples against a reference and write a report.
 
-    Without --fid or --shapes it measures the Frechet distance. The report is report.json and report.html.
+    Any measures together; without one, the Frechet distance. The report is report.json and report.html.
 
     Example: bifrost eval --fid --samples runs/samples-0123456789ab --reference photos/
     """
     from bifrost_cli.stages.evaluate import evaluate
 
-    measures = {"fid": fid or not shapes, "shapes": shapes}
-    inputs = {"samples": samples, "reference": reference}
-    return _made(evaluate(recipe, **measures, **inputs, output=output, workspace=workspace, device=device, ui=ui))
+    flags = {"fid": fid, "sfid": sfid, "kid": kid, "is": inception_score, "prdc": prdc, "clipscore": clipscore,
+             "shapes": shapes}  # fmt: skip
+    measures = [name for name, asked in flags.items() if asked] or ([] if fd else ["fid"])
+    inputs = {"measures": measures, "fd": fd or [], "samples": samples, "reference": reference}
+    return _made(evaluate(recipe, **inputs, output=output, workspace=workspace, device=device, ui=ui))
 
 
 @command(app, "reconstruct", RECONSTRUCT)

@@ -1,7 +1,7 @@
-"""Saved reference statistics: mean and covariance of a feature network over a set of pictures.
+"""Saved statistics: mean and covariance of a feature network's layer over a set of pictures, and the features.
 
-Comes in: float64 arrays, a count and the identity of what they describe. Goes out: one safetensors file, named by that
-identity, never by a name a user chose. Does not know the network, the pictures or the distance.
+Comes in: arrays, a count and the identity of what they describe. Goes out: one safetensors file, named by that
+identity, never by a name a user chose; ADM's published npz files are read too. Does not know network or pictures.
 """
 
 from __future__ import annotations
@@ -17,17 +17,23 @@ from bifrost_cli.artifacts.files import canonical_json, make_folder
 from bifrost_cli.data.weights import load_tensors, save_tensors
 from bifrost_cli.errors import ArtifactError
 
-FORMAT = "bifrost.statistics/1"
+FORMAT = "bifrost.statistics/2"
+READABLE = ("bifrost.statistics/1", FORMAT)  # 1 had no features
+_ADM = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """`mean_D` and `covariance_DD` float64 of `count` pictures; `identity` names pictures and network."""
+    """`mean_D` and `covariance_DD` float64 of `count` pictures; `identity` names pictures, network and layer.
+
+    `features_ND` float32 in the order of the pictures' digests, None where only the moments were published.
+    """
 
     mean_D: np.ndarray
     covariance_DD: np.ndarray
     count: int
     identity: dict[str, Any]
+    features_ND: np.ndarray | None = None
 
 
 def statistics_path(folder: Path, identity: dict[str, Any]) -> Path:
@@ -38,18 +44,37 @@ def statistics_path(folder: Path, identity: dict[str, Any]) -> Path:
 def save_statistics(path: Path, statistics: Statistics) -> None:
     """Write the file whole or not at all. Errors: DiskFull."""
     make_folder(path.parent)
-    tensors = {"mu": statistics.mean_D, "sigma": statistics.covariance_DD}
-    meta = {"format": FORMAT, "n": statistics.count, "identity": statistics.identity}
-    save_tensors(path, {name: np.asarray(value, dtype=np.float64) for name, value in tensors.items()}, meta)
+    tensors = {"mu": statistics.mean_D.astype(np.float64), "sigma": statistics.covariance_DD.astype(np.float64)}
+    if statistics.features_ND is not None:
+        tensors["features"] = statistics.features_ND.astype(np.float32)
+    save_tensors(path, tensors, {"format": FORMAT, "n": statistics.count, "identity": statistics.identity})
 
 
 def load_statistics(path: Path) -> Statistics:
-    """Read a file of `save_statistics`. ArtifactError: another format, missing tensors, or not float64."""
+    """Read a file of `save_statistics`. ArtifactError: another format, missing tensors, or another precision."""
     tensors, meta = load_tensors(path)
     arrays = {name: value.numpy() for name, value in tensors.items()}
-    whole = set(arrays) == {"mu", "sigma"} and isinstance(meta.get("n"), int) and isinstance(meta.get("identity"), dict)
-    if meta.get("format") != FORMAT or not whole:
+    whole = {"mu", "sigma"} <= set(arrays) <= {"mu", "sigma", "features"} and isinstance(meta.get("n"), int)
+    if meta.get("format") not in READABLE or not whole or not isinstance(meta.get("identity"), dict):
         raise ArtifactError(f"{path} holds no reference statistics ({FORMAT})", code="BF-ART-005")
-    if {array.dtype for array in arrays.values()} != {np.dtype(np.float64)}:
+    if {arrays["mu"].dtype, arrays["sigma"].dtype} != {np.dtype(np.float64)}:
         raise ArtifactError(f"{path} holds statistics in another precision than float64", code="BF-ART-005")
-    return Statistics(arrays["mu"], arrays["sigma"], meta["n"], meta["identity"])
+    return Statistics(arrays["mu"], arrays["sigma"], meta["n"], meta["identity"], arrays.get("features"))
+
+
+def load_adm(path: Path, layer: str) -> Statistics:
+    """The moments in an npz of ADM's evaluator (`mu`, `sigma`; `mu_s`, `sigma_s` for the spatial layer), no pickle.
+
+    Such a file says neither its network nor how many pictures: the count is 0. ArtifactError BF-ART-005, or 008 when
+    it holds objects instead of numbers.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            mean_D, covariance_DD = (np.asarray(arrays[name], np.float64) for name in _ADM[layer])
+    except KeyError as error:
+        message = f"{path} has no statistics of the {layer} layer"
+        raise ArtifactError(message, at=str(error), code="BF-ART-005") from error
+    except Exception as error:  # the archive's bytes decide what is raised
+        code = "BF-ART-008" if "pickle" in str(error) else "BF-ART-005"
+        raise ArtifactError(f"{path} is not an npz of statistics", at=str(error)[:200], code=code) from error
+    return Statistics(mean_D, covariance_DD, 0, {"published": path.name, "layer": layer})

@@ -1,37 +1,43 @@
-"""Feature networks for the Frechet distance: pictures in, one vector a picture out.
+"""Feature networks for distances between sets of pictures: pictures in, one vector a picture out.
 
-Comes in: a loaded open_clip model and pictures (B, H, W, 3) uint8 of exactly its size. Goes out: float32 (B, D), the
-image tower's projected embedding, not normalised. Does not know where weights or pictures lie, nor who cropped them.
+Comes in: a loaded network and pictures (H, W, 3) uint8. Goes out: float32 (N, D) for each layer asked for. The resize
+rule belongs to the network: it is part of its identity. Does not know where weights or pictures lie.
 
 Shapes: B batch, N pictures, H W pixels, D feature width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from bifrost_cli.data.images import square
 from bifrost_cli.data.weights import weights_hash
 
 BATCH = 32  # fixed: another batch size gives other last bits
 
 
 class FeatureNetwork(Protocol):
-    """What the Frechet distance needs of a network; `identity` names it and its weights."""
+    """`identity` names the network, its weights and its resize rule; `layers` are what `outputs` can be asked for."""
 
     identity: dict[str, Any]
-    image_size: int
+    layers: tuple[str, ...]
     device: str
 
-    def features(self, pixels_BHWC: np.ndarray) -> np.ndarray: ...
+    def prepare(self, rgb_HWc: np.ndarray) -> np.ndarray:
+        """A picture uint8 (H, W, 3) as the network reads it."""
+
+    def outputs(self, pixels_BHWc: np.ndarray, layers: Sequence[str]) -> dict[str, np.ndarray]:
+        """Prepared pictures of one size (B, H, W, 3) to float32 (B, D) by layer."""
 
 
 class ClipFeatures:
-    """The image tower of an open_clip model, in float32."""
+    """The image tower of an open_clip model, in float32: its projected embedding, not normalised."""
+
+    layers = ("pool",)
 
     def __init__(self, model: torch.nn.Module, name: str) -> None:
         self._model = model.eval().requires_grad_(False).float()
@@ -58,6 +64,14 @@ class ClipFeatures:
     def _width(self) -> int:
         return self.features(np.zeros((1, self.image_size, self.image_size, 3), np.uint8)).shape[1]
 
+    def prepare(self, rgb_HWc: np.ndarray) -> np.ndarray:
+        """The central square at the tower's size."""
+        return square(rgb_HWc, self.image_size)
+
+    def outputs(self, pixels_BHWc: np.ndarray, layers: Sequence[str]) -> dict[str, np.ndarray]:
+        """As the protocol says; the only layer is `pool`."""
+        return {layer: {"pool": self.features(pixels_BHWc)}[layer] for layer in layers}
+
     @torch.inference_mode()
     def features(self, pixels_BHWC: np.ndarray) -> np.ndarray:
         """Pictures uint8 (B, S, S, 3), S = `image_size`, to float32 (B, D). ValueError on another shape or type."""
@@ -76,12 +90,24 @@ def _activation(visual: torch.nn.Module) -> str:
     return "QuickGELU" if "QuickGELU" in names else "GELU"
 
 
-def feature_batches(network: FeatureNetwork, pictures: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Features (b, D) of pictures (S, S, 3), in order, `BATCH` at a time.
+def feature_batches(
+    network: FeatureNetwork, pictures: Iterable[np.ndarray], layers: Sequence[str]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Features {layer: (b, D)} of prepared pictures, in order, at most `BATCH` at a time, one size a batch.
 
-    The last batch is filled up with empty pictures, so that a picture's features do not depend on how many follow it.
+    A batch is filled up with empty pictures, so that a picture's features do not depend on what stands beside it.
     """
-    pictures = iter(pictures)
-    while batch := list(islice(pictures, BATCH)):
-        missing = [np.zeros_like(batch[0])] * (BATCH - len(batch))
-        yield network.features(np.stack(batch + missing))[: len(batch)]
+    batch: list[np.ndarray] = []
+    for picture in pictures:
+        if batch and (len(batch) == BATCH or picture.shape != batch[0].shape):
+            yield _filled(network, batch, layers)
+            batch = []
+        batch.append(picture)
+    if batch:
+        yield _filled(network, batch, layers)
+
+
+def _filled(network: FeatureNetwork, batch: list[np.ndarray], layers: Sequence[str]) -> dict[str, np.ndarray]:
+    missing = [np.zeros_like(batch[0])] * (BATCH - len(batch))
+    found = network.outputs(np.stack(batch + missing), layers)
+    return {layer: values_BD[: len(batch)] for layer, values_BD in found.items()}

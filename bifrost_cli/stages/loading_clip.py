@@ -1,7 +1,7 @@
 """Names to open_clip models: `builtin:open_clip`, `open_clip:NAME/PRETRAINED`, `open_clip:local-dir:FOLDER`.
 
-In: a name and a device. Out: a loaded open_clip model, and the feature network made of its image tower. Weights come
-from safetensors wherever we choose the file; a model without weights is an error, never a random one.
+In: a name and a device. Out: a loaded open_clip model. Weights come from safetensors wherever we choose the file; a
+model without weights is an error, never a random one.
 """
 
 from __future__ import annotations
@@ -12,25 +12,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from bifrost_cli.errors import ArtifactError, EnvironmentProblem, RecipeError
-from bifrost_cli.models.features import ClipFeatures
+from bifrost_cli.errors import ArtifactError, EnvironmentProblem
 from bifrost_cli.stages.place import model_place, pick_device
 
 _LOCAL = "local-dir:"
-
-
-def load_features(ref: str, device: str | torch.device) -> ClipFeatures:
-    """The feature network of a recipe's `evaluate.features`.
-
-    RecipeError: `inception`, which is not here yet. Else the errors of `load_open_clip`.
-    """
-    if ref == "inception":
-        raise RecipeError(
-            "Inception features are not available yet",
-            at="evaluate.features: inception",
-            fix="--set evaluate.features=builtin:open_clip, or open_clip:NAME/PRETRAINED",
-        )
-    return ClipFeatures(load_open_clip(ref, device), features_name(ref))
 
 
 def features_name(ref: str) -> str:
@@ -54,6 +39,16 @@ def load_open_clip(ref: str, device: str | torch.device) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _explained(ref, error) from error
     return model.to(pick_device(str(device))).eval()
+
+
+def load_tokenizer(ref: str) -> Any:
+    """open_clip's tokenizer of the same name: `tokenize(texts, context_length)`. Errors of `load_open_clip`."""
+    import open_clip
+
+    try:
+        return open_clip.get_tokenizer(_place(ref)[0])
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _explained(ref, error) from error
 
 
 def _place(ref: str) -> tuple[str, str | None]:

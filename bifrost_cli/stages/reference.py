@@ -1,28 +1,24 @@
 """What samples are compared with: a folder, a samples artifact, a statistics file, or the built-in world.
 
-Comes in: the user's reference and a feature network. Goes out: a Gaussian, computed once and kept by content in
-`workspace/statistics`. Does not know the samples.
+Comes in: the user's reference and a feature network. Goes out: statistics by layer. Does not know the samples.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import PIL
-import torch
-
 from bifrost_cli.artifacts import resolve
 from bifrost_cli.artifacts.files import sha256_file
 from bifrost_cli.config import Recipe
 from bifrost_cli.data.picture_set import PictureSet, drawn, from_folder, from_samples
-from bifrost_cli.data.statistics import Statistics, load_statistics, save_statistics, statistics_path
+from bifrost_cli.data.statistics import Statistics, load_adm, load_statistics
 from bifrost_cli.errors import ArtifactError, DataError, UsageError
-from bifrost_cli.maths.frechet import Gaussian, from_moments, gaussian
 from bifrost_cli.models.features import FeatureNetwork
-from bifrost_cli.stages.measure import set_features
+from bifrost_cli.stages.measures.kept import statistics_of
 from bifrost_cli.stages.ui import Ui
 
 WORLD_SEED, FLOOR_SEED = 1, 2  # 0 is the seed of the prompts a default set is made from
@@ -30,29 +26,37 @@ WORLD_SEED, FLOOR_SEED = 1, 2  # 0 is the seed of the prompts a default set is m
 
 @dataclass(frozen=True)
 class Reference:
-    """Pictures, or the statistics that a user saved; `world` is True for drawings of the built-in world."""
+    """Pictures, or a file of statistics; `world` is True for drawings of the built-in world."""
 
     what: str
     digest: str
     count: int
     pictures: PictureSet | None = None
-    saved: Statistics | None = None
+    file: Path | None = None
     world: bool = False
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        return {"digest": self.digest, "n": self.count, "saved": self.saved is not None}
+        return {"digest": self.digest, "n": self.count, "saved": self.file is not None}
 
-    def moments(self, network: FeatureNetwork, workspace: Path, ui: Ui) -> Gaussian:
-        """Mean and covariance of the reference in the network's features.
-
-        ArtifactError BF-ART-004: saved statistics of another network, with both identities.
-        """
-        if self.saved is not None:
-            _require_same_features(self.what, self.saved.identity.get("features"), network.identity)
-            return from_moments(self.saved.mean_D, self.saved.covariance_DD, self.saved.count)
-        statistics = _kept(self.pictures, network, workspace, ui)
-        return from_moments(statistics.mean_D, statistics.covariance_DD, statistics.count)
+    def statistics(
+        self, network: FeatureNetwork, layers: Sequence[str], workspace: Path, ui: Ui
+    ) -> dict[str, Statistics]:
+        """By layer. ArtifactError BF-ART-004: saved statistics of another network or layer, with both identities."""
+        if self.pictures is not None:
+            return statistics_of(self.pictures, network, layers, workspace, ui, "features of the reference")
+        if self.file.suffix == ".npz":
+            _require_inception(self.what, network)
+            return {layer: load_adm(self.file, layer) for layer in layers}
+        saved = load_statistics(self.file)
+        _require_same_features(self.what, saved.identity.get("features"), network.identity)
+        if unlike := [layer for layer in layers if saved.identity.get("layer", "pool") != layer]:
+            raise ArtifactError(
+                f"{self.what} are of the layer {saved.identity.get('layer', 'pool')}, not {', '.join(unlike)}",
+                fix="give the pictures themselves as --reference; their statistics are computed and kept",
+                code="BF-ART-004",
+            )
+        return {layer: saved for layer in layers}
 
 
 def reference_for(recipe: Recipe, ref: Path | str | None, count: int, workspace: Path | str) -> Reference:
@@ -60,9 +64,10 @@ def reference_for(recipe: Recipe, ref: Path | str | None, count: int, workspace:
 
     DataError: fewer than 4 pictures. UsageError: None, with a recipe of another world.
     """
-    if ref is not None and str(ref).endswith(".safetensors"):
-        saved = load_statistics(Path(ref))
-        return Reference(f"saved statistics {ref}", sha256_file(Path(ref)), saved.count, saved=saved)
+    if ref is not None and Path(ref).suffix in (".safetensors", ".npz"):
+        published = Path(ref).suffix == ".npz"
+        count = (load_adm(Path(ref), "pool") if published else load_statistics(Path(ref))).count
+        return Reference(f"saved statistics {ref}", sha256_file(Path(ref)), count, file=Path(ref))
     if ref is None:
         _require_world(recipe)
         pictures = drawn(count, seed=WORLD_SEED)
@@ -87,25 +92,13 @@ def _require_world(recipe: Recipe) -> None:
         )
 
 
-def _kept(pictures: PictureSet, network: FeatureNetwork, workspace: Path, ui: Ui) -> Statistics:
-    """Statistics from the workspace when this network measured these pictures before, else computed and kept."""
-    identity = {
-        "pictures": pictures.content,
-        "features": network.identity,
-        "made with": {"pillow": PIL.__version__, "torch": torch.__version__, "device": network.device},
-    }
-    path = statistics_path(workspace / "statistics", identity)
-    if path.exists():
-        try:
-            found = load_statistics(path)
-            if found.identity == identity:
-                return found
-        except ArtifactError as error:
-            ui.say(f"statistics are computed again: {error.message}")
-    moments = gaussian(set_features(network, pictures, ui, "features of the reference"))
-    statistics = Statistics(moments.mean_D, moments.covariance_DD, moments.count, identity)
-    save_statistics(path, statistics)
-    return statistics
+def _require_inception(what: str, network: FeatureNetwork) -> None:
+    if network.identity["name"] != "inception":
+        raise ArtifactError(
+            f"{what} are of the Inception network, not {network.identity['name']}",
+            fix="--features inception, or give the pictures themselves as --reference",
+            code="BF-ART-004",
+        )
 
 
 def _require_same_features(what: str, saved: Any, wanted: dict[str, Any]) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 SMALL = 256  # px: below, pixels are shown as squares
-METRICS = {"frechet_distance": "Frechet distance", "shapes_accuracy": "Pictures that show what was asked"}
 
 
 def report_html(report: Mapping[str, Any], pictures: Mapping[str, tuple[bytes, int]]) -> str:
@@ -60,27 +59,12 @@ def _section(title: str, content: str) -> str:
 
 
 def _card(result: Mapping[str, Any]) -> str:
-    show = _shares if result["metric"] == "shapes_accuracy" else _distance
-    number, spread = show(result)
+    number = _percent(result["value"]) if result["format"] == "share" else f"{result['value']:.4g}"
+    lines = "<br>".join(_text(line) for line in (result["spread"], *result["details"]))
     return (
-        f'<div class="card"><h2>{METRICS[result["metric"]]}</h2><div class="number">{number}</div>'
-        f'<p>{spread}</p><p class="soft">{_text(result["sentence"])}</p></div>'
+        f'<div class="card"><h2>{_text(result["label"])}</h2><div class="number">{number}</div>'
+        f'<p>{lines}</p><p class="soft">{_text(result["sentence"])}</p></div>'
     )
-
-
-def _shares(result: Mapping[str, Any]) -> tuple[str, str]:
-    low, high = result["interval95"]
-    return _percent(result["value"]), f"{result['right']} of {result['count']}; 95 % interval {low:.1%} to {high:.1%}"
-
-
-def _distance(result: Mapping[str, Any]) -> tuple[str, str]:
-    lines = [
-        f"standard error {result['standard_error']:.2g}",
-        f"extrapolated to endlessly many samples: {result['at_infinity']['value']:.4g}",
-    ]
-    if "floor" in result:
-        lines.append(f"true pictures in the samples' place score {result['floor']['value']:.4g}")
-    return f"{result['value']:.4g}", "<br>".join(lines)
 
 
 def _percent(share: float) -> str:

@@ -1,0 +1,104 @@
+"""Names to feature networks: `inception`, `builtin:open_clip`, `open_clip:NAME/PRETRAINED`, `dinov2:FOLDER_OR_ID`.
+
+In: a recipe's `evaluate` section and a device. Out: a network whose identity names its weights. Weights that are not
+here are a message that says which file to put where; nothing is downloaded behind the user's back but from the hub.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from bifrost_cli.artifacts.files import sha256_file
+from bifrost_cli.config import Evaluate
+from bifrost_cli.data.weights import load_tensors
+from bifrost_cli.errors import ArtifactError, EnvironmentProblem
+from bifrost_cli.models.dino import DinoFeatures
+from bifrost_cli.models.features import ClipFeatures, FeatureNetwork
+from bifrost_cli.stages.loading_clip import features_name, load_open_clip
+from bifrost_cli.stages.place import model_errors, model_place, pick_device
+
+INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA256 = "6726825d"  # its first eight digits, which are its name
+DINO = "dinov2:"
+
+
+def load_features(ref: str, settings: Evaluate, device: str | torch.device) -> FeatureNetwork:
+    """The feature network `ref`.
+
+    EnvironmentProblem: no Inception weights (BF-ENV-030), or torch-fidelity is not installed (BF-ENV-002).
+    ArtifactError: weights that do not fit (BF-ART-007), or are damaged or no weights at all (BF-ART-005, 008).
+    """
+    if ref == "inception":
+        return _inception(inception_file(settings), pick_device(str(device)))
+    if ref.startswith(DINO):
+        return _dino(ref.removeprefix(DINO), pick_device(str(device)))
+    return ClipFeatures(load_open_clip(ref, device), features_name(ref))
+
+
+def inception_file(settings: Evaluate) -> Path:
+    """Where FID's standard weights are: the recipe's file, else torch-fidelity's own cache. BF-ENV-030: nowhere."""
+    cache = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser() / "hub" / "checkpoints" / INCEPTION_FILE
+    path = Path(settings.inception_weights).expanduser() if settings.inception_weights else cache
+    if path.is_file():
+        return path
+    raise EnvironmentProblem(
+        f"FID needs the standard Inception weights, and {path} is not there",
+        at=f"{INCEPTION_FILE} (95.7 MB), from the releases of torch-fidelity on GitHub",
+        fix=f"put it at {cache}, or --set evaluate.inception_weights=FILE; without it: --features builtin:open_clip",
+        code="BF-ENV-030",
+    )
+
+
+def _inception(path: Path, device: torch.device) -> FeatureNetwork:
+    try:
+        from bifrost_cli.models.inception import InceptionFeatures
+    except ImportError as error:
+        raise EnvironmentProblem(
+            "Inception features need torch-fidelity", fix="pip install 'bifrost-cli[eval]'", code="BF-ENV-002"
+        ) from error
+    try:
+        return InceptionFeatures(_state(path), device)
+    except RuntimeError as error:  # torch lists every tensor that is missing or of another shape
+        raise ArtifactError(
+            f"{path} does not hold the weights of FID's Inception network",
+            at=str(error)[:600],
+            fix=f"give {INCEPTION_FILE}, or its tensors as safetensors",
+            code="BF-ART-007",
+        ) from error
+
+
+def _state(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix != ".pth":
+        return load_tensors(path)[0]
+    if path.name == INCEPTION_FILE and not sha256_file(path).startswith(INCEPTION_SHA256):
+        raise ArtifactError(f"{path} is damaged: its sha256 is not {INCEPTION_SHA256}...", fix="fetch it again",
+                            code="BF-ART-005")  # fmt: skip
+    return read_published(path)
+
+
+def read_published(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that its publisher wrote with torch.save; nothing else in it is read. BF-ART-008."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever the bytes lead it to
+        raise ArtifactError(
+            f"{path} holds something else than weights", at=str(error)[:300], fix="fetch it again", code="BF-ART-008"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ArtifactError(f"{path} is not a table of weights", fix="fetch it again", code="BF-ART-008")
+    return state
+
+
+def _dino(ref: str, device: torch.device) -> FeatureNetwork:
+    from transformers import Dinov2Model
+
+    folder = model_place(ref)
+    with model_errors(ref):
+        model, told = Dinov2Model.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    if lost := sorted(map(str, {*told["missing_keys"], *told["mismatched_keys"]})):
+        raise ArtifactError(f"{folder} lacks {len(lost)} tensors of a DINOv2", at="; ".join(lost[:5]),
+                            fix="give a Dinov2Model's folder", code="BF-ART-007")  # fmt: skip
+    return DinoFeatures(model.to(device), f"{DINO}{Path(ref).name}")

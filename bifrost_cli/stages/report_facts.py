@@ -1,0 +1,164 @@
+"""What a report says besides its numbers: settings, warnings, lineage, costs, versions, the command, thumbnails.
+
+Comes in: what was asked for, with its artifacts. Goes out: JSON values and PNG bytes. Does not know how a number is
+computed or a page is written.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bifrost_cli.artifacts import Artifact, lineage
+from bifrost_cli.config import Recipe
+from bifrost_cli.data.picture_set import Entry, PictureSet
+from bifrost_cli.data.png import png_bytes
+from bifrost_cli.models.clip_score import ClipScorer
+from bifrost_cli.models.features import FeatureNetwork
+from bifrost_cli.stages.measures.distribution import LAYERS, PROTOCOL
+from bifrost_cli.stages.reference import Reference
+from bifrost_cli.stages.report import SMALL
+
+SCHEMA = "bifrost.eval/2"
+GALLERY_SMALL, GALLERY_LARGE = 240, 48  # pictures shown
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the report is made of; together it is the report's identity. `networks`: each with its measures."""
+
+    samples: PictureSet
+    reference: Reference | None
+    networks: tuple[tuple[FeatureNetwork, list[str]], ...]
+    scorer: ClipScorer | None
+    shapes: bool
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "samples": {"digest": self.samples.digest, "n": len(self.samples.entries)},
+            "reference": None if self.reference is None else self.reference.identity,
+            "features": [[network.identity, names] for network, names in self.networks],
+            "protocol": PROTOCOL if self.networks else None,
+            "clip": None if self.scorer is None else self.scorer.identity,
+            "shapes": self.shapes,
+        }
+
+    def parents(self) -> list[Artifact]:
+        sets = [self.samples, self.reference.pictures if self.reference else None]
+        return [pictures.artifact for pictures in sets if pictures is not None and pictures.artifact is not None]
+
+
+def warnings(asked: Asked, judged: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader of the numbers must know; `judged` are the lines of the pictures."""
+    found, count = [], len(asked.samples.entries)
+    for network, _ in asked.networks:
+        name, width = network.identity["name"], network.identity["width"]
+        if name.startswith("builtin:"):
+            found.append(
+                f"The distances here are in features of {name}, a tiny network trained on the built-in world. They are "
+                "not Inception's and not comparable with any published FID or KID."
+            )
+        if count <= width:
+            found.append(f"{count} pictures for {width} features of {name}: the distance is mostly bias.")
+    if asked.samples.skipped:
+        found.append(f"{asked.samples.skipped} pictures could not be read and were left out.")
+    prompts = [line["prompt"] for line in judged if line["right"] is not None]
+    if len(set(prompts)) < len(prompts):
+        found.append("Some prompts occur more than once; the intervals count each picture as independent.")
+    if asked.shapes and (unjudged := sum(line["right"] is None for line in judged)):
+        found.append(f"{unjudged} of {count} pictures were not judged: their prompts are not of the built-in world.")
+    return found
+
+
+def settings(recipe: Recipe, asked: Asked, needed: int) -> dict[str, str]:
+    """Everything that decides the numbers, with the hashes of what was read."""
+    facts = {"recipe": recipe.name, "samples": asked.samples.what, "samples, sha256": asked.samples.digest}
+    if asked.reference is not None:
+        facts |= {"reference": asked.reference.what, "reference, sha256": asked.reference.digest}
+    for network, names in asked.networks:
+        identity, key = network.identity, ", ".join(names)
+        facts[f"features ({key})"] = f"{identity['name']}, {identity['resize']}, {identity['image_size']} px"
+        facts[f"features ({key}), sha256"] = identity["weights"]
+    if asked.networks:
+        facts |= {"protocol": PROTOCOL, "at least": f"{needed} pictures"}
+    if asked.scorer is not None:
+        facts |= {"CLIP": asked.scorer.identity["name"], "CLIP, sha256": asked.scorer.identity["weights"]}
+    made = asked.samples.artifact.info.get("settings") if asked.samples.artifact else None
+    return facts | {f"generate: {name}": str(value) for name, value in _flat(made or {})}
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in sorted(settings.items()):
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def lineage_lines(asked: Asked, workspace: Path) -> list[dict[str, Any]]:
+    """What samples and reference were made from, and what each cost."""
+    lines = [line for parent in asked.parents() for line in lineage(parent, workspace)]
+    return [{"depth": line.depth, "id": line.id, "cost": _cost(line.artifact)} for line in lines]
+
+
+def _cost(artifact: Artifact | None) -> str:
+    if artifact is None:
+        return "not here any more"
+    cost, made = artifact.manifest["cost"], artifact.manifest["made"]
+    parts = [f"{cost['seconds']:.0f} s"] if "seconds" in cost else []
+    parts += [f"{cost['samples']} samples"] if "samples" in cost else []
+    parts += [f"{name} {seconds:.0f} s" for name, seconds in cost.get("stages", {}).items()]
+    parts += [str(value) for value in (cost.get("device") or made.get("device"),) if value]
+    return ", ".join(parts)
+
+
+def environment(asked: Asked) -> dict[str, str]:
+    """The versions behind the numbers."""
+    packages = ["torch", "numpy", "scipy", "pillow"]
+    if any(network.identity["name"] == "inception" for network, _ in asked.networks):
+        packages.append("torch-fidelity")
+    devices = {network.device for network, _ in asked.networks}
+    return {name: version(name) for name in packages} | {"device": ", ".join(sorted(devices)) or "cpu"}
+
+
+def command(
+    recipe: Recipe,
+    measures: Sequence[str],
+    fd: Sequence[str],
+    pictures: PictureSet,
+    samples: Path | str | None,
+    reference: Path | str | None,
+    needed: int,
+    workspace: Path | str,
+) -> str:
+    """The command that makes this report again; nothing is left to a default that may change."""
+    rules = recipe.evaluate
+    words = ["bifrost", "eval", *(f"--{name}" for name in measures)]
+    words += [word for ref in fd for word in ("--fd", ref)]
+    words += ["--samples", pictures.artifact.id if pictures.artifact else str(samples), "--workspace", str(workspace)]
+    if any(name in LAYERS for name in measures):
+        words += ["--min-samples", str(needed), "--set", f"evaluate.features={rules.features}"]
+    words += ["--set", f"evaluate.clip={rules.clip}"] if "clipscore" in measures else []
+    words += ["--reference", str(reference)] if reference is not None else []
+    return shlex.join(words)
+
+
+def thumbnails(entries: Sequence[Entry]) -> dict[str, tuple[bytes, int]]:
+    """PNG bytes and original width of the pictures that are shown: all, or evenly spaced ones of many."""
+    width = entries[0].load().shape[1]
+    step = -(-len(entries) // (GALLERY_SMALL if width <= SMALL else GALLERY_LARGE))
+    return {entry.name: _thumbnail(entry.load()) for entry in entries[::step]}
+
+
+def _thumbnail(rgb: np.ndarray) -> tuple[bytes, int]:
+    image = Image.fromarray(rgb)
+    image.thumbnail((SMALL, SMALL))
+    return png_bytes(np.asarray(image)), rgb.shape[1]
