@@ -31,6 +31,8 @@ STAGES = {
     "reconstruct": ("reconstruct", ["reconstruct", "a.png"]),
     "ask": ("ask", ["ask", "a.png", "what?"]),
     "bench_decode": ("bench", ["bench", "decode"]),
+    "import_checkpoint": ("import_checkpoint", ["import", "folder"]),
+    "export": ("export", ["export", "builtin:branch"]),
     "render_shapes": ("shapes", ["shapes", "render"]),
     "pretrain": ("pretrain", ["shapes", "pretrain"]),
 }
@@ -145,7 +147,8 @@ def test_the_answer_and_nothing_else(stage, capsys):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_option_a_command_hands_over_exists_in_the_stage(stage, name):
-    results = {"ask": "x", "bench_decode": [], "render_shapes": Path("x"), "pretrain": Path("x")}
+    results = {"ask": "x", "bench_decode": [], "render_shapes": Path("x"), "pretrain": Path("x"),
+               "import_checkpoint": {}, "export": Path(".")}  # fmt: skip
     calls = stage(name, results.get(name))
     assert run(STAGES[name][1]) == 0
     path = ROOT / "bifrost_cli" / "stages" / f"{STAGES[name][0]}.py"

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,7 +30,7 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_PICKLES = (".pt", ".bin", ".ckpt", ".pth", ".pkl")
+PICKLES = (".pt", ".bin", ".ckpt", ".pth", ".pkl")
 
 Tensors = Mapping[str, "torch.Tensor | np.ndarray"]
 
@@ -50,19 +50,21 @@ def save_tensors(path: Path | str, tensors: Tensors, meta: Mapping[str, Any] | N
             write(_bytes(tensor))
 
 
-def load_tensors(path: Path | str) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and our metadata ({} in a foreign file).
+def load_tensors(
+    path: Path | str, only: Container[str] | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors (on the CPU; with `only` those it names) and our metadata ({} in a foreign file).
 
     ArtifactError: absent (BF-ART-001), a pickle (BF-ART-008), a header that does not describe the file, or a number
     that is not finite (BF-ART-005, naming the first bad tensor).
     """
     path = Path(path)
-    if path.suffix in _PICKLES:
+    if path.suffix in PICKLES:
         raise _pickle(path)
     try:
         with open(path, "rb") as stream:
             header, meta = read_header(path, stream)
-            return dict(_tensors(path, stream, header)), meta
+            return dict(_tensors(path, stream, header, only)), meta
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist", code="BF-ART-001") from error
 
@@ -75,6 +77,23 @@ def weights_hash(state: Tensors) -> str:
         digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
         digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def shapes_of(state: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def misfits(wanted: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]]) -> list[str]:
+    """One sentence for each tensor that is missing, unexpected, or of another shape than wanted; sorted."""
+    troubles = [f"missing {name}" for name in wanted.keys() - found.keys()]
+    troubles += [f"unexpected {name}" for name in found.keys() - wanted.keys()]
+    troubles += [
+        f"{name} is {tuple(found[name])}, not {tuple(wanted[name])}"
+        for name in wanted.keys() & found.keys()
+        if tuple(found[name]) != tuple(wanted[name])
+    ]
+    return sorted(troubles)
 
 
 def _as_torch(tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -148,9 +167,14 @@ def _check_layout(entries: dict[str, Any], data_size: int) -> None:
         raise ValueError(f"the data has {data_size} bytes, the tensors {position}")
 
 
-def _tensors(path: Path, stream: BinaryIO, entries: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    path: Path, stream: BinaryIO, entries: dict[str, Any], only: Container[str] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
     for name, entry in sorted(entries.items(), key=lambda item: tuple(item[1]["data_offsets"])):
         start, end = entry["data_offsets"]
+        if only is not None and name not in only:
+            stream.seek(end - start, 1)
+            continue
         data = bytearray(end - start)
         if stream.readinto(data) != len(data):
             raise _damaged(path, f"{name} ends early")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -88,15 +89,29 @@ def controlnet_from_config(config: dict[str, Any]) -> FluxControlNetModel:
     return _with_embedder(FluxControlNetModel(**stock), config["control_channels"]).eval()
 
 
+def config_from_published(config: dict[str, Any], channels: int) -> dict[str, Any]:
+    """A `flux_controlnet/config.json` as `controlnet_from_config` takes it; what the stock class does not know is left
+    out. `channels`: of the patch latents, which the published code does not write down."""
+    known = inspect.signature(FluxControlNetModel.__init__).parameters
+    return {**{key: value for key, value in config.items() if key in known}, "control_channels": channels}
+
+
 def from_published(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The published `flux_controlnet/` state dict under our names (same tensors, nothing dropped)."""
-    return {_renamed(name): tensor for name, tensor in weights.items()}
+    return {_renamed(name, PUBLISHED_NAMES.items()): tensor for name, tensor in weights.items()}
 
 
-def _renamed(name: str) -> str:
-    for published, ours in PUBLISHED_NAMES.items():
-        if name.startswith(published):
-            return ours + name.removeprefix(published)
+def to_published(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inverse of `from_published`."""
+    # The other way round: our name of the projection begins with our name of the upsampler.
+    names = [(ours, published) for published, ours in reversed(PUBLISHED_NAMES.items())]
+    return {_renamed(name, names): tensor for name, tensor in weights.items()}
+
+
+def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
     return name
 
 

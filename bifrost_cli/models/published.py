@@ -1,31 +1,48 @@
-"""The published checkpoint's names and ours: one table, used by `bifrost import` and by the parity vectors.
+"""The published checkpoint's names and ours: one table, used by `bifrost import`, `bifrost export` and the vectors.
 
-In: a state dict with published names. Out: the same tensors sorted by where they belong, under our names. Nothing is
-loaded, built or guessed here.
+In: names, or a state dict, as published. Out: the same sorted by where they belong, under our names, and back. What the
+published code has no name for (normalised latents, the flow head, latents of another encoder) is called `bifrost.` and
+our name. Nothing is loaded, built or guessed here. The published layout is one of Qwen2.5-VL and FLUX.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
-_PUBLISHED_BRANCH = {
+OWN = "bifrost."
+_BRANCH = {
     "mask_token": "mask_token",
     "learnable_pos_emb": "position_embedding",
     "vision_head.weight": "vision_head.weight",
     "vision_head.bias": "vision_head.bias",
     "vision_language_model.model.vision_branch_norm.weight": "decoder.norm.weight",
 }
-_LAYER = re.compile(r"vision_language_model\.model\.(layers\.\d+\.)(self_attn\.)?vision_branch_(.+)")
+_TO_PUBLISHED = {ours: published for published, ours in _BRANCH.items()}
+_PUBLISHED_LAYER = re.compile(r"vision_language_model\.model\.(layers\.\d+\.)(self_attn\.)?vision_branch_(.+)")
+_OUR_LAYER = re.compile(r"decoder\.(layers\.\d+\.)(self_attn\.)?(.+)")
+_OF_THE_BRANCH = re.compile(r".*vision_branch_.*|(mask_token|learnable_pos_emb|vision_head|bifrost)\b.*")
 _MLLM = (
     ("vision_language_model.visual.", "model.visual."),
     ("vision_language_model.model.", "model.language_model."),
     ("vision_language_model.lm_head.", "lm_head."),
 )
 IGNORED = ("vision_gen_vae_model.", "diffusion_decoder.")
+
+
+@dataclass(frozen=True)
+class Names:
+    """Published name -> our (stock) name, for the branch and the frozen MLLM; `ignored` is of parts that are not used,
+    `unknown` of none. `strangers` look like the branch's, and the branch has no such weight."""
+
+    branch: dict[str, str] = field(default_factory=dict)
+    mllm: dict[str, str] = field(default_factory=dict)
+    ignored: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+    strangers: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -40,10 +57,20 @@ class Published:
 
 def branch_name(published: str) -> str | None:
     """Our name of a published branch weight (a `VisualBranch` state-dict key), or None if it is no branch weight."""
-    if match := _LAYER.fullmatch(published):
+    if match := _PUBLISHED_LAYER.fullmatch(published):
         layer, attention, rest = match.groups()
-        return f"decoder.{layer}{attention or ''}{rest}"
-    return _PUBLISHED_BRANCH.get(published)
+        ours = f"decoder.{layer}{attention or ''}{rest}"
+    else:
+        ours = _BRANCH.get(published, published.removeprefix(OWN))
+    return ours if published_name(ours) == published else None
+
+
+def published_name(ours: str) -> str:
+    """The published name of a `VisualBranch` state-dict key."""
+    if match := _OUR_LAYER.fullmatch(ours):
+        layer, attention, rest = match.groups()
+        return f"vision_language_model.model.{layer}{attention or ''}vision_branch_{rest}"
+    return _TO_PUBLISHED.get(ours, OWN + ours)
 
 
 def mllm_name(published: str) -> str | None:
@@ -54,16 +81,23 @@ def mllm_name(published: str) -> str | None:
     return None
 
 
-def split_published(weights: Mapping[str, Tensor]) -> Published:
-    """Sorts a published checkpoint. Be strict with `branch` when loading; the base model fills what `mllm` lacks."""
-    branch: dict[str, Tensor] = {}
-    mllm: dict[str, Tensor] = {}
-    ignored, unknown = [], []
-    for name, tensor in weights.items():
+def sort_names(names: Iterable[str]) -> Names:
+    """Every name of a published checkpoint, at the one place where it belongs."""
+    found = Names()
+    for name in names:
         if ours := branch_name(name):
-            branch[ours] = tensor
+            found.branch[name] = ours
+        elif _OF_THE_BRANCH.fullmatch(name):
+            found.strangers.append(name)
         elif ours := mllm_name(name):
-            mllm[ours] = tensor
+            found.mllm[name] = ours
         else:
-            (ignored if name.startswith(IGNORED) else unknown).append(name)
-    return Published(branch, mllm, tuple(ignored), tuple(unknown))
+            (found.ignored if name.startswith(IGNORED) else found.unknown).append(name)
+    return found
+
+
+def split_published(weights: Mapping[str, Tensor]) -> Published:
+    """Sorts a published state dict. Be strict with `branch` when loading; the base model fills what `mllm` lacks."""
+    names = sort_names(weights)
+    branch, mllm = ({ours: weights[name] for name, ours in part.items()} for part in (names.branch, names.mllm))
+    return Published(branch, mllm, tuple(names.ignored), (*names.unknown, *names.strangers))

@@ -29,7 +29,7 @@ from transformers.utils import logging as hub_logging
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.files import read_json
 from bifrost_cli.config import Recipe
-from bifrost_cli.data.weights import load_tensors
+from bifrost_cli.data.weights import load_tensors, misfits, shapes_of
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.models.branch import VisualBranch
 from bifrost_cli.models.controlnet import controlnet_from_config
@@ -165,17 +165,10 @@ def _filled(module: nn.Module, artifact: Artifact, base: dict[str, torch.Tensor]
     named. Nothing is copied."""
     path = artifact.file("model.safetensors")
     weights = {**base, **load_tensors(path)[0]}
-    wanted = module.state_dict()
-    troubles = [f"missing {name}" for name in wanted.keys() - weights.keys()]
-    troubles += [f"unexpected {name}" for name in weights.keys() - wanted.keys()]
-    troubles += [
-        f"{name} is {tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & weights.keys()
-        if weights[name].shape != wanted[name].shape
-    ]
+    troubles = misfits(shapes_of(module.state_dict()), shapes_of(weights))
     if troubles:
         more = [f"and {len(troubles) - _SHOWN} more"] if len(troubles) > _SHOWN else []
-        shown = "; ".join(sorted(troubles)[:_SHOWN] + more)
+        shown = "; ".join(troubles[:_SHOWN] + more)
         raise ArtifactError(f"the weights of {path} do not fit its config.json", at=shown, fix="train it again",
                             code="BF-ART-007")  # fmt: skip
     module.load_state_dict(weights, assign=True)
