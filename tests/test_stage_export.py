@@ -88,13 +88,16 @@ def test_other_families_and_damage_are_refused(system, tmp_path):
     strange = save_part(tmp_path / "strange", "branch", torch.nn.Linear(1, 1), other, identity)
     with pytest.raises(ArtifactError, match="not of Qwen2.5-VL"):
         export(strange.path, output=tmp_path / "out")
+    part = save_part(tmp_path / "part", "branch", torch.nn.Linear(1, 1), {**config, "tune": {"rank": 2}}, identity)
+    with pytest.raises(ArtifactError, match="trained in part"):
+        export(part.path, output=tmp_path / "out")
     sd3 = save_part(tmp_path / "sd3", "controlnet", torch.nn.Linear(1, 1), {"num_layers": 2}, identity)
     with pytest.raises(ArtifactError, match="not of FLUX"):
         export(sd3.path, output=tmp_path / "out")
     strange.file("model.safetensors").write_bytes(b"")
     with pytest.raises(ArtifactError, match="damaged"):
         export(strange.path, output=tmp_path / "out")
-    assert not [path for path in tmp_path.iterdir() if path.name not in ("strange", "sd3")]
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("strange", "part", "sd3")]
 
 
 def test_a_failure_leaves_nothing(system, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from bifrost_cli.data.png import png_pixels, png_text
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem
 from bifrost_cli.models import tiny
 from bifrost_cli.models.published import split_published
+from bifrost_cli.stages import import_base, import_parts
 from bifrost_cli.stages import import_checkpoint as stage
 from bifrost_cli.stages.import_checkpoint import import_checkpoint
 from bifrost_cli.stages.loading import load_branch, load_controlnet, load_mllm
@@ -301,6 +302,15 @@ def test_a_base_that_is_not_here_says_so(system, checkpoint, tmp_path):
         error = refused(recipe, checkpoint, tmp_path, EnvironmentProblem)
         assert "nowhere" in error.message and error.exit_code == 3
     assert "without flux_controlnet/" in error.fix
+
+
+def test_other_families_of_models_are_refused(system, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(import_parts, "load_painter", lambda *a, **k: SimpleNamespace(family="SD3"))
+    assert "not of FLUX" in refused(system.recipe, checkpoint, tmp_path).message
+    other = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(model_type="qwen3_vl")))
+    monkeypatch.setattr(import_base, "load_mllm", lambda *a, **k: other)
+    error = refused(system.recipe, checkpoint, tmp_path)
+    assert "not of Qwen2.5-VL" in error.message and error.code == "BF-ART-009"
 
 
 # ---- the published code's numbers, through an import -----------------------------------------------------------------

@@ -7,7 +7,6 @@ Knows Qwen2.5-VL and FLUX alone.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,7 @@ import diffusers
 from torch import Tensor
 
 from bifrost_cli.artifacts import Artifact, default_path, resolve
-from bifrost_cli.artifacts.files import (
-    make_folder,
-    read_json,
-    replace_file,
-    sync_folder,
-    temp_path,
-    write_bytes,
-    write_json,
-)
+from bifrost_cli.artifacts.files import make_folder, new_folder, read_json, write_bytes, write_json
 from bifrost_cli.data.weights import load_tensors, save_tensors
 from bifrost_cli.errors import ArtifactError, UsageError
 from bifrost_cli.models.controlnet import to_published
@@ -55,15 +46,9 @@ def export(
     artifact.check()
     config, tensors = read_json(artifact.file("config.json")), load_tensors(artifact.file("model.safetensors"))[0]
     make_folder(folder.parent)
-    draft = temp_path(folder)
-    try:
-        make_folder(draft)
+    with new_folder(folder) as draft:
         _WRITERS[artifact.kind](draft, artifact, config, tensors)
         write_bytes(draft / "README.md", model_card(artifact).encode())
-        sync_folder(draft)
-        replace_file(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     _say_next(artifact, folder, ui)
     return folder
 
@@ -71,6 +56,9 @@ def export(
 def _write_branch(folder: Path, artifact: Artifact, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     if config.get("text_config", {}).get("model_type") != _DECODER:
         raise _other_models(artifact, "Qwen2.5-VL")
+    if "tune" in config:
+        raise ArtifactError(f"{artifact.path} was trained in part ({config['tune']}): it holds no whole branch",
+                            fix="use it where it is, or train with branch.tune full", code="BF-ART-004")  # fmt: skip
     save_tensors(folder / "model.safetensors", {published_name(name): tensor for name, tensor in tensors.items()})
     write_json(folder / "config.json", {"branch": config, "trained_on": _trained_on(artifact)})
 
@@ -102,7 +90,7 @@ def _require_new(folder: Path, artifact: Artifact) -> None:
 def _other_models(artifact: Artifact, wanted: str) -> ArtifactError:
     return ArtifactError(f"{artifact.path} is not of {wanted}: the published layout has no names for its weights",
                          fix=f"use it where it is: its model.safetensors is plain safetensors ({artifact.path})",
-                         code="BF-ART-004")  # fmt: skip
+                         code="BF-ART-009")  # fmt: skip
 
 
 def _say_next(artifact: Artifact, folder: Path, ui: Ui) -> None:

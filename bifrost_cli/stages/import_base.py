@@ -50,6 +50,8 @@ def load_base(recipe: Recipe, root: Shards | None, names: Names, ui: Ui) -> Base
     models = recipe.models
     ui.say(f"base: {models.mllm}; what is imported is tied to the weights it will be used with")
     mllm = load_mllm(models.mllm, CPU, getattr(torch, models.dtype), revision=models.revision)
+    if mllm.model.config.model_type != "qwen2_5_vl":
+        raise other_family(models.mllm, "Qwen2.5-VL")
     if root:
         _require_width(root, mllm, models.mllm)
     own = recipe.latents.encoder == "mllm"
@@ -91,6 +93,12 @@ def _same(name: str, copy: Tensor, base: Tensor) -> bool:
         rows = min(len(copy), len(base))
         copy, base = copy[:rows], base[:rows]
     return copy.shape == base.shape and torch.equal(copy.to(base.dtype), base)
+
+
+def other_family(name: str, wanted: str) -> ArtifactError:
+    """BF-ART-009: the published checkpoint is of one MLLM and one painter."""
+    return ArtifactError(f"{name} is not of {wanted}, which the published layout is for", code="BF-ART-009",
+                         fix="give a recipe of a Qwen2.5-VL and a FLUX: --recipe bifrost1-7b")  # fmt: skip
 
 
 def _require_width(root: Shards, mllm: Mllm, name: str) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor
 
 from bifrost_cli.artifacts.files import read_json
@@ -26,9 +27,9 @@ from bifrost_cli.models.controlnet import (
     from_published,
     to_published,
 )
-from bifrost_cli.models.flux import Painter
+from bifrost_cli.models.flux import FluxPainter
 from bifrost_cli.models.published import OWN, Names, published_name
-from bifrost_cli.stages.import_base import CPU, Base
+from bifrost_cli.stages.import_base import CPU, Base, other_family
 from bifrost_cli.stages.loading import load_painter
 
 CONTROLNET = "flux_controlnet"
@@ -55,7 +56,7 @@ def branch_part(recipe: Recipe, root: Shards, names: Names, base: Base) -> Part:
     _require_positions(recipe, root, patches)
     head = "flow" if any(name.startswith(OWN + "vision_head.") for name in names.branch) else "linear"
     normalize = OWN + "latents_mean_C" in names.branch
-    with torch.device("meta"):
+    with init_empty_weights():
         branch = VisualBranch(base.text_config, patches, base.latents["channels"], head=head, normalize=normalize)
     wanted = {published_name(name): shape for name, shape in shapes_of(branch.state_dict()).items()}
     found = {name: root.shapes[name] for name in (*names.branch, *names.strangers)}
@@ -88,7 +89,7 @@ def controlnet_part(recipe: Recipe, shards: Shards, base: Base) -> Part:
     written = _written(shards)
     config = config_from_published(written, base.latents["channels"])
     try:
-        with torch.device("meta"):
+        with init_empty_weights():
             controlnet = controlnet_from_config(config)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ArtifactError(f"{shards.folder / 'config.json'} makes no ControlNet: {error}", fix="fetch it again",
@@ -131,16 +132,19 @@ def _depth(blocks: dict[str, Any]) -> str:
     return " + ".join(f"{blocks[key]} {kind}" for key, kind in zip(_BLOCKS, ("double", "single"), strict=True))
 
 
-def _painter(recipe: Recipe) -> Painter:
+def _painter(recipe: Recipe) -> FluxPainter:
     models = recipe.models
     try:
-        return load_painter(models.painter, CPU, getattr(torch, models.dtype), revision=models.revision)
+        painter = load_painter(models.painter, CPU, getattr(torch, models.dtype), revision=models.revision)
     except EnvironmentProblem as error:
         error.fix = f"{error.fix}; for the branch alone, give a folder without {CONTROLNET}/"
         raise
+    if not isinstance(painter, FluxPainter):
+        raise other_family(models.painter, "FLUX")
+    return painter
 
 
-def _require_painter(config: dict[str, Any], painter: Painter, name: str) -> None:
+def _require_painter(config: dict[str, Any], painter: FluxPainter, name: str) -> None:
     """The sizes at which ControlNet and transformer meet."""
     flux = painter.transformer.config
     sides = [
