@@ -60,10 +60,13 @@ class MllmEncoder:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        processor = self._mllm.image_processor
+        family, model, processor = self._mllm.family, self._mllm.model, self._mllm.image_processor
+        visual = family.visual(model)
         return {
             "name": "mllm",
-            **self._mllm.family.encoder_identity(self._mllm.model),
+            "weights": weights_hash(visual.state_dict()),
+            "dtype": str(next(visual.parameters()).dtype).removeprefix("torch."),
+            **family.encoder_identity(model),
             "image_size": self.image_size,
             "grid": list(self.grid),
             "channels": self.channels,

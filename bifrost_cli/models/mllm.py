@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from bifrost_cli.data.weights import weights_hash
 from bifrost_cli.models.families.family import family_of
-from bifrost_cli.models.prompt import Layout, Template, additive, layout, text_mask
+from bifrost_cli.models.prompt import Layout, Template, additive, harmless, layout, text_mask
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,15 @@ class Mllm:
     def question(self, pixels_HWC: np.ndarray, question: str) -> dict[str, Tensor]:
         """Stock inputs (ids, masks, pixel values) for one picture and one question."""
         # The stock processor reads special tokens anywhere in the text: a question must not open or close a turn.
-        parts = [{"type": "image"}, {"type": "text", "text": question.replace("<|", "< |")}]
+        parts = [{"type": "image"}, {"type": "text", "text": harmless(question, self.tokenizer)}]
         processor = self.family.processor(self.model.config, self.tokenizer, self.image_processor)
         text = processor.apply_chat_template(
             [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
         )
         picture = _channels_first(pixels_HWC[None])[0]
-        return dict(processor(text=[text], images=[picture], return_tensors="pt"))
+        # Some chat templates write the first token themselves.
+        begun = text.startswith(self.tokenizer.bos_token or "\0")
+        return dict(processor(text=[text], images=[picture], add_special_tokens=not begun, return_tensors="pt"))
 
     @torch.no_grad()
     def logits(self, **inputs: Tensor) -> Tensor:

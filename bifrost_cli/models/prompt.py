@@ -124,6 +124,13 @@ def join_plan(prompt: str, plan: str | None) -> str:
     return f"{prompt}\n{plan}" if plan else prompt
 
 
+def harmless(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text with a space inside whatever the tokenizer would read as one of its added tokens."""
+    for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True):
+        text = text.replace(token, f"{token[:1]} {token[1:]}")
+    return text
+
+
 def layout(ids: Sequence[Sequence[int]], text_length: int, closing: Sequence[int], pad_id: int) -> Layout:
     """Rows of ids, left-padded to text_length; longer ones cut on the right, their last ids replaced by `closing`.
 

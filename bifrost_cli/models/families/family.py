@@ -9,17 +9,21 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.models.decoder import DECODERS
+from bifrost_cli.models.families.llava import Llava, onevision, plain, tiled
 from bifrost_cli.models.families.qwen2_5_vl import Qwen25VL
+from bifrost_cli.models.families.qwen3_vl import Qwen3VL
 from bifrost_cli.models.prompt import Template
 
 
 class Family(Protocol):
-    """The places where one multimodal LLM is not like another."""
+    """The places where one multimodal LLM is not like another. `towers`: model types of its visual encoder."""
+
+    towers: tuple[str, ...]
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> Template:
         """How a prompt is put before the branch's image tokens."""
@@ -41,16 +45,38 @@ class Family(Protocol):
         """uint8 pictures of a fitting size -> latents_BPC, patches row by row, raw, in the model's type."""
         ...
 
+    def visual(self, model: PreTrainedModel) -> nn.Module:
+        """All modules that a picture passes before it is latents."""
+        ...
+
     def encoder_identity(self, model: PreTrainedModel) -> dict[str, Any]:
-        """What makes latents of this model comparable: weights, dtype, activation and layer, as JSON values."""
+        """What two encoders of equal weights can still differ in: `activation` and `layer`, as JSON values."""
         ...
 
 
-FAMILIES: dict[str, Family] = {"qwen2_5_vl": Qwen25VL()}
+FAMILIES: dict[str, Family] = {
+    "qwen2_5_vl": Qwen25VL(),
+    "qwen3_vl": Qwen3VL(),
+    "llava": Llava(plain),
+    "llava_next": Llava(tiled),
+    "llava_onevision": Llava(onevision),
+}
 
-# Why not: what a reader of the error would ask next.
+_LINEAR = "most layers of its decoder carry a running state and no keys and values, so that there is no prefix to read"
+_EXPERTS = "a branch of it would copy every expert, and its training needs a loss that balances them, which is not here"
+_QUERIES = "its decoder sees a few learnt queries of a picture, which are no patches"
 _REASONS = {
-    "qwen2_vl": "its visual encoder is another network under the same tensor names, and has no adapter here",
+    "qwen2_vl": "its visual encoder is another network than Qwen2.5-VL's, and has no adapter here",
+    "qwen3_vl_moe": _EXPERTS,
+    "qwen3_5_moe": _LINEAR,
+    "qwen3_5": _LINEAR,
+    "mllama": "its decoder reads pictures through layers of cross-attention: no image token stands among the words",
+    "blip-2": _QUERIES,
+    "instructblip": _QUERIES,
+    "chameleon": "it reads pictures as words of a codebook, which are no CLIP latents",
+    "emu3": "it reads pictures as words of a codebook, which are no CLIP latents",
+    "gemma3": "its decoder scales its words and slides its attention, which a copied decoder would have to know",
+    "paligemma": "its decoder scales its words, which a copied decoder would have to know",
 }
 
 
@@ -68,14 +94,16 @@ def require_known(model_type: str | None) -> None:
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a stock configuration. ArtifactError BF-ART-009: none, or one around a decoder we cannot copy."""
+    """The family of a stock configuration. ArtifactError BF-ART-009: none, or one around parts that are not known."""
     require_known(config.model_type)
-    decoder = config.text_config.model_type
-    if decoder not in DECODERS:
-        raise ArtifactError(
-            f"this {config.model_type} writes with a {decoder} decoder, of which a branch cannot be made",
-            at=f"known decoders: {', '.join(DECODERS)}",
-            fix="set models.mllm to a model with a known decoder",
-            code="BF-ART-009",
-        )
-    return FAMILIES[config.model_type]
+    family = FAMILIES[config.model_type]
+    parts = ("decoder", config.text_config, DECODERS), ("visual encoder", config.vision_config, family.towers)
+    for name, part, known in parts:
+        if part.model_type not in known:
+            raise ArtifactError(
+                f"this {config.model_type} has a {name} of type {part.model_type}, which Bifrost does not read",
+                at=f"known: {', '.join(known)}",
+                fix="set models.mllm to a model with a known one",
+                code="BF-ART-009",
+            )
+    return family

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
@@ -19,12 +19,13 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from bifrost_cli.data.weights import weights_hash
 from bifrost_cli.models.prompt import Template
 
 
 class Qwen25VL:
     """The adapter of Qwen2.5-VL."""
+
+    towers: tuple[str, ...] = ("qwen2_5_vl_vision",)
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> Template:
         """The published text, pinned by tests/vectors, whatever chat template lies beside the weights."""
@@ -46,12 +47,12 @@ class Qwen25VL:
             0, (len(pixels_BCHW), -1)
         )
 
+    def visual(self, model: PreTrainedModel) -> nn.Module:
+        return model.model.visual
+
     def encoder_identity(self, model: PreTrainedModel) -> dict[str, Any]:
-        visual = model.model.visual
         return {
-            "weights": weights_hash(visual.state_dict()),
-            "dtype": str(visual.dtype).removeprefix("torch."),
-            "activation": visual.config.hidden_act,
+            "activation": model.model.visual.config.hidden_act,
             "layer": "visual encoder after the 2x2 merge (pooler_output)",
         }
 
