@@ -1,0 +1,70 @@
+"""An ablation: one question, several recipes that differ in it, several seeds. The schema of `recipes/ablations/*.yaml`.
+
+In: a shipped name or a YAML file. Out: an `Ablation`, or RecipeError with file:line:column. Does not know how a
+variant is trained or judged.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from bifrost_cli.config import Count, Every, Section
+from bifrost_cli.errors import RecipeError
+from bifrost_cli.recipe_files import recipes_folder, validate
+from bifrost_cli.recipe_yaml import parse
+
+Value = bool | int | float | str
+Keys = dict[str, Value]
+
+
+class Ablation(Section):
+    """What differs and what does not; every variant sees the same data, seeds and budget."""
+
+    question: str = Field(description="what the variants answer")
+    reading: str = Field("", description="how the table is to be read: what the paper says, and what may differ here")
+    base: str = Field("tiny", description="the recipe that all variants start from")
+    controlnet: Literal["train", "builtin"] = Field("train", description="train one a variant and seed, or share one")
+    seeds: Annotated[list[Every], Field(min_length=3)] = Field([0, 1, 2], description="seeds of the trainings")
+    prompts: Count = Field(192, description="held-out prompts painted and judged, one picture each")
+    keys: Keys = Field({}, description="recipe keys of all variants")
+    variants: Annotated[dict[str, Keys], Field(min_length=2)] = Field(description="recipe keys of each variant")
+
+    @model_validator(mode="after")
+    def _differ(self) -> Ablation:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("a seed is given twice")
+        variants = list(self.variants.items())
+        for place, (name, keys) in enumerate(variants):
+            if same := [other for other, others in variants[:place] if others == keys]:
+                raise ValueError(f"variants {same[0]} and {name} are the same")
+        return self
+
+    def sets(self, variant: str, seed: int) -> list[str]:
+        """The `--set` values of one cell of the table, the variant's own last."""
+        seeds = {"branch.train.seed": seed, "controlnet.train.seed": seed}
+        return [f"{key}={_text(value)}" for key, value in {**self.keys, **seeds, **self.variants[variant]}.items()]
+
+
+def ablation_names() -> list[str]:
+    """The shipped ablations."""
+    return sorted(path.stem for path in (recipes_folder() / "ablations").glob("*.yaml"))
+
+
+def load_ablation(ref: str) -> Ablation:
+    """A shipped name or a YAML file. RecipeError BF-RECIPE-004 when there is neither."""
+    path = recipes_folder() / "ablations" / f"{ref}.yaml" if ref in ablation_names() else Path(ref)
+    if not path.is_file():
+        raise RecipeError(
+            f"there is no ablation {ref}",
+            at=f"shipped: {', '.join(ablation_names())}",
+            fix="give one of these, or a YAML file",
+            code="BF-RECIPE-004",
+        )
+    return validate(Ablation, parse(path.read_bytes(), str(path)))
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
