@@ -1,4 +1,4 @@
-"""An ablation: one question, several recipes that differ in it, several seeds. The schema of `recipes/ablations/*.yaml`.
+"""An ablation: one question, several recipes that differ in it, several seeds; the schema of `recipes/ablations`.
 
 In: a shipped name or a YAML file. Out: an `Ablation`, or RecipeError with file:line:column. Does not know how a
 variant is trained or judged.

@@ -39,8 +39,8 @@ class Latents(Section):
 
     encoder: str = Field(
         "mllm",
-        pattern=r"^(mllm|builtin:open_clip|open_clip:.+/.+)$",
-        description="mllm (its own visual encoder), or open_clip:NAME/PRETRAINED",
+        pattern=r"^(mllm|vae|builtin:open_clip|open_clip:.+/.+)$",
+        description="mllm (its own visual encoder), open_clip:NAME/PRETRAINED, or vae (the painter's own latents)",
     )
     image_size: Count = Field(448, description="pixels a side, square, into the encoder")
     paint_size: Count = Field(512, description="pixels a side that FLUX paints")
@@ -111,6 +111,7 @@ class Train(Section):
 class Branch(Section):
     """The visual generation branch and its training."""
 
+    init: Literal["mllm", "random"] = Field("mllm", description="the decoder's start: the MLLM's weights, or random")
     head: Literal["linear", "flow"] = Field("linear", description="linear (paper), or a sampling head for every token")
     normalize: bool = Field(
         False, description="predict latents scaled to mean 0, deviation 1 by the store's statistics"
@@ -128,7 +129,7 @@ class Branch(Section):
     tune: Literal["full", "layers", "lora"] = Field(
         "full", description="what is trained: all, or the new parts with the decoder's last layers, or with LoRA"
     )
-    layers: Count | None = Field(None, description="with tune layers: how many of the last layers")
+    layers: Every | None = Field(None, description="with tune layers: how many of the last; 0 trains the new parts")
     lora_rank: Count | None = Field(None, description="with tune lora: its rank in every linear layer (the lora extra)")
     train: Train = Train()
 

@@ -52,7 +52,7 @@ REFUSED = {
     "contradicting rows": ("latents:\n  shard_rows: 100\n  chunk_rows: 16", "005", "1:1", "shard_rows (100)"),
     "a plan without prompt": ("generate:\n  plan_instruction: paint", "005", "1:1", "{prompt}"),
     "no such choice": ("branch:\n  head: quadratic", "003", "2:3", "'linear' or 'flow'"),
-    "no such encoder": ("latents:\n  encoder: siglip", "003", "2:3", "mllm (its own visual encoder), or open_clip"),
+    "no such encoder": ("latents:\n  encoder: siglip", "003", "2:3", "mllm (its own visual encoder), open_clip"),
     "a newer format": ("format: 9", "006", "1:1", "newer format"),
 }  # fmt: skip
 

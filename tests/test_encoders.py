@@ -14,7 +14,7 @@ from fixtures_mllm import random_mllm
 
 from bifrost_cli.config import Latents, Models, Recipe
 from bifrost_cli.errors import RecipeError
-from bifrost_cli.models.encoders import MllmEncoder, OpenClipEncoder, VaeEncoder
+from bifrost_cli.models.encoders import MllmEncoder, OpenClipEncoder, VaeEncoder, VaePatchEncoder
 from bifrost_cli.stages.loading import load_encoder, load_vae
 
 CPU = torch.device("cpu")
@@ -170,3 +170,15 @@ def test_the_vae_alone_gives_the_painters_latents(tmp_path):
     assert encoder.shape == tuple(expected.shape[1:]) and encoder.identity == json.loads(json.dumps(encoder.identity))
     with pytest.raises(RecipeError, match="paint_size 63"):
         VaeEncoder(vae, 63)
+
+
+def test_vae_patches_are_the_vaes_latents_cut_in_tiles():
+    vae = tiny_painter().vae
+    encoder, whole = VaePatchEncoder(vae, 64), VaeEncoder(vae, 64)
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3)).astype(np.uint8)
+    latents_BPC, vae_Bchw = encoder.encode(pixels), whole.encode(pixels)
+    side, channels = encoder.grid[0], whole.shape[0]
+    assert latents_BPC.shape == (2, side * side, 16 * channels) and encoder.channels == 16 * channels
+    patch = side + 1  # the second row's second patch
+    torch.testing.assert_close(latents_BPC[1, patch], vae_Bchw[1, :, 4:8, 4:8].flatten())
+    assert encoder.identity["name"] == "vae" and encoder.identity["weights"] == whole.identity["weights"]

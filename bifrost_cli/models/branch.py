@@ -75,9 +75,12 @@ class VisualBranch(nn.Module):
         head: str = "linear",
         normalize: bool = False,
         tune: dict[str, int] | None = None,
+        random_start: bool = False,
         generator: torch.Generator | None = None,
     ) -> VisualBranch:
         """A new branch: layers and final norm copied, mask token and positions zero, head small and random.
+
+        random_start: the decoder's layers too are drawn anew, as their stock class draws them (an ablation).
 
         channels: of the latents, None = the MLLM's own. What is trained is float32 whatever the MLLM's type; what is
         not (see `tune`) is no copy but the MLLM's tensors themselves.
@@ -92,7 +95,12 @@ class VisualBranch(nn.Module):
         weights |= frozen | {f"decoder.{name}": stock[name].to(torch.float32, copy=True) for name in copied}
         weights |= {name: buffer for name, buffer in branch.named_buffers() if name in branch.state_dict()}
         branch.load_state_dict(weights, assign=True)
-        branch._init_new(generator or torch.Generator().manual_seed(0))
+        generator = generator or torch.Generator().manual_seed(0)
+        branch._init_new(generator)
+        if random_start:
+            with torch.random.fork_rng(devices=[]):  # the stock initialisation draws from the global generator
+                torch.manual_seed(generator.initial_seed())
+                branch.decoder.apply(lambda module: _draw_anew(branch.decoder, module))
         return branch.to(mllm.device)
 
     @classmethod
@@ -205,6 +213,12 @@ class VisualBranch(nn.Module):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
                 nn.init.zeros_(module.bias)
         start_low_rank(self.decoder, generator)
+
+
+def _draw_anew(decoder: nn.Module, module: nn.Module) -> None:
+    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        tensor._is_hf_initialized = False  # a mark of transformers that would keep the copied numbers
+    decoder._init_weights(module)
 
 
 def _health(predicted_NC: Tensor, true_NC: Tensor) -> dict[str, Tensor]:

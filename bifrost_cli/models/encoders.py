@@ -21,6 +21,7 @@ from bifrost_cli.errors import RecipeError
 from bifrost_cli.models.mllm import Mllm
 from bifrost_cli.models.painter import vae_encode
 
+VAE_PATCH = 4  # VAE latents a side of a patch: 2x2 of FLUX's packed tokens, the grid the MLLM's encoder has
 RESIZE = "short side to size by bicubic with antialiasing, centre crop, uint8"
 _ACTIVATIONS = ("gelu", "relu", "silu", "swish")
 
@@ -147,6 +148,35 @@ class OpenClipEncoder:
 
     def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return tuple(self._visual.image_mean), tuple(self._visual.image_std)
+
+
+class VaePatchEncoder:
+    """The painter's VAE latents as patch latents, 4x4 of them a patch: the paper's rival of CLIP latents."""
+
+    def __init__(self, vae: AutoencoderKL, image_size: int) -> None:
+        """RecipeError as `VaeEncoder`, or when the VAE's grid is no whole number of patches."""
+        self._vae, self.image_size = VaeEncoder(vae, image_size), image_size
+        channels, side, _ = self._vae.shape
+        if side % VAE_PATCH:
+            raise RecipeError(
+                f"latents.image_size {image_size} gives {side} VAE latents a side, no multiple of {VAE_PATCH}",
+                fix=f"--set latents.image_size={image_size // side * VAE_PATCH * max(1, side // VAE_PATCH)}",
+                code="BF-RECIPE-005",
+            )
+        self.grid, self.channels = (side // VAE_PATCH, side // VAE_PATCH), channels * VAE_PATCH**2
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        own = self._vae.identity
+        own = {name: own[name] for name in ("weights", "dtype", "scaling_factor", "shift_factor", "resize")}
+        layer = f"VAE latents, {VAE_PATCH}x{VAE_PATCH} a patch, channel first"
+        size = {"image_size": self.image_size, "grid": list(self.grid), "channels": self.channels}
+        return {"name": "vae", **own, "layer": layer, **size}
+
+    def encode(self, pixels_BSS3: np.ndarray | Tensor) -> Tensor:
+        """uint8 (B, S, S, 3) -> float32 (B, P, C)."""
+        tiles_BcHhWw = self._vae.encode(pixels_BSS3).unflatten(3, (-1, VAE_PATCH)).unflatten(2, (-1, VAE_PATCH))
+        return tiles_BcHhWw.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 class VaeEncoder:

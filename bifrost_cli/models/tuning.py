@@ -28,7 +28,7 @@ def tune_decoder(decoder: nn.Module, tune: Mapping[str, int]) -> None:
     elif tune["layers"] > len(decoder.layers):
         raise ValueError(f"the decoder has {len(decoder.layers)} layers, fewer than {tune['layers']}")
     else:
-        decoder.layers[-tune["layers"] :].requires_grad_(True)
+        decoder.layers[len(decoder.layers) - tune["layers"] :].requires_grad_(True)
 
 
 def _add_low_rank(decoder: nn.Module, rank: int) -> None:

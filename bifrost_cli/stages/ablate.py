@@ -166,8 +166,8 @@ def _report(name: str, ablation: Ablation, rows: list[dict[str, Any]], cells: Se
         "spread": f"{best['name']}; mean of {len(ablation.seeds)} seeds",
         "details": [],
         "categories": rows,
-        "sentence": f"By the programmatic checker, {ablation.prompts} held-out prompts of the built-in world a seed, one "
-        "picture each. Intervals are Student's over the seeds. Says nothing about another world.",
+        "sentence": f"By the programmatic checker, {ablation.prompts} held-out prompts of the built-in world a seed, "
+        "one picture each. Intervals are Student's over the seeds.",
     }
     return {
         "schema": SCHEMA,
@@ -176,7 +176,7 @@ def _report(name: str, ablation: Ablation, rows: list[dict[str, Any]], cells: Se
         "summary": " ".join(filter(None, (ablation.question, ablation.reading))),
         "results": [result],
         "pictures": [line for cell in _first(cells) for line in _lines(cell)],
-        "warnings": ["This is the built-in world: what holds here need not hold for photographs, nor the other way round."],
+        "warnings": ["This is the built-in world: what holds here need not hold for photographs."],
         "settings": {"base": ablation.base, "controlnet": ablation.controlnet, **_texts(ablation.keys)}
         | {f"variant {variant}": ", ".join(ablation.sets(variant, seed)) for variant, seed in _pairs(ablation)},
         "lineage": [],

@@ -87,6 +87,7 @@ def new_branch(recipe: Recipe, store: LatentsStore, mllm: Mllm) -> VisualBranch:
         head=settings.head,
         normalize=settings.normalize,
         tune=tuned(recipe),
+        random_start=settings.init == "random",
         generator=torch.Generator().manual_seed(derive(settings.train.seed, "init")),
     )
     if settings.normalize:
@@ -106,6 +107,9 @@ def _require_sense(recipe: Recipe, mllm: Mllm) -> None:
     if settings.tune != "full" and settings.train.precision == "fp32" and recipe.models.dtype != "float32":
         raise RecipeError(f"branch.train.precision fp32 cannot run through frozen layers in {recipe.models.dtype}",
                           fix="--set models.dtype=float32, or precision bf16", code="BF-RECIPE-005")  # fmt: skip
+    if settings.tune != "full" and settings.init == "random":
+        raise RecipeError(f"branch.init random with tune {settings.tune} would freeze random layers",
+                          fix="--set branch.tune=full, or init mllm", code="BF-RECIPE-005")  # fmt: skip
     if settings.tune == "layers" and settings.layers > count:
         raise RecipeError(f"branch.layers is {settings.layers}; the MLLM has {count} layers", code="BF-RECIPE-005",
                           fix=f"--set branch.layers={count}, or tune full")  # fmt: skip

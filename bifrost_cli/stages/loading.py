@@ -33,7 +33,7 @@ from bifrost_cli.data.weights import load_tensors, misfits, shapes_of
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.models.branch import VisualBranch
 from bifrost_cli.models.controlnet import controlnet_from_config
-from bifrost_cli.models.encoders import Encoder, MllmEncoder, OpenClipEncoder
+from bifrost_cli.models.encoders import Encoder, MllmEncoder, OpenClipEncoder, VaePatchEncoder
 from bifrost_cli.models.families.family import family_of, require_known
 from bifrost_cli.models.flux import FluxPainter
 from bifrost_cli.models.mllm import Mllm
@@ -114,6 +114,9 @@ def load_encoder(recipe: Recipe, device: torch.device) -> Encoder:
     if wanted.encoder == "mllm":
         mllm = load_mllm(models.mllm, device, getattr(torch, models.dtype), revision=models.revision)
         return MllmEncoder(mllm, wanted.image_size)
+    if wanted.encoder == "vae":
+        vae = load_vae(models.painter, device, getattr(torch, models.dtype), revision=models.revision)
+        return VaePatchEncoder(vae, wanted.image_size)
     model = load_open_clip(wanted.encoder, device)
     return OpenClipEncoder(model, features_name(wanted.encoder), wanted.image_size)
 

@@ -27,7 +27,7 @@ from bifrost_cli.training.loop import FitResult, Task, fit
 
 # What changes no byte of the result, and what came later and is as it was before where it has this value.
 RUN_ONLY = {"checkpoint_every", "keep", "log_every", "tensorboard", "gradient_checkpointing"}
-LATER = {"optimizer": "adamw", "tune": "full", "layers": None, "lora_rank": None}
+LATER = {"init": "mllm", "optimizer": "adamw", "tune": "full", "layers": None, "lora_rank": None}
 RECORDS = ("losses.csv", "validation.csv")
 
 
