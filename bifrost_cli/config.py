@@ -47,6 +47,9 @@ class Latents(Section):
     vae: bool = Field(True, description="store FLUX's VAE latents too, so that ControlNet training needs no pixels")
     shard_rows: Count = Field(1024, description="rows of a shard, the unit of writing and of resuming")
     chunk_rows: Count = Field(16, description="rows of a chunk, the unit of reading; divides shard_rows")
+    storage: Literal["float16", "int8"] = Field(
+        "float16", description="number format of the stored latents; int8 halves them, at a cosine of 0.9998"
+    )
     batch_size: Count = Field(32, description="pictures encoded at once")
     background: str = Field("white", description="the colour under transparent pixels")
     missing_caption: Literal["stop", "skip", "empty"] = Field("stop", description="what a missing caption does")

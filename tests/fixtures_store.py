@@ -29,9 +29,10 @@ def make_store(
     captions: list[str] | None = None,
     plans: list[str] | None = None,
     failed: tuple[int, ...] = (),
+    storage: str = "float16",
 ) -> Artifact:
     """A complete latents artifact at `path`; row i's latents are a function of (seed, i)."""
-    layout = Layout(rows, grid, channels, vae, shard_rows, chunk_rows)
+    layout = Layout(rows, grid, channels, vae, shard_rows, chunk_rows, storage)
     encoder = encoder or {**ENCODER, "grid": list(grid), "channels": channels}
     with Draft.open(path, "latents", {"encoder": encoder, "rows": rows, "seed": seed, "vae": list(vae or ())}) as draft:
         if draft.complete:
@@ -40,7 +41,8 @@ def make_store(
         for shard in writer.missing_shards():
             span = range(*layout.span(shard).indices(rows))
             lines = [line(i, captions, plans, failed) for i in span]
-            arrays = {name: np.stack([row(name, i, layout, seed) for i in span]) for name in layout.row_shapes}
+            names = ("latents",) if vae is None else ("latents", "vae")
+            arrays = {name: np.stack([row(name, i, layout, seed) for i in span]) for name in names}
             writer.write_shard(shard, arrays["latents"], lines, arrays.get("vae"))
         return draft.commit(info={"statistics": writer.finish()})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -17,6 +18,7 @@ from bifrost_cli.data import store_writer
 from bifrost_cli.data.channel_statistics import statistics_of, sums_of
 from bifrost_cli.data.store import LatentsStore
 from bifrost_cli.data.store_index import index_file, read_index
+from bifrost_cli.data.store_int8 import decode_int8, encode_int8
 from bifrost_cli.data.store_layout import Layout
 from bifrost_cli.data.store_writer import StoreWriter
 from bifrost_cli.errors import ArtifactError, BifrostError, DataError, StoreError
@@ -344,3 +346,110 @@ def test_the_index_refuses_what_it_did_not_write(tmp_path: Path) -> None:
         path.write_bytes(text)
         with pytest.raises(StoreError):
             read_index(tmp_path / "a", 0)
+
+
+# ---- 8 bits ----------------------------------------------------------------------------------------------------------
+
+
+def cosines(a_NPC: np.ndarray, b_NPC: np.ndarray) -> np.ndarray:
+    a_NPC, b_NPC = a_NPC.astype(np.float64), b_NPC.astype(np.float64)
+    return (a_NPC * b_NPC).sum(-1) / np.linalg.norm(a_NPC, axis=-1) / np.linalg.norm(b_NPC, axis=-1)
+
+
+def heavy_tailed(kind: str) -> np.ndarray:
+    """Latents (2, 64, 520) as encoders make them at their worst."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_t(2 if kind == "tails" else 30, (2, 64, 520))
+    if kind == "channels":  # a few are a hundred times the others, or far from zero
+        values[..., ::128] *= 100
+        values[..., 5] += 60
+    elif kind == "tokens":
+        values *= np.exp(1.5 * rng.normal(size=(2, 64, 1)))
+    return values.astype(np.float16)
+
+
+@pytest.mark.parametrize("kind", ["tails", "channels", "tokens"])
+def test_8_bits_keep_every_tokens_direction(kind: str) -> None:
+    half = heavy_tailed(kind)
+    codes, scales = encode_int8(half)
+    assert codes.nbytes + scales.nbytes < 0.52 * half.nbytes and codes.min() >= -127
+    assert cosines(decode_int8(codes, scales), half).min() > 0.9997
+
+
+def test_8_bits_at_the_ends_of_float16() -> None:
+    half = np.array([[[65504, -65504, 1e-7, 0], [6e-8, 0, 0, 0], [0, 0, 0, 0], [np.nan] * 4]], np.float16)
+    back = decode_int8(*encode_int8(half))
+    expected = np.array([[65504, -65504, 0, 0], [6e-8, 0, 0, 0], [0, 0, 0, 0]], np.float16)
+    assert np.array_equal(back[0, :3], expected) and np.isnan(back[0, 3]).all()
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_store(tmp_path_factory.mktemp("store8") / "a", vae=LAYOUT.vae, storage="int8", failed=(3,))
+
+
+def rounded(rows: list[int]) -> np.ndarray:
+    return decode_int8(*encode_int8(truth("latents", rows)))
+
+
+def test_a_store_in_8_bits_reads_like_any_other(eight: Artifact, stored: Artifact, tmp_path: Path, way: None) -> None:
+    store = LatentsStore.open(eight)
+    rows = [i for i in range(40) if i != 3]
+    assert store.rows == 39 and np.array_equal(store.latents(range(39)), rounded(rows))
+    assert store.latents([38, 0, 0]).dtype == np.float16 and np.array_equal(store.vae([5]), truth("vae", [6]))
+    assert np.array_equal(store.latents([38, 0, 5]), rounded([39, 0, 6]))
+    assert cosines(store.latents(range(39)), truth("latents", rows)).min() > 0.999
+    tokens = rounded(rows).reshape(-1, 8).astype(np.float64)
+    assert np.allclose(store.mean_C, tokens.mean(0), atol=1e-7) and np.allclose(store.std_C, tokens.std(0), atol=1e-6)
+    assert (store.attributes["format"], store.attributes["storage"]) == (2, "int8")
+    plain = LatentsStore.open(stored).attributes
+    assert plain["format"] == 1 and "storage" not in plain, "a bifrost without 8 bits still reads this one"
+    made = make_store(tmp_path / "again", vae=LAYOUT.vae, storage="int8", failed=(3,))
+    assert made.files == eight.files
+
+
+def outcome8(path: Path, verify: bool) -> str:
+    try:
+        found = LatentsStore.open(path, verify).latents(range(39))
+    except BifrostError as error:
+        assert error.exit_code == 5
+        return error.code
+    assert np.array_equal(found, rounded([i for i in range(40) if i != 3]))
+    return "same"
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_flipped_bit_in_codes_or_scales_is_found(eight: Artifact, tmp_path: Path, verify: bool) -> None:
+    rng = np.random.default_rng(2)
+    path = copied(eight, tmp_path)
+    for name in [name for name in eight.files if "/latents" in name]:
+        whole = (path / name).read_bytes()
+        for byte in rng.integers(0, len(whole), 6).tolist():
+            flip(path / name, byte, int(rng.integers(8)))
+            assert outcome8(path, verify) == "BF-STORE-005", f"{name} byte {byte}"
+            (path / name).write_bytes(whole)
+    assert outcome8(path, verify) == "same"
+
+
+@pytest.mark.parametrize("array", ["latents", "latents_scale"])
+def test_a_missing_chunk_of_codes_or_scales_is_no_row(tmp_path: Path, array: str, way: None) -> None:
+    layout = replace(LAYOUT, storage="int8")
+    with open_draft(tmp_path / "a") as draft:
+        writer = StoreWriter(draft, layout, {"encoder": ENCODER})
+        for shard in writer.missing_shards():
+            write(writer, shard)
+        writer.finish()
+        path = draft.path / layout.shard_file(array, 1)
+        path.write_bytes(without_chunk(path.read_bytes(), 2, 4))
+        draft.commit()
+    with pytest.raises(StoreError, match="shard 1 of latents"):
+        LatentsStore.open(tmp_path / "a", verify=False).latents([24])
+
+
+def test_writing_in_8_bits_continues(eight: Artifact, tmp_path: Path) -> None:
+    layout = replace(LAYOUT, storage="int8")
+    with open_draft(tmp_path / "a") as draft:
+        write(StoreWriter(draft, layout, {"encoder": ENCODER}), 1)
+    flip(tmp_path / "a" / layout.shard_file("latents_scale", 1), 9, 1)
+    with open_draft(tmp_path / "a") as draft:
+        assert StoreWriter(draft, layout, {"encoder": ENCODER}).missing_shards() == [0, 1, 2]

@@ -18,7 +18,8 @@ from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.files import sha256_file
 from bifrost_cli.data import store_layout
 from bifrost_cli.data.store_index import MEND, OK, read_index
-from bifrost_cli.data.store_layout import Layout
+from bifrost_cli.data.store_int8 import decode_int8
+from bifrost_cli.data.store_layout import FORMATS, SCALE, Layout
 from bifrost_cli.errors import StoreError
 
 _KEPT_IN_MEMORY = 2_000_000_000  # bytes of one array
@@ -97,7 +98,7 @@ class LatentsStore:
 
     def _read(self, name: str, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         wanted = np.asarray(rows, np.int64)
-        if name not in self._kept and self._arrays[name].nbytes <= _KEPT_IN_MEMORY:
+        if name not in self._kept and 2 * self._arrays[name].size <= _KEPT_IN_MEMORY:
             self._kept[name] = self._read_all(name)
         if name in self._kept:
             return self._kept[name][wanted]
@@ -114,21 +115,26 @@ class LatentsStore:
         return whole
 
     def _read_rows(self, name: str, shard: int, physical: np.ndarray) -> np.ndarray:
-        """Sorted rows of one shard, from the file that its index line names and no other."""
+        """Sorted rows of one shard as float16. StoreError when a row that was written is not there."""
+        values = self._read_stored(name, shard, physical)
+        if self._layout.dtype(name) == "int8":
+            values = decode_int8(values, self._read_stored(SCALE, shard, physical))
+        if not np.isfinite(values).all():
+            raise self._damaged(name, shard, "rows that were written are missing")
+        return values
+
+    def _read_stored(self, name: str, shard: int, physical: np.ndarray) -> np.ndarray:
+        """Rows as they are stored, from the file that the shard's index line names and no other."""
         self._check_shard(name, shard)
         span = self._layout.span(shard)
         try:
             if len(physical) == span.stop - span.start:
-                values = self._arrays[name][span]
-            else:
-                values = self._arrays[name].oindex[physical]
+                return self._arrays[name][span]
+            return self._arrays[name].oindex[physical]
         except (
             Exception
         ) as error:  # Zarr and its codecs raise many kinds for one cause: bytes that are not what was written
             raise self._damaged(name, shard, str(error)) from error
-        if not np.isfinite(values).all():
-            raise self._damaged(name, shard, "rows that were written are missing")
-        return values
 
     def _check_shard(self, name: str, shard: int) -> None:
         file = self._layout.shard_file(name, shard)
@@ -152,10 +158,10 @@ class LatentsStore:
 
 
 def _layout(attributes: dict[str, Any], path: Path) -> Layout:
-    if attributes.get("format") != store_layout.FORMAT:
-        raise StoreError(
-            f"{path} has store format {attributes.get('format')}; this bifrost reads {store_layout.FORMAT}"
-        )
+    storage = attributes.get("storage", "float16")
+    if attributes.get("format") != FORMATS.get(storage):
+        known = " and ".join(map(str, FORMATS.values()))
+        raise StoreError(f"{path} has store format {attributes.get('format')} ({storage}); this bifrost reads {known}")
     vae = attributes["vae_shape"]
     return Layout(
         attributes["rows"],
@@ -164,6 +170,7 @@ def _layout(attributes: dict[str, Any], path: Path) -> Layout:
         tuple(vae) if vae else None,
         attributes["shard_rows"],
         attributes["chunk_rows"],
+        storage,
     )
 
 

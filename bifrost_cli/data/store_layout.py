@@ -3,13 +3,15 @@
 In: sizes and rows, or a folder. Out: the bytes of shards and of Zarr's own files, the names they go by, and arrays
 opened for reading. Writes nothing. Does not know what the rows mean, which are complete, or who checks them.
 
-`latents` (N, P, C) and, where wanted, `vae` (N, c, h, w) are float16. The inner chunks carry a crc32c *inside* the
-shard, after zstd: without it most flipped bits come back as other numbers. The fill value is NaN, so that what was
-never written cannot read as zeros.
+`latents` (N, P, C) and, where wanted, `vae` (N, c, h, w) are float16; with storage int8 the latents are codes, and
+`latents_scale` (N, P, K) holds their scales. The inner chunks carry a crc32c *inside* the shard, after zstd: without it
+most flipped bits come back as other numbers. The fill value is NaN (a code of -128), so that what was never written
+cannot read as zeros.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,16 +25,19 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from bifrost_cli.data.store_index import MEND
+from bifrost_cli.data.store_int8 import MISSING, blocks
 from bifrost_cli.errors import StoreError
 
 ZARR = "store.zarr"
-FORMAT = 1
+FORMATS = {"float16": 1, "int8": 2}  # by how the latents are stored; a reader of 1 must refuse codes
+LATENTS, SCALE = "latents", "latents_scale"
 _LEVEL = 3
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of a store: `rows` of `grid` (H, W) patches with `channels` each; `vae` is (c, h, w) or None."""
+    """Sizes of a store: `rows` of `grid` (H, W) patches with `channels` each; `vae` is (c, h, w) or None; `storage` is
+    how the latents are stored, float16 or int8."""
 
     rows: int
     grid: tuple[int, int]
@@ -40,6 +45,7 @@ class Layout:
     vae: tuple[int, int, int] | None = None
     shard_rows: int = 1024
     chunk_rows: int = 16
+    storage: str = "float16"
 
     def __post_init__(self) -> None:
         if self.shard_rows % self.chunk_rows:
@@ -47,9 +53,22 @@ class Layout:
 
     @property
     def row_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of one row, by array name."""
-        shapes: dict[str, tuple[int, ...]] = {"latents": (self.grid[0] * self.grid[1], self.channels)}
+        """Shape of one row as stored, by array name."""
+        patches = self.grid[0] * self.grid[1]
+        shapes: dict[str, tuple[int, ...]] = {LATENTS: (patches, self.channels)}
+        if self.storage == "int8":
+            shapes[SCALE] = (patches, blocks(self.channels))
         return shapes if self.vae is None else {**shapes, "vae": tuple(self.vae)}
+
+    def dtype(self, name: str) -> str:
+        """The number format of an array."""
+        return self.storage if name == LATENTS else "float16"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row on the disk, before compression."""
+        shapes = self.row_shapes.items()
+        return sum(math.prod(shape) * (1 if self.dtype(name) == "int8" else 2) for name, shape in shapes)
 
     @property
     def shards(self) -> int:
@@ -93,11 +112,11 @@ def _create_array(group: zarr.Group, name: str, layout: Layout) -> zarr.Array:
     return group.create_array(
         name,
         shape=(layout.rows, *row),
-        dtype="float16",
+        dtype=layout.dtype(name),
         chunks=(layout.chunk_rows, *row),
         shards=(layout.stored_shard_rows(), *row),
         compressors=[ZstdCodec(level=_LEVEL), Crc32cCodec()],
-        fill_value=float("nan"),
+        fill_value=MISSING if layout.dtype(name) == "int8" else float("nan"),
         config={"write_empty_chunks": True},
     )
 
@@ -124,7 +143,7 @@ def open_arrays(group: zarr.Group, layout: Layout, folder: Path) -> dict[str, za
                 f"{folder / ZARR} has no readable array {name}: {error}", fix=MEND, code="BF-STORE-005"
             ) from error
         chunk, shard = (layout.chunk_rows, *row), (layout.stored_shard_rows(), *row)
-        wanted = ((layout.rows, *row), "float16", shard, chunk, (Crc32cCodec(),))
+        wanted = ((layout.rows, *row), layout.dtype(name), shard, chunk, (Crc32cCodec(),))
         if found != wanted:
             raise StoreError(
                 f"{folder / ZARR}/{name} is not laid out as its index says",

@@ -18,7 +18,8 @@ from bifrost_cli.artifacts.files import make_folder, sha256_file, write_bytes
 from bifrost_cli.data import store_layout
 from bifrost_cli.data.channel_statistics import statistics_of, sums_of
 from bifrost_cli.data.store_index import INDEX, OK, read_index, write_index
-from bifrost_cli.data.store_layout import Layout
+from bifrost_cli.data.store_int8 import decode_int8, encode_int8
+from bifrost_cli.data.store_layout import FORMATS, LATENTS, SCALE, Layout
 from bifrost_cli.errors import DataError, StoreError
 
 
@@ -53,13 +54,14 @@ class StoreWriter:
         rows = {"latents": latents_NPC} if vae_NCHW is None else {"latents": latents_NPC, "vae": vae_NCHW}
         span = self.layout.span(shard)
         ok_N = np.array([line["status"] == OK for line in lines], bool)
-        assert rows.keys() == self.layout.row_shapes.keys(), f"a shard has {' and '.join(self.layout.row_shapes)}"
+        assert ("vae" in rows) == (self.layout.vae is not None), f"a shard has {' and '.join(self.layout.row_shapes)}"
         assert len(lines) == span.stop - span.start, "a shard is written whole"
         halves = {name: _as_half(name, values, ok_N, lines) for name, values in rows.items()}
+        stored, halves["latents"] = self._stored(halves)
         files = {}
-        for name, half in halves.items():
-            assert half.shape == (len(lines), *self.layout.row_shapes[name]), f"{name} has shape {half.shape}"
-            file, data = self.layout.shard_file(name, shard), store_layout.shard_bytes(self.layout, name, shard, half)
+        for name, values in stored.items():
+            assert values.shape == (len(lines), *self.layout.row_shapes[name]), f"{name} has shape {values.shape}"
+            file, data = self.layout.shard_file(name, shard), store_layout.shard_bytes(self.layout, name, shard, values)
             self._write(file, data)
             files[file] = {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)}
         sums = sums_of(halves["latents"][ok_N])
@@ -77,10 +79,18 @@ class StoreWriter:
             self._write(file, data)
         return statistics
 
+    def _stored(self, halves: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The arrays as the layout stores them, and the latents that a reader will see."""
+        if self.layout.storage == "float16":
+            return dict(halves), halves[LATENTS]
+        codes_NPC, scales_NPK = encode_int8(halves[LATENTS])
+        return {**halves, LATENTS: codes_NPC, SCALE: scales_NPK}, decode_int8(codes_NPC, scales_NPK)
+
     def _described(self) -> dict[str, Any]:
         layout = self.layout
         return {
-            "format": store_layout.FORMAT,
+            "format": FORMATS[layout.storage],
+            **({} if layout.storage == "float16" else {"storage": layout.storage}),
             "rows": layout.rows,
             "grid": list(layout.grid),
             "channels": layout.channels,

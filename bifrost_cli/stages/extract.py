@@ -6,7 +6,6 @@ extraction continues at the first missing shard and ends in the same bytes. Does
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from pathlib import Path
@@ -92,6 +91,7 @@ class _Job:
             vae.shape if vae else None,
             rules.shard_rows,
             rules.chunk_rows,
+            rules.storage,
         )
         self.identity = {
             **self.described,
@@ -99,6 +99,7 @@ class _Job:
             "rows": len(found.samples),
             "shard_rows": rules.shard_rows,
             "chunk_rows": rules.chunk_rows,
+            **({} if rules.storage == "float16" else {"storage": rules.storage}),
         }
 
     def plan(self, path: Path) -> dict[str, Any]:
@@ -112,7 +113,7 @@ class _Job:
             "shards": self.layout.shards,
             "disk_needed": self._bytes(self.layout.rows),
             "disk_free": _free(path),
-            "memory_of_a_shard": self._bytes(min(self.layout.rows, self.layout.shard_rows)),
+            "memory_of_a_shard": self._bytes(min(self.layout.rows, self.layout.shard_rows)) * self._copies(),
             "device": str(self.device),
         }
 
@@ -186,7 +187,11 @@ class _Job:
         return self.found.samples[self.layout.span(shard)]
 
     def _bytes(self, rows: int) -> int:
-        return 2 * rows * sum(math.prod(shape) for shape in self.layout.row_shapes.values())
+        return rows * self.layout.row_bytes
+
+    def _copies(self) -> int:
+        """A shard in 8 bits is in memory before and after its rounding too, in 16 bits each."""
+        return 5 if self.layout.storage == "int8" else 1
 
     def _require_room(self, path: Path, rows: int) -> None:
         need, free = self._bytes(rows), _free(path)
