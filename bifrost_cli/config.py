@@ -62,6 +62,7 @@ class Latents(Section):
     allow_outside: bool = Field(False, description="accept links and paths that leave the source folder")
     image_column: str | None = Field(None, description="a table's column of pictures or their paths; null guesses it")
     caption_column: str | None = Field(None, description="a table's column of captions; null guesses it")
+    flip: bool = Field(False, description="a second row for every picture, flipped left to right, caption unchanged")
     captions: Literal["files", "folders"] = Field(
         "files", description="where a folder's captions are: .txt files, or the name of each picture's folder"
     )

@@ -450,3 +450,22 @@ def test_a_network_that_fails_is_no_bad_picture(memory: str, monkeypatch: pytest
     monkeypatch.setattr(MemoryFileSystem, "cat_file", broken)
     with pytest.raises(EnvironmentProblem, match="reset by peer"):
         sample.load()
+
+
+# ---- mirror images ---------------------------------------------------------------------------------------------------
+
+
+def test_a_flip_is_a_second_row(tmp_path: Path) -> None:
+    for name, caption in (("a.png", "a cat to the Left"), ("a b.png", "a dog")):
+        rgb = np.random.default_rng(len(name)).integers(0, 255, (40, 40, 3), np.uint8)
+        put(tmp_path, name, caption)
+        Image.fromarray(rgb).save(tmp_path / name)
+    found = scan(tmp_path, Latents(flip=True))
+    assert [s.key for s in found.samples] == ["a", "a#flip", "a%20b", "a%20b#flip"]
+    assert [s.key for s in found.samples] == sorted(s.key for s in found.samples)
+    row, flip = found.samples[:2]
+    assert (row.caption, row.sha256) == (flip.caption, flip.sha256) and flip.load().notes == ("flipped",)
+    assert np.array_equal(row.load().rgb[:, ::-1], flip.load().rgb)
+    assert found.funnel == {"seen": 2, "readable": 2, "captioned": 2, "used": 4, "flipped": 2}
+    assert found.said == ("flip: 1 of 2 captions say left or right, which is wrong of their flipped row",)
+    assert "say where things are" in refused("shapes:3", "BF-RECIPE-005", Latents(flip=True), 2)

@@ -49,3 +49,16 @@ def test_held_out_rows_depend_on_their_keys_alone():
     assert held_out(keys[:12], 16)[1] == held_out(keys[:12], 1)[1] and held_out(keys, 0) == (list(range(200)), [])
     with pytest.raises(ValueError):
         held_out(keys[:1], 1)
+
+
+def test_both_rows_of_a_picture_are_on_one_side():
+    pictures = [f"{i:04d}" for i in range(100)]
+    keys = [key for picture in pictures for key in (picture, picture + "#flip")]
+    for count in range(1, 20):
+        train, held = held_out(keys, count)
+        sides = [{keys[row].partition("#")[0] for row in rows} for rows in (train, held)]
+        assert not sides[0] & sides[1] and len(held) in (count, count + 1) and len(train) + len(held) == 200
+    alone = {pictures[row] for row in held_out(pictures, 5)[1]}
+    assert alone == {keys[row].partition("#")[0] for row in held_out(keys, 10)[1]}, "a flip moves no picture"
+    with pytest.raises(ValueError):
+        held_out(["a", "a#flip"], 1)

@@ -26,6 +26,9 @@ from bifrost_cli.shapes.captions import held_out_prompts, sample_scene
 from bifrost_cli.shapes.draw import draw
 
 PROMPTS = "prompts.jsonl"
+# What a recipe says of its own source's captions and rows is not said of this folder.
+_AS_PICTURES = {"missing_caption": "empty", "image_column": None, "caption_column": None, "captions": "files",
+                "class_names": None, "flip": False}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _read(path: Path, rules: Latents) -> np.ndarray:
 
 def from_folder(folder: Path, rules: Latents) -> PictureSet:
     """The pictures of a folder, with captions where it has any. DataError: none."""
-    found = scan(str(folder), rules.model_copy(update={"missing_caption": "empty"}))
+    found = scan(str(folder), rules.model_copy(update=_AS_PICTURES))
     entries = tuple(
         Entry(sample.key, sample.sha256, partial(_load, sample), sample.caption or None, sample.plan)
         for sample in found.samples

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,39 +26,14 @@ from bifrost_cli.data.entry import Entry
 from bifrost_cli.data.images import Animated, BadImage, Picture, read_image
 from bifrost_cli.data.listing import list_source
 from bifrost_cli.data.problems import Problem, SourceError
-from bifrost_cli.errors import DataError, UsageError
+from bifrost_cli.data.sample import Sample, Scan, with_flips
+from bifrost_cli.errors import DataError, RecipeError, UsageError
 from bifrost_cli.shapes.captions import sample_prompt, sample_scene
 from bifrost_cli.shapes.draw import draw
 from bifrost_cli.shapes.plan import write_plan
 
 SHAPES = "shapes:"
 _BLOCK = 1024  # images handed to the threads at once
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One captioned picture; `sha256` is that of the file (of the pixels, where there is no file).
-
-    `load()` reads it again; BadImage when it is not what the scan saw.
-    """
-
-    key: str
-    caption: str
-    plan: str | None
-    sha256: str
-    load: Callable[[], Picture]
-
-
-@dataclass(frozen=True)
-class Scan:
-    """What a source gives: samples in key order, the funnel, other counts, problems that did not stop, and lines that
-    tell a person what was chosen."""
-
-    samples: tuple[Sample, ...]
-    funnel: dict[str, int]
-    counts: dict[str, int] = field(default_factory=dict)
-    events: tuple[Problem, ...] = ()
-    said: tuple[str, ...] = ()
 
 
 class _Silent:
@@ -72,10 +47,17 @@ Progress = Callable[[int, str], AbstractContextManager[Any]]
 def scan(source: str | Path, rules: Latents, progress: Progress = lambda total, what: nullcontext(_Silent())) -> Scan:
     """Look at everything `source` holds; `progress(total, what)` opens a counter that is advanced image by image.
 
-    UsageError: a malformed `shapes:`. DataError: no images, keys that clash, nothing left to use. SourceError: captions
-    or images that stop under the recipe's rules, with all problems of that kind.
+    UsageError: a malformed `shapes:`. RecipeError: a setting that is wrong of this source. DataError: no images, keys
+    that clash, nothing left to use. SourceError: captions or images that stop under the recipe's rules, with all
+    problems of that kind.
     """
     if str(source).startswith(SHAPES):
+        if rules.flip:
+            raise RecipeError(
+                "latents.flip would make captions of the built-in world wrong: they say where things are",
+                fix="--set latents.flip=false",
+                code="BF-RECIPE-005",
+            )
         return _scan_shapes(str(source), progress)
     listing = list_source(str(source), rules)
     captioned, missing = _captioned(listing.entries, source, rules)
@@ -105,7 +87,12 @@ def scan(source: str | Path, rules: Latents, progress: Progress = lambda total, 
     notes = Counter(note for _, found in readable for note in found.notes)
     duplicates = len(samples) - len({sample.sha256 for sample in samples})
     counts = {**listing.counts, **({"duplicates": duplicates} if duplicates else {}), **dict(sorted(notes.items()))}
-    return Scan(samples, funnel, counts, (*missing, *bad, *animated), listing.said)
+    said = listing.said
+    if rules.flip:
+        funnel |= {"flipped": funnel.pop("used"), "used": 2 * len(samples)}
+        samples, notes_on_flips = with_flips(samples)
+        said += notes_on_flips
+    return Scan(samples, funnel, counts, (*missing, *bad, *animated), said)
 
 
 # ---- captions --------------------------------------------------------------------------------------------------------

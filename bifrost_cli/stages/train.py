@@ -24,6 +24,7 @@ from bifrost_cli.stages.loading_clip import features_name
 from bifrost_cli.stages.ui import Ui
 from bifrost_cli.training.checkpoint import Checkpoints
 from bifrost_cli.training.loop import FitResult, Task, fit
+from bifrost_cli.training.order import picture_of
 
 # What changes no byte of the result, and what came later and is as it was before where it has this value.
 RUN_ONLY = {"checkpoint_every", "keep", "log_every", "tensorboard", "gradient_checkpointing"}
@@ -64,7 +65,7 @@ def choose_store(recipe: Recipe, latents: Path | str | None, workspace: Path | s
     name = features_name(recipe.latents.encoder)
     if store.encoder.get("name") != name:
         raise other_encoder(store, recipe, f"encoder {store.encoder.get('name')}, not {name}")
-    if store.rows < 2:
+    if store.rows < 3 and len({picture_of(key) for key in store.keys}) < 2:
         raise DataError(f"{found.path} has {store.rows} rows: too few to train on and validate", code="BF-DATA-008",
                         fix="extract more pictures: bifrost extract-latents")
     return store

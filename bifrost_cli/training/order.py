@@ -51,11 +51,19 @@ def batch_indices(seed: int, step: int, batch_size: int, rows: int) -> list[int]
 def held_out(keys: Sequence[str], count: int) -> tuple[list[int], list[int]]:
     """(rows to train on, rows to validate on): the `count` rows whose keys have the smallest hash are held out.
 
-    At most a tenth of the rows, and at least one if `count` is not 0. Which rows depends on the keys alone, so a row
-    keeps its side when seeds or settings change. Raises ValueError when nothing is left to train on.
+    At most a tenth of the rows, and at least one if `count` is not 0; one more where a picture's other row would else
+    be trained on. Which rows depends on the keys alone, so a row keeps its side when seeds or settings change. Raises
+    ValueError when nothing is left to train on.
     """
     count = min(count, max(1, len(keys) // 10))
+    ranked = sorted(range(len(keys)), key=lambda row: (derive("held out", picture_of(keys[row])), keys[row]))
+    while 0 < count < len(keys) and picture_of(keys[ranked[count - 1]]) == picture_of(keys[ranked[count]]):
+        count += 1
     if len(keys) <= count:
         raise ValueError(f"{len(keys)} rows are too few to train on and validate")
-    ranked = sorted(range(len(keys)), key=lambda row: derive("held out", keys[row]))
     return sorted(ranked[count:]), sorted(ranked[:count])
+
+
+def picture_of(key: str) -> str:
+    """The key of the picture that a row shows: `a#flip` is another row of the picture `a`."""
+    return key.partition("#")[0]
