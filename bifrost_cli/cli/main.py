@@ -16,7 +16,7 @@ from pathlib import Path
 import typer
 
 from bifrost_cli.artifacts.files import disk_errors
-from bifrost_cli.cli import ablations, artifacts, checkpoints, recipes, shapes, stages
+from bifrost_cli.cli import ablations, artifacts, checkpoints, data, recipes, shapes, stages
 from bifrost_cli.cli.options import Version
 from bifrost_cli.errors import (
     BifrostError,
@@ -51,6 +51,7 @@ def root(context: typer.Context, version: Version = False) -> None:
 app.add_typer(stages.app)
 app.add_typer(checkpoints.app)
 app.add_typer(ablations.app)
+app.add_typer(data.app, name="data")
 app.add_typer(artifacts.app, name="artifacts")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(shapes.app, name="shapes")

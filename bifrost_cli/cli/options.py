@@ -80,9 +80,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 Offline = Annotated[bool, typer.Option("--offline", callback=_go_offline, is_eager=True, help="Never use the network.")]
 
 # ---- flags for recipe keys
-EXTRACT = (
-    Flag("latents.encoder", str, ("--encoder",), "mllm, or open_clip:NAME/PRETRAINED."),
-    Flag("latents.background", str, ("--background",), "The colour under transparent pixels."),
+SOURCE = (
     Flag("latents.missing_caption", str, ("--missing-caption",), "stop, skip or empty."),
     Flag("latents.bad_image", str, ("--bad-image",), "stop or skip."),
     Flag("latents.max_bad", float, ("--max-bad",), "With --bad-image skip: the share that stops after all."),
@@ -91,6 +89,11 @@ EXTRACT = (
     Flag("latents.caption_column", str, ("--caption-column",), "A table's column of captions."),
     Flag("latents.captions", str, ("--captions",), "files (.txt), or folders: each folder is a class."),
     Flag("latents.class_names", str, ("--class-names",), "A file of lines FOLDER CAPTION: the classes' names."),
+)
+EXTRACT = (
+    Flag("latents.encoder", str, ("--encoder",), "mllm, or open_clip:NAME/PRETRAINED."),
+    Flag("latents.background", str, ("--background",), "The colour under transparent pixels."),
+    *SOURCE,
 )
 PAINT = (
     Flag(

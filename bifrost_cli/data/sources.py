@@ -27,7 +27,7 @@ from bifrost_cli.data.images import Animated, BadImage, Picture, read_image
 from bifrost_cli.data.listing import list_source
 from bifrost_cli.data.problems import Problem, SourceError
 from bifrost_cli.data.sample import Sample, Scan, with_flips
-from bifrost_cli.errors import DataError, RecipeError, UsageError
+from bifrost_cli.errors import RecipeError, UsageError
 from bifrost_cli.shapes.captions import sample_prompt, sample_scene
 from bifrost_cli.shapes.draw import draw
 from bifrost_cli.shapes.plan import write_plan
@@ -81,8 +81,11 @@ def scan(source: str | Path, rules: Latents, progress: Progress = lambda total, 
         "used": len(samples),
     }
     if not samples:
-        raise DataError(
-            f"nothing in {source} can be used", at=_shown(funnel), fix="see --missing-caption and --bad-image"
+        raise SourceError(
+            f"nothing in {source} can be used: {_shown(funnel)}",
+            (*missing, *bad, *animated),
+            fix="see --missing-caption and --bad-image",
+            code="BF-DATA-001",
         )
     notes = Counter(note for _, found in readable for note in found.notes)
     duplicates = len(samples) - len({sample.sha256 for sample in samples})
@@ -107,13 +110,7 @@ def _captioned(
         for entry in entries
         if entry.caption is None and not entry.problem
     )
-    if missing and rules.missing_caption == "stop":
-        raise SourceError(
-            f"{len(missing)} of {len(entries)} images in {source} have no caption",
-            missing,
-            fix="write the captions, or --missing-caption skip (leave them out) or empty (use an empty caption)",
-            code="BF-DATA-002",
-        )
+    _refuse_missing(missing, len(entries), source, rules)
     empty = rules.missing_caption == "empty"
     return {entry.key: entry.caption or "" for entry in entries if entry.caption is not None or empty}, missing
 
@@ -153,15 +150,38 @@ def _sort_problems(
     """Bad images and animations left out; SourceError when the bad ones stop."""
     problems = [found for found in checked if isinstance(found, Problem)]
     bad = [problem for problem in problems if problem.event == "bad-image"]
+    _refuse_bad(bad, len(checked), source, rules)
+    return bad, [problem for problem in problems if problem.event == "animated"]
+
+
+# ---- what stops ------------------------------------------------------------------------------------------------------
+
+
+def refuse_problems(found: Scan, source: str | Path, rules: Latents) -> None:
+    """SourceError where `scan` under these rules stops for what a scan under milder ones found."""
+    for event, refuse in (("missing-caption", _refuse_missing), ("bad-image", _refuse_bad)):
+        refuse([problem for problem in found.events if problem.event == event], found.funnel["seen"], source, rules)
+
+
+def _refuse_missing(missing: Sequence[Problem], of: int, source: str | Path, rules: Latents) -> None:
+    if missing and rules.missing_caption == "stop":
+        raise SourceError(
+            f"{len(missing)} of {of} images in {source} have no caption",
+            missing,
+            fix="write the captions, or --missing-caption skip (leave them out) or empty (use an empty caption)",
+            code="BF-DATA-002",
+        )
+
+
+def _refuse_bad(bad: Sequence[Problem], of: int, source: str | Path, rules: Latents) -> None:
     if bad and rules.bad_image == "stop":
         raise SourceError(
-            f"{len(bad)} of {len(checked)} images in {source} cannot be used",
+            f"{len(bad)} of {of} images in {source} cannot be used",
             bad,
             fix="mend or remove them, or leave them out: --bad-image skip",
             code="BF-DATA-003",
         )
-    refuse_too_many(bad, len(checked), source, rules)
-    return bad, [problem for problem in problems if problem.event == "animated"]
+    refuse_too_many(bad, of, source, rules)
 
 
 def refuse_too_many(bad: Sequence[Problem], of: int, source: str | Path, rules: Latents) -> None:
