@@ -48,7 +48,7 @@ class Latents(Section):
     shard_rows: Count = Field(1024, description="rows of a shard, the unit of writing and of resuming")
     chunk_rows: Count = Field(16, description="rows of a chunk, the unit of reading; divides shard_rows")
     storage: Literal["float16", "int8"] = Field(
-        "float16", description="number format of the stored latents; int8 halves them, at a cosine of 0.9998"
+        "float16", description="number format of the stored latents; int8 halves them, at a cosine above 0.999"
     )
     batch_size: Count = Field(32, description="pictures encoded at once")
     background: str = Field("white", description="the colour under transparent pixels")

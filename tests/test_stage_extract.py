@@ -25,7 +25,7 @@ import torch
 from fixtures_flux import save_system
 from PIL import Image, ImageOps
 
-from bifrost_cli import extract_latents
+from bifrost_cli import extract_latents, load_recipe
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.config import Latents, Recipe, Shapes
 from bifrost_cli.data.images import square
@@ -476,3 +476,111 @@ def test_a_limit_on_file_size_stops_with_3(averages: Any, undisturbed: dict[str,
     process.join()
     assert process.exitcode == 3
     assert run(tmp_path / "a").files == undisturbed
+
+
+# ---- other sources, other stores -------------------------------------------------------------------------------------
+
+
+def written_as(kind: str, path: Path, count: int = 20, changed: bool = False) -> str:
+    """The pictures of `folder_of` as another kind of source; `changed` gives the last one another caption."""
+    import io
+    import tarfile
+
+    folder = folder_of(path / "pictures", count)
+    captions = [f"caption {i}" for i in range(count - 1)] + ["other" if changed else f"caption {count - 1}"]
+    pictures = {f"{i:02d}": (folder / f"{i:02d}.png").read_bytes() for i in range(count)}
+    if kind == "csv":
+        lines = [f"pictures/{name}.png,{caption}\n" for name, caption in zip(pictures, captions, strict=True)]
+        (path / "list.csv").write_text("image,text\n" + "".join(lines))
+        return str(path / "list.csv")
+    if kind == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        table = pa.table({"image": list(pictures.values()), "text": captions})
+        pq.write_table(table, path / "a.parquet", row_group_size=7)
+        return str(path / "a.parquet")
+    with tarfile.open(path / "a.tar", "w") as tar:
+        for (name, data), caption in zip(pictures.items(), captions, strict=True):
+            for extension, content in (("png", data), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{name}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return str(path / "a.tar")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "tar"])
+def test_every_source_gives_the_same_rows_and_a_changed_one_is_no_continuation(
+    averages: Any, tmp_path: Path, kind: str
+) -> None:
+    source = written_as(kind, tmp_path)
+    folder = LatentsStore.open(run(tmp_path / "folder", tmp_path / "pictures"))
+    averages(Averages(lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 1 else None))
+    with pytest.raises(Stopped):
+        run(tmp_path / "a", source)
+    averages(Averages())
+    written_as(kind, tmp_path, changed=True)
+    assert "samples: " in refused("BF-STORE-003", 5, tmp_path / "a", source)
+    written_as(kind, tmp_path, count=19)
+    assert "rows: 20 -> 19" in refused("BF-STORE-003", 5, tmp_path / "a", source)
+    written_as(kind, tmp_path)
+    calls: list[int] = []
+    averages(Averages(calls.append))
+    store = LatentsStore.open(run(tmp_path / "a", source))
+    assert len(calls) == 1, "the first shard was kept"
+    assert store.captions == folder.captions
+    assert [line["image"] for line in store.lines] == [line["image"] for line in folder.lines]
+    assert np.array_equal(store.latents(range(20)), folder.latents(range(20)))
+
+
+def test_an_archive_that_is_damaged_while_it_is_read_loses_nothing(averages: Any, tmp_path: Path) -> None:
+    source = written_as("tar", tmp_path)
+    whole = Path(source).read_bytes()
+    averages(Averages(lambda call: Path(source).write_bytes(whole[:2048]) if call == 1 else None))
+    assert "changed during the run" in refused("BF-DATA-003", 4, tmp_path / "a", source)
+    assert "is damaged" in refused("BF-DATA-005", 4, tmp_path / "a", source)
+    Path(source).write_bytes(whole)
+    calls: list[int] = []
+    averages(Averages(calls.append))
+    assert LatentsStore.open(run(tmp_path / "a", source)).rows == 20 and len(calls) == 1
+
+
+@pytest.mark.crash
+def test_flipped_rows_in_8_bits_survive_kills(averages: Any, tmp_path: Path) -> None:
+    source, rules = folder_of(tmp_path / "source", 40), {"flip": True, "storage": "int8"}
+    whole = run(tmp_path / "whole", source, **rules)
+    store, plain = LatentsStore.open(whole), LatentsStore.open(run(tmp_path / "plain", source))
+    assert store.rows == 80 and store.keys[:3] == ["00", "00#flip", "01"] and whole.info["funnel"]["flipped"] == 40
+    own, mirrored = store.latents(range(0, 80, 2)), store.latents(range(1, 80, 2))
+    assert np.allclose(own, plain.latents(range(40)), rtol=0.02)
+    assert np.allclose(mirrored, own[:, [1, 0, 3, 2]], rtol=0.04), "patches change places"
+    averages(slow(0.02))
+    for trial in range(4):
+        process = in_child(lambda: run(tmp_path / "killed", source, **rules))
+        time.sleep(0.1 * (trial + 1))
+        process.kill()
+        process.join()
+    assert run(tmp_path / "killed", source, **rules).files == whole.files
+
+
+def test_8_bits_are_another_artifact_of_half_the_size(averages: Any, tmp_path: Path) -> None:
+    plans = [extract_latents(recipe(storage=kind), source=ROWS, workspace=tmp_path, dry_run=True)
+             for kind in ("float16", "int8")]  # fmt: skip
+    assert plans[0]["output"] != plans[1]["output"]
+    run(tmp_path / "a")
+    assert "storage: (none) -> int8" in refused("BF-STORE-003", 5, tmp_path / "a", storage="int8")
+
+
+def test_the_built_in_latents_in_8_bits_keep_their_direction(tmp_path: Path) -> None:
+    stores = []
+    for kind in ("float16", "int8"):
+        wanted = load_recipe("tiny", [f"latents.storage={kind}", "latents.vae=false"])
+        stores.append(LatentsStore.open(extract_latents(wanted, source="shapes:32", output=tmp_path / kind)))
+    a, b = (store.latents(range(32)).astype(np.float64) for store in stores)
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    assert cosine.min() > 0.9999 and np.allclose(stores[0].std_C, stores[1].std_C, rtol=0.01)
+
+
+def test_a_caption_of_300_words_is_kept_whole(averages: Any, tmp_path: Path) -> None:
+    caption = " ".join(f"word{i}" for i in range(300))
+    source = folder_of(tmp_path / "source", 3)
+    (source / "01.txt").write_text(caption)
+    assert LatentsStore.open(run(tmp_path / "a", source)).captions[1] == caption

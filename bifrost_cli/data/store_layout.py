@@ -4,7 +4,7 @@ In: sizes and rows, or a folder. Out: the bytes of shards and of Zarr's own file
 opened for reading. Writes nothing. Does not know what the rows mean, which are complete, or who checks them.
 
 `latents` (N, P, C) and, where wanted, `vae` (N, c, h, w) are float16; with storage int8 the latents are codes, and
-`latents_scale` (N, P, K) holds their scales. The inner chunks carry a crc32c *inside* the shard, after zstd: without it
+`latents_scale` (N, S) holds their scales. The inner chunks carry a crc32c *inside* the shard, after zstd: without it
 most flipped bits come back as other numbers. The fill value is NaN (a code of -128), so that what was never written
 cannot read as zeros.
 """
@@ -25,7 +25,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from bifrost_cli.data.store_index import MEND
-from bifrost_cli.data.store_int8 import MISSING, blocks
+from bifrost_cli.data.store_int8 import MISSING, scales_of_row
 from bifrost_cli.errors import StoreError
 
 ZARR = "store.zarr"
@@ -57,7 +57,7 @@ class Layout:
         patches = self.grid[0] * self.grid[1]
         shapes: dict[str, tuple[int, ...]] = {LATENTS: (patches, self.channels)}
         if self.storage == "int8":
-            shapes[SCALE] = (patches, blocks(self.channels))
+            shapes[SCALE] = (scales_of_row(patches, self.channels),)
         return shapes if self.vae is None else {**shapes, "vae": tuple(self.vae)}
 
     def dtype(self, name: str) -> str:

@@ -83,8 +83,8 @@ class StoreWriter:
         """The arrays as the layout stores them, and the latents that a reader will see."""
         if self.layout.storage == "float16":
             return dict(halves), halves[LATENTS]
-        codes_NPC, scales_NPK = encode_int8(halves[LATENTS])
-        return {**halves, LATENTS: codes_NPC, SCALE: scales_NPK}, decode_int8(codes_NPC, scales_NPK)
+        codes_NPC, scales_NS = encode_int8(halves[LATENTS])
+        return {**halves, LATENTS: codes_NPC, SCALE: scales_NS}, decode_int8(codes_NPC, scales_NS)
 
     def _described(self) -> dict[str, Any]:
         layout = self.layout
