@@ -97,6 +97,16 @@ def test_a_table_that_changes_after_the_scan_is_not_loaded(tmp_path: Path) -> No
         samples[0].load()
 
 
+def test_a_table_elsewhere(tmp_path: Path) -> None:
+    import fsspec
+
+    path = parquet(tmp_path / "a.parquet", image=[picture(i) for i in range(3)], caption=["x"] * 3)
+    fsspec.filesystem("memory").pipe_file("/tables/a.parquet", path.read_bytes())
+    assert [s.load().rgb.mean() for s in scan("memory://tables/a.parquet", RULES).samples] == [0, 1, 2]
+    assert "does not exist" in refused("memory://tables/b.parquet", "BF-DATA-001")
+    fsspec.filesystem("memory").rm("/tables", recursive=True)
+
+
 # ---- Hugging Face ----------------------------------------------------------------------------------------------------
 
 
