@@ -141,10 +141,11 @@ def test_a_data_set_in_a_folder(datasets: Any, tmp_path: Path, form: str) -> Non
     assert [(s.key, s.caption) for s in found.samples] == [(f"{i:09d}", "abc"[i]) for i in range(3)]
     assert [s.sha256 for s in found.samples] == [hashlib.sha256(data).hexdigest() for data in pictures]
     assert [s.load().rgb.mean() for s in found.samples] == [0, 1, 2] and "split train, 3 rows" in found.said[0]
-    classes = scan(f"hf:{folder}:train", Latents(caption_column="label"))
+    classes = scan(f"hf:{folder}", Latents(caption_column="label"))
     assert [s.caption for s in classes.samples] == ["no", "on", "on"]
+    assert "with split other" in refused(f"hf:{folder}:other", "BF-DATA-005")
     if form != "saved":
-        assert "with split other" in refused(f"hf:{folder}:other", "BF-DATA-005")
+        assert len(scan(f"hf:{folder}:train", RULES).samples) == 3
     assert "holds string, not pictures" in refused(f"hf:{folder}", "BF-DATA-005", Latents(image_column="caption"))
     assert "no column text" in refused(f"hf:{folder}", "BF-DATA-005", Latents(caption_column="text"))
 

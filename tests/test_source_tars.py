@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import io
 import tarfile
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -178,3 +181,26 @@ def test_archives_elsewhere(tmp_path: Path) -> None:
     found = scan("memory://tars/{0..0}.tar", RULES)
     assert [s.load().rgb.mean() for s in found.samples] == [3]
     files.rm("/tars", recursive=True)
+
+
+class WholeFiles(http.server.SimpleHTTPRequestHandler):
+    """A server that knows no ranges."""
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_a_server_without_ranges_and_one_that_hangs_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("aiohttp")
+    archive(tmp_path / "a.tar", ("0.png", picture(3)), ("0.txt", b"x"))
+    (tmp_path / "list.csv").write_text("image,text\n0.png,x\n")
+    (tmp_path / "0.png").write_bytes(picture(5))
+    handler = functools.partial(WholeFiles, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_address[1]}"
+        assert scan(f"{base}/list.csv?token=1", RULES).samples[0].load().rgb.mean() == 5
+        assert "does not exist" in refused(f"{base}/other.tar", "BF-DATA-001")
+        assert "whole files only" in refused(f"{base}/a.tar", "BF-ENV-020", exit_code=3)
+        server.shutdown()
+    assert "cannot be read" in refused(f"{base}/list.csv", "BF-ENV-020", exit_code=3)

@@ -371,6 +371,7 @@ def test_columns_and_classes_that_would_be_ignored_are_refused(tmp_path: Path) -
     path = table(tmp_path, "list.csv", "image,text\na.png,x\n")
     refused(tmp_path, "BF-RECIPE-005", Latents(image_column="image"), 2)
     refused(path, "BF-RECIPE-005", Latents(captions="folders"), 2)
+    refused("shapes:3", "BF-RECIPE-005", Latents(caption_column="text"), 2)
     refused(tmp_path, "BF-RECIPE-005", Latents(class_names="words.txt"), 2)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from bifrost_cli.config import Latents
 from bifrost_cli.data.entry import Listing
-from bifrost_cli.data.places import expand, is_remote
+from bifrost_cli.data.places import expand, is_remote, suffix_of
 from bifrost_cli.data.source_folder import list_folder
 from bifrost_cli.data.source_hub import HUB, list_hub
 from bifrost_cli.data.source_parquet import list_parquet
@@ -30,14 +30,14 @@ def list_source(source: str, rules: Latents) -> Listing:
     """
     try:
         if source.startswith(HUB) and not is_remote(source):
-            _refuse(rules, "a data set", captions="files", class_names=None)
+            refuse_ignored(rules, "a data set", captions="files", class_names=None)
             return list_hub(source.removeprefix(HUB), rules)
         places = expand(source)
-        suffix = Path(places[0]).suffix.lower()
+        suffix = suffix_of(places[0])
         if suffix in (*TABLES, PARQUET) and (is_remote(source) or not Path(places[0]).is_dir()):
             return _of_tables(places, rules)
         if suffix == ".tar":
-            _refuse(rules, "archives", captions="files", image_column=None)
+            refuse_ignored(rules, "archives", captions="files", image_column=None)
             return list_tars(places, rules)
         root = Path(source)
         if is_remote(source) or not root.is_dir():
@@ -47,9 +47,9 @@ def list_source(source: str, rules: Latents) -> Listing:
         metadata = root / METADATA
         if metadata.exists() and rules.captions == "files":
             return _of_tables([str(metadata)], rules)
-        _refuse(rules, "a folder", image_column=None, caption_column=None)
+        refuse_ignored(rules, "a folder", image_column=None, caption_column=None)
         if rules.captions == "files":
-            _refuse(rules, "captions in files", class_names=None)
+            refuse_ignored(rules, "captions in files", class_names=None)
         return list_folder(root, rules)
     except PermissionError as error:
         raise DataError(f"{error.filename} is not readable by this user") from error
@@ -62,12 +62,12 @@ def folder_of(source: str) -> Path | None:
 
 
 def _of_tables(places: list[str], rules: Latents) -> Listing:
-    _refuse(rules, "a table", captions="files", class_names=None)
-    parquet = Path(places[0]).suffix.lower() == PARQUET
+    refuse_ignored(rules, "a table", captions="files", class_names=None)
+    parquet = suffix_of(places[0]) == PARQUET
     return list_parquet(places, rules) if parquet else list_tables(places, rules)
 
 
-def _refuse(rules: Latents, what: str, **ignored: object) -> None:
+def refuse_ignored(rules: Latents, what: str, **ignored: object) -> None:
     """RecipeError for a key that is set and that this kind of source has no use for."""
     for name, default in ignored.items():
         if getattr(rules, name) != default:

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from bifrost_cli.data.images import BadImage, read_regular
-from bifrost_cli.errors import EnvironmentProblem, UsageError
+from bifrost_cli.errors import BifrostError, EnvironmentProblem, UsageError
 
 SCHEMES = ("s3", "gs", "az", "abfs", "https", "http", "hf", "memory")
 _BACKENDS = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "https": "aiohttp", "http": "aiohttp"}
@@ -30,31 +30,42 @@ def read_place(place: str) -> bytes:
     """All bytes of a place."""
     if not is_remote(place):
         return read_regular(Path(place))
-    with _remote_errors(place) as files:
-        return files.cat_file(place)
+    with reading(place):
+        return _files(place).cat_file(place)
 
 
 def read_span(place: str, start: int, size: int) -> bytes:
     """`size` bytes from `start`; fewer where the file ends before."""
     if is_remote(place):
-        with _remote_errors(place) as files:
-            return files.cat_file(place, start, start + size)
+        with reading(place):
+            data = _files(place).cat_file(place, start, start + size)
+            if len(data) > size:  # the server took no notice of the range
+                raise _whole_files_only(place)
+            return data
     with open_place(place) as stream:
         stream.seek(start)
         return stream.read(size)
 
 
 def open_place(place: str) -> BinaryIO:
-    """An open file that can seek; the caller closes it."""
+    """An open file that can seek; the caller closes it, and reads it inside `reading(place)`."""
     if is_remote(place):
-        with _remote_errors(place) as files:
-            return files.open(place, "rb")
+        with reading(place):
+            stream = _files(place).open(place, "rb")
+            if not stream.seekable():
+                raise _whole_files_only(place)
+            return stream
     path = Path(place)
     if not path.exists():
         raise BadImage("dangling link" if path.is_symlink() else "file not found")
     if not path.is_file():
         raise BadImage("not a regular file")
     return open(path, "rb")
+
+
+def suffix_of(place: str) -> str:
+    """`.csv` and so on, lower case; an address's query does not count."""
+    return Path(place.partition("?")[0] if is_remote(place) else place).suffix.lower()
 
 
 def expand(pattern: str) -> list[str]:
@@ -80,15 +91,16 @@ def beside(place: str, name: str) -> str:
 
 
 @contextmanager
-def _remote_errors(place: str) -> Iterator:
-    """The file system of an address, and its errors as ours."""
+def reading(place: str) -> Iterator[None]:
+    """Errors on the way to an address, as ours; those of a local file are left as they are."""
+    if not is_remote(place):
+        yield
+        return
     scheme = place.partition("://")[0]
-    if scheme not in SCHEMES:
-        raise UsageError(f"{scheme}:// is not read", fix="one of " + ", ".join(f"{name}://" for name in SCHEMES))
     try:
-        from fsspec.core import url_to_fs
-
-        yield url_to_fs(place)[0]
+        yield
+    except BifrostError:
+        raise
     except ImportError as error:
         name = _BACKENDS.get(scheme, "fsspec")
         raise EnvironmentProblem(
@@ -102,3 +114,21 @@ def _remote_errors(place: str) -> Iterator:
             fix="see that the address and the network are right, then give the same command again; it continues",
             code="BF-ENV-020",
         ) from error
+
+
+def _whole_files_only(place: str) -> EnvironmentProblem:
+    return EnvironmentProblem(
+        f"{place} cannot be read in parts: its server serves whole files only",
+        fix="download it and give the local file",
+        code="BF-ENV-020",
+    )
+
+
+def _files(place: str) -> Any:
+    """The file system of an address."""
+    scheme = place.partition("://")[0]
+    if scheme not in SCHEMES:
+        raise UsageError(f"{scheme}:// is not read", fix="one of " + ", ".join(f"{name}://" for name in SCHEMES))
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(place)[0]

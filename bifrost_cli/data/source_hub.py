@@ -26,7 +26,7 @@ def list_hub(name: str, rules: Latents) -> Listing:
     """EnvironmentProblem: the `hf` extra is missing, or the data set cannot be reached. DataError: no such split, no
     such column (naming those it has), a column of another kind. SourceError: captions that are no text, each listed."""
     path, _, split = name.partition(":")
-    rows = _load(path, split or "train")
+    rows = _load(path, split)
     columns = choose_columns(rows.column_names, name, rules)
     pictures = _pictures(rows, columns.image, name)
     problems: list[Problem] = []
@@ -49,10 +49,12 @@ def _load(path: str, split: str) -> Any:
     saved = Path(path)
     try:
         if (saved / "dataset_dict.json").exists():
-            return datasets.load_from_disk(path)[split]
+            return datasets.load_from_disk(path)[split or "train"]
         if (saved / "state.json").exists():
+            if split:
+                raise ValueError("it has no splits")
             return datasets.load_from_disk(path)
-        return datasets.load_dataset(path, split=split, streaming=False)
+        return datasets.load_dataset(path, split=split or "train", streaming=False)
     except (datasets.exceptions.DatasetNotFoundError, ConnectionError) as error:
         raise EnvironmentProblem(
             f"the data set {path} cannot be reached", at=str(error), code="BF-ENV-020",
@@ -60,7 +62,7 @@ def _load(path: str, split: str) -> Any:
         ) from error  # fmt: skip
     except (ValueError, KeyError, RuntimeError, OSError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"the data set {path} cannot be read with split {split}", at=str(error), fix="hf:NAME:SPLIT",
+            f"the data set {path} cannot be read with split {split or 'train'}", at=str(error), fix="hf:NAME:SPLIT",
             code="BF-DATA-005",
         ) from error  # fmt: skip
 

@@ -18,7 +18,7 @@ from bifrost_cli.config import Latents
 from bifrost_cli.data.columns import PLAN, Columns, caption_of, choose_columns, text_of
 from bifrost_cli.data.entry import Entry, Listing, in_key_order, key_of, refuse_twins
 from bifrost_cli.data.images import BadImage
-from bifrost_cli.data.places import open_place, read_place
+from bifrost_cli.data.places import is_remote, open_place, read_place, reading
 from bifrost_cli.data.problems import Problem, SourceError
 from bifrost_cli.data.source_table import path_entry
 from bifrost_cli.errors import DataError, EnvironmentProblem
@@ -91,9 +91,10 @@ class _File:
                 "reading Parquet needs the package pyarrow", fix="pip install 'bifrost-cli[hf]'", code="BF-ENV-002"
             ) from error
         self.place, self._types, self._lock = place, pyarrow.types, Lock()
-        self._errors = (pyarrow.ArrowException, OSError)
+        self._errors = (pyarrow.ArrowException,) if is_remote(place) else (pyarrow.ArrowException, OSError)
         try:
-            self._file = pyarrow.parquet.ParquetFile(open_place(place), page_checksum_verification=True)
+            with reading(place):
+                self._file = pyarrow.parquet.ParquetFile(open_place(place), page_checksum_verification=True)
         except BadImage as error:
             raise DataError(f"{place} does not exist or cannot be read", at=error.message) from error
         except self._errors as error:
@@ -137,7 +138,7 @@ class _File:
     def picture(self, column: str, row: int) -> bytes:
         group = bisect_right(self._starts, row) - 1
         try:
-            with self._lock:
+            with reading(self.place), self._lock:
                 return picture_of(self._group(group, column)[row - self._starts[group]].as_py())
         except self._errors as error:
             raise BadImage(f"damaged, or changed during the run: {error}") from error

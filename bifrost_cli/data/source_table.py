@@ -16,7 +16,7 @@ from bifrost_cli.config import Latents
 from bifrost_cli.data.columns import PLAN, Columns, caption_of, choose_columns, text_of
 from bifrost_cli.data.entry import OUTSIDE, Entry, Listing, in_key_order, key_of, leaves, refuse_twins
 from bifrost_cli.data.images import BadImage
-from bifrost_cli.data.places import beside, is_remote, read_place
+from bifrost_cli.data.places import beside, is_remote, read_place, suffix_of
 from bifrost_cli.data.problems import Problem, SourceError
 from bifrost_cli.data.source_folder import inside, walk
 from bifrost_cli.data.table_rows import DELIMITERS, Row, csv_rows, jsonl_rows
@@ -37,7 +37,7 @@ def list_tables(places: list[str], rules: Latents) -> Listing:
             f"no images in {places[0]}: it has no lines", fix='write lines {"file_name": "a.jpg", "caption": "..."}'
         )
     present = tuple(dict.fromkeys(name for _, _, row in rows for name in row))
-    jsonl = Path(places[0]).suffix.lower() == ".jsonl"
+    jsonl = suffix_of(places[0]) == ".jsonl"
     named, said = [], ()
     if rows:
         columns = choose_columns(present, places[0], rules, mixed=jsonl)
@@ -55,7 +55,7 @@ def _rows(place: str) -> Iterator[tuple[int, Row | ValueError]]:
         data = read_place(place)
     except BadImage as error:
         raise DataError(f"{place} does not exist or cannot be read", at=error.message) from error
-    suffix = Path(place).suffix.lower()
+    suffix = suffix_of(place)
     return csv_rows(data, place, suffix) if suffix in DELIMITERS else jsonl_rows(data)
 
 

@@ -19,7 +19,7 @@ from bifrost_cli.data.caption_text import MAX_BYTES, decode_caption
 from bifrost_cli.data.columns import CAPTIONS, PLAN, text_of
 from bifrost_cli.data.entry import Entry, Listing, in_key_order, key_of, refuse_twins
 from bifrost_cli.data.images import BadImage
-from bifrost_cli.data.places import open_place, read_span
+from bifrost_cli.data.places import open_place, read_span, reading
 from bifrost_cli.data.problems import Problem, SourceError
 from bifrost_cli.data.source_folder import class_names
 from bifrost_cli.data.tar_members import Member, members
@@ -83,7 +83,7 @@ def _samples(
         stream = open_place(place)
     except BadImage as error:
         raise DataError(f"{place} does not exist or cannot be read", at=error.message) from error
-    with stream:
+    with reading(place), stream:
         for member in members(stream, place):
             folder, _, name = member.name.rpartition("/")
             base, _, extension = name.partition(".")

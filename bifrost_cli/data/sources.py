@@ -24,7 +24,7 @@ import numpy as np
 from bifrost_cli.config import Latents
 from bifrost_cli.data.entry import Entry
 from bifrost_cli.data.images import Animated, BadImage, Picture, read_image
-from bifrost_cli.data.listing import list_source
+from bifrost_cli.data.listing import list_source, refuse_ignored
 from bifrost_cli.data.problems import Problem, SourceError
 from bifrost_cli.data.sample import Sample, Scan, with_flips
 from bifrost_cli.errors import RecipeError, UsageError
@@ -58,6 +58,8 @@ def scan(source: str | Path, rules: Latents, progress: Progress = lambda total, 
                 fix="--set latents.flip=false",
                 code="BF-RECIPE-005",
             )
+        ignored = {"image_column": None, "caption_column": None, "captions": "files", "class_names": None}
+        refuse_ignored(rules, "the built-in world", **ignored)
         return _scan_shapes(str(source), progress)
     listing = list_source(str(source), rules)
     captioned, missing = _captioned(listing.entries, source, rules)
