@@ -422,7 +422,7 @@ def test_a_table_elsewhere_is_read_through_fsspec(memory: str) -> None:
     with pytest.raises(BadImage, match="file not found"):
         found.samples[1].load()
     assert "does not exist" in refused(f"{memory}/other.csv", "BF-DATA-001")
-    assert "not a folder" in refused(memory, "BF-DATA-001")
+    assert "folders are read locally only" in refused(memory, "BF-DATA-001")
 
 
 @pytest.mark.parametrize(

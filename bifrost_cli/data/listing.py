@@ -41,9 +41,7 @@ def list_source(source: str, rules: Latents) -> Listing:
             return list_tars(places, rules)
         root = Path(source)
         if is_remote(source) or not root.is_dir():
-            gone = not is_remote(source) and not root.exists()
-            what = "does not exist" if gone else "is not a folder, a table or an archive"
-            raise DataError(f"{source} {what}", fix=_FIX)
+            raise _no_source(source)
         metadata = root / METADATA
         if metadata.exists() and rules.captions == "files":
             return _of_tables([str(metadata)], rules)
@@ -59,6 +57,14 @@ def folder_of(source: str) -> Path | None:
     """The local folder that a source is, which is never written to; None for files, and for what is elsewhere."""
     name = source.removeprefix(HUB).partition(":")[0] if source.startswith(HUB) else source
     return Path(name) if not is_remote(name) and Path(name).is_dir() else None
+
+
+def _no_source(source: str) -> DataError:
+    if is_remote(source):
+        what = "is not a table or an archive (folders are read locally only)"
+    else:
+        what = "is not a folder, a table or an archive" if Path(source).exists() else "does not exist"
+    return DataError(f"{source} {what}", fix=_FIX)
 
 
 def _of_tables(places: list[str], rules: Latents) -> Listing:
