@@ -10,6 +10,7 @@ import torch
 from fixtures_flux import tiny_controlnet, tiny_painter
 from parity_flux import check_controlnet
 
+from bifrost_cli.errors import RecipeError
 from bifrost_cli.models.controlnet import (
     PatchLatentEmbedder,
     controlnet_config,
@@ -29,11 +30,11 @@ def test_the_published_modules_numbers() -> None:
 
 def test_a_new_controlnet_changes_nothing() -> None:
     painter = tiny_painter()
-    controlnet = latent_controlnet(painter.transformer, 2, 3, channels=12)
+    controlnet = latent_controlnet(painter.transformer, 2, 4, channels=12)
     text, noise = painter.embed(["a red circle"], 8), painter.noise(64, torch.Generator().manual_seed(0))
     control = Control(controlnet.eval(), torch.randn(1, 16, 12, generator=torch.Generator().manual_seed(1)))
     assert torch.equal(painter.denoise(noise, text, steps=2), painter.denoise(noise, text, control=control, steps=2))
-    assert len(controlnet.transformer_blocks) == 2 and len(controlnet.single_transformer_blocks) == 3
+    assert len(controlnet.transformer_blocks) == 2 and len(controlnet.single_transformer_blocks) == 4
 
 
 def test_blocks_start_as_copies_of_flux() -> None:
@@ -42,6 +43,14 @@ def test_blocks_start_as_copies_of_flux() -> None:
     for name in ("transformer_blocks.0", "single_transformer_blocks.0", "time_text_embed"):
         ours, theirs = (model.get_submodule(name).state_dict() for model in (controlnet, painter.transformer))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize(("double", "single", "key"), [(3, 0, "double_blocks=2"), (2, 3, "single_blocks=2")])
+def test_blocks_that_flux_would_not_hear_are_refused(double: int, single: int, key: str) -> None:
+    """Of 4 single blocks stock gives 2 runs of 2 to 3 residuals, and leaves the third out."""
+    with pytest.raises(RecipeError, match="the residuals of 2") as caught:
+        latent_controlnet(tiny_painter().transformer, double, single, channels=12)
+    assert key in caught.value.fix
 
 
 def test_config_round_trip_through_json() -> None:
