@@ -43,8 +43,8 @@ class Latents(Section):
         description="mllm (its own visual encoder), open_clip:NAME/PRETRAINED, or vae (the painter's own latents)",
     )
     image_size: Count = Field(448, description="pixels a side, square, into the encoder")
-    paint_size: Count = Field(512, description="pixels a side that FLUX paints")
-    vae: bool = Field(True, description="store FLUX's VAE latents too, so that ControlNet training needs no pixels")
+    paint_size: Count = Field(512, description="pixels a side that the painter paints")
+    vae: bool = Field(True, description="store its VAE latents too, so that ControlNet training needs no pixels")
     shard_rows: Count = Field(1024, description="rows of a shard, the unit of writing and of resuming")
     chunk_rows: Count = Field(16, description="rows of a chunk, the unit of reading; divides shard_rows")
     storage: Literal["float16", "int8"] = Field(
@@ -151,8 +151,8 @@ class Branch(Section):
 class ControlNet(Section):
     """The latent ControlNet and its training."""
 
-    double_blocks: Count = Field(4, description="FLUX's double blocks copied")
-    single_blocks: Every = Field(1, description="FLUX's single blocks copied")
+    double_blocks: Count = Field(4, description="the painter's double blocks copied")
+    single_blocks: Every = Field(1, description="its single blocks copied; SD3 has none, and wants 0")
     latent_noise: NotNegative = Field(0.0, description="largest noise on the latents, in channel deviations")
     drop_prompt: Share = Field(0.0, description="share of rows trained without their caption")
     train: Train = Train(lr=1e-4)

@@ -68,7 +68,7 @@ def sd3_pipeline(painter: Sd3Painter) -> StableDiffusion3Pipeline:
 
 def save_sd3(painter: Sd3Painter, folder: Path) -> Path:
     """As the pipeline writes it: model_index.json, a folder a part, the transformer in shards with an index."""
-    sd3_pipeline(painter).save_pretrained(folder, max_shard_size="60KB")
+    sd3_pipeline(painter).save_pretrained(folder, max_shard_size="500KB")
     return folder
 
 

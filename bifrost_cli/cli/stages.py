@@ -209,7 +209,7 @@ def reconstruct(
     ui: Ui,
     image: Image,
     output: Output = Path("reconstruction.png"),
-    prompt: Annotated[str, typer.Option("--prompt", help="What FLUX reads beside the latents.")] = "",
+    prompt: Annotated[str, typer.Option("--prompt", help="What the painter reads beside the latents.")] = "",
     controlnet: ControlNet = None,
     seed: Seed = 0,
     workspace: Workspace = RUNS,

@@ -17,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Transformer2DModel
 from torch import nn
 
+from bifrost_cli.maths.draws import Source
 from bifrost_cli.models.controlnet import latent_sd3_controlnet
 from bifrost_cli.models.painter import Control, Painter, is_cut, token_ids
 
@@ -150,7 +151,7 @@ class Sd3Painter(Painter):
         vae_latents_Bchw: torch.Tensor,
         control_BPC: torch.Tensor,
         text: Text,
-        generator: torch.Generator,
+        generator: Source,
     ) -> torch.Tensor:
         control = Control(controlnet, control_BPC)
 

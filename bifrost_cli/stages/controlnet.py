@@ -1,7 +1,7 @@
-"""train controlnet: latents -> controlnet. A few FLUX blocks learn to paint what patch latents say.
+"""train controlnet: latents -> controlnet. A few of the painter's blocks learn to paint what patch latents say.
 
-In: a recipe and a latents artifact with VAE latents (given, or the newest). Out: a controlnet artifact. FLUX is read
-and hashed before and after, never changed; no picture is opened. Does not know the MLLM.
+In: a recipe and a latents artifact with VAE latents (given, or the newest). Out: a controlnet artifact. The painter is
+read and hashed before and after, never changed; no picture is opened. Does not know the MLLM.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from bifrost_cli.models.controlnet import controlnet_config
 from bifrost_cli.models.encoders import VaeEncoder
 from bifrost_cli.models.painter import Painter
 from bifrost_cli.stages.loading import load_painter
+from bifrost_cli.stages.painter import check_settings
 from bifrost_cli.stages.place import pick_device
 from bifrost_cli.stages.train import Job, choose_store, run_job, shared_identity
 from bifrost_cli.stages.ui import Ui
@@ -41,16 +42,17 @@ def train_controlnet(
     """Train the ControlNet of `recipe` on a latents store; the same call continues an interrupted training to the bit.
 
     Returns the controlnet artifact, or with `dry_run` the plan. Errors: StoreError 5 for a store without VAE latents or
-    with damage, ArtifactError BF-ART-004 for VAE latents of another FLUX or size, RecipeError 2, Diverged 7,
+    with damage, ArtifactError BF-ART-004 for VAE latents of another painter or size, RecipeError 2, Diverged 7,
     Stopped 75, DiskFull 3.
     """
     ui, settings, models = ui or Ui(), recipe.controlnet, recipe.models
     if settings.train.precision == "fp32" and models.dtype != "float32":
-        raise RecipeError(f"controlnet.train.precision fp32 cannot run through a FLUX in models.dtype {models.dtype}",
+        raise RecipeError(f"controlnet.train.precision fp32 cannot run through models.dtype {models.dtype}",
                           fix="--set models.dtype=float32, or precision bf16", code="BF-RECIPE-005")
     store, place = choose_store(recipe, latents, workspace, ui), pick_device(device)
     store.vae([0])  # a store without VAE latents is refused before anything is loaded
     painter = load_painter(models.painter, place, getattr(torch, models.dtype), revision=models.revision)
+    check_settings(recipe, painter, ui)
     _require_painter(recipe, store, painter)
     _require_size(store, painter)
     torch.manual_seed(derive(settings.train.seed, "init"))
@@ -79,17 +81,17 @@ def train_controlnet(
 
 
 def painter_hash(painter: Painter) -> str:
-    """sha256 over all frozen weights of FLUX: transformer, VAE and text encoders."""
+    """sha256 over all frozen weights of the painter: transformer, VAE and text encoders."""
     return painter.weights_hash()
 
 
 def _require_painter(recipe: Recipe, store: LatentsStore, painter: Painter) -> None:
-    """The VAE latents must be those of this FLUX, at the recipe's size."""
+    """The VAE latents must be those of this painter, at the recipe's size."""
     now, then = VaeEncoder(painter.vae, recipe.latents.paint_size).identity, store.attributes["painter"]
     if now != then:
         sides = ({"kind": "latents", "parents": [], "identity": side} for side in (then or {}, now))
         raise ArtifactError(
-            f"the VAE latents of {store.artifact.path} are not of the FLUX of recipe {recipe.name}",
+            f"the VAE latents of {store.artifact.path} are not of the painter of recipe {recipe.name}",
             at=differences(*sides),
             fix=f"give the recipe that the store was made with: --recipe {store.artifact.path}, or extract again",
             code="BF-ART-004",
@@ -97,11 +99,11 @@ def _require_painter(recipe: Recipe, store: LatentsStore, painter: Painter) -> N
 
 
 def _require_size(store: LatentsStore, painter: Painter) -> None:
-    """Four packed FLUX tokens for each patch, in the painter's own VAE channels."""
+    """Four image tokens for each patch, in the painter's own VAE channels."""
     wanted = (painter.latent_channels, *(4 * side for side in store.grid))
     if tuple(store.vae_shape) != wanted:
         raise ArtifactError(
-            f"the VAE latents of {store.artifact.path} do not fit its patch latents in this FLUX",
+            f"the VAE latents of {store.artifact.path} do not fit its patch latents in this painter",
             at=f"they are {tuple(store.vae_shape)}; a {store.grid[0]}x{store.grid[1]} grid needs {wanted}",
             fix=f"extract again with --set latents.paint_size={4 * store.grid[0] * painter.factor}",
             code="BF-ART-004",

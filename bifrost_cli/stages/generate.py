@@ -1,4 +1,4 @@
-"""generate: prompts -> pictures, through the branch, the ControlNet and FLUX.
+"""generate: prompts -> pictures, through the branch, the ControlNet and the painter.
 
 In: a recipe, prompts, and a branch and a ControlNet (given, or found). Out: one PNG file, or a samples artifact of
 many, restartable picture by picture. Every PNG carries what made it. Does not know how the parts were trained.
@@ -133,7 +133,7 @@ def generate(
     pair = choose_pair(branch, controlnet, workspace)
     ui.say(pair.why)
     job = _Job(recipe, found, n, seed, save_latents, grid, pair)
-    studio = _Studio(lambda: Bridge.load(recipe, pair, device), ui)
+    studio = _Studio(lambda: Bridge.load(recipe, pair, device, ui), ui)
     if file:
         made: Artifact | Path = _paint_file(job, studio, file, ui)
     else:

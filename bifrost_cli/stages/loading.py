@@ -11,18 +11,15 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxControlNetModel, FluxTransformer2DModel
+from diffusers import AutoencoderKL, ModelMixin
+from diffusers.utils import logging as diffusers_logging
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    CLIPTextModel,
-    CLIPTokenizer,
     PreTrainedTokenizerBase,
     ProcessorMixin,
-    T5EncoderModel,
-    T5Tokenizer,
 )
 from transformers.utils import logging as hub_logging
 
@@ -38,14 +35,18 @@ from bifrost_cli.models.families.family import family_of, require_known
 from bifrost_cli.models.flux import FluxPainter
 from bifrost_cli.models.mllm import Mllm
 from bifrost_cli.models.painter import Painter
+from bifrost_cli.models.sd3 import Sd3Painter
 from bifrost_cli.stages.loading_clip import features_name, load_open_clip
+from bifrost_cli.stages.painter import PARTS, painter_family, require_part
 from bifrost_cli.stages.place import MODEL_FILES, model_errors, model_place
 
-_FLUX_FILES = ("model_index.json", *(f"*/{pattern}" for pattern in MODEL_FILES))  # not the second copy at the root
+_FAMILY_FILES = ("model_index.json", "*/config.json")
+_PAINTERS = {painter.family: painter for painter in (FluxPainter, Sd3Painter)}
 _CONFIG = "config.json"
 _SHOWN = 5
 
-hub_logging.disable_progress_bar()  # a bar for every part of a model, terminal or not; ours is the one that counts
+for library in (hub_logging, diffusers_logging):  # a bar for every part of a model, terminal or not; ours counts
+    library.disable_progress_bar()
 
 
 # ---- the frozen bases -----------------------------------------------------------------------------------------------
@@ -80,32 +81,32 @@ def _tokenizer(processor: ProcessorMixin) -> PreTrainedTokenizerBase:
 def load_painter(
     ref: str, device: torch.device, dtype: torch.dtype = torch.float32, *, revision: str | None = None
 ) -> Painter:
-    """Frozen FLUX from a diffusers pipeline folder. EnvironmentProblem or ArtifactError as `load_mllm`."""
-    folder = model_place(ref, revision=revision, patterns=_FLUX_FILES)
-    with model_errors(ref):
-        modules = (
-            _whole(FluxTransformer2DModel, folder, subfolder="transformer", torch_dtype=dtype),
-            _whole(AutoencoderKL, folder, subfolder="vae", torch_dtype=dtype),
-            _whole(CLIPTextModel, folder, subfolder="text_encoder", dtype=dtype),
-            _whole(T5EncoderModel, folder, subfolder="text_encoder_2", dtype=dtype),
-        )
-        tokenizers = (
-            CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer"),
-            T5Tokenizer.from_pretrained(folder, subfolder="tokenizer_2"),
-        )
-        scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
-    return FluxPainter(*(_frozen(module, device) for module in modules), *tokenizers, scheduler)
+    """A frozen FLUX or SD3 from a diffusers pipeline folder. EnvironmentProblem or ArtifactError as `load_mllm`."""
+    family = painter_family(model_place(ref, revision=revision, patterns=_FAMILY_FILES))  # before gigabytes are fetched
+    patterns = ["model_index.json", *(f"{part}/{name}" for part in PARTS[family] for name in MODEL_FILES)]
+    folder = model_place(ref, revision=revision, patterns=patterns)
+    for part, kind in PARTS[family].items():
+        require_part(folder, part, kind)
+    parts = {part: _part(kind, folder, part, device, dtype) for part, kind in PARTS[family].items()}
+    return _PAINTERS[family](**parts)
 
 
 def load_vae(
     ref: str, device: torch.device, dtype: torch.dtype = torch.float32, *, revision: str | None = None
 ) -> AutoencoderKL:
-    """The VAE of a frozen FLUX alone, a hundredth of the whole. Errors as `load_painter`."""
-    patterns = ("model_index.json", *(f"vae/{name}" for name in MODEL_FILES))
+    """The VAE of a painter alone, a hundredth of the whole. Errors as `load_painter`."""
+    patterns = ["model_index.json", *(f"vae/{name}" for name in MODEL_FILES)]
     folder = model_place(ref, revision=revision, patterns=patterns)
-    with model_errors(ref):
-        vae = _whole(AutoencoderKL, folder, subfolder="vae", torch_dtype=dtype)
-    return _frozen(vae, device)
+    require_part(folder, "vae", AutoencoderKL)
+    return _part(AutoencoderKL, folder, "vae", device, dtype)
+
+
+def _part(kind: Any, folder: str, part: str, device: torch.device, dtype: torch.dtype) -> Any:
+    with model_errors(f"{folder}/{part}"):
+        if not issubclass(kind, nn.Module):
+            return kind.from_pretrained(folder, subfolder=part)
+        named = {"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype}
+        return _frozen(_whole(kind, folder, subfolder=part, **named), device)
 
 
 def load_encoder(recipe: Recipe, device: torch.device) -> Encoder:
@@ -150,7 +151,7 @@ def load_branch(
 
 def load_controlnet(
     artifact: Artifact, device: torch.device, dtype: torch.dtype = torch.float32
-) -> FluxControlNetModel:
+) -> nn.Module:
     """A trained ControlNet, as `load_branch`."""
     with init_empty_weights():
         controlnet = controlnet_from_config(_config(artifact))

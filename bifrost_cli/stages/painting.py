@@ -29,8 +29,10 @@ from bifrost_cli.models.mllm import Mllm, Prefix
 from bifrost_cli.models.painter import Control, Painter
 from bifrost_cli.models.prompt import join_plan
 from bifrost_cli.stages.loading import load_branch, load_controlnet, load_mllm, load_painter
+from bifrost_cli.stages.painter import check_settings, require_painter
 from bifrost_cli.stages.pair import Pair, require_base
 from bifrost_cli.stages.place import pick_device
+from bifrost_cli.stages.ui import Ui
 from bifrost_cli.training.order import derive
 
 STAGES = ("plan", "prompt", "decode", "diffusion", "vae")
@@ -67,14 +69,15 @@ class Bridge:
     seconds: Counter[str] = field(default_factory=Counter)
 
     @classmethod
-    def load(cls, recipe: Recipe, pair: Pair, device: str) -> Bridge:
+    def load(cls, recipe: Recipe, pair: Pair, device: str, ui: Ui | None = None) -> Bridge:
         """Load all parts. ArtifactError BF-ART-004: trained on other bases than the recipe names."""
         place, models = pick_device(device), recipe.models
         kind = {"device": place, "dtype": getattr(torch, models.dtype)}
         mllm = load_mllm(models.mllm, **kind, revision=models.revision)
         require_base(pair.branch, "mllm", models.mllm, mllm.weights_hash())
         painter = load_painter(models.painter, **kind, revision=models.revision)
-        require_base(pair.controlnet, "painter", models.painter, painter.weights_hash())
+        check_settings(recipe, painter, ui or Ui())
+        require_painter(pair.controlnet, models.painter, painter)
         branch = load_branch(pair.branch, **kind, mllm=mllm)
         return cls(mllm, branch, painter, load_controlnet(pair.controlnet, **kind), recipe)
 

@@ -56,7 +56,8 @@ def model_place(ref: str, *, revision: str | None = None, patterns: Sequence[str
         raise EnvironmentProblem(f"there is no model folder {folder}", fix="give a folder, builtin:NAME or a hub id",
                                  code="BF-ENV-020")  # fmt: skip
     with model_errors(ref):
-        return snapshot_download(ref, revision=revision, allow_patterns=list(patterns))
+        # A hub repository may keep a second copy of its weights in half precision, under such names.
+        return snapshot_download(ref, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*.fp16*"])
 
 
 @contextmanager
@@ -73,12 +74,19 @@ def model_errors(ref: str) -> Iterator[None]:
         raise
     except _HUB_ERRORS as error:
         raise _hub_problem(ref, error) from error
-    except SafetensorError as error:
-        raise ArtifactError(f"{ref} holds damaged weights: {error}", fix="fetch the model again",
-                            code="BF-ART-008") from error  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        if damage := _damage(error):
+            raise ArtifactError(f"{ref} holds damaged weights: {damage}", at=_first_line(error),
+                                fix="fetch the model again", code="BF-ART-008") from error  # fmt: skip
         raise EnvironmentProblem(f"{ref} is not a model of the kind that is needed", at=_first_line(error),
                                  fix="check the recipe's models section", code="BF-ENV-020") from error  # fmt: skip
+
+
+def _damage(error: BaseException | None) -> SafetensorError | None:
+    """What safetensors said; diffusers hides it behind two errors of its own."""
+    while error is not None and not isinstance(error, SafetensorError):
+        error = error.__context__
+    return error
 
 
 def _hub_problem(ref: str, error: Exception) -> EnvironmentProblem:

@@ -19,6 +19,7 @@ from bifrost_cli.data.images import read_image, square
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import UsageError
 from bifrost_cli.stages.loading import load_controlnet, load_encoder, load_painter
+from bifrost_cli.stages.painter import check_settings, require_painter
 from bifrost_cli.stages.painting import diffuse, generator_of
 from bifrost_cli.stages.pair import choose_controlnet
 from bifrost_cli.stages.place import pick_device
@@ -41,8 +42,8 @@ def reconstruct(
 ) -> Path:
     """Encode a square of the image, paint it again from its latents, write `output` (PNG) and return its path.
 
-    `prompt` is what FLUX reads beside the latents. BadImage (4): an image that cannot be used; UsageError (2): the
-    output exists or is no PNG; ArtifactError (5): a ControlNet for other latents.
+    `prompt` is what the painter reads beside the latents. BadImage (4): an image that cannot be used; UsageError (2):
+    the output exists or is no PNG; ArtifactError (5): a ControlNet for other latents or another painter.
     """
     ui = ui or Ui()
     file = _file(output)
@@ -54,7 +55,10 @@ def reconstruct(
     chosen, why = choose_controlnet(controlnet, encoder.identity, workspace)
     ui.say(why)
     kind = {"device": place, "dtype": getattr(torch, models.dtype)}
-    painter, model = load_painter(models.painter, **kind, revision=models.revision), load_controlnet(chosen, **kind)
+    painter = load_painter(models.painter, **kind, revision=models.revision)
+    check_settings(recipe, painter, ui)
+    require_painter(chosen, models.painter, painter)
+    model = load_controlnet(chosen, **kind)
     pixels_BHWC = square(picture.rgb, recipe.latents.image_size)[None]
     text = painter.embed([prompt], recipe.generate.painter_tokens, recipe.generate.painter_guidance)
     generator = generator_of(seed, prompt, "diffusion")
