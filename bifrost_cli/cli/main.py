@@ -16,7 +16,7 @@ from pathlib import Path
 import typer
 
 from bifrost_cli.artifacts.files import disk_errors
-from bifrost_cli.cli import ablations, artifacts, checkpoints, data, recipes, shapes, stages
+from bifrost_cli.cli import ablations, artifacts, checkpoints, data, needs, recipes, shapes, stages
 from bifrost_cli.cli.options import Version
 from bifrost_cli.errors import (
     BifrostError,
@@ -52,6 +52,7 @@ app.add_typer(stages.app)
 app.add_typer(checkpoints.app)
 app.add_typer(ablations.app)
 app.add_typer(data.app, name="data")
+app.add_typer(needs.app)
 app.add_typer(artifacts.app, name="artifacts")
 app.add_typer(recipes.app, name="recipes")
 app.add_typer(shapes.app, name="shapes")

@@ -1,0 +1,146 @@
+"""What each stage of a recipe needs of a device's memory.
+
+In: a `System` (parts without weights) and its recipe. Out: a `Need` for each stage: what is held, what a step adds, the
+peak. The sums are those of `maths.memory`; this file knows which parts a stage holds and which sizes its tensors have.
+The longest text that the recipe allows is assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from bifrost_cli.config import Recipe, Train
+from bifrost_cli.maths import memory
+from bifrost_cli.stages.parts import System, numbers
+
+SIZES = {"float32": 4, "bfloat16": 2, "fp32": 4, "bf16": 2}
+STAGES = ("extract-latents", "train branch", "train controlnet", "generate")
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on one device. `held`: frozen weights; `state`: trained weights, optimizer, averages; then what a step
+    adds. `peak` is less than their sum, because activations go as gradients come."""
+
+    held: int
+    state: int
+    gradients: int
+    activations: int
+    peak: int
+
+
+def needs(system: System, recipe: Recipe) -> dict[str, Need]:
+    """The need of every stage of `recipe`, whose models are those of `system`."""
+    each = (extraction, branch_training, controlnet_training, generation)
+    return {name: need(system, recipe) for name, need in zip(STAGES, each, strict=True)}
+
+
+def extraction(system: System, recipe: Recipe) -> Need:
+    """The MLLM as a whole when its visual encoder is used, and FLUX's VAE."""
+    latents, size = recipe.latents, SIZES[recipe.models.dtype]
+    own = memory.FULL if latents.encoder not in ("mllm", "vae") else size  # open_clip is read in float32
+    held = _weights(system.mllm if system.own_encoder else system.encoder, size=own)
+    moments = [_encoder_moment(system, latents.batch_size, latents.image_size, own)]
+    if latents.vae:
+        held += _weights(system.vae, size=size)
+        moments.append(_vae_moment(system, latents.batch_size, latents.paint_size, size))
+    return Need(held, 0, 0, max(moments), held + max(moments))
+
+
+def branch_training(system: System, recipe: Recipe) -> Need:
+    """The frozen MLLM, the branch's state, and its layers' activations behind the longest prompt."""
+    settings, train, text = recipe.branch, recipe.branch.train, system.mllm.config.text_config
+    frozen, size = SIZES[recipe.models.dtype], SIZES[train.precision]
+    batch, patches, prompt = train.batch_size, system.grid**2, settings.max_text_tokens
+    key_width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    held = _weights(system.mllm, size=frozen)
+    held += memory.prefix_cache(batch, prompt, text.num_hidden_layers, key_width, size=frozen)
+    widths = (text.hidden_size, text.intermediate_size)
+    kinds = _layer_kinds(recipe, text.num_hidden_layers)
+    layers = [memory.decoder_layer_kept(batch, patches, prompt, *widths, size=size, weights=kind) for kind in kinds]
+    kept = memory.branch_head_kept(batch, patches, text.hidden_size, system.channels)
+    if train.gradient_checkpointing:
+        kept += memory.checkpointed_kept(batch, patches, text.hidden_size, layers)
+    else:
+        kept += sum(layers)
+    moment = memory.branch_moment(batch, patches, *widths, system.channels, size=size)
+    return _training(train, numbers(system.branch, trained=True), held, kept, moment)
+
+
+def _layer_kinds(recipe: Recipe, count: int) -> list[str]:
+    """How the weights of each decoder layer of the branch are trained."""
+    settings = recipe.branch
+    if settings.tune == "layers":
+        trained = min(settings.layers or 0, count)
+        return ["frozen"] * (count - trained) + ["trained"] * trained
+    return ["low rank" if settings.tune == "lora" else "trained"] * count
+
+
+def controlnet_training(system: System, recipe: Recipe) -> Need:
+    """All of frozen FLUX, the ControlNet's state, and the activations of both: the gradient passes through FLUX."""
+    settings, train, config = recipe.controlnet, recipe.controlnet.train, system.transformer.config
+    size, batch = SIZES[train.precision], train.batch_size
+    held = _weights(*_painter(system), size=SIZES[recipe.models.dtype])
+    width, picture = _flux_width(system), batch * system.painter_tokens()
+    tokens = picture + batch * recipe.generate.painter_tokens
+    blocks = ((config.num_layers, config.num_single_layers), (settings.double_blocks, settings.single_blocks))
+    kept = memory.controlnet_kept(tokens, width, *blocks, size=size, checkpointed=train.gradient_checkpointing)
+    kept += memory.embedder_kept(picture, system.channels, size=size)
+    return _training(train, numbers(system.controlnet), held, kept, memory.FLUX_MOMENT * tokens * width * size)
+
+
+def generation(system: System, recipe: Recipe) -> Need:
+    """All parts of the chain at once, one picture at a time."""
+    settings, size = recipe.generate, SIZES[recipe.models.dtype]
+    text, patches = system.mllm.config.text_config, system.grid**2
+    held = _weights(system.mllm, system.controlnet, *_painter(system), size=size)
+    held += size * numbers(system.branch, trained=True)  # what is frozen of it is the MLLM's own
+    seen = recipe.branch.max_text_tokens + patches
+    config = system.vae.config.block_out_channels
+    moments = (
+        memory.decoder_moment(1, patches, seen, text.hidden_size, text.intermediate_size, size=size),
+        memory.flux_moment(system.painter_tokens() + settings.painter_tokens, _flux_width(system), size=size),
+        memory.vae_decode_moment(1, recipe.latents.paint_size**2, config[min(1, len(config) - 1)], size=size),
+    )
+    return Need(held, 0, 0, max(moments), held + max(moments))
+
+
+def _training(train: Train, parameters: int, held: int, kept: int, moment: int) -> Need:
+    state = memory.trained_state(parameters, eight_bit=train.optimizer == "adamw8bit", averaged=train.ema > 0)
+    if train.precision == "bf16":
+        kept += 2 * parameters  # autocast keeps the weights it has cast until backward has passed them
+    gradients = memory.FULL * parameters
+    peak = memory.training_peak(held + state, kept, moment, gradients, accumulates=train.accumulate > 1)
+    return Need(held, state, gradients, kept + moment, peak)
+
+
+def _encoder_moment(system: System, batch: int, side: int, size: int) -> int:
+    if system.encoder is system.vae:
+        return _vae_moment(system, batch, side, size)
+    if not system.own_encoder:
+        width, patches = system.channels, batch * system.grid**2
+        return memory.vision_moment(patches, width, 4 * width, 3 * (side // system.grid) ** 2, size=size)
+    vision = system.mllm.config.vision_config
+    patches = batch * (side // vision.patch_size) ** 2
+    pixels = 3 * getattr(vision, "temporal_patch_size", 1) * vision.patch_size**2
+    return memory.vision_moment(patches, vision.hidden_size, vision.intermediate_size, pixels, size=size)
+
+
+def _vae_moment(system: System, batch: int, side: int, size: int) -> int:
+    config = system.vae.config
+    return memory.vae_encode_moment(batch, side**2, config.block_out_channels[0], config.layers_per_block, size=size)
+
+
+def _weights(*modules: nn.Module, size: int) -> int:
+    return size * numbers(*modules)
+
+
+def _painter(system: System) -> tuple[nn.Module, ...]:
+    return system.transformer, system.vae, system.text_encoder, system.text_encoder_2
+
+
+def _flux_width(system: System) -> int:
+    config = system.transformer.config
+    return config.num_attention_heads * config.attention_head_dim
