@@ -173,6 +173,10 @@ class Generate(Section):
     painter_guidance: NotNegative = Field(3.5, description="the diffusion model's guidance")
     control_scale: NotNegative = Field(0.7, description="weight of the ControlNet")
     painter_tokens: Count = Field(512, description="prompt tokens that the diffusion model reads")
+    offload: Literal["none", "model", "sequential"] = Field(
+        "none",
+        description="keep weights in main memory until a part (model) or layer (sequential) needs them; same bytes",
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> Generate:

@@ -19,9 +19,10 @@ from bifrost_cli.shapes.captions import CATEGORIES, held_out_prompts, sample_sce
 from bifrost_cli.shapes.checker import check
 from bifrost_cli.shapes.draw import draw
 from bifrost_cli.stages.loading import load_encoder
-from bifrost_cli.stages.painting import Bridge, diffuse, generator_of
+from bifrost_cli.stages.painting import Renderer, Sketcher
 from bifrost_cli.stages.pair import Pair
 from bifrost_cli.stages.place import BUILTIN
+from bifrost_cli.stages.placement import Placement
 
 
 def main():
@@ -35,34 +36,34 @@ def main():
     bases = [f"models.mllm={asked.system / 'mllm'}", f"models.painter={asked.system / 'flux'}"]
     recipe = load_recipe("tiny", [*bases, *asked.sets])
     pair = Pair(Artifact.open(asked.system / "branch"), Artifact.open(asked.system / "controlnet"), "as given")
-    bridge, prompts = Bridge.load(recipe, pair, "cpu"), held_out_prompts(asked.n, asked.seed)
-    pictures = chain(bridge, prompts, plan=True)
+    place, prompts = Placement(torch.device("cpu"), "none"), held_out_prompts(asked.n, asked.seed)
+    halves = Sketcher.load(recipe, pair.branch, place), Renderer.load(recipe, pair.controlnet, place)
+    pictures = chain(*halves, prompts, plan=True)
     show("full chain: plan, branch, ControlNet", prompts, pictures)
-    show("reconstruction of held-out pictures", prompts, reconstructions(bridge, recipe, prompts))
-    show("chain without the plan", prompts, chain(bridge, prompts, plan=False))
-    show("FLUX with text alone", prompts, chain(bridge, prompts, plan=False, control_scale=0.0))
+    show("reconstruction of held-out pictures", prompts, reconstructions(halves[1], recipe, prompts))
+    show("chain without the plan", prompts, chain(*halves, prompts, plan=False))
+    show("FLUX with text alone", prompts, chain(*halves, prompts, plan=False, control_scale=0.0))
     if asked.grid:
         sheet(pictures[:: len(pictures) // 32][:32]).save(asked.grid)
 
 
-def chain(bridge, prompts, **settings):
+def chain(sketcher, renderer, prompts, **settings):
     """One picture a prompt, with these `generate` settings instead of the recipe's."""
-    recipe = bridge.recipe
+    recipe, place = sketcher.recipe, Placement(torch.device("cpu"), "none")
     changed = recipe.model_copy(update={"generate": recipe.generate.model_copy(update=settings)})
-    other = Bridge(bridge.mllm, bridge.branch, bridge.painter, bridge.controlnet, changed)
-    return [other.paint(other.read(prompt.text), seed=0).pixels_HWC for prompt in prompts]
+    sketcher = Sketcher(sketcher.mllm, sketcher.branch, changed, place)
+    renderer = Renderer(renderer.painter, renderer.controlnet, changed, place)
+    texts = [prompt.text for prompt in prompts]
+    return [renderer.paint(text, sketcher.sketch(text, 0).latents_PC, 0) for text in texts]
 
 
 @torch.no_grad()
-def reconstructions(bridge, recipe, prompts):
+def reconstructions(renderer, recipe, prompts):
     """Held-out scenes drawn, encoded, and painted again from their latents alone (FLUX reads an empty prompt)."""
-    rng, encoder = np.random.default_rng(0), load_encoder(recipe, torch.device("cpu"))
-    text, made = bridge.painter.embed([""], recipe.generate.painter_tokens), []
+    rng, encoder, made = np.random.default_rng(0), load_encoder(recipe, torch.device("cpu")), []
     for index, prompt in enumerate(prompts):
         latents_BPC = encoder.encode(draw(sample_scene(rng, prompt))[None])
-        generator = generator_of(index, "", "diffusion")
-        vae = diffuse(bridge.painter, bridge.controlnet, latents_BPC, text, generator, recipe)
-        made.append(bridge.painter.decode(vae)[0].numpy())
+        made.append(renderer.paint("", latents_BPC[0], index))
     return made
 
 

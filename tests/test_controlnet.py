@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 from fixtures_flux import tiny_controlnet, tiny_painter
 from parity_flux import check_controlnet
 
@@ -71,3 +72,26 @@ def test_published_names_keep_everything_else() -> None:
     names = {"up_sampling_block.bn1.weight": "controlnet_x_embedder.bn1.weight", "x_embedder.bias": "x_embedder.bias",
              "controlnet_x_embedder.weight": "controlnet_x_embedder.proj.weight"}  # fmt: skip
     assert set(from_published({name: torch.zeros(1) for name in names})) == set(names.values())
+
+
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+
+# transformer/config.json of FLUX.1-dev; FLUX.1-schnell's differs by the guidance embedding alone.
+PUBLISHED = {
+    "patch_size": 1, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128,
+    "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("guided", "blocks", "millions"),
+    [(True, (4, 1), 1771.19), (False, (4, 1), 1760.96), (True, (1, 4), 1176.47)],
+    ids=["dev", "schnell", "dev, as the published script builds it"],
+)
+def test_parameters_at_the_papers_scale(guided: bool, blocks: tuple[int, int], millions: float) -> None:
+    """For the 3584 channels of Qwen2.5-VL-7B, counted without making a number of it."""
+    with torch.device("meta"):
+        transformer = FluxTransformer2DModel(**PUBLISHED, guidance_embeds=guided)
+        controlnet = latent_controlnet(transformer, *blocks, channels=3584)
+    assert controlnet.device.type == "meta"
+    assert sum(p.numel() for p in controlnet.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)

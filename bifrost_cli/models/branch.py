@@ -124,8 +124,8 @@ class VisualBranch(nn.Module):
         }
 
     def from_base(self, mllm: Mllm) -> dict[str, Tensor]:
-        """Our name -> the MLLM's tensor, for what is not trained: it belongs to no checkpoint and to no artifact."""
-        stock = mllm.decoder.state_dict()
+        """Our name -> the MLLM's own parameter, for what is not trained and so in no checkpoint and no artifact."""
+        stock = dict(mllm.decoder.named_parameters())
         return {f"decoder.{name}": stock[stock_name(name)] for name in frozen_names(self.decoder)}
 
     def set_statistics(self, mean_C: Tensor, std_C: Tensor) -> None:

@@ -7,13 +7,12 @@ many, restartable picture by picture. Every PNG carries what made it. Does not k
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
+import numpy as np
 
 from bifrost_cli import __version__
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
@@ -22,9 +21,11 @@ from bifrost_cli.artifacts.identity import digest_of, provenance
 from bifrost_cli.config import Recipe
 from bifrost_cli.data.png import contact_sheet, png_bytes, png_pixels
 from bifrost_cli.errors import Stopped, UsageError
-from bifrost_cli.stages.painting import Bridge, Painting, Reading, timing_line
+from bifrost_cli.stages.painting import timing_line
 from bifrost_cli.stages.pair import Pair, choose_pair
+from bifrost_cli.stages.placement import RUN_ONLY
 from bifrost_cli.stages.prompts import Order, destination, orders, read_prompts
+from bifrost_cli.stages.studio import Sketches, Studio, latents_bytes
 from bifrost_cli.stages.ui import Ui
 from bifrost_cli.stages.worklog import WorkLog
 from bifrost_cli.training.signals import StopFlag
@@ -49,7 +50,8 @@ class _Job:
         """What decides a picture beside prompt, seed and weights (which the parents' ids stand for)."""
         recipe = self.recipe
         sizes = {"paint_size": recipe.latents.paint_size, "max_text_tokens": recipe.branch.max_text_tokens}
-        return {**recipe.generate.model_dump(mode="json"), **sizes, "dtype": recipe.models.dtype}
+        chosen = recipe.generate.model_dump(mode="json", exclude=RUN_ONLY)
+        return {**chosen, **sizes, "dtype": recipe.models.dtype}
 
     @property
     def parents(self) -> tuple[Artifact, Artifact]:
@@ -64,39 +66,16 @@ class _Job:
     def orders(self) -> list[Order]:
         return list(orders(self.prompts, self.copies, self.seed))
 
-    def png(self, order: Order, reading: Reading, painting: Painting) -> bytes:
+    def png(self, order: Order, plan: str | None, pixels_HWC: np.ndarray) -> bytes:
         """The picture with everything that made it in its text chunks; no time, no host, no position in a batch."""
-        plan = {} if reading.plan is None else {"plan": reading.plan}
         facts = {
             "settings": self.settings,
             "artifacts": {parent.kind: parent.id for parent in self.parents},
             "versions": provenance()["versions"],
         }
-        text = {"prompt": order.prompt, **plan, "seed": str(order.seed), "Software": f"bifrost {__version__}"}
-        return png_bytes(painting.pixels_HWC, text | {key: json.dumps(value) for key, value in facts.items()})
-
-
-class _Studio:
-    """Paints orders one by one with models that are loaded when the first picture is really needed."""
-
-    def __init__(self, load: Callable[[], Bridge], ui: Ui) -> None:
-        self._load, self._ui = load, ui
-        self._reading: Reading | None = None
-
-    @cached_property
-    def bridge(self) -> Bridge:
-        """The loaded models."""
-        return self._load()
-
-    def paint(self, order: Order) -> tuple[Reading, Painting]:
-        if self._reading is None or self._reading.prompt != order.prompt:
-            self._reading = self.bridge.read(order.prompt)
-            if self._reading.plan is not None:
-                self._ui.say(f"plan {order.index}: {self._reading.plan}")
-        return self._reading, self.bridge.paint(self._reading, order.seed)
-
-    def times(self) -> str:
-        return timing_line(self.bridge.seconds) if "bridge" in self.__dict__ else "nothing was painted"
+        planned = {} if plan is None else {"plan": plan}
+        text = {"prompt": order.prompt, **planned, "seed": str(order.seed), "Software": f"bifrost {__version__}"}
+        return png_bytes(pixels_HWC, text | {key: json.dumps(value) for key, value in facts.items()})
 
 
 def generate(
@@ -133,31 +112,32 @@ def generate(
     pair = choose_pair(branch, controlnet, workspace)
     ui.say(pair.why)
     job = _Job(recipe, found, n, seed, save_latents, grid, pair)
-    studio = _Studio(lambda: Bridge.load(recipe, pair, device, ui), ui)
+    studio = Studio(recipe, pair, device, ui)
     if file:
         made: Artifact | Path = _paint_file(job, studio, file, ui)
     else:
         own = default_path(workspace, "samples", identity_id("samples", job.identity, job.parents))
         made = _paint_folder(job, studio, Path(output or own), device, ui)
     if timings:
-        ui.say(f"time: {studio.times()}")
+        ui.say(f"time: {timing_line(studio.seconds) or 'nothing was painted'}")
     return made
 
 
 # ---- one file -----------------------------------------------------------------------------------------------------
 
 
-def _paint_file(job: _Job, studio: _Studio, file: Path, ui: Ui) -> Path:
+def _paint_file(job: _Job, studio: Studio, file: Path, ui: Ui) -> Path:
     latents = file.with_suffix(".safetensors")
     if job.save_latents and latents.exists():
         raise UsageError(f"{latents} exists already", fix="choose another name with -o", code="BF-USE-002")
     (order,) = job.orders()
-    reading, painting = studio.paint(order)
+    sketch = studio.sketch(order)
+    pixels_HWC, cut = studio.paint(order, sketch)
     make_folder(file.parent)
     if job.save_latents:
-        write_bytes(latents, _latents_bytes(painting))
-    write_bytes(file, job.png(order, reading, painting))
-    _say_cut(int(reading.cut), ui)
+        write_bytes(latents, latents_bytes(sketch))
+    write_bytes(file, job.png(order, sketch.plan, pixels_HWC))
+    _say_cut(int(cut), ui)
     ui.say(f"{file}: seed {order.seed}; another: --seed {order.seed + 1}")
     return file
 
@@ -165,7 +145,7 @@ def _paint_file(job: _Job, studio: _Studio, file: Path, ui: Ui) -> Path:
 # ---- a samples artifact -------------------------------------------------------------------------------------------
 
 
-def _paint_folder(job: _Job, studio: _Studio, folder: Path, device: str, ui: Ui) -> Artifact:
+def _paint_folder(job: _Job, studio: Studio, folder: Path, device: str, ui: Ui) -> Artifact:
     with StopFlag() as stop, Draft.open(folder, "samples", job.identity, job.parents) as draft:
         if draft.complete:
             draft.complete.check()
@@ -176,16 +156,7 @@ def _paint_folder(job: _Job, studio: _Studio, folder: Path, device: str, ui: Ui)
         missing = [order for order in wanted if not log.done(order.index)]
         if len(missing) < len(wanted):
             ui.say(f"{len(wanted) - len(missing)} of {len(wanted)} pictures are there already")
-        with ui.progress(len(missing), "pictures") as bar:
-            for done, order in enumerate(missing):
-                if stop.requested:
-                    raise _stopped(len(wanted) - len(missing) + done, len(wanted), folder)
-                reading, painting = studio.paint(order)
-                files = {order.name: job.png(order, reading, painting)}
-                if job.save_latents:
-                    files[f"latents/{order.index:05d}.safetensors"] = _latents_bytes(painting)
-                log.add(order.index, files, {"plan": reading.plan, "cut": reading.cut})
-                bar.advance(1)
+        _paint_missing(job, studio, draft, log, missing, stop, ui)
         artifact = _commit(job, draft, log, wanted, studio, device)
     _tidy(folder)
     _say_cut(artifact.info["cut"], ui)
@@ -193,7 +164,32 @@ def _paint_folder(job: _Job, studio: _Studio, folder: Path, device: str, ui: Ui)
     return artifact
 
 
-def _commit(job: _Job, draft: Draft, log: WorkLog, wanted: list[Order], studio: _Studio, device: str) -> Artifact:
+def _paint_missing(
+    job: _Job, studio: Studio, draft: Draft, log: WorkLog, missing: list[Order], stop: StopFlag, ui: Ui
+) -> None:
+    """Sketch and paint each; with `offload` all are sketched first, and the sketches kept in the unfinished folder."""
+    total = job.copies * len(job.prompts)
+
+    def check(painted: int = 0) -> None:
+        if stop.requested:
+            raise _stopped(total - len(missing) + painted, total, draft.path)
+
+    sketches = Sketches(draft.path) if studio.apart else None
+    with ui.progress(len(missing), "pictures") as bar:
+        if sketches:
+            sketches.make(missing, studio.sketch, check)
+        for done, order in enumerate(missing):
+            check(done)
+            sketch = sketches.of(order) if sketches else studio.sketch(order)
+            pixels_HWC, cut = studio.paint(order, sketch)
+            files = {order.name: job.png(order, sketch.plan, pixels_HWC)}
+            if job.save_latents:
+                files[f"latents/{order.index:05d}.safetensors"] = latents_bytes(sketch)
+            log.add(order.index, files, {"plan": sketch.plan, "cut": cut})
+            bar.advance(1)
+
+
+def _commit(job: _Job, draft: Draft, log: WorkLog, wanted: list[Order], studio: Studio, device: str) -> Artifact:
     lines = [
         {"index": o.index, "file": o.name, "prompt": o.prompt, "plan": log.facts[o.index]["plan"], "seed": o.seed}
         for o in wanted
@@ -205,8 +201,8 @@ def _commit(job: _Job, draft: Draft, log: WorkLog, wanted: list[Order], studio: 
         write_bytes(draft.path / "grid.png", png_bytes(contact_sheet(shown)))
     cut = sum(log.facts[order.index]["cut"] for order in wanted)
     info = {"settings": job.settings, "cut": cut, "recipe": job.recipe.model_dump(mode="json")}
-    seconds = dict(studio.bridge.seconds) if "bridge" in vars(studio) else {}
-    cost = {"samples": len(wanted), "stages": {stage: round(value, 3) for stage, value in seconds.items()}}
+    stages = {stage: round(value, 3) for stage, value in studio.seconds.items()}
+    cost = {"samples": len(wanted), "stages": stages}
     return draft.commit(info, made={"seed": job.seed, "device": device}, cost=cost)
 
 
@@ -219,10 +215,6 @@ def _tidy(folder: Path) -> None:
 def _stopped(done: int, total: int, folder: Path) -> Stopped:
     return Stopped(f"stopped after {done} of {total} pictures; they are kept", at=str(folder),
                    fix="give the same command again; it goes on")  # fmt: skip
-
-
-def _latents_bytes(painting: Painting) -> bytes:
-    return save({"latents": painting.latents_PC.contiguous()})
 
 
 def _say_cut(count: int, ui: Ui) -> None:

@@ -1,8 +1,8 @@
-"""One prompt through the whole chain: plan, prompt, decode, diffusion, VAE; each part timed.
+"""One prompt through the chain in two halves: words to patch latents, and patch latents to a picture; each part timed.
 
-In: loaded models, settings, a prompt, a seed. Out: a `Painting`. One picture at a time on purpose: sums of floats
-differ in the last bit between batch sizes, and the same seed must give the same bytes alone or among others. Knows no
-folder.
+In: a recipe, trained artifacts, a prompt, a seed. Out: a `Sketch`, then pixels. One picture at a time on purpose: sums
+of floats differ in the last bit between batch sizes, and the same seed must give the same bytes alone or among others.
+The halves never meet, so that only one need be in memory. Knows no folder.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
+from bifrost_cli.artifacts import Artifact
 from bifrost_cli.config import Recipe
 from bifrost_cli.errors import RecipeError
 from bifrost_cli.maths.masking import random_orders
@@ -30,8 +32,8 @@ from bifrost_cli.models.painter import Control, Painter
 from bifrost_cli.models.prompt import join_plan
 from bifrost_cli.stages.loading import load_branch, load_controlnet, load_mllm, load_painter
 from bifrost_cli.stages.painter import check_settings, require_painter
-from bifrost_cli.stages.pair import Pair, require_base
-from bifrost_cli.stages.place import pick_device
+from bifrost_cli.stages.pair import require_base
+from bifrost_cli.stages.placement import Placement
 from bifrost_cli.stages.ui import Ui
 from bifrost_cli.training.order import derive
 
@@ -39,102 +41,123 @@ STAGES = ("plan", "prompt", "decode", "diffusion", "vae")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What the models made of a prompt. `cut` is True when it was longer than one of them reads."""
+class Sketch:
+    """What MLLM and branch made of a prompt: patch latents (P, C) float32 on the CPU, and the plan if there is one.
+
+    `cut` is True when the prompt was longer than they read.
+    """
 
     prompt: str
     plan: str | None
-    prefix: Prefix
-    text: Any
     cut: bool
-
-
-@dataclass(frozen=True)
-class Painting:
-    """A picture, uint8 (H, W, 3), and the patch latents (P, C) float32 it was painted from."""
-
-    pixels_HWC: np.ndarray
     latents_PC: torch.Tensor
 
 
-@dataclass
-class Bridge:
-    """The loaded chain. `seconds` adds up the time of each stage."""
+class Sketcher:
+    """MLLM and branch: the half that makes patch latents of words. `seconds` adds up the time of each stage."""
 
-    mllm: Mllm
-    branch: VisualBranch
-    painter: Painter
-    controlnet: nn.Module
-    recipe: Recipe
-    seconds: Counter[str] = field(default_factory=Counter)
+    def __init__(self, mllm: Mllm, branch: VisualBranch, recipe: Recipe, placement: Placement) -> None:
+        self.mllm, self.branch, self.recipe, self._placement = mllm, branch, recipe, placement
+        self.seconds: Counter[str] = Counter()
+        self._read = lru_cache(maxsize=1)(self._read_once)  # several pictures of a prompt follow each other
 
     @classmethod
-    def load(cls, recipe: Recipe, pair: Pair, device: str, ui: Ui | None = None) -> Bridge:
-        """Load all parts. ArtifactError BF-ART-004: trained on other bases than the recipe names."""
-        place, models = pick_device(device), recipe.models
-        kind = {"device": place, "dtype": getattr(torch, models.dtype)}
+    def load(cls, recipe: Recipe, artifact: Artifact, placement: Placement) -> Sketcher:
+        """ArtifactError BF-ART-004: the branch was trained on another MLLM than the recipe names."""
+        models, kind = recipe.models, {"device": placement.home, "dtype": getattr(torch, recipe.models.dtype)}
         mllm = load_mllm(models.mllm, **kind, revision=models.revision)
-        require_base(pair.branch, "mllm", models.mllm, mllm.weights_hash())
-        painter = load_painter(models.painter, **kind, revision=models.revision)
-        check_settings(recipe, painter, ui or Ui())
-        require_painter(pair.controlnet, models.painter, painter)
-        branch = load_branch(pair.branch, **kind, mllm=mllm)
-        return cls(mllm, branch, painter, load_controlnet(pair.controlnet, **kind), recipe)
+        require_base(artifact, "mllm", models.mllm, mllm.weights_hash())
+        branch = load_branch(artifact, **kind, mllm=mllm)
+        placement.settle(mllm.model, branch)
+        return cls(mllm, branch, recipe, placement)
 
     @torch.no_grad()
-    def read(self, prompt: str) -> Reading:
-        """Plan (if the recipe says so), then the prompt's keys and values, and what the painter reads of it."""
-        settings = self.recipe.generate
-        plan = None
-        if settings.plan:
-            with self._timed("plan"):
-                plan = self.mllm.write([prompt], settings.plan_instruction, settings.plan_tokens)[0]
-        with self._timed("prompt"):
-            layout = self.mllm.layout([join_plan(prompt, plan)], self.recipe.branch.max_text_tokens)
-            text = self.painter.embed([prompt], settings.painter_tokens, settings.painter_guidance)
-            cut = layout.truncated[0] or self.painter.too_long(prompt, settings.painter_tokens)
-            return Reading(prompt, plan, self.mllm.prefix(layout), text, cut)
-
-    @torch.no_grad()
-    def paint(self, reading: Reading, seed: int) -> Painting:
-        """The picture of (prompt, seed): decode order, head noise and diffusion noise follow from the two alone."""
-        with self._timed("decode"):
-            latents_BPC = self.decode(reading, seed)
-        with self._timed("diffusion"):
-            generator = generator_of(seed, reading.prompt, "diffusion")
-            vae_Bchw = diffuse(self.painter, self.controlnet, latents_BPC, reading.text, generator, self.recipe)
-        with self._timed("vae"):
-            pixels_HWC = self.painter.decode(vae_Bchw)[0].numpy()
-        return Painting(pixels_HWC, latents_BPC[0].cpu())
-
-    def decode(self, reading: Reading, seed: int) -> torch.Tensor:
-        """Predicted patch latents (1, P, C)."""
-        settings, branch = self.recipe.generate, self.branch
-        noise_BPC = None
+    def sketch(self, prompt: str, seed: int) -> Sketch:
+        """Decode order and head noise follow from (prompt, seed) alone."""
+        plan, cut, prefix = self._read(prompt)
+        settings, branch, noise_BPC = self.recipe.generate, self.branch, None
         if branch.head_kind == "flow":
             shape = (1, branch.patches, branch.channels)
-            noise_BPC = torch.randn(shape, generator=generator_of(seed, reading.prompt, "head"))
-        return decode(
-            branch,
-            reading.prefix,
-            self._unconditional if settings.guidance != 1.0 else None,
-            steps=settings.decode_steps,
-            orders_BP=random_orders(1, branch.patches, generator_of(seed, reading.prompt, "order")),
-            guidance=settings.guidance,
-            noise_BPC=noise_BPC,
-        )
+            noise_BPC = torch.randn(shape, generator=generator_of(seed, prompt, "head"))
+        with timed(self.seconds, "decode"), self._placement.on(branch):
+            latents_BPC = decode(
+                branch,
+                prefix,
+                self._unconditional if settings.guidance != 1.0 else None,
+                steps=settings.decode_steps,
+                orders_BP=random_orders(1, branch.patches, generator_of(seed, prompt, "order")),
+                guidance=settings.guidance,
+                noise_BPC=noise_BPC,
+            ).cpu()
+        return Sketch(prompt, plan, cut, latents_BPC[0])
+
+    def _read_once(self, prompt: str) -> tuple[str | None, bool, Prefix]:
+        """Plan (if the recipe says so), whether the text was cut, and its keys and values."""
+        settings, plan = self.recipe.generate, None
+        with self._placement.on(self.mllm.model):
+            if settings.plan:
+                with timed(self.seconds, "plan"):
+                    plan = self.mllm.write([prompt], settings.plan_instruction, settings.plan_tokens)[0]
+            if settings.guidance != 1.0:
+                self._unconditional  # noqa: B018 while the MLLM is there
+            with timed(self.seconds, "prompt"):
+                layout = self.mllm.layout([join_plan(prompt, plan)], self.recipe.branch.max_text_tokens)
+                return plan, layout.truncated[0], self.mllm.prefix(layout)
 
     @cached_property
     def _unconditional(self) -> Prefix:
         return self.mllm.prefix(self.mllm.layout([""], self.recipe.branch.max_text_tokens))
 
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.mllm.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds[stage] += time.perf_counter() - start
+
+class Renderer:
+    """Painter and ControlNet: the half that makes a picture of patch latents. `seconds` as the sketcher's."""
+
+    def __init__(self, painter: Painter, controlnet: nn.Module, recipe: Recipe, placement: Placement) -> None:
+        self.painter, self.controlnet, self.recipe, self._placement = painter, controlnet, recipe, placement
+        self.seconds: Counter[str] = Counter()
+        self._text = lru_cache(maxsize=1)(self._embed)
+
+    @classmethod
+    def load(cls, recipe: Recipe, artifact: Artifact, placement: Placement, ui: Ui | None = None) -> Renderer:
+        """ArtifactError BF-ART-004: the ControlNet was trained on another painter than the recipe names."""
+        models, kind = recipe.models, {"device": placement.home, "dtype": getattr(torch, recipe.models.dtype)}
+        painter = load_painter(models.painter, **kind, revision=models.revision)
+        check_settings(recipe, painter, ui or Ui())
+        require_painter(artifact, models.painter, painter)
+        controlnet = load_controlnet(artifact, **kind)
+        placement.settle(*(getattr(painter, part) for part in painter.frozen_parts), controlnet)
+        return cls(painter, controlnet, recipe, placement)
+
+    @torch.no_grad()
+    def paint(self, prompt: str, latents_PC: torch.Tensor, seed: int) -> np.ndarray:
+        """The picture, uint8 (H, W, 3); its noise follows from (prompt, seed) alone."""
+        text, painter, device = self._text(prompt), self.painter, self._placement.device
+        with timed(self.seconds, "diffusion"), self._placement.on(painter.transformer, self.controlnet):
+            generator, latents_BPC = generator_of(seed, prompt, "diffusion"), latents_PC[None].to(device)
+            text = send_to_device(text, device)
+            vae_Bchw = diffuse(painter, self.controlnet, latents_BPC, text, generator, self.recipe)
+        with timed(self.seconds, "vae"), self._placement.on(painter.vae):
+            return painter.decode(vae_Bchw)[0].numpy()
+
+    def cuts(self, prompt: str) -> bool:
+        """True when the prompt is longer than the painter reads."""
+        return self.painter.too_long(prompt, self.recipe.generate.painter_tokens)
+
+    def _embed(self, prompt: str) -> Any:
+        settings, painter = self.recipe.generate, self.painter
+        encoders = [getattr(painter, part) for part in painter.frozen_parts if part not in ("transformer", "vae")]
+        with timed(self.seconds, "prompt"), self._placement.on(*encoders):
+            return painter.embed([prompt], settings.painter_tokens, settings.painter_guidance)
+
+
+@contextmanager
+def timed(seconds: Counter[str], stage: str) -> Iterator[None]:
+    """Add the time spent inside, the device's work included."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[stage] += time.perf_counter() - start
 
 
 def diffuse(

@@ -18,11 +18,11 @@ from bifrost_cli.config import Recipe
 from bifrost_cli.data.images import read_image, square
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import UsageError
-from bifrost_cli.stages.loading import load_controlnet, load_encoder, load_painter
-from bifrost_cli.stages.painter import check_settings, require_painter
-from bifrost_cli.stages.painting import diffuse, generator_of
+from bifrost_cli.stages.loading import load_encoder
+from bifrost_cli.stages.painting import Renderer
 from bifrost_cli.stages.pair import choose_controlnet
 from bifrost_cli.stages.place import pick_device
+from bifrost_cli.stages.placement import RUN_ONLY, Placement, forget
 from bifrost_cli.stages.prompts import destination
 from bifrost_cli.stages.ui import Ui
 
@@ -50,22 +50,19 @@ def reconstruct(
     picture = read_image(Path(image), recipe.latents)
     for note in picture.notes:
         ui.say(f"{image}: {note}")
-    place, models = pick_device(device), recipe.models
+    place = pick_device(device)
     encoder = load_encoder(recipe, place)
     chosen, why = choose_controlnet(controlnet, encoder.identity, workspace)
     ui.say(why)
-    kind = {"device": place, "dtype": getattr(torch, models.dtype)}
-    painter = load_painter(models.painter, **kind, revision=models.revision)
-    check_settings(recipe, painter, ui)
-    require_painter(chosen, models.painter, painter)
-    model = load_controlnet(chosen, **kind)
     pixels_BHWC = square(picture.rgb, recipe.latents.image_size)[None]
-    text = painter.embed([prompt], recipe.generate.painter_tokens, recipe.generate.painter_guidance)
-    generator = generator_of(seed, prompt, "diffusion")
-    vae_Bchw = diffuse(painter, model, encoder.encode(pixels_BHWC.copy()), text, generator, recipe)
+    grid, latents_BPC = encoder.grid, encoder.encode(pixels_BHWC.copy())
+    del encoder  # two large models, one after the other
+    forget()
+    renderer = Renderer.load(recipe, chosen, Placement(place, recipe.generate.offload), ui)
+    made_HWC = renderer.paint(prompt, latents_BPC[0], seed)
     make_folder(file.parent)
-    write_bytes(file, png_bytes(painter.decode(vae_Bchw)[0].numpy(), _facts(recipe, chosen, prompt, seed)))
-    ui.say(f"{file}: painted again from {encoder.grid[0]}x{encoder.grid[1]} latents of {image}")
+    write_bytes(file, png_bytes(made_HWC, _facts(recipe, chosen, prompt, seed)))
+    ui.say(f"{file}: painted again from {grid[0]}x{grid[1]} latents of {image}")
     return file
 
 
@@ -77,7 +74,8 @@ def _file(output: Path | str) -> Path:
 
 
 def _facts(recipe: Recipe, controlnet: Artifact, prompt: str, seed: int) -> dict[str, str]:
-    settings = {"latents": recipe.latents.model_dump(mode="json"), "generate": recipe.generate.model_dump(mode="json")}
+    painted = recipe.generate.model_dump(mode="json", exclude=RUN_ONLY)
+    settings = {"latents": recipe.latents.model_dump(mode="json"), "generate": painted}
     facts = {"settings": settings, "artifacts": {"controlnet": controlnet.id}, "versions": provenance()["versions"]}
     plain = {"reconstruction": "yes", "prompt": prompt, "seed": str(seed), "Software": f"bifrost {__version__}"}
     return plain | {key: json.dumps(value) for key, value in facts.items()}

@@ -1,7 +1,8 @@
 """Which pictures of an unfinished samples folder are done, so that the next attempt makes only the others.
 
 In: the draft's folder and finished files. Out: `work/pictures.jsonl`, a line a picture, written after its files; a
-picture counts only when every file still has the sha256 of its line. Does not know prompts or models.
+picture counts only when every file still has the sha256 of its line (sketches likewise). Does not know prompts or
+models.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from bifrost_cli.artifacts.files import append, make_folder, sha256_file, sync, 
 class WorkLog:
     """The log of one draft. `facts[index]` is what was noted with a finished picture."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self._path = folder, folder / "work" / "pictures.jsonl"
+    def __init__(self, folder: Path, name: str = "pictures") -> None:
+        self.folder, self._path = folder, folder / "work" / f"{name}.jsonl"
         make_folder(self._path.parent)
         lines = self._lines()
         self.facts = {line["index"]: line["facts"] for line in lines}
