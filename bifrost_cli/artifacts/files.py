@@ -102,12 +102,13 @@ def make_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there. A kill leaves a leftover to sweep, never half a folder."""
+    """Remove a file or a folder, if it is there. A kill or a power cut leaves a leftover to sweep, never half of it."""
     path = Path(path)
     with disk_errors(path):
         if path.is_dir() and not path.is_symlink():
             tmp = _temp_path(path)
             os.rename(path, tmp)
+            sync(path.parent)
             path = tmp
         _remove(path)
 

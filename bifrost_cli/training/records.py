@@ -15,7 +15,7 @@ from typing import Any
 from bifrost_cli.artifacts.files import append, remove, sync, write_bytes
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem
 
-_ROW = re.compile(r"\d+(,[^,]+)+\n")
+_ROW = re.compile(r"(step|\d+)(,[^,\0]+)+\n")
 
 
 class Table:
@@ -28,15 +28,15 @@ class Table:
     def cut(self, step: int, *, complete: bool) -> None:
         """Keep the rows up to `step`. `complete`: rows 1..step must all be there, else ArtifactError."""
         lines = self.path.read_bytes().decode(errors="replace").splitlines(keepends=True) if self.path.exists() else []
-        whole = itertools.takewhile(_ROW.fullmatch, lines[1:])  # after a power cut the rest can be anything
-        kept = lines[:1] + [line for line in whole if int(line.split(",")[0]) <= step]
+        whole = list(itertools.takewhile(_ROW.fullmatch, lines))  # after a power cut the rest can be anything
+        kept = whole[:1] + [line for line in whole[1:] if int(line.split(",")[0]) <= step]
         if complete and len(kept) != step + 1 and step > 0:
             raise ArtifactError(f"{self.path} does not reach the checkpoint it belongs to (step {step})",
                                 at=f"{max(0, len(kept) - 1)} rows", fix="remove the folder and train again",
                                 code="BF-ART-005")
-        if step == 0:
+        if step == 0 or not kept:
             remove(self.path)
-        elif lines:
+        else:
             write_bytes(self.path, "".join(kept).encode())
             self._columns = kept[0].strip().split(",")[1:]
 

@@ -1,0 +1,59 @@
+"""Nothing is lost: an error at any call to the disk, and a power cut after any change of it, end in the same bytes."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+from faults import KINDS
+from fixtures_targets import TARGETS
+from harness import errors, power_cuts, second_writer, undisturbed
+
+CODES = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=TARGETS)
+def target(request):
+    return TARGETS[request.param]
+
+
+def test_an_error_at_any_call_is_told_and_loses_nothing(target, tmp_path):
+    """ENOSPC where the disk is asked for room, EIO where it is asked to keep its word."""
+    wanted = undisturbed(target, tmp_path)
+    step = 3 if target.name == "train" else 1
+    for kind in KINDS:
+        code = CODES["ENOSPC" if kind in ("open", "write", "mkdir") else "EIO"]
+        assert errors(target, tmp_path, wanted, kind, code, step=step) > 0
+
+
+def test_a_power_cut_after_any_change_loses_nothing(target, tmp_path):
+    wanted = undisturbed(target, tmp_path)
+    assert power_cuts(target, tmp_path, wanted, step=9 if target.name == "train" else 3) > 40
+
+
+def test_a_second_writer_is_refused_and_harms_nothing(target, tmp_path):
+    second_writer(target, tmp_path, undisturbed(target, tmp_path))
+
+
+@pytest.mark.crash
+@pytest.mark.parametrize("for_good", [False, True], ids=["once", "for good"])
+@pytest.mark.parametrize("code", CODES)
+def test_every_error_at_every_call(target, tmp_path, code, for_good):
+    wanted = undisturbed(target, tmp_path)
+    done = {kind: errors(target, tmp_path, wanted, kind, CODES[code], for_good=for_good) for kind in KINDS}
+    print(f"{target.name}: {sum(done.values())} faults ({code}) {done}")
+
+
+@pytest.mark.crash
+def test_a_power_cut_after_every_change(target, tmp_path):
+    wanted = undisturbed(target, tmp_path)
+    print(f"{target.name}: {power_cuts(target, tmp_path, wanted)} power cuts")
