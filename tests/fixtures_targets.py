@@ -140,7 +140,7 @@ def _verifies(path: Path) -> bool:
 
 # ---- generate --------------------------------------------------------------------------------------------------------
 
-PROMPTS = ["a red circle", "a blue square", "a green star"]
+PROMPTS = "a red circle\na blue square\na green star\n"
 
 
 class Noise:
@@ -160,8 +160,10 @@ class Noise:
 
 def run_generate(folder: Path, work: Work) -> None:
     pair = [_part(folder, kind) for kind in ("branch", "controlnet")]
+    prompts = inputs(folder) / "prompts.txt"
+    prompts.write_text(PROMPTS)
     with mock.patch.object(Bridge, "load", lambda *rest, **more: Noise(work)):
-        generate.generate(Recipe(), PROMPTS, output=folder / OUT, branch=pair[0], controlnet=pair[1], grid=True,
+        generate.generate(Recipe(), prompts, output=folder / OUT, branch=pair[0], controlnet=pair[1], grid=True,
                           save_latents=True, seed=5)  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Eight kills in the ordinary suite; `pytest -m crash` has 200.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -15,36 +16,192 @@ from pathlib import Path
 import pytest
 import torch
 from faults import Watched, disk
-from fixtures_targets import OUT, TARGETS, kept, result
+from fixtures_stage_training import mllm_store, recipe, save_flux, save_mllm
+from fixtures_targets import OUT, TARGETS, Target, inputs, kept, kept_steps, result
 from harness import fresh, undisturbed
 
 from bifrost_cli.cli.main import explain
+from bifrost_cli.stages.branch import train_branch
+from bifrost_cli.stages.controlnet import train_controlnet
 
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["fixtures_targets", "torch._dynamo", "torch.optim.swa_utils"])
-STOPPED = {75, 130}  # at the next step; at once, with a second signal or where nothing had begun
+FORK = multiprocessing.get_context("fork")  # everything is imported, so that the moments fall into the work
+PAUSE = 0.03  # seconds of work for each batch, step or picture, so that a run lasts
+TERMINATED = {0, 75, -signal.SIGTERM}  # whole all the same; stopped at the next step; nothing was to be saved
 
 
-def body(name: str, folder: Path, number: int, at_call: int, pause: float) -> None:
-    """A process that runs a target; it sends itself the signal at that call to the disk, unless `at_call` is 0."""
+def run_branch(folder: Path, work) -> None:
+    made, store = _frozen(folder, "mllm", save_mllm), _latents(folder)
+    train_branch(recipe(mllm=made), latents=store, output=folder / OUT, device="cpu")
+
+
+def run_controlnet(folder: Path, work) -> None:
+    made, store = _frozen(folder, "flux", save_flux), _latents(folder)
+    train_controlnet(recipe(flux=made), latents=store, output=folder / OUT, device="cpu")
+
+
+def _frozen(folder: Path, name: str, save) -> Path:
+    path = inputs(folder) / name
+    return path if path.exists() else save(path)
+
+
+def _latents(folder: Path) -> Path:
+    path = inputs(folder) / "latents"
+    return path if path.exists() else mllm_store(path).path
+
+
+ALL = {
+    **TARGETS,
+    "branch": Target("branch", run_branch, kept_steps, 12),
+    "controlnet": Target("controlnet", run_controlnet, kept_steps, 12),
+}
+
+
+def body(name: str, folder: Path, number: int, at_call: int) -> None:
+    """A process that runs a target, and sends itself the signal at that call to the disk, unless `at_call` is 0."""
     torch.set_num_threads(1)
-    calls = iter(range(1, at_call))
+    calls: list[str] = []
 
     def hook(kind: str, name: str, arguments: tuple) -> None:
-        if at_call and next(calls, None) is None and at_call not in done:
-            done.add(at_call)
+        calls.append(kind)
+        if len(calls) == at_call:
             os.kill(os.getpid(), number)
 
-    done: set[int] = set()
     with disk(Watched(hook)):
         try:
-            (folder / "begun").touch()
-            TARGETS[name].run(folder, lambda: time.sleep(pause))
+            ALL[name].run(folder, lambda: time.sleep(PAUSE))
         except BaseException as error:
-            raise SystemExit(explain(error).exit_code) from None
+            os._exit(explain(error).exit_code)
+    (folder.parent / f"{name}-calls").write_text(str(len(calls)))
+    os._exit(0)
 
 
-def start(name: str, folder: Path, number: int = 0, at_call: int = 0, pause: float = 0.0) -> multiprocessing.Process:
-    process = SERVER.Process(target=body, args=(name, folder, number, at_call, pause))
+def start(name: str, folder: Path, number: int = 0, at_call: int = 0) -> multiprocessing.Process:
+    process = FORK.Process(target=body, args=(name, folder, number, at_call))
     process.start()
     return process
+
+
+def signalled(process: multiprocessing.Process, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it has ended
+        os.kill(process.pid, number)
+
+
+def killed(name: str, place: Path, count: int, seed: int) -> int:
+    """Kill runs of a target `count` times; each second time let the same command end, and compare every byte."""
+    target, chance, folder = ALL[name], random.Random(seed), place / name
+    wanted = undisturbed(target, place)
+    seconds, calls = _measured(name, folder)
+    kills = 0
+    for trial in range(3 * count):
+        if kills >= count:
+            return kills
+        if trial % 2 == 0:
+            fresh(folder)
+        before, number = kept(target, folder), chance.choice((signal.SIGKILL, signal.SIGTERM))
+        inside = chance.random() < 0.5
+        process = start(name, folder, number, chance.randint(1, calls) if inside else 0)
+        if not inside:
+            time.sleep(chance.uniform(0.05, 1.0) * seconds)
+            signalled(process, number)
+        process.join()
+        kills += process.exitcode != 0
+        assert process.exitcode in ({0, -number} | (TERMINATED if number == signal.SIGTERM else set()))
+        assert kept(target, folder) >= before
+        if trial % 2:
+            with disk(Watched()):
+                target.run(folder, lambda: None)
+            assert result(folder) == wanted, f"trial {trial} of seed {seed}"
+    raise AssertionError(f"only {kills} kills came in time")
+
+
+def _measured(name: str, folder: Path) -> tuple[float, int]:
+    """How long a whole run takes as a process of its own, and how many calls to the disk it makes."""
+    fresh(folder)
+    began = time.monotonic()
+    process = start(name, folder)
+    process.join()
+    assert process.exitcode == 0
+    return time.monotonic() - began, int((folder.parent / f"{name}-calls").read_text())
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_two_kills_and_the_same_bytes(name, tmp_path):
+    assert killed(name, tmp_path, 2, seed=1) == 2
+
+
+@pytest.mark.crash
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("name", "count"), [("extract", 40), ("train", 40), ("generate", 40), ("eval", 20),
+                                             ("branch", 30), ("controlnet", 30)])  # fmt: skip
+def test_many_kills_and_the_same_bytes(name, count, tmp_path):
+    print(f"{name}: {killed(name, tmp_path, count, seed=20)} kills")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("name", "units"), [("extract", 3), ("train", 6), ("generate", 3)])
+def test_a_signal_inside_a_save_lets_it_finish_and_stops_with_75(name, units, number, tmp_path):
+    target, folder = ALL[name], tmp_path / name
+    wanted = undisturbed(target, tmp_path)
+    _, calls = _measured(name, folder)
+    stopped = []
+    for at_call in range(calls // 3, 2 * calls // 3, calls // 12):
+        fresh(folder)
+        process = start(name, folder, number, at_call)
+        process.join()
+        stopped.append(process.exitcode)
+        assert 0 < kept(target, folder) and not (folder / OUT / "manifest.json").exists() or process.exitcode == 0
+        target.run(folder, lambda: None)
+        assert result(folder) == wanted
+    assert set(stopped) <= {0, 75} and 75 in stopped
+
+
+def test_a_signal_while_a_batch_is_read_stops_after_the_step(tmp_path, monkeypatch):
+    from fixtures_targets import Regression
+
+    target, folder = ALL["train"], tmp_path / "train"
+    wanted, read = undisturbed(target, tmp_path), Regression.batch
+
+    def batch(self, step: int, micro: int):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return read(self, step, micro)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Regression, "batch", batch)
+        fresh(folder)
+        with pytest.raises(BaseException) as caught:
+            target.run(folder, lambda: None)
+    assert explain(caught.value).exit_code == 75 and kept(target, folder) == 3
+    target.run(folder, lambda: None)
+    assert result(folder) == wanted
+
+
+def test_ctrl_c_at_a_prompt_file_keeps_the_pictures(tmp_path):
+    target, folder = ALL["generate"], tmp_path / "generate"
+    wanted = undisturbed(target, tmp_path)
+    fresh(folder)
+    process = start("generate", folder)
+    while not kept(target, folder):
+        time.sleep(0.005)
+    signalled(process, signal.SIGINT)
+    process.join()
+    have = kept(target, folder)
+    assert process.exitcode == 75 and have in (1, 2)
+    work: list[int] = []
+    target.run(folder, lambda: work.append(1))
+    assert result(folder) == wanted and len(work) == 3 - have
+
+
+def test_two_signals_stop_at_once_and_lose_nothing(tmp_path):
+    target, folder = ALL["train"], tmp_path / "train"
+    wanted = undisturbed(target, tmp_path)
+    fresh(folder)
+    process = start("train", folder)
+    while not kept(target, folder):
+        time.sleep(0.005)
+    for _ in range(2):
+        signalled(process, signal.SIGTERM)
+    process.join()
+    assert process.exitcode in (75, 130, 0) and kept(target, folder) >= 2
+    target.run(folder, lambda: None)
+    assert result(folder) == wanted
