@@ -189,7 +189,7 @@ def kept_pictures(out: Path) -> int:
 
 
 def run_eval(folder: Path, work: Work) -> None:
-    options = {"fid": False, "shapes": True, "min_samples": 4, "workspace": folder / "runs"}
+    options = {"measures": ["shapes"], "min_samples": 4, "workspace": folder / "runs"}
     page = evaluation.report_html
     with mock.patch.object(evaluation, "report_html", lambda *rest: work() or page(*rest)):
         evaluation.evaluate(Recipe(), samples=_samples(folder), output=folder / OUT, **options)

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from faults import FailsAt, Recorder, Watched, disk
 from fixtures_targets import OUT, Target, broken_promises, kept, result
 
@@ -84,7 +85,8 @@ def second_writer(target: Target, place: Path, wanted: Any) -> None:
     def meanwhile() -> None:
         if not told:
             told.append("begun")
-            told.append(_failure(target, folder, lambda kind, name, arguments: None))
+            with torch.random.fork_rng():  # one process stands for two: the second draws nothing from the first
+                told.append(_failure(target, folder, lambda kind, name, arguments: None))
 
     target.run(folder, meanwhile)
     assert told[1] is not None and (told[1].code, told[1].exit_code) == ("BF-ART-006", 5), told[1]

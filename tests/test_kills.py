@@ -144,7 +144,7 @@ def test_a_signal_inside_a_save_lets_it_finish_and_stops_with_75(name, units, nu
     wanted = undisturbed(target, tmp_path)
     _, calls = _measured(name, folder)
     stopped = []
-    for at_call in range(calls // 3, 2 * calls // 3, calls // 12):
+    for at_call in range(calls // 3, calls // 2, calls // 16):
         fresh(folder)
         process = start(name, folder, number, at_call)
         process.join()
