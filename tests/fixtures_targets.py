@@ -12,6 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,7 +34,8 @@ from bifrost_cli.shapes.draw import draw
 from bifrost_cli.stages import evaluate as evaluation
 from bifrost_cli.stages import extract, generate
 from bifrost_cli.stages import train as training
-from bifrost_cli.stages.painting import Bridge, Painting, Reading
+from bifrost_cli.stages.painting import Sketch
+from bifrost_cli.stages.prompts import Order
 from bifrost_cli.stages.ui import Ui
 from bifrost_cli.training.checkpoint import Checkpoints, verify
 
@@ -146,23 +148,23 @@ PROMPTS = "a red circle\na blue square\na green star\n"
 class Noise:
     """In the place of the loaded chain: a picture of noise that (prompt, seed) decides."""
 
-    def __init__(self, work: Work) -> None:
-        self._work, self.seconds = work, Counter()
+    def __init__(self, work: Work, apart: bool) -> None:
+        self._work, self.apart, self.seconds = work, apart, Counter()
 
-    def read(self, prompt: str) -> Reading:
-        return Reading(prompt, None, None, None, False)
+    def sketch(self, order: Order) -> Sketch:
+        return Sketch(order.prompt, None, False, torch.full((4, 8), float(order.seed)))
 
-    def paint(self, reading: Reading, seed: int) -> Painting:
+    def paint(self, order: Order, sketch: Sketch) -> tuple[np.ndarray, bool]:
         self._work()
-        noise = np.random.default_rng([seed, *reading.prompt.encode()])
-        return Painting(noise.integers(0, 255, (8, 8, 3), np.uint8), torch.full((4, 8), float(seed)))
+        noise = np.random.default_rng([order.seed, *order.prompt.encode()])
+        return noise.integers(0, 255, (8, 8, 3), np.uint8), False
 
 
-def run_generate(folder: Path, work: Work) -> None:
+def run_generate(folder: Path, work: Work, apart: bool = False) -> None:
     pair = [_part(folder, kind) for kind in ("branch", "controlnet")]
     prompts = inputs(folder) / "prompts.txt"
     prompts.write_text(PROMPTS)
-    with mock.patch.object(Bridge, "load", lambda *rest, **more: Noise(work)):
+    with mock.patch.object(generate, "Studio", lambda *rest: Noise(work, apart)):
         generate.generate(Recipe(), prompts, output=folder / OUT, branch=pair[0], controlnet=pair[1], grid=True,
                           save_latents=True, seed=5)  # fmt: skip
 
@@ -217,6 +219,7 @@ TARGETS = {
         Target("extract", run_extract, kept_shards, 3),
         Target("train", run_training, kept_steps, 6),
         Target("generate", run_generate, kept_pictures, 3),
+        Target("halves", partial(run_generate, apart=True), kept_pictures, 3),  # generate.offload: first all sketches
         Target("eval", run_eval, lambda out: 0, 1),
     )
 }

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -116,3 +118,30 @@ def power_cuts(target: Target, place: Path, wanted: Any, step: int = 1) -> int:
                 assert (folder / OUT / "manifest.json").exists(), f"{when}: the command had ended"
             _again(target, folder, wanted, have, when)
     return cuts
+
+
+# ---- a flipped bit ---------------------------------------------------------------------------------------------------
+
+
+def flips(files: Iterable[Path], read: Callable[[], Any], wanted: Any, step: int = 1) -> Counter[str]:
+    """Flip each bit of the files (every `step`-th), one at a time: `read` gives `wanted` or refuses with exit code 5.
+
+    Returns how often it refused and how often it gave the same.
+    """
+    outcomes: Counter[str] = Counter()
+    for file in files:
+        whole = file.read_bytes()
+        for bit in range(0, 8 * len(whole), step):
+            harmed = bytearray(whole)
+            harmed[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(harmed)
+            try:
+                found = read()
+            except BifrostError as error:
+                assert error.exit_code == 5, f"{file} bit {bit}: {error}"
+                outcomes["refused"] += 1
+            else:
+                assert found == wanted, f"{file} bit {bit}: other numbers"
+                outcomes["same"] += 1
+        file.write_bytes(whole)
+    return outcomes

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bifrost_cli.artifacts.files import append, make_folder, sha256_file, sync, write_bytes
+from bifrost_cli.artifacts.identity import digest_of
 
 
 class WorkLog:
@@ -37,7 +38,8 @@ class WorkLog:
             make_folder((self.folder / name).parent)
             write_bytes(self.folder / name, data)
         digests = {name: sha256_file(self.folder / name) for name in files}
-        line = json.dumps({"index": index, "files": digests, "facts": dict(facts)}, ensure_ascii=False)
+        value = {"index": index, "files": digests, "facts": dict(facts)}
+        line = json.dumps({**value, "digest": digest_of(value)}, ensure_ascii=False)
         append(self._path, line + "\n")
         sync(self._path)
         sync(self._path.parent)
@@ -60,9 +62,10 @@ class WorkLog:
 
 
 def _line(text: bytes) -> tuple[dict[str, Any], int] | None:
-    """The value of one whole line and its length, or None."""
+    """The value of one line and its length; None unless it is the line that was written."""
     try:
-        value = json.loads(text) if text.endswith(b"\n") else None
-    except ValueError:
+        value = json.loads(text)
+        digest = value.pop("digest")
+    except (ValueError, AttributeError, KeyError, TypeError):
         return None
-    return (value, len(text)) if isinstance(value, dict) and {"index", "files", "facts"} <= set(value) else None
+    return (value, len(text)) if text.endswith(b"\n") and digest == digest_of(value) else None
