@@ -34,7 +34,7 @@ Codes in use (a number keeps its meaning for ever):
     BF-ENV-012     the disk fails
     BF-ENV-020     model not reachable         BF-ENV-021     gated, no token
     BF-ENV-022     licence not accepted        BF-ENV-023     offline and not cached
-    BF-ENV-030     weights of a metric
+    BF-ENV-024     the hub failed              BF-ENV-030     weights of a metric
     BF-DATA-001    no images                   BF-DATA-002    captions
     BF-DATA-003    a bad image                 BF-DATA-004    too many bad images
     BF-DATA-005    the source's own list       BF-DATA-006    two samples with one key

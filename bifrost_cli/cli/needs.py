@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from bifrost_cli.cli.command import Result, command
-from bifrost_cli.cli.options import Sets
+from bifrost_cli.cli.options import Recipe, Sets, Workspace
+from bifrost_cli.errors import Findings
 from bifrost_cli.stages.ui import Ui
 
 app = typer.Typer()
@@ -94,3 +96,25 @@ def _bytes(size: int) -> str:
         if size >= unit:
             return f"{size / unit:.2f} {name}"
     return f"{size / 1e3:.0f} kB"
+
+
+@command(app, "doctor")
+def doctor(recipe: Recipe, ui: Ui, workspace: Workspace = Path("runs")) -> Result:
+    """Check what is here of what a recipe needs: libraries, GPU, disk, models and their licences.
+
+    Exit code 8 when something will not work.
+
+    Example: bifrost doctor --recipe bifrost1-7b
+    """
+    from dataclasses import asdict
+
+    from bifrost_cli.stages.doctor import doctor
+
+    found = doctor(recipe, workspace=workspace)
+    failed = [one for one in found if one.status == "fail"]
+    lines = []
+    for one in found:
+        lines.append(f"{one.status:4}  {one.what}: {one.told}")
+        lines += [f"      fix: {one.fix}"] if one.fix else []
+    error = Findings(f"{len(failed)} of {len(found)} findings will not work", fix=failed[0].fix) if failed else None
+    return Result(lines, {"recipe": recipe.name, "findings": [asdict(one) for one in found]}, error=error)

@@ -6,29 +6,19 @@ folder first, so that each trouble with a hub has one place and one message. Doe
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import get_token, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 
 from bifrost_cli.errors import ArtifactError, BifrostError, EnvironmentProblem, memory_errors
+from bifrost_cli.stages.hub import HUB_ERRORS, first_line, hub_problem
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
-_HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError)
 
 
 def pick_device(name: str) -> torch.device:
@@ -39,7 +29,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise EnvironmentProblem(f"there is no device {name} here", at=_first_line(error),
+        raise EnvironmentProblem(f"there is no device {name} here", at=first_line(error),
                                  fix="--device cpu, or bifrost doctor", code="BF-ENV-001") from error  # fmt: skip
     return device
 
@@ -55,30 +45,30 @@ def model_place(ref: str, *, revision: str | None = None, patterns: Sequence[str
     if ref.startswith(("builtin:", ".", "/", "~")):
         raise EnvironmentProblem(f"there is no model folder {folder}", fix="give a folder, builtin:NAME or a hub id",
                                  code="BF-ENV-020")  # fmt: skip
-    with model_errors(ref):
+    with model_errors(ref, revision):
         # A hub repository may keep a second copy of its weights in half precision, under such names.
         return snapshot_download(ref, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*.fp16*"])
 
 
 @contextmanager
-def model_errors(ref: str) -> Iterator[None]:
+def model_errors(ref: str, revision: str | None = None) -> Iterator[None]:
     """Turn a library's complaint about a model into one of ours.
 
-    EnvironmentProblem: BF-ENV-020 not a model, or not reachable; 021 gated and no token; 022 licence not accepted; 023
-    offline and not in the cache. ArtifactError BF-ART-008: damaged weights. OutOfMemory.
+    EnvironmentProblem: BF-ENV-020 not a model, or those of `hub_problem`. ArtifactError BF-ART-008: damaged weights.
+    OutOfMemory.
     """
     try:
         with memory_errors(f"loading {ref}", "--set models.dtype=bfloat16, or a machine with more memory"):
             yield
     except BifrostError:
         raise
-    except _HUB_ERRORS as error:
-        raise _hub_problem(ref, error) from error
+    except HUB_ERRORS as error:
+        raise hub_problem(ref, error, revision) from error
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         if damage := _damage(error):
-            raise ArtifactError(f"{ref} holds damaged weights: {damage}", at=_first_line(error),
+            raise ArtifactError(f"{ref} holds damaged weights: {damage}", at=first_line(error),
                                 fix="fetch the model again", code="BF-ART-008") from error  # fmt: skip
-        raise EnvironmentProblem(f"{ref} is not a model of the kind that is needed", at=_first_line(error),
+        raise EnvironmentProblem(f"{ref} is not a model of the kind that is needed", at=first_line(error),
                                  fix="check the recipe's models section", code="BF-ENV-020") from error  # fmt: skip
 
 
@@ -87,26 +77,3 @@ def _damage(error: BaseException | None) -> SafetensorError | None:
     while error is not None and not isinstance(error, SafetensorError):
         error = error.__context__
     return error
-
-
-def _hub_problem(ref: str, error: Exception) -> EnvironmentProblem:
-    page = f"https://huggingface.co/{ref}"
-    if isinstance(error, GatedRepoError) and get_token() is None:
-        return EnvironmentProblem(f"{ref} is gated, and there is no token", at=page,
-                                  fix="hf auth login, or set HF_TOKEN", code="BF-ENV-021")  # fmt: skip
-    if isinstance(error, GatedRepoError):
-        return EnvironmentProblem(f"{ref} is gated, and your account has not accepted its licence", at=page,
-                                  fix=f"accept it at {page}", code="BF-ENV-022")  # fmt: skip
-    if isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)):
-        return EnvironmentProblem(f"there is no model {ref}", at=_first_line(error),
-                                  fix="check the name and the revision; a private one needs HF_TOKEN",
-                                  code="BF-ENV-020")  # fmt: skip
-    if os.environ.get("HF_HUB_OFFLINE") or isinstance(error, (OfflineModeIsEnabled, LocalEntryNotFoundError)):
-        return EnvironmentProblem(f"{ref} is not in the cache, and the hub cannot be reached", at=page,
-                                  fix="go online once, or give a local folder", code="BF-ENV-023")  # fmt: skip
-    return EnvironmentProblem(f"{ref} cannot be reached", at=_first_line(error), fix="try again later",
-                              code="BF-ENV-020")  # fmt: skip
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
