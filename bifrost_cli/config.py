@@ -32,6 +32,9 @@ class Models(Section):
     painter: str = Field("black-forest-labs/FLUX.1-dev", description="the diffusion model")
     revision: str | None = Field(None, description="hub commit of both; null is the newest, and is recorded")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="number format of the frozen weights")
+    weights: Literal["dtype", "int8", "nf4"] = Field(
+        "dtype", description="frozen layers in dtype, or in 8 or 4 bits (the quant extra; not to train a branch)"
+    )
 
 
 class Latents(Section):
@@ -226,3 +229,9 @@ class Recipe(Section):
     generate: Generate = Generate()
     evaluate: Evaluate = Evaluate()
     shapes: Shapes = Shapes()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.models.weights != "dtype" and self.generate.offload == "sequential":
+            raise ValueError(f"generate.offload sequential cannot move weights in {self.models.weights}; model can")
+        return self

@@ -13,6 +13,7 @@ import torch
 
 from bifrost_cli import generate, load_recipe
 from bifrost_cli.artifacts import Artifact
+from bifrost_cli.config import Train
 from bifrost_cli.data.png import png_pixels
 from bifrost_cli.shapes.captions import CATEGORIES, held_out, held_out_prompts, sample_prompt, sample_scene
 from bifrost_cli.shapes.checker import check
@@ -57,7 +58,7 @@ def test_cards_name_the_weights_that_are_there():
 
     weights, _ = load_tensors(BUILTIN / "open_clip" / "open_clip_model.safetensors")
     assert weights_hash(weights) == json.loads((BUILTIN / "open_clip" / "bifrost.json").read_text())["weights_sha256"]
-    assert card["train"] == load_recipe("shapes").shapes.mllm.model_dump(mode="json")
+    assert Train(**card["train"]) == load_recipe("shapes").shapes.mllm  # a key that came later is at its default
 
 
 def test_held_out_pictures_are_right(samples):

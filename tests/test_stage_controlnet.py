@@ -15,7 +15,7 @@ from bifrost_cli.errors import ArtifactError, RecipeError, StoreError
 from bifrost_cli.models.controlnet import latent_controlnet
 from bifrost_cli.models.encoders import VaeEncoder
 from bifrost_cli.stages import controlnet as stage
-from bifrost_cli.stages.controlnet import painter_hash, train_controlnet
+from bifrost_cli.stages.controlnet import train_controlnet
 from bifrost_cli.stages.loading import load_controlnet, load_painter
 from bifrost_cli.training.controlnet import ControlNetTask
 
@@ -62,7 +62,7 @@ def test_gradient_checkpointing_changes_no_byte(made, workspace, flux_folder, tm
 
 
 def test_flux_is_what_it_was(made, flux_folder):
-    assert made.identity["painter"] == painter_hash(load_painter(str(flux_folder), torch.device("cpu")))
+    assert made.identity["painter"] == load_painter(str(flux_folder), torch.device("cpu")).weights_hash()
 
 
 def test_the_averaged_weights_have_the_batch_statistics_of_the_training(made):

@@ -72,6 +72,10 @@ class Painter(ABC):
     def reads_guidance(self) -> bool:
         """True when `guidance` changes what `denoise` gives."""
 
+    def frozen_modules(self, but: Sequence[str] = ()) -> list[nn.Module]:
+        """The parts with weights, without those named in `but`."""
+        return [getattr(self, part) for part in self.frozen_parts if part not in but]
+
     def weights_hash(self) -> str:
         """sha256 over all weights: transformer, VAE and the text encoders."""
         states = [(part, getattr(self, part).state_dict()) for part in self.frozen_parts]

@@ -14,6 +14,7 @@ from bifrost_cli.data.images import read_image
 from bifrost_cli.errors import UsageError
 from bifrost_cli.stages.loading import load_mllm
 from bifrost_cli.stages.place import pick_device
+from bifrost_cli.stages.placement import Placement
 from bifrost_cli.stages.ui import Ui
 
 
@@ -34,5 +35,8 @@ def ask(
     for note in picture.notes:
         ui.say(f"{image}: {note}")
     models = recipe.models
-    mllm = load_mllm(models.mllm, pick_device(device), getattr(torch, models.dtype), revision=models.revision)
-    return mllm.answer(picture.rgb.copy(), question, max_tokens)  # Pillow lends a read-only array
+    placement = Placement(pick_device(device), recipe.generate.offload, models.weights)
+    mllm = load_mllm(models.mllm, placement.home, getattr(torch, models.dtype), revision=models.revision)
+    placement.settle(mllm.model, frozen=[mllm.decoder])
+    with placement.on(mllm.model):
+        return mllm.answer(picture.rgb.copy(), question, max_tokens)  # Pillow lends a read-only array

@@ -20,6 +20,7 @@ from bifrost_cli.errors import RecipeError
 from bifrost_cli.models.branch import VisualBranch
 from bifrost_cli.models.encoders import MllmEncoder
 from bifrost_cli.models.mllm import Mllm
+from bifrost_cli.stages.bases import mllm_hash
 from bifrost_cli.stages.loading import load_encoder, load_mllm
 from bifrost_cli.stages.place import pick_device
 from bifrost_cli.stages.train import Job, choose_store, other_encoder, run_job, shared_identity
@@ -47,6 +48,9 @@ def train_branch(
     of the recipe's encoder, 5 for a damaged store or checkpoint, RecipeError 2, Diverged 7, Stopped 75, DiskFull 3.
     """
     ui, settings = ui or Ui(), recipe.branch
+    if recipe.models.weights != "dtype":
+        raise RecipeError(f"the branch is made of the MLLM's own weights, which {recipe.models.weights} has rounded",
+                          fix="--set models.weights=dtype for this training", code="BF-RECIPE-005")  # fmt: skip
     store, place = choose_store(recipe, latents, workspace, ui), pick_device(device)
     mllm = load_mllm(recipe.models.mllm, place, getattr(torch, recipe.models.dtype), revision=recipe.models.revision)
     _require_encoder(recipe, store, mllm, place)
@@ -58,7 +62,7 @@ def train_branch(
     looked_at = min(store.rows, LOOKED_AT)
     if cut := task.too_long(looked_at):
         ui.say(f"{cut} of the first {looked_at} texts are longer than {settings.max_text_tokens} tokens and are cut")
-    identity = {**shared_identity(store, settings), "mllm": mllm.weights_hash()}
+    identity = {**shared_identity(store, settings), "mllm": mllm_hash(recipe.models, mllm)}
     job = Job(
         kind="branch",
         recipe=recipe,
@@ -68,7 +72,7 @@ def train_branch(
         task=task,
         config=branch.config,
         frozen=lambda: weights_hash(mllm.model.state_dict()),
-        frozen_hash=mllm.weights_hash(),
+        frozen_hash=identity["mllm"],
         device=place,
     )
     made = run_job(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)

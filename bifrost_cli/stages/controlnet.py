@@ -19,9 +19,11 @@ from bifrost_cli.errors import ArtifactError, RecipeError
 from bifrost_cli.models.controlnet import controlnet_config
 from bifrost_cli.models.encoders import VaeEncoder
 from bifrost_cli.models.painter import Painter
+from bifrost_cli.stages.bases import painter_hash
 from bifrost_cli.stages.loading import load_painter
 from bifrost_cli.stages.painter import check_settings
 from bifrost_cli.stages.place import pick_device
+from bifrost_cli.stages.placement import Placement
 from bifrost_cli.stages.train import Job, choose_store, run_job, shared_identity
 from bifrost_cli.stages.ui import Ui
 from bifrost_cli.training.controlnet import ControlNetTask
@@ -51,7 +53,8 @@ def train_controlnet(
                           fix="--set models.dtype=float32, or precision bf16", code="BF-RECIPE-005")
     store, place = choose_store(recipe, latents, workspace, ui), pick_device(device)
     store.vae([0])  # a store without VAE latents is refused before anything is loaded
-    painter = load_painter(models.painter, place, getattr(torch, models.dtype), revision=models.revision)
+    placement = Placement(place, weights=models.weights)
+    painter = load_painter(models.painter, placement.home, getattr(torch, models.dtype), revision=models.revision)
     check_settings(recipe, painter, ui)
     _require_painter(recipe, store, painter)
     _require_size(store, painter)
@@ -60,29 +63,27 @@ def train_controlnet(
     if settings.train.gradient_checkpointing:
         for module in (controlnet, painter.transformer):  # the gradient passes through the frozen painter, too
             module.enable_gradient_checkpointing()
-    frozen = painter_hash(painter)
+    base, small = painter_hash(models, painter), {}
+    placement.settle(*painter.frozen_modules(), frozen=painter.frozen_modules(but=("vae",)))
+    if models.weights != "dtype":
+        small = {"weights": models.weights}
     tokens = recipe.generate.painter_tokens
     job = Job(
         kind="controlnet",
         recipe=recipe,
         train=settings.train,
         store=store,
-        identity={**shared_identity(store, settings), "painter": frozen, "painter_tokens": tokens},
+        identity={**shared_identity(store, settings), "painter": base, "painter_tokens": tokens, **small},
         task=ControlNetTask(controlnet.float(), painter, store, settings, tokens),
         config=controlnet_config(controlnet),
-        frozen=lambda: painter_hash(painter),
-        frozen_hash=frozen,
+        frozen=painter.weights_hash,
+        frozen_hash=painter.weights_hash() if small else base,
         device=place,
     )
     made = run_job(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
     if isinstance(made, Artifact):
         ui.say(f"controlnet: {made.path}")
     return made
-
-
-def painter_hash(painter: Painter) -> str:
-    """sha256 over all frozen weights of the painter: transformer, VAE and text encoders."""
-    return painter.weights_hash()
 
 
 def _require_painter(recipe: Recipe, store: LatentsStore, painter: Painter) -> None:

@@ -51,7 +51,8 @@ class _Job:
         recipe = self.recipe
         sizes = {"paint_size": recipe.latents.paint_size, "max_text_tokens": recipe.branch.max_text_tokens}
         chosen = recipe.generate.model_dump(mode="json", exclude=RUN_ONLY)
-        return {**chosen, **sizes, "dtype": recipe.models.dtype}
+        small = {"weights": recipe.models.weights} if recipe.models.weights != "dtype" else {}
+        return {**chosen, **sizes, "dtype": recipe.models.dtype, **small}
 
     @property
     def parents(self) -> tuple[Artifact, Artifact]:

@@ -97,8 +97,9 @@ def check_settings(recipe: Recipe, painter: Painter, ui: Ui) -> None:
         ui.say(f"generate.painter_guidance {settings.painter_guidance:g} changes nothing: {name} has no guidance")
 
 
-def require_painter(controlnet: Artifact, name: str, painter: Painter) -> None:
-    """ArtifactError BF-ART-004 unless the ControlNet was made for this family and on these weights; both are named."""
+def require_painter(controlnet: Artifact, name: str, painter: Painter, weights: str) -> None:
+    """ArtifactError BF-ART-004 unless the ControlNet was made for this family and on these weights (their hash); both
+    are named."""
     family = config_family(read_json(controlnet.file("config.json")))
     if family != painter.family:
         raise ArtifactError(
@@ -107,7 +108,7 @@ def require_painter(controlnet: Artifact, name: str, painter: Painter) -> None:
             fix=f"give the recipe that it was trained with: --recipe {controlnet.path}",
             code="BF-ART-004",
         )
-    require_base(controlnet, "painter", name, painter.weights_hash())
+    require_base(controlnet, "painter", name, weights)
 
 
 def _class_of(folder: Path, part: str) -> str | None:

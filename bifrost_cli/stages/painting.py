@@ -30,6 +30,7 @@ from bifrost_cli.models.decode import decode
 from bifrost_cli.models.mllm import Mllm, Prefix
 from bifrost_cli.models.painter import Control, Painter
 from bifrost_cli.models.prompt import join_plan
+from bifrost_cli.stages.bases import mllm_hash, painter_hash
 from bifrost_cli.stages.loading import load_branch, load_controlnet, load_mllm, load_painter
 from bifrost_cli.stages.painter import check_settings, require_painter
 from bifrost_cli.stages.pair import require_base
@@ -66,9 +67,9 @@ class Sketcher:
         """ArtifactError BF-ART-004: the branch was trained on another MLLM than the recipe names."""
         models, kind = recipe.models, {"device": placement.home, "dtype": getattr(torch, recipe.models.dtype)}
         mllm = load_mllm(models.mllm, **kind, revision=models.revision)
-        require_base(artifact, "mllm", models.mllm, mllm.weights_hash())
+        require_base(artifact, "mllm", models.mllm, mllm_hash(models, mllm))
         branch = load_branch(artifact, **kind, mllm=mllm)
-        placement.settle(mllm.model, branch)
+        placement.settle(mllm.model, branch, frozen=[mllm.decoder])
         return cls(mllm, branch, recipe, placement)
 
     @torch.no_grad()
@@ -123,9 +124,9 @@ class Renderer:
         models, kind = recipe.models, {"device": placement.home, "dtype": getattr(torch, recipe.models.dtype)}
         painter = load_painter(models.painter, **kind, revision=models.revision)
         check_settings(recipe, painter, ui or Ui())
-        require_painter(artifact, models.painter, painter)
+        require_painter(artifact, models.painter, painter, painter_hash(models, painter))
         controlnet = load_controlnet(artifact, **kind)
-        placement.settle(*(getattr(painter, part) for part in painter.frozen_parts), controlnet)
+        placement.settle(*painter.frozen_modules(), controlnet, frozen=painter.frozen_modules(but=("vae",)))
         return cls(painter, controlnet, recipe, placement)
 
     @torch.no_grad()
@@ -145,7 +146,7 @@ class Renderer:
 
     def _embed(self, prompt: str) -> Any:
         settings, painter = self.recipe.generate, self.painter
-        encoders = [getattr(painter, part) for part in painter.frozen_parts if part not in ("transformer", "vae")]
+        encoders = painter.frozen_modules(but=("transformer", "vae"))
         with timed(self.seconds, "prompt"), self._placement.on(*encoders):
             return painter.embed([prompt], settings.painter_tokens, settings.painter_guidance)
 

@@ -58,7 +58,7 @@ def model_errors(ref: str, revision: str | None = None) -> Iterator[None]:
     OutOfMemory.
     """
     try:
-        with memory_errors(f"loading {ref}", "--set models.dtype=bfloat16, or a machine with more memory"):
+        with memory_errors(f"loading {ref}", "--set generate.offload=model --set models.weights=nf4"):
             yield
     except BifrostError:
         raise

@@ -1,18 +1,20 @@
 """Where the parts of a chain are while they work: on the device, or in main memory until they are needed.
 
-In: loaded modules, a device, the recipe's `generate.offload`. Out: modules that compute on the device. What is computed
-does not depend on it. Does not know what the modules are for.
+In: loaded modules, a device, the recipe's `generate.offload` and `models.weights`. Out: modules that compute on the
+device. What they compute does not depend on where they wait. Does not know what they are for.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from accelerate import cpu_offload
 from torch import nn
+
+from bifrost_cli.models.quantize import layers_of, quantize_layers
 
 CPU = torch.device("cpu")
 RUN_ONLY = {"offload"}  # keys of the recipe's generate that change no byte of a picture
@@ -20,29 +22,41 @@ RUN_ONLY = {"offload"}  # keys of the recipe's generate that change no byte of a
 
 class Placement:
     """`none`: everything stays on the device. `model`: a part is there while it works (`on`). `sequential`: the layers
-    of a part come one by one, by accelerate's hooks, and only what is in no layer stays."""
+    of a part come one by one, by accelerate's hooks, and only what is in no layer stays. Parts with weights of 8 or 4
+    bits stay in any case: they are made on the device."""
 
-    def __init__(self, device: torch.device, offload: str) -> None:
-        self.device, self.offload = device, offload
-        self.home = device if offload == "none" else CPU  # where weights are loaded to
+    def __init__(self, device: torch.device, offload: str = "none", weights: str = "dtype") -> None:
+        self.device, self.offload, self.weights = device, offload, weights
+        self.home = device if (offload, weights) == ("none", "dtype") else CPU  # where weights are loaded to
+        self._staying: set[int] = set()
 
-    def settle(self, *modules: nn.Module) -> None:
-        """Make freshly loaded modules ready; their weights cannot be read as a whole afterwards."""
-        if self.offload == "sequential":
-            for module in modules:
-                _stream(module, self.device)
+    def settle(self, *parts: nn.Module, frozen: Sequence[nn.Module] = ()) -> None:
+        """Make freshly loaded parts ready; `frozen` ones (parts, or inside parts) get the recipe's weights.
+
+        What was loaded can be hashed or copied before, not afterwards.
+        """
+        quantized = {id(module) for module in frozen} if self.weights != "dtype" else set()
+        for module in frozen if quantized else ():
+            quantize_layers(module, self.weights, self.device)
+        for part in parts:
+            stays = not quantized.isdisjoint(map(id, part.modules()))
+            if stays or self.offload == "none":
+                nn.Module.to(part, self.device)  # diffusers' own `to` warns of what it takes for a mistake
+                self._staying.add(id(part))
+            elif self.offload == "sequential":
+                _stream(part, self.device)
 
     @contextmanager
-    def on(self, *modules: nn.Module) -> Iterator[None]:
-        """The modules work inside."""
-        moved = modules if self.offload == "model" else ()
-        for module in moved:
-            nn.Module.to(module, self.device)  # diffusers' own `to` warns of what it takes for a mistake
+    def on(self, *parts: nn.Module) -> Iterator[None]:
+        """The parts work inside."""
+        moved = [part for part in parts if self.offload == "model" and id(part) not in self._staying]
+        for part in moved:
+            nn.Module.to(part, self.device)
         try:
             yield
         finally:
-            for module in moved:
-                nn.Module.to(module, CPU)
+            for part in moved:
+                nn.Module.to(part, CPU)
 
 
 def forget() -> None:
@@ -53,19 +67,10 @@ def forget() -> None:
 
 
 def _stream(module: nn.Module, device: torch.device) -> None:
-    layers = list(_layers(module))
+    layers = list(layers_of(module))
     streamed = {id(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
     for tensor in (*module.parameters(), *module.buffers()):
         if id(tensor) not in streamed:
             tensor.data = tensor.data.to(device)
     for layer in layers:
         cpu_offload(layer, execution_device=device)
-
-
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The members of every list of layers that is in no other."""
-    for child in module.children():
-        if isinstance(child, nn.ModuleList):
-            yield from filter(None.__ne__, child)  # diffusers keeps a None where a block has no attention
-        else:
-            yield from _layers(child)

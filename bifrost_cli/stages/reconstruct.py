@@ -58,7 +58,7 @@ def reconstruct(
     grid, latents_BPC = encoder.grid, encoder.encode(pixels_BHWC.copy())
     del encoder  # two large models, one after the other
     forget()
-    renderer = Renderer.load(recipe, chosen, Placement(place, recipe.generate.offload), ui)
+    renderer = Renderer.load(recipe, chosen, Placement(place, recipe.generate.offload, recipe.models.weights), ui)
     made_HWC = renderer.paint(prompt, latents_BPC[0], seed)
     make_folder(file.parent)
     write_bytes(file, png_bytes(made_HWC, _facts(recipe, chosen, prompt, seed)))

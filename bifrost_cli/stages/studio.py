@@ -16,8 +16,9 @@ from safetensors.torch import load, save
 
 from bifrost_cli.config import Recipe
 from bifrost_cli.errors import memory_errors
+from bifrost_cli.stages.bases import painter_hash
 from bifrost_cli.stages.painting import Renderer, Sketch, Sketcher
-from bifrost_cli.stages.pair import Pair
+from bifrost_cli.stages.pair import Pair, require_base
 from bifrost_cli.stages.place import pick_device
 from bifrost_cli.stages.placement import Placement, forget
 from bifrost_cli.stages.prompts import Order
@@ -40,6 +41,9 @@ class Studio:
         """Patch latents of an order."""
         if self._sketcher is None:
             self._drop()
+            if self.apart:  # a painter that does not fit is told of before hours of sketches, not after
+                models = self._recipe.models
+                require_base(self._pair.controlnet, "painter", models.painter, painter_hash(models))
             self._sketcher = Sketcher.load(self._recipe, self._pair.branch, self._placement())
             self._sketcher.seconds = self.seconds
         with memory_errors(f"sketching {order.name}", self._less()):
@@ -65,11 +69,14 @@ class Studio:
             forget()
 
     def _placement(self) -> Placement:
-        return Placement(pick_device(self._device), self._recipe.generate.offload)
+        return Placement(pick_device(self._device), self._recipe.generate.offload, self._recipe.models.weights)
 
     def _less(self) -> str:
-        stronger = {"none": "model", "model": "sequential"}.get(self._recipe.generate.offload)
-        return f"--set generate.offload={stronger} (the same bytes)" if stronger else "--set models.dtype=bfloat16"
+        offload, weights = self._recipe.generate.offload, self._recipe.models.weights
+        stronger = {"none": "model", "model": "sequential"}.get(offload) if weights == "dtype" else None
+        if stronger or not self.apart:
+            return f"--set generate.offload={stronger or 'model'} (the same bytes)"
+        return "--set models.weights=nf4 --set generate.offload=model, or a GPU with more memory"
 
 
 class Sketches:

@@ -1,0 +1,64 @@
+"""Frozen weights in 8 or 4 bits: the linear layers of a stock model's blocks, replaced one by one by bitsandbytes'.
+
+In: a loaded model in main memory, a device. Out: the same model with smaller weights, which compute in its own number
+format. Knows no model: what is in no list of layers (embeddings, heads, norms) keeps its weights. The libraries' own
+`quantization_config` does the same while loading, but diffusers refuses it without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from bifrost_cli.errors import EnvironmentProblem
+
+
+def layers_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The members of every list of layers that is in no other; diffusers keeps a None where there is nothing."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from (layer for layer in child if layer is not None)
+        else:
+            yield from layers_of(child)
+
+
+def quantize_layers(module: nn.Module, weights: str, device: torch.device) -> None:
+    """Replace, in place, the linear layers of `layers_of(module)`; they go to the device. The rest stays where it is.
+
+    weights: int8 (LLM.int8(), arXiv 2208.07339) or nf4 (QLoRA, arXiv 2305.14314; blocks of 64, scales in 8 bits).
+    Gradients pass through to the inputs. What the model's class keeps in 32 bits is left alone. EnvironmentProblem
+    BF-ENV-002 when bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise EnvironmentProblem(
+            f"the recipe asks for {weights} weights, and bitsandbytes is not installed",
+            code="BF-ENV-002",
+            fix="pip install 'bifrost-cli[quant]', or --set models.weights=dtype",
+        ) from None
+    kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+    for layer in list(layers_of(module)):
+        for owner in list(layer.modules()):
+            for name, child in list(owner.named_children()):
+                if type(child) is nn.Linear and name not in kept:
+                    setattr(owner, name, _quantized(bitsandbytes.nn, child, weights, device))
+
+
+def _quantized(library: Any, linear: nn.Linear, weights: str, device: torch.device) -> nn.Module:
+    form = (linear.in_features, linear.out_features, linear.bias is not None)
+    if weights == "int8":
+        made = library.Linear8bitLt(*form, has_fp16_weights=False, threshold=6.0, device="meta")
+        made.weight = library.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False).to(device)
+    else:
+        made = library.Linear4bit(*form, compute_dtype=linear.weight.dtype, quant_type="nf4", device="meta")
+        # On some CPUs the first pass without a gradient would pack the weights anew, and lose later gradients with it.
+        made.support_avx512bf16_for_cpu = False
+        options = {"requires_grad": False, "quant_type": "nf4", "module": made}
+        made.weight = library.Params4bit(linear.weight.data, **options).to(device)
+    if linear.bias is not None:
+        made.bias = nn.Parameter(linear.bias.data.to(device), requires_grad=False)
+    return made.eval()
