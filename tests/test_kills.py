@@ -91,10 +91,9 @@ def killed(name: str, place: Path, count: int, seed: int) -> int:
     target, chance, folder = ALL[name], random.Random(seed), place / name
     wanted = undisturbed(target, place)
     seconds, calls = _measured(name, folder)
-    kills = 0
-    for trial in range(3 * count):
-        if kills >= count:
-            return kills
+    kills = trial = 0
+    while kills < count or trial % 2:
+        assert trial < 4 * count + 8, f"only {kills} kills came in time"
         if trial % 2 == 0:
             fresh(folder)
         before, number = kept(target, folder), chance.choice((signal.SIGKILL, signal.SIGTERM))
@@ -111,7 +110,8 @@ def killed(name: str, place: Path, count: int, seed: int) -> int:
             with disk(Watched()):
                 target.run(folder, lambda: None)
             assert result(folder) == wanted, f"trial {trial} of seed {seed}"
-    raise AssertionError(f"only {kills} kills came in time")
+        trial += 1
+    return kills
 
 
 def _measured(name: str, folder: Path) -> tuple[float, int]:
@@ -126,7 +126,7 @@ def _measured(name: str, folder: Path) -> tuple[float, int]:
 
 @pytest.mark.parametrize("name", TARGETS)
 def test_two_kills_and_the_same_bytes(name, tmp_path):
-    assert killed(name, tmp_path, 2, seed=1) == 2
+    assert killed(name, tmp_path, 2, seed=1) >= 2
 
 
 @pytest.mark.crash
