@@ -168,6 +168,20 @@ def test_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch, prompts,
     assert sorted(tmp_path.iterdir()) == before and Path("there.png").read_bytes() == b"mine"
 
 
+def test_a_dry_run_says_what_is_there_and_reads_no_weight(system: System, tmp_path: Path, monkeypatch) -> None:
+    half = paint(system, ["a star"], tmp_path / "out", n=2)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(painting, "load_mllm", lambda *a, **k: pytest.fail("weights were loaded"))
+    plan = paint(system, ["a star", "a circle"], half.path, n=2, dry_run=True)
+    assert (plan["prompts"], plan["pictures"], plan["pictures_there"]) == (2, 4, 2)
+    assert plan["branch"] == system.branch.id and plan["controlnet"] == system.controlnet.id
+    assert plan["branch_passes"] == plan["diffusion_steps"] == 2 and plan["plan_tokens"] == 3
+    assert paint(system, "a star", tmp_path / "one.png", dry_run=True)["output"].endswith("one.png")
+    with pytest.raises(UsageError, match="exists already"):
+        paint(system, "a star", half.file("00000.png"), dry_run=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_long_and_foreign_prompts(system: System, tmp_path: Path) -> None:
     ui = Heard()
     file = paint(system, "a red circle " * 770, tmp_path / "long.png", ui=ui)

@@ -55,6 +55,20 @@ def test_the_artifact_is_whole_and_loads(made):
     assert weights["controlnet_x_embedder.proj.weight"].abs().max() > 0
 
 
+def test_held_out_texts_are_embedded_once_and_others_are_not_kept(workspace, monkeypatch):
+    tested, calls = task(workspace), []
+    embed = type(tested._painter).embed
+    monkeypatch.setattr(type(tested._painter), "embed", lambda self, *a: calls.append(a[0]) or embed(self, *a))
+    tested.module.eval()
+    with torch.no_grad():
+        first, counted = tested.validate(), len(calls)
+        assert tested.validate() == first and len(calls) == counted == 2  # with the captions, and without
+    tested.module.train()
+    kept = len(tested._embedded)
+    tested.batch(0, 0)
+    assert len(calls) == counted + 1 and len(tested._embedded) == kept
+
+
 def test_gradient_checkpointing_changes_no_byte(made, workspace, flux_folder, tmp_path):
     options = {"workspace": workspace, "output": tmp_path / "c", "device": "cpu"}
     again = train_controlnet(recipe(flux=flux_folder, gradient_checkpointing=True), **options)

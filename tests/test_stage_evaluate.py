@@ -217,6 +217,20 @@ def test_a_default_set_is_made_when_there_is_none(recipe, workspace, monkeypatch
 # ---------------------------------------------------------------- refusals
 
 
+def test_a_dry_run_names_the_inputs_and_makes_nothing(recipe, workspace, monkeypatch):
+    monkeypatch.setattr("bifrost_cli.stages.evaluate.load_features", None)
+    plan = evaluate(recipe, measures=["fid", "shapes"], workspace=workspace, dry_run=True)
+    assert plan["samples"] == f"{COUNT} pictures of held-out prompts, made first" and not workspace.exists()
+    made = make_samples(workspace, right_pictures(COUNT))
+    plan = evaluate(recipe, measures=["fid", "shapes"], workspace=workspace, dry_run=True)
+    assert made.id in plan["samples"] and plan["pictures"] == COUNT and plan["measures"] == ["fid", "shapes"]
+    assert plan["features"] == recipe.evaluate.features and plan["reference"]
+    assert evaluate(recipe, measures=["shapes"], workspace=workspace, dry_run=True)["reference"] is None
+    with pytest.raises(DataError, match="at least"):
+        evaluate(recipe, measures=["fid"], samples=made.path, min_samples=COUNT + 1, workspace=workspace, dry_run=True)
+    assert list(workspace.iterdir()) == [made.path]
+
+
 def test_too_few_pictures_are_refused(recipe, workspace):
     samples = make_samples(workspace, right_pictures(COUNT - 1))
     with pytest.raises(DataError, match=f"{COUNT - 1} pictures; at least {COUNT}") as caught:

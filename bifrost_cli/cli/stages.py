@@ -143,6 +143,7 @@ def generate(
     timings: Annotated[bool, typer.Option("--timings", help="Say how long each stage took.")] = False,
     workspace: Workspace = RUNS,
     device: Device = "auto",
+    dry_run: DryRun = False,
 ) -> Result:
     """Paint pictures of a prompt, or of each line of a file.
 
@@ -157,8 +158,8 @@ def generate(
     if prompt is None and prompts is None:
         prompt = FIRST_PROMPT
         ui.say(f'no prompt was given; painting "{prompt}"')
-    keep = {"grid": grid, "save_latents": save_latents, "timings": timings, "device": device, "ui": ui}
-    parts = {"branch": branch, "controlnet": controlnet, "workspace": workspace}
+    keep = {"grid": grid, "save_latents": save_latents, "timings": timings, "device": device, "dry_run": dry_run}
+    parts = {"branch": branch, "controlnet": controlnet, "workspace": workspace, "ui": ui}
     return _made(
         generate(recipe, prompt if prompts is None else prompts, output=output, n=n, seed=seed, **parts, **keep)
     )
@@ -187,6 +188,7 @@ def evaluate(
     output: Output = None,
     workspace: Workspace = RUNS,
     device: Device = "auto",
+    dry_run: DryRun = False,
 ) -> Result:
     """Measure samples against a reference and write a report.
 
@@ -200,7 +202,8 @@ def evaluate(
              "shapes": shapes}  # fmt: skip
     measures = [name for name, asked in flags.items() if asked] or ([] if fd else ["fid"])
     inputs = {"measures": measures, "fd": fd or [], "samples": samples, "reference": reference}
-    return _made(evaluate(recipe, **inputs, output=output, workspace=workspace, device=device, ui=ui))
+    where = {"output": output, "workspace": workspace, "device": device}
+    return _made(evaluate(recipe, **inputs, **where, dry_run=dry_run, ui=ui))
 
 
 @command(app, "reconstruct", RECONSTRUCT)

@@ -40,7 +40,7 @@ from bifrost_cli.stages.report_facts import (
     thumbnails,
     warnings,
 )
-from bifrost_cli.stages.sample_set import require_enough, samples_for
+from bifrost_cli.stages.sample_set import found_samples, require_enough, samples_for
 from bifrost_cli.stages.ui import Ui
 
 MEASURES = (*LAYERS, "clipscore", "shapes")
@@ -57,15 +57,16 @@ def evaluate(
     output: Path | str | None = None,
     workspace: Path | str = "runs",
     device: str = "auto",
+    dry_run: bool = False,
     ui: Ui | None = None,
-) -> Artifact:
+) -> Artifact | dict[str, Any]:
     """Measure samples and write a report artifact.
 
     `measures`: any of MEASURES; the distances are in the features of `evaluate.features`. `fd`: further networks for a
     Frechet distance each. `samples`: a samples artifact (path or id) or a folder of pictures; None takes the newest
     artifact made since the last training that has enough, and else makes a set from held-out prompts of the built-in
     world. `reference`: a folder, a samples artifact, a statistics file; None draws as many pictures of the built-in
-    world as there are samples.
+    world as there are samples. With `dry_run` the plan is returned: no network is loaded and nothing made.
 
     Errors: UsageError (nothing to measure), DataError 4 (fewer than `min_samples` pictures, unreadable or unjudgeable
     ones), ArtifactError 5 (damaged artifact, statistics of other features), EnvironmentProblem 3 (weights not here).
@@ -73,6 +74,8 @@ def evaluate(
     ui = ui or Ui()
     needed = recipe.evaluate.min_samples if min_samples is None else min_samples
     distances = _checked(recipe, measures, fd, needed)
+    if dry_run:
+        return _plan(recipe, measures, fd, samples, reference, needed if distances else 1, output, workspace, ui)
     pictures = samples_for(recipe, samples, needed, workspace, device, ui)
     require_enough(pictures, needed if distances else 1)
     networks = _networks(recipe, [name for name in LAYERS if name in measures], fd, device)
@@ -98,6 +101,27 @@ def evaluate(
     for line in (*lines, *report["warnings"], f"report: {artifact.path / 'report.html'}"):
         ui.say(line)
     return artifact
+
+
+def _plan(
+    recipe: Recipe, measures: Sequence[str], fd: Sequence[str], samples: Path | str | None,
+    reference: Path | str | None, needed: int, output: Path | str | None, workspace: Path | str, ui: Ui,
+) -> dict[str, Any]:  # fmt: skip
+    """What would be measured, on what, against what."""
+    found = found_samples(recipe, samples, needed, workspace, ui)
+    if found is not None:
+        require_enough(found, needed)
+    layers = [name for name in measures if name in LAYERS]
+    compares = bool(fd) or bool(set(layers) - set(WITHOUT_REFERENCE))
+    count = len(found.entries) if found else needed
+    return {
+        "output": str(output or f"a new report in {workspace}"),
+        "samples": found.what if found else f"{needed} pictures of held-out prompts, made first",
+        "pictures": count,
+        "measures": [*measures, *(f"fid in {ref}" for ref in fd)],
+        "features": recipe.evaluate.features if layers else None,
+        "reference": reference_for(recipe, reference, count, workspace).what if compares else None,
+    }
 
 
 def headline(result: Mapping[str, Any]) -> str:

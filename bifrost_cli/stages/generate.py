@@ -23,6 +23,7 @@ from bifrost_cli.data.png import contact_sheet, png_bytes, png_pixels
 from bifrost_cli.errors import Stopped, UsageError
 from bifrost_cli.stages.painting import timing_line
 from bifrost_cli.stages.pair import Pair, choose_pair
+from bifrost_cli.stages.place import pick_device
 from bifrost_cli.stages.placement import RUN_ONLY
 from bifrost_cli.stages.prompts import Order, destination, orders, read_prompts
 from bifrost_cli.stages.studio import Sketches, Studio, latents_bytes
@@ -67,6 +68,24 @@ class _Job:
     def orders(self) -> list[Order]:
         return list(orders(self.prompts, self.copies, self.seed))
 
+    def plan(self, file: Path | None, folder: Path, device: str) -> dict[str, Any]:
+        """What would be painted from what, and how much of it is there."""
+        settings, wanted = self.recipe.generate, self.orders()
+        return {
+            "output": str(file or folder),
+            "branch": self.pair.branch.id,
+            "controlnet": self.pair.controlnet.id,
+            "prompts": len(self.prompts),
+            "pictures": len(wanted),
+            "pictures_there": 0 if file else sum((folder / order.name).is_file() for order in wanted),
+            "plan_tokens": settings.plan_tokens if settings.plan else 0,
+            "branch_passes": settings.decode_steps * (1 if settings.guidance == 1.0 else 2),
+            "diffusion_steps": settings.steps,
+            "weights": self.recipe.models.weights,
+            "offload": settings.offload,
+            "device": str(pick_device(device)),
+        }
+
     def png(self, order: Order, plan: str | None, pixels_HWC: np.ndarray) -> bytes:
         """The picture with everything that made it in its text chunks; no time, no host, no position in a batch."""
         facts = {
@@ -93,15 +112,16 @@ def generate(
     save_latents: bool = False,
     timings: bool = False,
     device: str = "auto",
+    dry_run: bool = False,
     ui: Ui | None = None,
-) -> Artifact | Path:
+) -> Artifact | Path | dict[str, Any]:
     """Paint `n` pictures of each prompt: one (str), a list, or a file with one a line (Path).
 
     `output` FILE.png (one picture) returns that path; a folder, or None (workspace/samples-HASH), returns a samples
     artifact: 00000.png, ..., prompts.jsonl, with `grid` grid.png, with `save_latents` latents/00000.safetensors.
     Picture i of a prompt has seed `seed + i`; (prompt, seed, settings, weights) decide its bytes on one machine.
     UsageError: an empty prompt, an output that exists. ArtifactError: parts that do not fit. Stopped (75): a signal
-    between pictures; the same call again goes on.
+    between pictures; the same call again goes on. With `dry_run` the plan is returned; no weight is read, nothing made.
     """
     ui = ui or Ui()
     if n < 1:
@@ -113,11 +133,13 @@ def generate(
     pair = choose_pair(branch, controlnet, workspace)
     ui.say(pair.why)
     job = _Job(recipe, found, n, seed, save_latents, grid, pair)
+    own = default_path(workspace, "samples", identity_id("samples", job.identity, job.parents))
+    if dry_run:
+        return job.plan(file, Path(output or own), device)
     studio = Studio(recipe, pair, device, ui)
     if file:
         made: Artifact | Path = _paint_file(job, studio, file, ui)
     else:
-        own = default_path(workspace, "samples", identity_id("samples", job.identity, job.parents))
         made = _paint_folder(job, studio, Path(output or own), device, ui)
     if timings:
         ui.say(f"time: {timing_line(studio.seconds) or 'nothing was painted'}")

@@ -22,9 +22,19 @@ def samples_for(
 
     None takes the newest artifact with at least `needed` pictures made since the last training, else makes one.
     """
+    found = found_samples(recipe, samples, needed, workspace, ui)
+    return found or from_samples(_make_samples(recipe, needed, workspace, device, ui), recipe.latents)
+
+
+def found_samples(
+    recipe: Recipe, samples: Path | str | None, needed: int, workspace: Path | str, ui: Ui
+) -> PictureSet | None:
+    """`samples_for` as far as nothing must be made; None when a set would be. DataError when none can be."""
     if samples is None:
-        artifact = _newest_enough(workspace, needed, ui) or _make_samples(recipe, needed, workspace, device, ui)
-        return from_samples(artifact, recipe.latents)
+        artifact = _newest_enough(workspace, needed, ui)
+        if artifact is None:
+            _require_default_set(recipe, needed, workspace)
+        return artifact and from_samples(artifact, recipe.latents)
     folder = Path(samples)
     if folder.is_dir() and not (folder / "manifest.json").exists():
         return from_folder(folder, recipe.latents)
@@ -44,8 +54,7 @@ def _newest_enough(workspace: Path | str, needed: int, ui: Ui) -> Artifact | Non
     return None
 
 
-def _make_samples(recipe: Recipe, needed: int, workspace: Path | str, device: str, ui: Ui) -> Artifact:
-    """A default set: held-out prompts of the built-in world through the newest pair. Restartable, as generate is."""
+def _require_default_set(recipe: Recipe, needed: int, workspace: Path | str) -> None:
     if not recipe.models.painter.startswith("builtin:"):
         raise DataError(
             f"no samples artifact in {workspace} has at least {needed} pictures of what is trained now",
@@ -53,6 +62,10 @@ def _make_samples(recipe: Recipe, needed: int, workspace: Path | str, device: st
             fix="make them: bifrost generate --prompts FILE -o DIR",
             code="BF-DATA-008",
         )
+
+
+def _make_samples(recipe: Recipe, needed: int, workspace: Path | str, device: str, ui: Ui) -> Artifact:
+    """A default set: held-out prompts of the built-in world through the newest pair. Restartable, as generate is."""
     from bifrost_cli.stages.generate import generate
 
     prompts = [prompt.text for prompt in held_out_prompts(needed)]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from bifrost_cli.artifacts.files import make_folder, write_bytes
@@ -48,7 +49,7 @@ class ControlNetTask:
         max_tokens: int,
     ) -> None:
         self.module, self._painter, self._store, self._settings = controlnet, painter, store, settings
-        self._max_tokens = max_tokens
+        self._max_tokens, self._embedded = max_tokens, {}
         self.train_rows, self.held_rows = held_out(store.keys, settings.train.validation_rows)
         self._std_C = torch.from_numpy(store.std_C).to(painter.device)
 
@@ -109,7 +110,7 @@ class ControlNetTask:
         if not rows:
             return
         captions = [self._store.captions[row] for row in rows]
-        batch, text = self._batch(rows, captions), painter.embed(captions, self._max_tokens, SHOWN_GUIDANCE)
+        batch, text = self._batch(rows, captions), self._embed(captions, SHOWN_GUIDANCE)
         pixels = batch.vae_Bchw.shape[-1] * painter.factor
         generator = torch.Generator().manual_seed(derive(self._settings.train.seed, "samples"))
         noise_Bchw = torch.cat([painter.noise(pixels, generator) for _ in rows])
@@ -126,7 +127,18 @@ class ControlNetTask:
     def _batch(self, rows: list[int], texts: Sequence[str]) -> Batch:
         place = {"device": self._painter.device, "dtype": torch.float32}
         vae_Bchw = torch.from_numpy(self._store.vae(rows)).to(**place)
-        return Batch(rows, self._latents(rows), vae_Bchw, self._painter.embed(texts, self._max_tokens))
+        return Batch(rows, self._latents(rows), vae_Bchw, self._embed(texts))
+
+    def _embed(self, texts: Sequence[str], guidance: float = 1.0) -> Any:
+        """What the painter reads. The texts of validations and sample grids are the same each time: they are embedded
+        once and wait in main memory; those of training steps are not kept."""
+        key = (guidance, *texts)
+        if key in self._embedded:
+            return send_to_device(self._embedded[key], self._painter.device)
+        text = self._painter.embed(texts, self._max_tokens, guidance)
+        if not self.module.training:
+            self._embedded[key] = send_to_device(text, "cpu")
+        return text
 
     def _latents(self, rows: list[int]) -> Tensor:
         return torch.from_numpy(self._store.latents(rows)).to(self._painter.device, torch.float32)
