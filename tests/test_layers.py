@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "bifrost_cli"
 FLOORS = ("errors", "artifacts", "config", "shapes", "data", "maths", "models", "training", "stages", "cli")
-CONFIG_FILES = ("config", "recipe_files", "recipe_yaml")
+CONFIG_FILES = ("config", "recipe_files", "recipe_yaml", "ablation")
 ENTRANCE = ("__init__", "__main__")
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem not in ENTRANCE)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import errno
 import gc
+import logging
 import os
 import sys
 from pathlib import Path
@@ -86,6 +87,8 @@ def run(arguments: list[str] | None = None) -> int:
 def _prepare_environment() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # diffusers imports bitsandbytes where it is installed, which then warns of kernels that nothing here asks for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the hub's and the loaders' own bars: only on a terminal
 
