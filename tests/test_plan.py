@@ -72,6 +72,16 @@ def test_sizes_and_sums_of_the_paper_scale():
     assert step == pytest.approx(32 * (6 * 6.53e9 * 256 + 2 * 6.5e9 * 300), rel=0.03)
 
 
+def test_offloading_and_fewer_bits_need_less_to_paint():
+    def painting(*sets: str) -> dict[str, int]:
+        return plan(load_recipe("bifrost1-7b", sets))["stages"]["generate"]["memory"]
+
+    peaks = [painting(f"generate.offload={way}")["peak"] for way in ("none", "model", "sequential")]
+    assert peaks[0] > 1.8 * peaks[1] and peaks[1] > 3 * peaks[2]
+    held = [painting(f"models.weights={kind}", "generate.offload=model")["held"] for kind in ("int8", "nf4")]
+    assert peaks[1] > held[0] > held[1] > 8e9
+
+
 def test_more_devices_take_less_time_and_other_devices_other_times():
     recipe = load_recipe("tiny")
     one, four, old = plan(recipe), plan(recipe, gpus=4), plan(recipe, gpu="a100")

@@ -25,8 +25,9 @@ from bifrost_cli.recipe_files import load_recipe
 from bifrost_cli.stages.branch import tuned
 from bifrost_cli.stages.loading import load_mllm, load_painter
 from bifrost_cli.stages.needs import needs
-from bifrost_cli.stages.painting import Bridge
+from bifrost_cli.stages.painting import Renderer, Sketcher
 from bifrost_cli.stages.parts import build
+from bifrost_cli.stages.placement import Placement
 from bifrost_cli.training.branch import BranchTask
 from bifrost_cli.training.controlnet import ControlNetTask
 from bifrost_cli.training.loop import fit
@@ -131,9 +132,11 @@ class Measured:
         branch = VisualBranch.from_mllm(self.mllm, self.system.grid**2, tune=tuned(self.recipe)).to(dtype)
         blocks = (settings.double_blocks, settings.single_blocks)
         controlnet = torch.nn.Module.to(latent_controlnet(self.painter.transformer, *blocks, self.mllm.width), dtype)
-        bridge = Bridge(self.mllm, branch, self.painter, controlnet.eval(), self.recipe)
+        place = Placement(torch.device("cpu"))
+        first = Sketcher(self.mllm, branch, self.recipe, place)
+        second = Renderer(self.painter, controlnet.eval(), self.recipe, place)
         held = [self.mllm.model, branch, controlnet, *self.frozen]
-        return peak_bytes(lambda: bridge.paint(bridge.read("a red circle"), 0), held)
+        return peak_bytes(lambda: second.paint("a red circle", first.sketch("a red circle", 0).latents_PC, 0), held)
 
 
 def near(planned: int, measured: int) -> bool:

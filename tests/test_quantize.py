@@ -15,7 +15,7 @@ from torch import nn
 
 from bifrost_cli.data.weights import load_tensors
 from bifrost_cli.errors import EnvironmentProblem, RecipeError
-from bifrost_cli.models.quantize import layers_of, quantize_layers
+from bifrost_cli.models.quantize import bytes_of, layers_of, quantize_layers
 from bifrost_cli.stages.branch import train_branch
 from bifrost_cli.stages.controlnet import train_controlnet
 from bifrost_cli.stages.generate import generate
@@ -54,6 +54,8 @@ def test_layers_shrink_and_compute_nearly_the_same(weights: str, share: float) -
     full, small = random_mllm(), random_mllm()
     quantize_layers(small.decoder, weights, CPU)
     assert linear_bytes(small.decoder) < share * linear_bytes(full.decoder)
+    planned = bytes_of(full.decoder, weights, 4) - bytes_of(full.decoder, "dtype", 4)
+    assert planned == pytest.approx(linear_bytes(small.decoder) - linear_bytes(full.decoder), rel=0.01)
     assert torch.equal(small.decoder.embed_tokens.weight, full.decoder.embed_tokens.weight)
     prefixes = [mllm.prefix(mllm.layout(["a red circle"], 100)) for mllm in (full, small)]
     assert 0.9 < NEAR[weights] - 0.02 < cosine(prefixes[0].keys[1], prefixes[1].keys[1]) < 1.0

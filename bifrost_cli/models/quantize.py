@@ -40,12 +40,28 @@ def quantize_layers(module: nn.Module, weights: str, device: torch.device) -> No
             code="BF-ENV-002",
             fix="pip install 'bifrost-cli[quant]', or --set models.weights=dtype",
         ) from None
+    for owner, name, linear in list(_linear(module)):
+        setattr(owner, name, _quantized(bitsandbytes.nn, linear, weights, device))
+
+
+def bytes_of(module: nn.Module, weights: str, size: int) -> int:
+    """Bytes of the module's weights when `quantize_layers` is done with it; `size` is that of one number otherwise."""
+    total = size * sum(parameter.numel() for parameter in module.parameters())
+    for _, _, linear in _linear(module) if weights != "dtype" else ():
+        count = linear.weight.numel()
+        scales = 4 * linear.out_features if weights == "int8" else count // 64 + 4 * count // (64 * 256)
+        total += (count if weights == "int8" else count // 2) + scales - size * count
+    return total
+
+
+def _linear(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Owner, name and module of every linear layer in a list of layers, but for what the class keeps in 32 bits."""
     kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
-    for layer in list(layers_of(module)):
-        for owner in list(layer.modules()):
-            for name, child in list(owner.named_children()):
+    for layer in layers_of(module):
+        for owner in layer.modules():
+            for name, child in owner.named_children():
                 if type(child) is nn.Linear and name not in kept:
-                    setattr(owner, name, _quantized(bitsandbytes.nn, child, weights, device))
+                    yield owner, name, child
 
 
 def _quantized(library: Any, linear: nn.Linear, weights: str, device: torch.device) -> nn.Module:

@@ -13,6 +13,7 @@ from torch import nn
 
 from bifrost_cli.config import Recipe, Train
 from bifrost_cli.maths import memory
+from bifrost_cli.models.quantize import bytes_of, layers_of
 from bifrost_cli.stages.parts import System, numbers
 
 SIZES = {"float32": 4, "bfloat16": 2, "fp32": 4, "bf16": 2}
@@ -82,7 +83,9 @@ def controlnet_training(system: System, recipe: Recipe) -> Need:
     """All of frozen FLUX, the ControlNet's state, and the activations of both: the gradient passes through FLUX."""
     settings, train, config = recipe.controlnet, recipe.controlnet.train, system.transformer.config
     size, batch = SIZES[train.precision], train.batch_size
-    held = _weights(*_painter(system), size=SIZES[recipe.models.dtype])
+    frozen = SIZES[recipe.models.dtype]
+    painted = (system.transformer, system.text_encoder, system.text_encoder_2)
+    held = sum(bytes_of(part, recipe.models.weights, frozen) for part in painted) + _weights(system.vae, size=frozen)
     width, picture = _flux_width(system), batch * system.painter_tokens()
     tokens = picture + batch * recipe.generate.painter_tokens
     blocks = ((config.num_layers, config.num_single_layers), (settings.double_blocks, settings.single_blocks))
@@ -92,11 +95,10 @@ def controlnet_training(system: System, recipe: Recipe) -> Need:
 
 
 def generation(system: System, recipe: Recipe) -> Need:
-    """All parts of the chain at once, one picture at a time."""
+    """What of the chain is on the device at once, and one picture at a time."""
     settings, size = recipe.generate, SIZES[recipe.models.dtype]
     text, patches = system.mllm.config.text_config, system.grid**2
-    held = _weights(system.mllm, system.controlnet, *_painter(system), size=size)
-    held += size * numbers(system.branch, trained=True)  # what is frozen of it is the MLLM's own
+    held = _chain_held(system, recipe, size)
     seen = recipe.branch.max_text_tokens + patches
     config = system.vae.config.block_out_channels
     moments = (
@@ -105,6 +107,33 @@ def generation(system: System, recipe: Recipe) -> Need:
         memory.vae_decode_moment(1, recipe.latents.paint_size**2, config[min(1, len(config) - 1)], size=size),
     )
     return Need(held, 0, 0, max(moments), held + max(moments))
+
+
+def _chain_held(system: System, recipe: Recipe, size: int) -> int:
+    """Weights on the device while `stages.placement` has the parts where `offload` says."""
+    offload, weights = recipe.generate.offload, recipe.models.weights
+    mllm, branch, controlnet = system.mllm, system.branch, system.controlnet
+    encoders = (system.text_encoder, system.text_encoder_2)
+    if offload == "sequential":
+        halves = ((mllm, branch), (*_painter(system), controlnet))
+        return max(size * (sum(map(_in_no_layer, half)) + max(map(_largest_layer, half))) for half in halves)
+    if offload == "model" and weights == "dtype":
+        together = ((mllm,), (branch,), encoders, (system.transformer, controlnet), (system.vae,))
+        return max(_weights(*parts, size=size) for parts in together)
+    decoder, painted = mllm.model.language_model, (system.transformer, *encoders)
+    # What is frozen of a branch is the MLLM's own, but not when the MLLM's is quantised.
+    first = _weights(mllm, size=size) + size * numbers(branch, trained=weights == "dtype")
+    first += bytes_of(decoder, weights, size) - _weights(decoder, size=size)
+    second = sum(bytes_of(part, weights, size) for part in painted) + _weights(system.vae, controlnet, size=size)
+    return max(first, second) if offload == "model" else first + second
+
+
+def _in_no_layer(module: nn.Module) -> int:
+    return numbers(module) - sum(map(numbers, layers_of(module)))
+
+
+def _largest_layer(module: nn.Module) -> int:
+    return max(map(numbers, layers_of(module)), default=0)
 
 
 def _training(train: Train, parameters: int, held: int, kept: int, moment: int) -> Need:

@@ -150,6 +150,8 @@ def _savings(recipe: Recipe, stage: str) -> Iterator[dict[str, Any]]:
     """Settings that need less memory, those that cost least in time or quality first."""
     if stage == "extract-latents":
         yield from ({"latents.batch_size": size} for size in _halves(recipe.latents.batch_size))
+    if stage == "generate":
+        yield from ({"generate.offload": offload} for offload in ("model", "sequential"))
     if stage.startswith("train "):
         section = stage.removeprefix("train ")
         train: Train = getattr(recipe, section).train
