@@ -84,7 +84,7 @@ class Train(Section):
     """One training: AdamW, warm-up, cosine, clipping, averaging, checkpoints."""
 
     steps: Count = Field(50_000, description="optimizer steps")
-    batch_size: Count = Field(32, description="rows of one forward pass")
+    batch_size: Count = Field(32, description="rows of one forward pass, of all processes together")
     accumulate: Count = Field(1, description="forward passes summed into one step")
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw", description="adamw, or with its averages in 8 bits: a quarter of their memory (the quant extra)"
@@ -99,6 +99,9 @@ class Train(Section):
     gradient_checkpointing: bool = Field(
         False, description="keep only the inputs of layers and compute them again for the gradient: less memory, slower"
     )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="several processes: each holds what is trained (ddp), or a part of it (fsdp)"
+    )
     seed: Every = Field(0, description="decides order, masks and noise")
     checkpoint_every: Count = Field(1_000, description="steps between checkpoints")
     keep: Count = Field(2, description="checkpoints kept")
@@ -112,6 +115,8 @@ class Train(Section):
     def _consistent(self) -> Train:
         if self.validate_every and not self.validation_rows:
             raise ValueError(f"validate_every ({self.validate_every}) needs validation_rows, which is 0")
+        if self.parallel == "fsdp" and self.optimizer == "adamw8bit":
+            raise ValueError("optimizer adamw8bit keeps blocks that parallel fsdp would cut; use ddp, or adamw")
         return self
 
 

@@ -35,6 +35,7 @@ Codes in use (a number keeps its meaning for ever):
     BF-ENV-020     model not reachable         BF-ENV-021     gated, no token
     BF-ENV-022     licence not accepted        BF-ENV-023     offline and not cached
     BF-ENV-024     the hub failed              BF-ENV-030     weights of a metric
+    BF-ENV-031     a process of the job lost   BF-ENV-032     processes cannot meet
     BF-DATA-001    no images                   BF-DATA-002    captions
     BF-DATA-003    a bad image                 BF-DATA-004    too many bad images
     BF-DATA-005    the source's own list       BF-DATA-006    two samples with one key
@@ -63,6 +64,7 @@ class BifrostError(Exception):
 
     code = "BF-BUG-001"
     exit_code = 1
+    elsewhere = False  # True: another process of the same job says it, so this one need not
 
     def __init__(self, message: str, *, at: str | None = None, fix: str | None = None, code: str | None = None) -> None:
         super().__init__(message)

@@ -20,7 +20,7 @@ SETTINGS = {
     "steps": 20, "batch_size": 8, "accumulate": 1, "optimizer": "adamw", "lr": 1e-2, "betas": (0.9, 0.95),
     "weight_decay": 0.01, "warmup": 4, "clip": 1.0, "ema": 0.9,
     "precision": "fp32", "seed": 3, "checkpoint_every": 5, "keep": 2, "log_every": 0,
-    "validate_every": 10, "sample_every": 0, "tensorboard": False,
+    "validate_every": 10, "sample_every": 0, "tensorboard": False, "parallel": "ddp",
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ import typer
 
 from bifrost_cli.cli.options import AsJson, Debug, Flag, Offline, Quiet, Sets, recipe_option
 from bifrost_cli.errors import BifrostError, Interrupted
+from bifrost_cli.stages.processes import place
 from bifrost_cli.stages.ui import TerminalUi, Ui
 
 _COMMON = {"as_json": AsJson, "quiet": Quiet, "debug": Debug, "offline": Offline}
@@ -57,8 +58,10 @@ def command(app: typer.Typer, name: str, flags: Sequence[Flag] = (), default: st
                 if "recipe" in own:
                     given["recipe"] = _load(given, flags)
                 if "ui" in own:
-                    given["ui"] = Ui() if quiet else TerminalUi()
-                _show(body(**given), as_json, quiet)
+                    given["ui"] = Ui() if quiet or place().rank else TerminalUi()
+                result = body(**given)
+                if place().rank == 0:  # of several processes the first one speaks
+                    _show(result, as_json, quiet)
             except KeyboardInterrupt as error:
                 again = "give the same command again; finished work is kept"
                 raise Interrupted("interrupted before anything could be saved", fix=again) from error

@@ -28,6 +28,7 @@ from bifrost_cli.errors import (
     is_out_of_memory,
     render,
 )
+from bifrost_cli.stages.processes import leave_status
 
 app = typer.Typer(
     name="bifrost",
@@ -63,6 +64,7 @@ def main() -> None:
     """The console script."""
     gc.set_threshold(100_000, 50, 1000)  # else the collector spends a second on what importing diffusers makes
     code = run()
+    leave_status(code)
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -80,7 +82,8 @@ def run(arguments: list[str] | None = None) -> int:
         if hasattr(error, "format_message") and not error.format_message():
             return 2  # a group without a command: its help has been printed
         told = explain(error)
-        print(render(told), file=sys.stderr)
+        if not told.elsewhere:
+            print(render(told), file=sys.stderr)
         return told.exit_code
 
 
@@ -89,6 +92,8 @@ def _prepare_environment() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # diffusers imports bitsandbytes where it is installed, which then warns of kernels that nothing here asks for
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each process warns that it used all parameters
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the hub's and the loaders' own bars: only on a terminal
 

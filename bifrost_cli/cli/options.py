@@ -65,6 +65,10 @@ Output = Annotated[
 Device = Annotated[
     Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto takes a GPU where there is one.")
 ]
+Gpus = Annotated[
+    int,
+    typer.Option("--gpus", min=1, metavar="N", help="Start N processes here, by torchrun; without a GPU on the CPU."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and touch nothing.")]
 Resume = Annotated[
     str,

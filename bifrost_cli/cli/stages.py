@@ -6,6 +6,7 @@ quick.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,12 +21,14 @@ from bifrost_cli.cli.options import (
     RECONSTRUCT,
     Device,
     DryRun,
+    Gpus,
     Output,
     Recipe,
     Resume,
     Workspace,
 )
 from bifrost_cli.errors import UsageError
+from bifrost_cli.stages import processes
 from bifrost_cli.stages.ui import Ui
 
 FIRST_PROMPT = "a red circle above a blue square"
@@ -62,6 +65,7 @@ def extract_latents(
     output: Output = None,
     workspace: Workspace = RUNS,
     device: Device = "auto",
+    gpus: Gpus = 1,
     dry_run: DryRun = False,
 ) -> Result:
     """Turn pictures and captions into a latents store.
@@ -72,6 +76,7 @@ def extract_latents(
 
     Example: bifrost extract-latents photos/ -o runs/photos
     """
+    _in_processes(gpus, dry_run)
     from bifrost_cli.stages.extract import extract_latents
 
     return _made(
@@ -90,6 +95,7 @@ def train_branch(
     workspace: Workspace = RUNS,
     resume: Resume = "auto",
     device: Device = "auto",
+    gpus: Gpus = 1,
     dry_run: DryRun = False,
 ) -> Result:
     """Train the visual generation branch on a latents store.
@@ -98,6 +104,7 @@ def train_branch(
 
     Example: bifrost train branch --set branch.train.steps=2000
     """
+    _in_processes(gpus, dry_run)
     from bifrost_cli.stages.branch import train_branch
 
     options = {"output": output, "workspace": workspace, "resume": resume, "device": device, "dry_run": dry_run}
@@ -113,6 +120,7 @@ def train_controlnet(
     workspace: Workspace = RUNS,
     resume: Resume = "auto",
     device: Device = "auto",
+    gpus: Gpus = 1,
     dry_run: DryRun = False,
 ) -> Result:
     """Train the latent ControlNet on a latents store.
@@ -121,6 +129,7 @@ def train_controlnet(
 
     Example: bifrost train controlnet --latents runs/photos
     """
+    _in_processes(gpus, dry_run)
     from bifrost_cli.stages.controlnet import train_controlnet
 
     options = {"output": output, "workspace": workspace, "resume": resume, "device": device, "dry_run": dry_run}
@@ -270,6 +279,12 @@ def bench_decode(
             hidden=hidden, layers=layers, tokens=tokens, text=text, steps=steps, on_row=lambda: bar.advance(1)
         )
     return Result([str(row) for row in rows], {"rows": [{**asdict(row), "ratio": row.ratio} for row in rows]})
+
+
+def _in_processes(count: int, dry_run: bool) -> None:
+    """With --gpus N this command line goes to N processes, and this one ends as they do; a plan needs only one."""
+    if count > 1 and not dry_run:
+        processes.start(count, sys.argv[1:])
 
 
 def _made(made: Artifact | Path | dict[str, Any]) -> Result:

@@ -31,6 +31,7 @@ from bifrost_cli.errors import RecipeError, UsageError
 from bifrost_cli.shapes.captions import sample_prompt, sample_scene
 from bifrost_cli.shapes.draw import draw
 from bifrost_cli.shapes.plan import write_plan
+from bifrost_cli.shapes.scene import Scene
 
 SHAPES = "shapes:"
 _BLOCK = 1024  # images handed to the threads at once
@@ -236,4 +237,8 @@ def _shapes_sample(seed: int, i: int) -> Sample:
     prompt = sample_prompt(rng, split="train")
     scene = sample_scene(rng, prompt)
     digest = hashlib.sha256(draw(scene).tobytes()).hexdigest()
-    return Sample(f"{i:08d}", prompt.text, write_plan(scene, prompt), digest, lambda: Picture(draw(scene)))
+    return Sample(f"{i:08d}", prompt.text, write_plan(scene, prompt), digest, partial(_picture, scene))
+
+
+def _picture(scene: Scene) -> Picture:
+    return Picture(draw(scene))

@@ -31,10 +31,25 @@ class StoreWriter:
     """
 
     def __init__(self, draft: Draft, layout: Layout, attributes: Mapping[str, Any]) -> None:
-        self.layout, self.path, self.attributes = layout, Path(draft.path), dict(attributes)
-        self._sums: dict[int, dict[str, Any]] = {}
+        self._set(Path(draft.path), layout, attributes)
         make_folder(self.path / INDEX)
         self._keep_whole_shards()
+
+    def _set(self, path: Path, layout: Layout, attributes: Mapping[str, Any]) -> None:
+        self.layout, self.path, self.attributes = layout, path, dict(attributes)
+        self._sums: dict[int, dict[str, Any]] = {}
+
+    @classmethod
+    def beside(cls, path: Path, layout: Layout) -> StoreWriter:
+        """For another process, which writes the shards that the holder of the draft gives it and nothing else."""
+        writer = cls.__new__(cls)
+        writer._set(Path(path), layout, {})
+        return writer
+
+    def take_in(self) -> None:
+        """Count the shards that other processes have written. StoreError when one of them is not there."""
+        for shard in self.missing_shards():
+            self._sums[shard] = read_index(self.path, shard).sums
 
     def missing_shards(self) -> list[int]:
         return [shard for shard in range(self.layout.shards) if shard not in self._sums]

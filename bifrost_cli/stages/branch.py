@@ -23,6 +23,7 @@ from bifrost_cli.models.mllm import Mllm
 from bifrost_cli.stages.bases import mllm_hash
 from bifrost_cli.stages.loading import load_encoder, load_mllm
 from bifrost_cli.stages.place import pick_device
+from bifrost_cli.stages.processes import together
 from bifrost_cli.stages.train import Job, choose_store, other_encoder, run_job, shared_identity
 from bifrost_cli.stages.ui import Ui
 from bifrost_cli.training.branch import BranchTask
@@ -31,6 +32,7 @@ from bifrost_cli.training.order import derive
 LOOKED_AT = 2000  # rows whose texts are measured before the training; a store may have millions
 
 
+@together
 def train_branch(
     recipe: Recipe,
     *,

@@ -24,12 +24,14 @@ from bifrost_cli.stages.loading import load_painter
 from bifrost_cli.stages.painter import check_settings
 from bifrost_cli.stages.place import pick_device
 from bifrost_cli.stages.placement import Placement
+from bifrost_cli.stages.processes import together
 from bifrost_cli.stages.train import Job, choose_store, run_job, shared_identity
 from bifrost_cli.stages.ui import Ui
 from bifrost_cli.training.controlnet import ControlNetTask
 from bifrost_cli.training.order import derive
 
 
+@together
 def train_controlnet(
     recipe: Recipe,
     *,

@@ -18,6 +18,7 @@ from bifrost_cli.config import Recipe
 from bifrost_cli.data.problems import Problem, SourceError
 from bifrost_cli.data.sources import Sample, Scan, refuse_too_many
 from bifrost_cli.data.store import LatentsStore
+from bifrost_cli.data.store_index import INDEX
 from bifrost_cli.data.store_layout import Layout
 from bifrost_cli.data.store_writer import StoreWriter
 from bifrost_cli.errors import DiskFull, Stopped
@@ -25,13 +26,16 @@ from bifrost_cli.models.encoders import Encoder, VaeEncoder
 from bifrost_cli.stages.encoding import ShardRows, encode_shard
 from bifrost_cli.stages.loading import load_encoder, load_vae
 from bifrost_cli.stages.place import pick_device
+from bifrost_cli.stages.processes import together
 from bifrost_cli.stages.source import choose_source, digest, listed, refuse_output, scan_source, write_events
 from bifrost_cli.stages.ui import Ui
+from bifrost_cli.training import ranks
 from bifrost_cli.training.signals import StopFlag
 
 PREPROCESSING = {"orientation": "exif", "colour": "srgb", "frame": "first", "crop": "centre"}
 
 
+@together
 def extract_latents(
     recipe: Recipe,
     *,
@@ -51,7 +55,7 @@ def extract_latents(
     ui = ui or Ui()
     chosen = choose_source(source, recipe, ui)
     refuse_output(chosen, output, workspace)
-    found = scan_source(chosen, recipe, Path(workspace), ui)
+    found = ranks.first_does(lambda: scan_source(chosen, recipe, Path(workspace), ui))  # every picture is read once
     place, models = pick_device(device), recipe.models
     encoder = load_encoder(recipe, place)
     vae = None
@@ -78,6 +82,7 @@ class _Job:
     ) -> None:
         self.recipe, self.source, self.found, self.device, self.ui = recipe, source, found, device, ui
         self.encoder, self.vae = encoder, vae
+        self.failed: list[Problem] = []
         rules = recipe.latents
         self.described = {
             "encoder": encoder.identity,
@@ -119,47 +124,73 @@ class _Job:
 
     def run(self, path: Path) -> Artifact:
         """Write what is missing, then the manifest."""
-        with Draft.open(path, "latents", self.identity) as draft:
-            if draft.complete:
+        with ranks.first_opens(lambda: Draft.open(path, "latents", self.identity)) as draft:
+            if ranks.first_does(lambda: draft.complete is not None):
                 self.ui.say(f"{path} holds these latents already")
-                return draft.complete
+                return Artifact.open(path)
             started = time.monotonic()
-            writer = StoreWriter(draft, self.layout, self.described)
-            write_events(path, self.found.events)
-            encoded = self._fill(writer, path)
-            statistics = writer.finish()
-            seconds = time.monotonic() - started
-            artifact = draft.commit(
-                {
-                    "recipe": self.recipe.model_dump(mode="json"),
-                    "funnel": self.found.funnel,
-                    "counts": self.found.counts,
-                    "statistics": _summary(statistics),
-                },
-                made={"device": str(self.device), "seed": None},
-                cost={"device": str(self.device), "samples": encoded},
-            )
-        self._report(artifact, statistics, encoded, seconds)
-        return artifact
+            writer = self._writer(draft, path)
+            missing = ranks.first_does(lambda: self._begin(writer, path))
+            with ranks.all_or_none():
+                self._fill(writer, missing[ranks.rank() :: ranks.world()], path)
+            failed = sum(ranks.gathered(self.failed), [])
+            ranks.first_does(lambda: self._finish(draft, writer, missing, failed, started))
+        return Artifact.open(path)
 
-    def _fill(self, writer: StoreWriter, path: Path) -> int:
-        """Encode and write each missing shard; returns how many rows that were."""
+    def _writer(self, draft: Draft | None, path: Path) -> StoreWriter:
+        if draft is None:
+            return StoreWriter.beside(path, self.layout)
+        return StoreWriter(draft, self.layout, self.described)
+
+    def _begin(self, writer: StoreWriter, path: Path) -> list[int]:
+        """The shards to write, when there is room for them."""
+        write_events(path, self.found.events)
         missing = writer.missing_shards()
-        rows = sum(len(self._samples(shard)) for shard in missing)
+        rows = self._rows(missing)
         self._require_room(path, rows)
         if len(missing) < self.layout.shards:
             self.ui.say(f"continuing: {self.layout.rows - rows} of {self.layout.rows} rows are there")
-        with StopFlag() as stop, self.ui.progress(rows, "encoding images") as bar:
-            for done, shard in enumerate(missing):
-                if stop.requested:
+        if ranks.world() > max(1, len(missing)):
+            self.ui.say(f"{len(missing)} shards are to be written: {ranks.world() - len(missing)} of the "
+                        f"{ranks.world()} processes have nothing to do")  # fmt: skip
+        return missing
+
+    def _fill(self, writer: StoreWriter, shards: list[int], path: Path) -> None:
+        """Encode and write this process's shards."""
+        with StopFlag() as stop, self.ui.progress(self._rows(shards), "encoding images") as bar:
+            for shard in shards:
+                if stop.requested or ranks.trouble():
+                    written = len(list((path / INDEX).glob("*.jsonl")))
                     raise Stopped(
-                        f"stopped before shard {shard}; {self.layout.shards - len(missing) + done} of "
-                        f"{self.layout.shards} are written",
+                        f"stopped before shard {shard}; {written} of {self.layout.shards} are written",
                         at=str(path),
                         fix="give the same command again; it continues there",
                     )
                 self._write(writer, shard, bar, path)
-        return rows
+
+    def _finish(
+        self, draft: Draft, writer: StoreWriter, missing: list[int], failed: list[Problem], started: float
+    ) -> None:
+        """What follows when every shard is written: the attributes, the manifest, and what there is to say."""
+        if failed:
+            write_events(draft.path, failed, append=True)
+        writer.take_in()
+        statistics = writer.finish()
+        seconds, encoded = time.monotonic() - started, self._rows(missing)
+        artifact = draft.commit(
+            {
+                "recipe": self.recipe.model_dump(mode="json"),
+                "funnel": self.found.funnel,
+                "counts": self.found.counts,
+                "statistics": _summary(statistics),
+            },
+            made={"device": str(self.device), "seed": None},
+            cost={"device": str(self.device), "samples": encoded},
+        )
+        self._report(artifact, statistics, encoded, seconds)
+
+    def _rows(self, shards: list[int]) -> int:
+        return sum(len(self._samples(shard)) for shard in shards)
 
     def _write(self, writer: StoreWriter, shard: int, bar: Any, path: Path) -> None:
         rows = encode_shard(self._samples(shard), self.encoder, self.vae, self.recipe.latents.batch_size, bar)
@@ -171,7 +202,10 @@ class _Job:
         if not rows.failed:
             return
         failed = [Problem("failed", line["key"], line["notes"][0]) for line in rows.failed]
-        write_events(path, failed, append=True)
+        if ranks.rank() == 0:
+            write_events(path, failed, append=True)
+        else:
+            self.failed += failed  # the first process writes them at the end
         rules = self.recipe.latents
         if rules.bad_image == "stop":
             raise SourceError(

@@ -22,12 +22,13 @@ from bifrost_cli.data.weights import save_tensors
 from bifrost_cli.errors import ArtifactError, BifrostError, DataError, DiskFull, RecipeError, UsageError, memory_errors
 from bifrost_cli.stages.loading_clip import features_name
 from bifrost_cli.stages.ui import Ui
+from bifrost_cli.training import ranks
 from bifrost_cli.training.checkpoint import Checkpoints
 from bifrost_cli.training.loop import FitResult, Task, fit
 from bifrost_cli.training.order import picture_of
 
 # What changes no byte of the result, and what came later and is as it was before where it has this value.
-RUN_ONLY = {"checkpoint_every", "keep", "log_every", "tensorboard", "gradient_checkpointing"}
+RUN_ONLY = {"checkpoint_every", "keep", "log_every", "tensorboard", "gradient_checkpointing", "parallel"}
 LATER = {"init": "mllm", "optimizer": "adamw", "tune": "full", "layers": None, "lora_rank": None}
 RECORDS = ("losses.csv", "validation.csv")
 
@@ -107,21 +108,33 @@ def run_job(
     if dry_run:
         return plan
     _require_rows(job)
-    with Draft.open(path, job.kind, job.identity, parents) as draft:
-        if draft.complete:
+    ranks.share(job.train.batch_size, f"{job.kind}.train.batch_size")
+    with ranks.first_opens(lambda: Draft.open(path, job.kind, job.identity, parents)) as draft:
+        if ranks.first_does(lambda: _is_made(draft, plan)):
             ui.say(f"{path} holds this {job.kind} already")
-            _tidy(path / "work")
-            return draft.complete
-        if not draft.continued and plan["disk_needed"] > plan["disk_free"]:
-            raise DiskFull(f"a {job.kind} training does not fit on the disk of {path}",
-                           at=f"need {plan['disk_needed']:,} bytes, free {plan['disk_free']:,}",
-                           fix=f"free some space, or --set {job.kind}.train.keep=1")
+            return Artifact.open(path)
         ui.say(f"{job.kind}: {job.parameters:,} trained parameters, {job.train.steps} steps on {plan['rows']} rows, "
-               f"in {path}")
+               f"in {path}{_processes(job)}")
         with memory_errors(f"a step of the {job.kind}'s training", _needs_less(job)):
             result = fit(job.task, job.train, path / "work", device=job.device, ui=ui)
         _require_untouched(job)
-        return _commit(job, draft, result)
+        ranks.first_does(lambda: _commit(job, draft, result))
+    return Artifact.open(path)
+
+
+def _is_made(draft: Draft, plan: dict[str, Any]) -> bool:
+    if draft.complete:
+        _tidy(draft.path / "work")
+    elif not draft.continued and plan["disk_needed"] > plan["disk_free"]:
+        raise DiskFull(f"a {draft.kind} training does not fit on the disk of {draft.path}",
+                       at=f"need {plan['disk_needed']:,} bytes, free {plan['disk_free']:,}",
+                       fix=f"free some space, or --set {draft.kind}.train.keep=1")
+    return draft.complete is not None
+
+
+def _processes(job: Job) -> str:
+    count = ranks.world()
+    return f", by {count} processes ({job.train.parallel}), {job.train.batch_size // count} rows each" * (count > 1)
 
 
 def _needs_less(job: Job) -> str:
@@ -134,7 +147,7 @@ def _needs_less(job: Job) -> str:
     return f"{key}optimizer=adamw8bit, into a new folder; or a GPU with more memory"
 
 
-def _commit(job: Job, draft: Draft, result: FitResult) -> Artifact:
+def _commit(job: Job, draft: Draft, result: FitResult) -> None:
     work = draft.path / "work"
     save_tensors(draft.path / "model.safetensors", result.ema_state, {"kind": job.kind})
     write_json(draft.path / "config.json", job.config)
@@ -146,13 +159,12 @@ def _commit(job: Job, draft: Draft, result: FitResult) -> Artifact:
         for sheet in sorted((work / "samples").iterdir()):
             write_bytes(draft.path / "samples" / sheet.name, sheet.read_bytes())
     device = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else str(job.device)
-    artifact = draft.commit(
+    draft.commit(
         {"recipe": job.recipe.model_dump(mode="json"), "metrics": result.metrics, "parameters": job.parameters},
         made={"device": device, "seed": job.train.seed},
         cost={"seconds": round(result.seconds, 1), "device": device, "samples": result.samples_seen},
     )
     _tidy(work)
-    return artifact
 
 
 def _tidy(work: Path) -> None:

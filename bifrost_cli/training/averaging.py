@@ -1,38 +1,67 @@
-"""The running average of a module's trained weights; what is frozen is shared with it, not copied.
+"""Averaged weights (EMA) of what is trained, also where it is in parts.
 
-In: a module after each step. Out: `Averaged.module`, of the same form, with averaged weights. Knows no loop and no
-files.
+In: a module, a decay. Out: averages by name, that can change places with the weights. Knows no optimizer and no files.
 """
 
 from __future__ import annotations
 
-import copy
-
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from bifrost_cli.training import ranks
+from bifrost_cli.training.parallel import gathered, local
 
-class Averaged:
-    """w' = decay * w' + (1 - decay) * w for every weight that requires a gradient; the first update copies.
 
-    Buffers are the module's own of now. `begun` is True once there is something to average with.
-    """
+class Averages:
+    """`tensors` are the averages, by the parameter's name; there are none when the decay is 0."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
-        shared = {id(p): p for p in module.parameters() if not p.requires_grad}
-        self.module, self.begun = copy.deepcopy(module, shared), False
-        self._update = get_ema_multi_avg_fn(decay)
+        self._module, self._decay = module, decay
+        self.tensors = {name: parameter.detach().clone() for name, parameter in self._trained() if decay}
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self._module.named_parameters() if parameter.requires_grad]
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        trained = self._trained() if self.tensors else []
+        return [(local(self.tensors[name]), local(parameter.detach())) for name, parameter in trained]
 
     @torch.no_grad()
-    def update(self, module: nn.Module) -> None:
-        """Take in the weights of now."""
-        mine = [p for p in self.module.parameters() if p.requires_grad]
-        theirs = [p for p in module.parameters() if p.requires_grad]
-        if self.begun:
-            self._update(mine, theirs, None)
+    def update(self, step: int) -> None:
+        """average = decay * average + (1 - decay) * weight; the weights after the first step (0) begin it."""
+        if not self.tensors:
+            return
+        averages, weights = map(list, zip(*self._pairs(), strict=True))
+        if step == 0:
+            torch._foreach_copy_(averages, weights)
         else:
-            torch._foreach_copy_(mine, theirs)
-        for own, other in zip(self.module.buffers(), module.buffers(), strict=True):
-            own.copy_(other)
-        self.begun = True
+            get_ema_multi_avg_fn(self._decay)(averages, weights, step)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Weights and averages change places, by value: where they lie is known to optimizers and wrappers."""
+        for average, weight in self._pairs():
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take them from a checkpoint."""
+        for name, average in self.tensors.items():
+            local(average).copy_(local(tensors[name]))
+
+    def whole(self) -> dict[str, Tensor]:
+        """The module's state dict, without what is frozen and with averages where there are any; its tensors are whole,
+        in the first process ({} in the others)."""
+        names = {id(parameter): name for name, parameter in self._trained()}
+        frozen = {name for name, parameter in self._module.named_parameters() if not parameter.requires_grad}
+        weights = {}
+        for name, tensor in self._module.state_dict(keep_vars=True).items():
+            if name in frozen:
+                continue
+            whole = gathered(self.tensors.get(names.get(id(tensor), ""), tensor).detach())
+            if ranks.rank() == 0:
+                weights[name] = whole.clone()
+        return weights

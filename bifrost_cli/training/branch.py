@@ -20,11 +20,13 @@ from bifrost_cli.artifacts.files import make_folder, write_bytes
 from bifrost_cli.config import Branch
 from bifrost_cli.data.png import contact_sheet, png_bytes
 from bifrost_cli.data.store import LatentsStore
+from bifrost_cli.maths.draws import Part
 from bifrost_cli.maths.masking import draw_masks, random_orders
 from bifrost_cli.models.branch import VisualBranch
 from bifrost_cli.models.decode import decode
 from bifrost_cli.models.mllm import Mllm, Prefix
 from bifrost_cli.models.prompt import clean_caption, join_plan, layout
+from bifrost_cli.training import ranks
 from bifrost_cli.training.order import batch_indices, derive, held_out, uniform
 
 SHOWN, SHOWN_STEPS, SHOWN_PIXELS = 8, 8, 128  # pictures of a sample grid, their decode steps, pixels a side
@@ -32,11 +34,14 @@ SHOWN, SHOWN_STEPS, SHOWN_PIXELS = 8, 8, 128  # pictures of a sample grid, their
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of the store, their latents, and what the branch sees of their texts."""
+    """Rows of the store, their latents, and what the branch sees of their texts; `first` rows of the `total` that are
+    drawn for together come before them, in other processes."""
 
     rows: list[int]
     latents_BPC: Tensor
     prefix: Prefix
+    first: int
+    total: int
 
 
 class BranchTask:
@@ -54,16 +59,27 @@ class BranchTask:
         train = self._settings.train
         number = step * train.accumulate + micro
         places = batch_indices(train.seed, number, train.batch_size, len(self.train_rows))
-        rows = [self.train_rows[place] for place in places]
-        return self._batch(rows, [self._text(row, number) for row in rows])
+        mine = ranks.share(train.batch_size, "branch.train.batch_size")
+        rows = [self.train_rows[place] for place in places[mine]]
+        return self._batch(rows, [self._text(row, number) for row in rows], mine.start, train.batch_size)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         settings, (count, patches) = self._settings, batch.latents_BPC.shape[:2]
         spread = (settings.mask_mean, settings.mask_sd, settings.mask_low, settings.mask_high)
-        masked_BP = draw_masks(count, patches, generator, *spread).to(batch.latents_BPC.device)
-        return self.module.loss(
-            batch.latents_BPC, batch.prefix, masked_BP, loss_on=settings.loss_on, generator=generator
+        masked_RP = draw_masks(batch.total, patches, generator, *spread)  # R: rows of all processes
+        tokens_R = masked_RP.sum(1) if settings.loss_on == "masked" else torch.full((batch.total,), patches)
+        mine = slice(batch.first, batch.first + count)
+        tokens, all_tokens = int(tokens_R[mine].sum()), int(tokens_R.sum())
+        loss, metrics = self.module.loss(
+            batch.latents_BPC,
+            batch.prefix,
+            masked_RP[mine].to(batch.latents_BPC.device),
+            loss_on=settings.loss_on,
+            generator=Part(generator, int(tokens_R[: batch.first].sum()), all_tokens),
         )
+        # The loop takes the mean over processes, which is that over tokens only when each has as many.
+        weight = tokens * batch.total / (all_tokens * count)
+        return loss * weight, {name: value * weight for name, value in metrics.items()}
 
     def keys(self, batch: Batch) -> list[str]:
         return [self._store.keys[row] for row in batch.rows]
@@ -115,14 +131,13 @@ class BranchTask:
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
-    def _batch(self, rows: list[int], texts: Sequence[str]) -> Batch:
+    def _batch(self, rows: list[int], texts: Sequence[str], first: int = 0, total: int | None = None) -> Batch:
         device = self.module.mask_token.device
         latents_BPC = torch.from_numpy(self._store.latents(rows)).to(device, torch.float32)
         ids = [self._ids(text) for text in texts]
         length = min(self._settings.max_text_tokens, max(map(len, ids)))
-        return Batch(
-            rows, latents_BPC, self._mllm.prefix(layout(ids, length, self._closing, self._mllm.tokenizer.pad_token_id))
-        )
+        prefix = self._mllm.prefix(layout(ids, length, self._closing, self._mllm.tokenizer.pad_token_id))
+        return Batch(rows, latents_BPC, prefix, first, total or len(rows))
 
     def _text(self, row: int, number: int) -> str:
         settings = self._settings

@@ -3,12 +3,14 @@
 In: a folder, named tensors, a small JSON state. Out: `step-NNNNNNN/` folders holding safetensors, `state.json` and
 `manifest.json` (sha256 of each file). A folder is filled under a temporary name and renamed last; older ones go only
 after the new one was read back. A `step-*` folder that does not verify is an error, never a reason to start again.
-Does not know what the tensors mean.
+With several processes the first writes what all have; what is in parts each writes its own of. A checkpoint of any
+number of processes, whole or in parts, is read by any other. Does not know what the tensors mean.
 """
 
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +28,11 @@ from bifrost_cli.artifacts.files import (
 )
 from bifrost_cli.data.weights import load_tensors, save_tensors
 from bifrost_cli.errors import ArtifactError
+from bifrost_cli.training import ranks
+from bifrost_cli.training.shards import read_shards, spread, write_shards
 
 FORMAT = 1
+SHARDS = "shards"  # the folder of tensors in parts, in the place of one file a group
 _REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json"}
 _NAME = re.compile(r"step-(\d{7,})")
 
@@ -60,39 +65,83 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
 
-    def save(self, checkpoint: Checkpoint) -> Path:
-        """Write, rename, read back, then drop the oldest. Raises DiskFull, ArtifactError (5)."""
+    def save(self, checkpoint: Checkpoint, parts: bool = False) -> None:
+        """Write, rename, read back, then drop the oldest. All processes call it; `parts`: the tensors are in parts.
+
+        Raises DiskFull, ArtifactError (5), in all processes.
+        """
         final = self.path(checkpoint.step)
-        if checkpoint.step in self.steps():
-            verify(final)
-            return final
+        if ranks.first_does(lambda: checkpoint.step in self.steps()):
+            ranks.first_does(lambda: verify(final))
+            return
+        if parts:
+            self._save_parts(checkpoint, final)
+        else:
+            ranks.first_does(lambda: self._save_whole(checkpoint, final))
+        ranks.first_does(self._drop_old)
+
+    def _save_whole(self, checkpoint: Checkpoint, final: Path) -> None:
         with new_folder(final) as draft:
-            self._fill(draft, checkpoint)
+            for name, tensors in checkpoint.groups.items():
+                save_tensors(draft / f"{name}.safetensors", tensors, {"kind": "checkpoint", "step": checkpoint.step})
+            _finish(draft, checkpoint, {path.name: sha256_file(path) for path in sorted(draft.iterdir())})
         verify(final)
+
+    def _save_parts(self, checkpoint: Checkpoint, final: Path) -> None:
+        with new_folder(final) if ranks.rank() == 0 else nullcontext() as made:
+            draft = Path(ranks.first_does(lambda: str(made)))
+            write_shards(draft / SHARDS, checkpoint.groups)
+            mine = sorted((draft / SHARDS).iterdir())[ranks.rank() :: ranks.world()]
+            digests = ranks.gathered({f"{SHARDS}/{path.name}": sha256_file(path) for path in mine})
+            if ranks.rank() == 0:
+                _finish(draft, checkpoint, {name: digest for part in digests for name, digest in part.items()})
+        ranks.agree()  # it has its name
+        verify(final, slice(ranks.rank(), None, ranks.world()))
+        ranks.agree()
+
+    def _drop_old(self) -> None:
         for step in self.steps()[: -self.keep]:
             remove(self.path(step))
-        return final
 
-    def _fill(self, draft: Path, checkpoint: Checkpoint) -> None:
-        for name, tensors in checkpoint.groups.items():
-            save_tensors(draft / f"{name}.safetensors", tensors, {"kind": "checkpoint", "step": checkpoint.step})
-        write_json(draft / "state.json", {**checkpoint.state, "step": checkpoint.step})
-        digests = {path.name: sha256_file(path) for path in sorted(draft.iterdir())}
-        write_json(draft / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "files": digests})
-
-    def load_newest(self) -> Checkpoint | None:
+    def newest(self) -> Found | None:
         """The newest checkpoint, verified, or None when there is none. Raises ArtifactError when it is damaged."""
         if not self.steps():
             return None
         path = self.path(self.steps()[-1])
-        files = verify(path)
-        stems = [name.removesuffix(".safetensors") for name in files if name.endswith(".safetensors")]
-        groups = {stem: load_tensors(path / f"{stem}.safetensors")[0] for stem in stems}
-        return Checkpoint(self.steps()[-1], groups, read_json(path / "state.json"))
+        return Found(path, self.steps()[-1], read_json(path / "state.json"), tuple(verify(path)))
 
 
-def verify(path: Path) -> dict[str, str]:
-    """Check every byte of a checkpoint folder; returns its files and digests. Raises ArtifactError (5)."""
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint on the disk whose bytes are right."""
+
+    path: Path
+    step: int
+    state: dict
+    files: tuple[str, ...]
+
+    def read(self, module: nn.Module) -> dict[str, dict[str, Tensor]]:
+        """Its groups, on the CPU or, where `module` is in parts, in the same parts. All processes call it."""
+        if any(name.startswith(SHARDS) for name in self.files):
+            return read_shards(self.path / SHARDS, module)
+        if ranks.rank():
+            return spread(None, module)
+        stems = [name.removesuffix(".safetensors") for name in self.files if name.endswith(".safetensors")]
+        return spread({stem: load_tensors(self.path / f"{stem}.safetensors")[0] for stem in stems}, module)
+
+
+def _finish(draft: Path, checkpoint: Checkpoint, digests: dict[str, str]) -> None:
+    """The state, and last the manifest."""
+    write_json(draft / "state.json", {**checkpoint.state, "step": checkpoint.step})
+    digests = {**digests, "state.json": sha256_file(draft / "state.json")}
+    write_json(draft / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "files": digests})
+
+
+def verify(path: Path, part: slice = slice(None)) -> dict[str, str]:
+    """Check every byte of a checkpoint folder; returns its files and digests. Raises ArtifactError (5).
+
+    `part`: of the sorted files, those whose bytes are read.
+    """
     def damaged(why: str) -> ArtifactError:
         return ArtifactError(f"checkpoint {path} is damaged: {why}", at=str(path), code="BF-ART-005",
                              fix=f"restore it from a copy, or remove it to continue from the one before: rm -r {path}")
@@ -101,16 +150,20 @@ def verify(path: Path) -> dict[str, str]:
         raise damaged("manifest.json is missing")
     manifest = read_json(path / "manifest.json")
     files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or manifest.get("format") != FORMAT or not _REQUIRED <= set(files):
+    if not isinstance(files, dict) or manifest.get("format") != FORMAT or not _is_whole(files):
         raise damaged("manifest.json is not a checkpoint's, or of a newer bifrost")
     if path.name != f"step-{manifest.get('step', -1):07d}":
         raise damaged(f"its manifest says step {manifest.get('step')}")
-    for name, digest in files.items():
+    for name, digest in sorted(files.items())[part]:
         if not (path / name).is_file():
             raise damaged(f"{name} is missing")
         if sha256_file(path / name) != digest:
             raise damaged(f"{name} has changed since it was written")
     return files
+
+
+def _is_whole(files: dict[str, str]) -> bool:
+    return files.keys() >= _REQUIRED or "state.json" in files and any(name.startswith(f"{SHARDS}/") for name in files)
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -21,7 +21,10 @@ from bifrost_cli.artifacts.files import make_folder, write_bytes
 from bifrost_cli.config import ControlNet
 from bifrost_cli.data.png import contact_sheet, png_bytes
 from bifrost_cli.data.store import LatentsStore
+from bifrost_cli.maths import draws
+from bifrost_cli.maths.draws import Part
 from bifrost_cli.models.painter import Control, Painter
+from bifrost_cli.training import ranks
 from bifrost_cli.training.order import batch_indices, derive, held_out, uniform
 
 SHOWN, SHOWN_STEPS, SHOWN_GUIDANCE, SHOWN_SCALE = 8, 28, 3.5, 0.7  # a sample grid; the paper's settings (section 4)
@@ -29,12 +32,15 @@ SHOWN, SHOWN_STEPS, SHOWN_GUIDANCE, SHOWN_SCALE = 8, 28, 3.5, 0.7  # a sample gr
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of the store: patch latents, VAE latents, what the painter reads of the captions."""
+    """Rows of the store: patch latents, VAE latents, what the painter reads of the captions; `first` rows of the
+    `total` that are drawn for together come before them, in other processes."""
 
     rows: list[int]
     latents_BPC: Tensor
     vae_Bchw: Tensor
     text: Any
+    first: int
+    total: int
 
 
 class ControlNetTask:
@@ -59,23 +65,24 @@ class ControlNetTask:
         train = self._settings.train
         number = step * train.accumulate + micro
         places = batch_indices(train.seed, number, train.batch_size, len(self.train_rows))
-        rows = [self.train_rows[place] for place in places]
-        return self._batch(rows, [self._text(row, number) for row in rows])
+        mine = ranks.share(train.batch_size, "controlnet.train.batch_size")
+        rows = [self.train_rows[place] for place in places[mine]]
+        return self._batch(rows, [self._text(row, number) for row in rows], mine.start, train.batch_size)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        control_BPC = batch.latents_BPC
+        control_BPC, part = batch.latents_BPC, Part(generator, batch.first, batch.total)
         if self._settings.latent_noise:
-            control_BPC = self._noisy(control_BPC, generator)
-        return self._painter.control_loss(self.module, batch.vae_Bchw, control_BPC, batch.text, generator), {}
+            control_BPC = self._noisy(control_BPC, part)
+        return self._painter.control_loss(self.module, batch.vae_Bchw, control_BPC, batch.text, part), {}
 
     def keys(self, batch: Batch) -> list[str]:
         return [self._store.keys[row] for row in batch.rows]
 
-    def _noisy(self, latents_BPC: Tensor, generator: torch.Generator) -> Tensor:
+    def _noisy(self, latents_BPC: Tensor, part: Part) -> Tensor:
         """Each row gets its own noise level, uniform up to `latent_noise` channel deviations: it must bear the errors
         of predicted latents."""
-        level_B11 = torch.rand(len(latents_BPC), 1, 1, generator=generator) * self._settings.latent_noise
-        noise_BPC = torch.randn(latents_BPC.shape, generator=generator) * level_B11
+        level_B11 = draws.uniform((len(latents_BPC), 1, 1), part) * self._settings.latent_noise
+        noise_BPC = draws.normal(latents_BPC.shape, part) * level_B11
         return latents_BPC + noise_BPC.to(latents_BPC) * self._std_C
 
     # ---- health -----------------------------------------------------------------------------------------------------
@@ -124,10 +131,10 @@ class ControlNetTask:
     # ---- rows -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _batch(self, rows: list[int], texts: Sequence[str]) -> Batch:
+    def _batch(self, rows: list[int], texts: Sequence[str], first: int = 0, total: int | None = None) -> Batch:
         place = {"device": self._painter.device, "dtype": torch.float32}
         vae_Bchw = torch.from_numpy(self._store.vae(rows)).to(**place)
-        return Batch(rows, self._latents(rows), vae_Bchw, self._embed(texts))
+        return Batch(rows, self._latents(rows), vae_Bchw, self._embed(texts), first, total or len(rows))
 
     def _embed(self, texts: Sequence[str], guidance: float = 1.0) -> Any:
         """What the painter reads. The texts of validations and sample grids are the same each time: they are embedded

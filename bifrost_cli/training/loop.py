@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -20,11 +21,13 @@ from torch import Tensor, nn
 
 from bifrost_cli.artifacts.files import make_folder, write_json
 from bifrost_cli.errors import ArtifactError, Diverged, Stopped, UsageError
-from bifrost_cli.training.averaging import Averaged
-from bifrost_cli.training.checkpoint import Checkpoint, Checkpoints, module_tensors, restore_module
+from bifrost_cli.training import ranks
+from bifrost_cli.training.averaging import Averages
+from bifrost_cli.training.checkpoint import Checkpoint, Checkpoints, Found, module_tensors, restore_module
 from bifrost_cli.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
 from bifrost_cli.training.order import derive
-from bifrost_cli.training.records import Journal, Table
+from bifrost_cli.training.parallel import Parallel, gathered, local
+from bifrost_cli.training.records import NoRecords, Records
 from bifrost_cli.training.signals import StopFlag
 
 # What changes the weights; a checkpoint made under other values of these does not continue.
@@ -47,7 +50,8 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training made. `ema_state` has all weights that are not frozen (the raw ones when `ema` is 0)."""
+    """What a training made. `ema_state` has all weights that are not frozen (the raw ones when `ema` is 0; {} in
+    all processes but the first)."""
 
     step: int
     metrics: dict[str, float]
@@ -61,7 +65,8 @@ class _State:
     task: Task
     train: Any
     device: torch.device
-    ema: Averaged | None
+    parallel: Parallel
+    averages: Averages
     optimizer: torch.optim.Optimizer
     step: int = 0
     seconds: float = 0.0
@@ -79,33 +84,27 @@ def fit(task: Task, train: Any, folder: Path, *, device: str | torch.device = "c
     folder = Path(folder)
     make_folder(folder)
     checkpoints = Checkpoints(folder / "checkpoints", train.keep)
-    losses, validation = Table(folder / "losses.csv"), Table(folder / "validation.csv")
-    with StopFlag() as stop, Journal(folder, train, ui) as journal:
+    with StopFlag() as stop, (NoRecords() if ranks.rank() else Records(folder, train, ui)) as records:
         # ---- start, or continue
         state = _start(task, train, torch.device(device))
-        _continue(state, checkpoints, losses, validation, resume)
-        journal.begin(state.step, state.seconds)
+        _continue(state, checkpoints, records, resume)
+        records.begin(state.step, state.seconds)
         # ---- train
         while state.step < train.steps:
-            row = _step(state, folder)
-            losses.add(state.step, row)
-            journal.step(state.step, row)
-            _examine(state, folder, validation, journal)
+            row, stopping = _step(state, folder, stop)
+            records.step(state.step, row)
+            _examine(state, folder, records)
             last = state.step == train.steps
-            if last or stop.requested or _due(state.step, train.checkpoint_every):
-                losses.sync()
-                validation.sync()
-                state.seconds = journal.seconds()
+            if last or stopping or _due(state.step, train.checkpoint_every):
+                records.sync()
+                state.seconds = records.seconds()
                 _save(state, checkpoints)
-            if stop.requested and not last:
+            if stopping and not last:
                 raise Stopped(f"stopped at step {state.step} of {train.steps}; a checkpoint is written",
                               at=str(checkpoints.path(state.step)), fix="run the same command again to continue",
                               code="BF-STOP-001")
-    averaged = state.ema.module if state.ema else task.module
-    frozen = {name for name, parameter in averaged.named_parameters() if not parameter.requires_grad}
-    weights = {name: tensor.clone() for name, tensor in averaged.state_dict().items() if name not in frozen}
     seen = state.step * train.batch_size * train.accumulate
-    return FitResult(state.step, state.metrics, state.seconds, seen, weights)
+    return FitResult(state.step, state.metrics, state.seconds, seen, state.averages.whole())
 
 
 # ---- start and resume --------------------------------------------------------------------------------------------
@@ -113,30 +112,34 @@ def fit(task: Task, train: Any, folder: Path, *, device: str | torch.device = "c
 
 def _start(task: Task, train: Any, device: torch.device) -> _State:
     module = task.module.to(device)
-    optimizer = make_optimizer(module, train)
-    ema = Averaged(module, train.ema) if train.ema else None
+    parallel = Parallel(module, train.parallel, device)
     module.train()
-    return _State(task, train, device, ema, optimizer)
+    return _State(task, train, device, parallel, Averages(module, train.ema), make_optimizer(module, train))
 
 
-def _continue(state: _State, checkpoints: Checkpoints, losses: Table, validation: Table, resume: bool) -> None:
+def _continue(state: _State, checkpoints: Checkpoints, records: Records, resume: bool) -> None:
     # 1. leftovers of a killed save go; 2. the newest checkpoint must verify; 3. its settings must be ours;
-    # 4. weights, EMA, optimizer; 5. the tables are cut back to its step. Step 0 is reached only with no checkpoint.
+    # 4. the tables are cut back to its step; 5. weights, EMA, optimizer. Step 0 is reached only with no checkpoint.
+    found = ranks.first_does(lambda: _find(state.train, checkpoints, records, resume))
+    if found is None:
+        return
+    module, groups = state.task.module, found.read(state.task.module)
+    restore_module(module, groups["model"])
+    state.averages.restore(groups.get("ema", {}))
+    restore_optimizer(state.optimizer, module, groups["optimizer"])
+    state.step, state.seconds, state.metrics = found.step, found.state["seconds"], found.state["metrics"]
+
+
+def _find(train: Any, checkpoints: Checkpoints, records: Records, resume: bool) -> Found | None:
     checkpoints.prepare()
     if not resume and checkpoints.steps():
         raise UsageError(f"{checkpoints.folder} already holds checkpoints", at=f"steps {checkpoints.steps()}",
                          fix="let it resume, or train into a new folder", code="BF-USE-002")
-    found = checkpoints.load_newest()
+    found = checkpoints.newest()
     if found is not None:
-        _same_settings(found.state.get("train", {}), _settings(state.train), checkpoints.path(found.step))
-        restore_module(state.task.module, found.groups["model"])
-        if state.ema is not None:
-            restore_module(state.ema.module, found.groups["ema"])
-            state.ema.begun = True
-        restore_optimizer(state.optimizer, state.task.module, found.groups["optimizer"])
-        state.step, state.seconds, state.metrics = found.step, found.state["seconds"], found.state["metrics"]
-    losses.cut(state.step, complete=True)
-    validation.cut(state.step, complete=False)
+        _same_settings(found.state.get("train", {}), _settings(train), found.path)
+    records.cut(found.step if found else 0)
+    return found
 
 
 def _settings(train: Any) -> dict[str, Any]:
@@ -161,18 +164,22 @@ def learning_rate(step: int, train: Any) -> float:
     return train.lr * 0.5 * (1 + math.cos(math.pi * (step - train.warmup) / max(1, train.steps - train.warmup)))
 
 
-def _step(state: _State, folder: Path) -> dict[str, float]:
+def _step(state: _State, folder: Path, stop: StopFlag) -> tuple[dict[str, float], bool]:
+    """One optimizer step: the row for losses.csv, and whether any process was asked to stop."""
     train, module, rate = state.train, state.task.module, learning_rate(state.step, state.train)
     totals: dict[str, Tensor] = {}
     for micro in range(train.accumulate):
-        loss, metrics = _micro(state, micro)
-        (loss / train.accumulate).backward()
+        with state.parallel.summing(last=micro == train.accumulate - 1):
+            loss, metrics = _micro(state, micro)
+            (loss / train.accumulate).backward()
         for name, value in {"loss": loss, **metrics}.items():
             value = torch.as_tensor(value, dtype=torch.float32, device=state.device).detach()
             totals[name] = totals[name] + value if name in totals else value
     # ---- a bad number stops here, before any weight changes; this is the only wait for the device in a step
-    norm = nn.utils.clip_grad_norm_(module.parameters(), train.clip or math.inf, foreach=True)
-    loss, *rest, norm = torch.stack([*totals.values(), norm]).tolist()
+    norm = gathered(nn.utils.clip_grad_norm_(module.parameters(), train.clip or math.inf, foreach=True))
+    asked = torch.full((), float(stop.requested), device=state.device)
+    told = ranks.mean_of_all(torch.stack([*totals.values(), asked]))
+    loss, *rest, asked, norm = torch.cat([told, norm[None]]).tolist()
     mean = [value / train.accumulate for value in (loss, *rest)]
     if not (math.isfinite(loss) and math.isfinite(norm)):
         _diverged(state, folder, mean[0], norm)
@@ -181,20 +188,20 @@ def _step(state: _State, folder: Path) -> dict[str, float]:
         group["lr"] = rate
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    if state.ema is not None:
-        state.ema.update(module)
+    state.averages.update(state.step)
     state.step += 1
     names = list(totals)
-    return {"loss": mean[0], "grad_norm": norm, "lr": rate, **dict(zip(names[1:], mean[1:], strict=True))}
+    row = {"loss": mean[0], "grad_norm": norm, "lr": rate, **dict(zip(names[1:], mean[1:], strict=True))}
+    return row, asked > 0
 
 
 def _micro(state: _State, micro: int) -> tuple[Tensor, dict[str, Tensor | float]]:
-    seed = derive(state.train.seed, state.step, micro)
-    torch.manual_seed(seed)  # dropout draws from the global generator
-    generator = torch.Generator().manual_seed(seed)
+    seed, rank = derive(state.train.seed, state.step, micro), ranks.rank()
+    torch.manual_seed(derive(seed, rank) if rank else seed)  # dropout draws from the global generator
+    generator = torch.Generator().manual_seed(seed)  # equal in all processes: each takes its part of a draw for all
     batch = state.task.batch(state.step, micro)
     with _autocast(state):
-        return state.task.loss(batch, generator)
+        return state.parallel.run(state.task.loss, batch, generator)
 
 
 def _autocast(state: _State) -> torch.autocast:
@@ -204,8 +211,9 @@ def _autocast(state: _State) -> torch.autocast:
 def _diverged(state: _State, folder: Path, loss: float, norm: float) -> None:
     keys = getattr(state.task, "keys", lambda batch: [])
     batches = [keys(state.task.batch(state.step, micro)) for micro in range(state.train.accumulate)]
+    batches = sum(ranks.gathered(batches), [])
     report = {"step": state.step + 1, "loss": str(loss), "grad_norm": str(norm), "keys": sum(batches, [])}
-    write_json(folder / "nonfinite.json", report)
+    ranks.first_does(lambda: write_json(folder / "nonfinite.json", report))
     raise Diverged(f"loss {loss} or gradient norm {norm} is not finite at step {state.step + 1}", code="BF-NAN-001",
                    at=f"batch keys in {folder / 'nonfinite.json'}; the last checkpoint is intact",
                    fix="look at those rows, or lower the learning rate (lr) and train into a new folder")
@@ -218,53 +226,52 @@ def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _examine(state: _State, folder: Path, validation: Table, journal: Journal) -> None:
-    train, last = state.train, state.step == state.train.steps
-    if hasattr(state.task, "validate") and (last or _due(state.step, train.validate_every)):
+def _examine(state: _State, folder: Path, records: Records) -> None:
+    """Validation and sample grids. All processes compute the same, because what is in parts needs all of them in step;
+    the first writes."""
+    train, task, last = state.train, state.task, state.step == state.train.steps
+    if hasattr(task, "validate") and (last or _due(state.step, train.validate_every)):
         with _averaged(state):
-            found = {name: float(value) for name, value in state.task.validate().items()}
+            found = {name: float(value) for name, value in state.parallel.run(task.validate).items()}
         if not all(map(math.isfinite, found.values())):
             raise Diverged(f"a validation number is not finite at step {state.step}: {found}", code="BF-NAN-001",
                            fix="check the held-out rows, or lower the learning rate (lr) and train into a new folder")
         state.metrics = found
-        validation.add(state.step, found)
-        journal.validation(state.step, found)
-    if hasattr(state.task, "samples") and train.sample_every and (last or _due(state.step, train.sample_every)):
-        with _averaged(state):
-            state.task.samples(folder / "samples", state.step)
+        records.validation(state.step, found)
+    if hasattr(task, "samples") and train.sample_every and (last or _due(state.step, train.sample_every)):
+        with _averaged(state), _place_of(folder / "samples") as place:
+            state.parallel.run(task.samples, Path(place), state.step)
+
+
+def _place_of(folder: Path) -> AbstractContextManager[Any]:
+    return TemporaryDirectory(prefix="bifrost-") if ranks.rank() else nullcontext(folder)
 
 
 @contextmanager
 def _averaged(state: _State) -> Iterator[None]:
     """EMA weights inside the trained module, eval mode, no gradients, seeded by the step; all undone at the end."""
-    swap = state.ema is not None
     torch.manual_seed(derive(state.train.seed, state.step, "examine"))
-    if swap:
-        _exchange(state.task.module, state.ema.module)
+    state.averages.exchange()
     state.task.module.eval()
     try:
-        with torch.no_grad(), _autocast(state):
+        with torch.no_grad(), _autocast(state), state.parallel.whole():
             yield
     finally:
         state.task.module.train()
-        if swap:
-            _exchange(state.task.module, state.ema.module)
-
-
-def _exchange(one: nn.Module, other: nn.Module) -> None:
-    mine, theirs = [*one.parameters(), *one.buffers()], [*other.parameters(), *other.buffers()]
-    for a, b in zip(mine, theirs, strict=True):
-        a.data, b.data = b.data, a.data
+        state.averages.exchange()
 
 
 def _save(state: _State, checkpoints: Checkpoints) -> None:
-    groups = {"model": module_tensors(state.task.module),
-              "optimizer": optimizer_tensors(state.optimizer, state.task.module)}
-    if state.ema is not None:
-        groups["ema"] = module_tensors(state.ema.module)
-    bad = [name for tensors in groups.values() for name, t in tensors.items() if not torch.isfinite(t).all()]
-    if bad:
-        raise Diverged(f"{bad[0]} is not finite after step {state.step}; no checkpoint was written of it",
-                       fix="lower the learning rate (lr) and train into a new folder", code="BF-NAN-001")
+    module = state.task.module
+    groups = {"model": module_tensors(module), "optimizer": optimizer_tensors(state.optimizer, module)}
+    if state.averages.tensors:
+        groups["ema"] = {**groups["model"], **state.averages.tensors}
+    bad = [name for tensors in groups.values() for name, t in tensors.items() if not torch.isfinite(local(t)).all()]
+    ranks.agree(_not_finite(bad[0], state.step) if bad else None)
     told = {"train": _settings(state.train), "seconds": state.seconds, "metrics": state.metrics}
-    checkpoints.save(Checkpoint(state.step, groups, told))
+    checkpoints.save(Checkpoint(state.step, groups, told), parts=state.parallel.sharded)
+
+
+def _not_finite(name: str, step: int) -> Diverged:
+    return Diverged(f"{name} is not finite after step {step}; no checkpoint was written of it",
+                    fix="lower the learning rate (lr) and train into a new folder", code="BF-NAN-001")

@@ -111,6 +111,57 @@ class Journal:
             self._board.add_scalar(f"{group}/{name}", value, step)
 
 
+class Records:
+    """All that a training writes down, in `folder`. Context manager."""
+
+    def __init__(self, folder: Path, train: Any, ui: Any) -> None:
+        self._losses, self._validation = Table(folder / "losses.csv"), Table(folder / "validation.csv")
+        self._journal = Journal(folder, train, ui)
+        self.begin, self.seconds = self._journal.begin, self._journal.seconds
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._journal.__exit__(*exc)
+
+    def cut(self, step: int) -> None:
+        """Leave what belongs to the steps up to `step`. ArtifactError when losses are missing."""
+        self._losses.cut(step, complete=True)
+        self._validation.cut(step, complete=False)
+
+    def step(self, step: int, row: dict[str, float]) -> None:
+        self._losses.add(step, row)
+        self._journal.step(step, row)
+
+    def validation(self, step: int, row: dict[str, float]) -> None:
+        self._validation.add(step, row)
+        self._journal.validation(step, row)
+
+    def sync(self) -> None:
+        """Make the tables durable; called before the checkpoint that counts on them."""
+        self._losses.sync()
+        self._validation.sync()
+
+
+class NoRecords(Records):
+    """What processes other than the first write down: nothing."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+    def begin(self, step: int, seconds: float) -> None:
+        pass
+
+    def seconds(self) -> float:
+        return 0.0
+
+    cut = step = validation = sync = lambda *_: None
+
+
 def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
