@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bifrost_cli.artifacts.files import append
 from bifrost_cli.errors import BifrostError, EnvironmentProblem, Interrupted, UsageError
 
 _STATUS = "BIFROST_STATUS_FILE"  # where the first process that ends with an error leaves its exit code
@@ -87,7 +88,7 @@ def start(count: int, arguments: list[str]) -> None:
                        _STATUS: str(status)}  # fmt: skip
         launch = ["--standalone", f"--nproc-per-node={count}", "-m", "bifrost_cli"]
         code = _torchrun([*launch, *_without_gpus(arguments)], environment)
-        told = int(status.read_text() or 1) if status.exists() else None
+        told = int(status.read_text().split()[0]) if status.exists() else None
     if code == 0 and told is None:
         raise SystemExit(0)
     if told is None:
@@ -122,12 +123,7 @@ def _unexplained(code: int) -> BifrostError:
 
 
 def leave_status(code: int) -> None:
-    """For `start`: how this process ended, if it is the first to end badly."""
+    """For `start` and SLURM: how this process ended, a line; the first is that of the process that ended first."""
     path = os.environ.get(_STATUS)
     if code and path:
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except OSError:
-            return
-        os.write(descriptor, str(code).encode())
-        os.close(descriptor)
+        append(Path(path), f"{code}\n")

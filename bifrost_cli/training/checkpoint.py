@@ -108,7 +108,8 @@ class Checkpoints:
         if not self.steps():
             return None
         path = self.path(self.steps()[-1])
-        return Found(path, self.steps()[-1], read_json(path / "state.json"), tuple(verify(path)))
+        files = tuple(verify(path))
+        return Found(path, self.steps()[-1], read_json(path / "state.json"), files)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -244,7 +244,7 @@ def _examine(state: _State, folder: Path, records: Records) -> None:
 
 
 def _place_of(folder: Path) -> AbstractContextManager[Any]:
-    return TemporaryDirectory(prefix="bifrost-") if ranks.rank() else nullcontext(folder)
+    return tempfile.TemporaryDirectory(prefix="bifrost-") if ranks.rank() else nullcontext(folder)
 
 
 @contextmanager
