@@ -139,6 +139,14 @@ def test_a_damaged_draft_is_mended(tmp_path: Path, stored: Artifact, harm: str) 
     assert artifact.files == stored.files and artifact.strays() == []
 
 
+def test_hidden_files_of_others_in_a_draft_are_no_part_of_the_store(tmp_path: Path, stored: Artifact) -> None:
+    interrupted(tmp_path / "a", [0])
+    for name in (".DS_Store", "store.zarr/latents/.nfs0001"):
+        (tmp_path / "a" / name).write_bytes(b"x")
+    artifact = make_store(tmp_path / "a", vae=LAYOUT.vae)
+    assert artifact.files == stored.files and len(artifact.strays()) == 2
+
+
 def test_values_that_do_not_fit_name_their_row(tmp_path: Path) -> None:
     with open_draft(tmp_path / "a") as draft:
         writer = StoreWriter(draft, LAYOUT, {"encoder": ENCODER})

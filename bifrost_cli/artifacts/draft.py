@@ -167,7 +167,8 @@ class Draft:
 
     def _payload(self) -> dict[str, dict[str, Any]]:
         files = {}
-        for name in payload_files(self.path):
+        names = [name for name in payload_files(self.path) if not Path(name).name.startswith(".")]
+        for name in names:  # hidden files are a file browser's or NFS's own
             path = self.path / name
             sync(path)
             files[name] = {"sha256": sha256_file(path), "size": path.stat().st_size}
