@@ -105,10 +105,10 @@ def test_an_index_before_its_shard(seen, tmp_path, monkeypatch):
 def test_the_old_checkpoint_dropped_before_the_new_one(seen, tmp_path, monkeypatch):
     save = Checkpoints.save
 
-    def hasty(self, checkpoint):
+    def hasty(self, checkpoint, **rest):
         for step in self.steps():
             files.remove(self.path(step))
-        return save(self, checkpoint)
+        return save(self, checkpoint, **rest)
 
     monkeypatch.setattr(Checkpoints, "save", hasty)
     with seen(TRAIN) as wanted:

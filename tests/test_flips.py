@@ -54,14 +54,15 @@ def test_a_checkpoint(tmp_path, step):
     checkpoints = Checkpoints(tmp_path)
     checkpoints.prepare()
     groups = {"model": tensors, "optimizer": {"w/step": torch.tensor(5.0)}}
-    path = checkpoints.save(Checkpoint(5, groups, {"seconds": 1.5}))
+    checkpoints.save(Checkpoint(5, groups, {"seconds": 1.5}))
 
     def read() -> Any:
-        found = Checkpoints(tmp_path).load_newest()
-        groups = {name: {key: value.tolist() for key, value in group.items()} for name, group in found.groups.items()}
-        return found.step, groups, found.state
+        found = Checkpoints(tmp_path).newest()
+        groups = found.read(torch.nn.Identity())
+        numbers = {name: {key: value.tolist() for key, value in group.items()} for name, group in groups.items()}
+        return found.step, numbers, found.state
 
-    outcomes = flips(sorted(path.iterdir()), read, read(), max(1, step // 5))
+    outcomes = flips(sorted(checkpoints.path(5).iterdir()), read, read(), max(1, step // 5))
     print(f"checkpoint: {dict(outcomes)}")
     assert outcomes["refused"]
 

@@ -10,7 +10,9 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,15 +25,16 @@ from harness import fresh, undisturbed
 from bifrost_cli.cli.main import explain
 from bifrost_cli.stages.branch import train_branch
 from bifrost_cli.stages.controlnet import train_controlnet
+from bifrost_cli.training import ranks
 
 FORK = multiprocessing.get_context("fork")  # everything is imported, so that the moments fall into the work
 PAUSE = 0.03  # seconds of work for each batch, step or picture, so that a run lasts
 TERMINATED = {0, 75, -signal.SIGTERM}  # whole all the same; stopped at the next step; nothing was to be saved
 
 
-def run_branch(folder: Path, work) -> None:
+def run_branch(folder: Path, work, **changes) -> None:
     made, store = _frozen(folder, "mllm", save_mllm), _latents(folder)
-    train_branch(recipe(mllm=made), latents=store, output=folder / OUT, device="cpu")
+    train_branch(recipe(mllm=made, **changes), latents=store, output=folder / OUT, device="cpu")
 
 
 def run_controlnet(folder: Path, work) -> None:
@@ -52,6 +55,7 @@ def _latents(folder: Path) -> Path:
 ALL = {
     **TARGETS,
     "branch": Target("branch", run_branch, kept_steps, 12),
+    "branch in parts": Target("branch-in-parts", partial(run_branch, parallel="fsdp"), kept_steps, 12),
     "controlnet": Target("controlnet", run_controlnet, kept_steps, 12),
 }
 
@@ -73,6 +77,31 @@ def body(name: str, folder: Path, number: int, at_call: int) -> None:
             os._exit(explain(error).exit_code)
     (folder.parent / f"{name}-calls").write_text(str(len(calls)))
     os._exit(0)
+
+
+def body_of_two(name: str, folder: Path, rank: int, port: int, at_call: int) -> None:
+    """One of two processes of a job; it kills itself at that call to the disk, unless `at_call` is 0."""
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    ranks.join(rank, 2, rank, "cpu")
+    body(name, folder, signal.SIGKILL, at_call)
+
+
+def two(name: str, folder: Path, rank: int = 0, at_call: int = 0, after: float | None = None) -> list[int]:
+    """Run a job of two; kill the process `rank` at a call to the disk or after a while. Their exit codes."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    calls = [at_call if number == rank else 0 for number in range(2)]
+    job = [FORK.Process(target=body_of_two, args=(name, folder, n, port, calls[n])) for n in range(2)]
+    for process in job:
+        process.start()
+    if after is not None:
+        job[rank].join(after)
+        signalled(job[rank], signal.SIGKILL)
+    for process in job:
+        process.join(60)
+        assert process.exitcode is not None, "the other process of the job waits for ever"
+    return [process.exitcode for process in job]
 
 
 def start(name: str, folder: Path, number: int = 0, at_call: int = 0) -> multiprocessing.Process:
@@ -135,6 +164,30 @@ def test_two_kills_and_the_same_bytes(name, tmp_path):
                                              ("branch", 30), ("controlnet", 30)])  # fmt: skip
 def test_many_kills_and_the_same_bytes(name, count, tmp_path):
     print(f"{name}: {killed(name, tmp_path, count, seed=20)} kills")
+
+
+@pytest.mark.crash
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", ["extract", "branch", "branch in parts"])
+def test_kills_of_one_process_of_two(name, tmp_path):
+    """The other one ends too; the same job again ends in the bytes of an undisturbed job of two."""
+    target, folder, chance = ALL[name], tmp_path / name.replace(" ", "-"), random.Random(5)
+    target.run(fresh(folder), lambda: None)  # makes the inputs
+    began = time.monotonic()
+    assert two(name, fresh(folder)) == [0, 0]
+    seconds, wanted = time.monotonic() - began, result(folder)
+    kills = 0
+    for _ in range(10):
+        fresh(folder)
+        rank, inside = chance.randrange(2), chance.random() < 0.5
+        moment = {"at_call": chance.randint(5, 60)} if inside else {"after": chance.uniform(0.3, 1.0) * seconds}
+        ends = two(name, folder, rank, **moment)
+        kills += ends[rank] == -signal.SIGKILL
+        assert ends == [0, 0] or ends[1 - rank] in (0, 3), ends
+        assert two(name, folder) == [0, 0]
+        assert result(folder) == wanted
+    print(f"{name}: {kills} kills in jobs of two processes")
+    assert kills > 3
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

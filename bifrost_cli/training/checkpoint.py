@@ -24,6 +24,7 @@ from bifrost_cli.artifacts.files import (
     remove,
     sha256_file,
     sweep,
+    sync,
     write_json,
 )
 from bifrost_cli.data.weights import load_tensors, save_tensors
@@ -92,6 +93,8 @@ class Checkpoints:
             draft = Path(ranks.first_does(lambda: str(made)))
             write_shards(draft / SHARDS, checkpoint.groups)
             mine = sorted((draft / SHARDS).iterdir())[ranks.rank() :: ranks.world()]
+            for path in (*mine, draft / SHARDS):
+                sync(path)
             digests = ranks.gathered({f"{SHARDS}/{path.name}": sha256_file(path) for path in mine})
             if ranks.rank() == 0:
                 _finish(draft, checkpoint, {name: digest for part in digests for name, digest in part.items()})
