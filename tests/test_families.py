@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import pytest
 import torch
 from fixtures_families import BUILDERS, SIDE, TOWER, WIDTH, llava, save_family
 from fixtures_mllm import normal, random_branch, randomize
-from transformers import AutoModelForImageTextToText
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from bifrost_cli.errors import RecipeError
+from bifrost_cli.errors import BifrostError, RecipeError
 from bifrost_cli.maths.masking import draw_masks, random_orders
 from bifrost_cli.models.branch import VisualBranch
 from bifrost_cli.models.decode import decode
@@ -256,3 +258,152 @@ def test_a_branchs_config_names_its_decoder_and_builds_it_again(mllm):
     known, masked_BP = normal(1, PATCHES, WIDTH), torch.zeros(1, PATCHES, dtype=torch.bool)
     prefix = mllm.prefix(mllm.layout(["red"], 300))
     assert torch.equal(again(known, masked_BP, prefix), branch(known, masked_BP, prefix))
+
+
+@pytest.mark.parametrize("tune", [{"layers": 1}, {"rank": 2}])
+def test_a_branch_trained_in_part_starts_as_the_copy(mllm, tune):
+    if "rank" in tune:
+        pytest.importorskip("peft")
+    branches = [VisualBranch.from_mllm(mllm, PATCHES, tune=part) for part in (None, tune)]
+    branches[1].enable_gradient_checkpointing()
+    prefix, masked_BP = mllm.prefix(mllm.layout(PROMPTS, 300)), draw_masks(2, PATCHES, torch.Generator().manual_seed(0))
+    losses = [branch.loss(normal(2, PATCHES, WIDTH), prefix, masked_BP)[0] for branch in branches]
+    torch.testing.assert_close(*losses)
+    losses[1].backward()
+    trained = [parameter for parameter in branches[1].decoder.parameters() if parameter.requires_grad]
+    assert trained and all(parameter.grad is not None for parameter in trained)
+
+
+# ---- what cannot be read --------------------------------------------------------------------------------------------
+
+
+def _config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _second(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[1]
+
+
+def _cut(folder: Path) -> None:
+    _second(folder).write_bytes(_second(folder).read_bytes()[:-10])
+
+
+def _reshaped(folder: Path) -> None:
+    tensors = load_file(_second(folder))
+    save_file({**tensors, sorted(tensors)[0]: torch.zeros(3, 3)}, _second(folder), metadata={"format": "pt"})
+
+
+def _outside(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"][sorted(index["weight_map"])[0]] = "../model.safetensors"
+    path.write_text(json.dumps(index))
+
+
+DAMAGES = {
+    "a shard cut short": (_cut, "BF-ART-005", "00002-of-.* is damaged"),
+    "a shard that is not there": (lambda folder: _second(folder).unlink(), "BF-ART-005", "names model-00002-of-"),
+    "an index that leads away": (_outside, "BF-ART-005", "no file beside it"),
+    "a tensor of another shape": (_reshaped, "BF-ART-007", r"lacks 1 tensors .* is \(3, 3\), not \("),
+    "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "BF-ENV-020", "has no tokenizer"),
+    "no chat template": (lambda folder: (folder / "chat_template.jinja").unlink(), "BF-ENV-020", "no chat template"),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), "BF-ART-009", "without a model_type"),
+}
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_folder_that_is_not_whole_is_an_error(folders, tmp_path, name, damage, capfd):
+    change, code, said = DAMAGES[damage]
+    folder = shutil.copytree(folders[name], tmp_path / "model")
+    change(folder)
+    with pytest.raises(BifrostError, match=f"(?s){said}") as caught:
+        load_mllm(str(folder), CPU)
+    assert caught.value.code == code and "LOAD REPORT" not in capfd.readouterr().err
+
+
+def test_a_pickle_beside_the_weights_is_left_alone(folders, tmp_path):
+    folder = shutil.copytree(folders["llava"], tmp_path / "model")
+    (folder / "training_args.bin").write_bytes(b"not read")
+    assert load_mllm(str(folder), CPU).width == WIDTH
+
+
+@pytest.mark.parametrize(("kind", "why"), [("qwen2_vl", "another network"), ("qwen3_5", "no keys and values"),
+                                           ("qwen3_vl_moe", "every expert"), ("internvl", "no adapter")])  # fmt: skip
+def test_another_family_is_refused_with_the_reason_before_it_is_fetched(tmp_path, kind, why, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    asked = []
+
+    def fetch(ref: str, *, allow_patterns: list[str], **options: object) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("bifrost_cli.stages.place.snapshot_download", fetch)
+    with pytest.raises(BifrostError, match=f"model_type {kind} is not one that Bifrost reads: .*{why}") as caught:
+        load_mllm("someone/model", CPU)
+    assert caught.value.code == "BF-ART-009" and "qwen2_5_vl, qwen3_vl, llava" in caught.value.at
+    assert asked == [["config.json"]]
+
+
+def test_a_qwen2_vl_that_is_said_to_be_a_qwen2_5_vl_is_refused(folders, tmp_path):
+    folder = shutil.copytree(folders["qwen2_5_vl"], tmp_path / "model")
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    config = json.loads((folder / "config.json").read_text())
+    vision = {"depth": 2, "embed_dim": 24, "hidden_size": WIDTH, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2}
+    text = {**config["text_config"], "model_type": "qwen2_vl_text"}
+    model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision))
+    model.save_pretrained(tmp_path / "2")
+    for path in (tmp_path / "2").glob("*.safetensors"):
+        shutil.copy(path, folder)
+    with pytest.raises(BifrostError, match=r"lacks \d+ tensors of Qwen2_5_VLForConditionalGeneration") as caught:
+        load_mllm(str(folder), CPU)
+    assert caught.value.code == "BF-ART-007" and "model.visual" in caught.value.at
+
+
+def test_parts_that_are_not_known_are_refused(folders, tmp_path):
+    folder = shutil.copytree(folders["llava"], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    for part, kind in (("text_config", "gemma"), ("vision_config", "pixtral")):
+        _config(folder, **{**config, part: {**config[part], "model_type": kind}})
+        with pytest.raises(BifrostError, match=f"of type {kind}, which Bifrost does not read") as caught:
+            load_mllm(str(folder), CPU)
+        assert caught.value.code == "BF-ART-009"
+    with pytest.raises(ValueError, match="'gemma' cannot be copied"):
+        VisualBranch.from_config({"text_config": {"model_type": "gemma"}, "patches": 16, "channels": 8})
+
+
+# ---- published sizes ------------------------------------------------------------------------------------------------
+
+#             kind              width  depth  MLP    heads kv   head  billions in the copied decoder
+PUBLISHED = {
+    "Qwen2.5-VL-3B": ("qwen2_5_vl_text", 2048, 36, 11008, 16, 2, 128, 2.77),
+    "Qwen2.5-VL-7B": ("qwen2_5_vl_text", 3584, 28, 18944, 28, 4, 128, 6.53),
+    "Qwen2.5-VL-32B": ("qwen2_5_vl_text", 5120, 64, 27648, 40, 8, 128, 31.21),
+    "Qwen2.5-VL-72B": ("qwen2_5_vl_text", 8192, 80, 29568, 64, 8, 128, 70.21),
+    "Qwen3-VL-2B": ("qwen3_vl_text", 2048, 28, 6144, 16, 8, 128, 1.41),
+    "Qwen3-VL-4B": ("qwen3_vl_text", 2560, 36, 9728, 32, 8, 128, 3.63),
+    "Qwen3-VL-8B": ("qwen3_vl_text", 4096, 36, 12288, 32, 8, 128, 6.95),
+    "Qwen3-VL-32B": ("qwen3_vl_text", 5120, 64, 25600, 64, 8, 128, 31.21),
+    "LLaVA-1.5-7B": ("llama", 4096, 32, 11008, 32, 32, 128, 6.48),
+    "LLaVA-1.5-13B": ("llama", 5120, 40, 13824, 40, 40, 128, 12.69),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_branches_of_published_sizes_are_built_without_memory(name):
+    kind, width, depth, mlp, heads, kv_heads, head, billions = PUBLISHED[name]
+    text = {"model_type": kind, "hidden_size": width, "num_hidden_layers": depth, "intermediate_size": mlp,
+            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": head}  # fmt: skip
+    with torch.device("meta"):
+        branch = VisualBranch.from_config({"text_config": text, "patches": 256, "channels": width})
+    assert all(parameter.is_meta for parameter in branch.parameters())
+    inner, kv = heads * head, kv_heads * head
+    biases = inner + 2 * kv if kind == "qwen2_5_vl_text" else 2 * head if kind == "qwen3_vl_text" else 0
+    layer = 2 * width * inner + 2 * width * kv + 3 * width * mlp + 2 * width + biases
+    new = (width + 1) * width + width + 256 * width  # vision head, mask token, patch positions
+    counted = [sum(parameter.numel() for parameter in part.parameters()) for part in (branch.decoder, branch)]
+    assert counted == [depth * layer + width, depth * layer + width + new]
+    assert abs(counted[0] / 1e9 - billions) < 0.006

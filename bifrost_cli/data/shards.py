@@ -32,14 +32,16 @@ class Shards:
     files: dict[str, Path]
 
     @classmethod
-    def open(cls, folder: Path | str) -> Shards | None:
+    def open(cls, folder: Path | str, *, pickles_too: bool = False) -> Shards | None:
         """Look at every header. None when the folder holds no weights.
 
-        ArtifactError: BF-ART-008 a pickle among the weights; BF-ART-005 a file that is damaged or absent, a name given
+        pickles_too: pickles may lie in the folder, and are left unread. ArtifactError: BF-ART-008 a pickle among the
+        weights; BF-ART-005 a file that is damaged or absent, a name given
         twice, or an index that tells of other tensors than the files hold.
         """
         folder = Path(folder)
-        _refuse_pickles(folder)
+        if not pickles_too:
+            _refuse_pickles(folder)
         paths, listed = _files(folder)
         shapes: dict[str, tuple[int, ...]] = {}
         files: dict[str, Path] = {}

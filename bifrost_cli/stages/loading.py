@@ -26,6 +26,7 @@ from transformers.utils import logging as hub_logging
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.files import read_json
 from bifrost_cli.config import Recipe
+from bifrost_cli.data.shards import Shards
 from bifrost_cli.data.weights import load_tensors, misfits, shapes_of
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.models.branch import VisualBranch
@@ -43,6 +44,7 @@ from bifrost_cli.stages.place import MODEL_FILES, model_errors, model_place
 _FAMILY_FILES = ("model_index.json", "*/config.json")
 _PAINTERS = {painter.family: painter for painter in (FluxPainter, Sd3Painter)}
 _CONFIG = "config.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SHOWN = 5
 
 for library in (hub_logging, diffusers_logging):  # a bar for every part of a model, terminal or not; ours counts
@@ -61,12 +63,17 @@ def load_mllm(
     """
     config = Path(model_place(ref, revision=revision, patterns=(_CONFIG,))) / _CONFIG
     if config.is_file():  # before gigabytes are fetched that could not be used
-        require_known(read_json(config).get("model_type"))
+        values = read_json(config)
+        require_known(values.get("model_type") if isinstance(values, dict) else None)
     folder = model_place(ref, revision=revision)
     with model_errors(ref):
         family_of(AutoConfig.from_pretrained(folder))
-        model = _whole(AutoModelForImageTextToText, folder, dtype=dtype)
+        if not any((Path(folder) / name).is_file() for name in _TOKENIZERS):
+            # The library would make an empty one.
+            raise ValueError(f"it has no tokenizer: none of {', '.join(_TOKENIZERS)}")
         processor = AutoProcessor.from_pretrained(folder)
+        Shards.open(folder, pickles_too=True)
+        model = _whole(AutoModelForImageTextToText, folder, dtype=dtype)
         return Mllm(model.to(device), _tokenizer(processor), processor.image_processor)
 
 
@@ -75,6 +82,8 @@ def _tokenizer(processor: ProcessorMixin) -> PreTrainedTokenizerBase:
     tokenizer = processor.tokenizer
     tokenizer.padding_side, tokenizer.chat_template = "left", processor.chat_template or tokenizer.chat_template
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if not tokenizer.chat_template:
+        raise ValueError("it has no chat template (chat_template.jinja, or in tokenizer_config.json)")
     return tokenizer
 
 
@@ -124,12 +133,19 @@ def load_encoder(recipe: Recipe, device: torch.device) -> Encoder:
 
 def _whole(kind: Any, folder: str, **options: Any) -> Any:
     """`from_pretrained`, which would fill what is missing with random numbers and a warning: here that stops."""
-    model, told = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True, **options)
-    lost = sorted(map(str, {*told["missing_keys"], *told["mismatched_keys"]}))
+    loud = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # the library prints a table of what our error says
+    try:
+        model, told = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
+                                           ignore_mismatched_sizes=True, **options)  # fmt: skip
+    finally:
+        hub_logging.set_verbosity(loud)
+    lost = [*told["missing_keys"], *(f"{name} is {(*found,)}, not {(*wanted,)}"
+                                     for name, found, wanted in told["mismatched_keys"])]  # fmt: skip
     if lost:
-        name = type(model).__name__
+        name, shown = type(model).__name__, "; ".join(sorted(lost)[:_SHOWN])
         raise ArtifactError(f"{folder} lacks {len(lost)} tensors of {name}, or has them in another shape",
-                            at="; ".join(lost[:_SHOWN]), fix="fetch the model again", code="BF-ART-007")  # fmt: skip
+                            at=shown, fix="fetch the model again", code="BF-ART-007")  # fmt: skip
     return model
 
 

@@ -66,6 +66,7 @@ _LINEAR = "most layers of its decoder carry a running state and no keys and valu
 _EXPERTS = "a branch of it would copy every expert, and its training needs a loss that balances them, which is not here"
 _QUERIES = "its decoder sees a few learnt queries of a picture, which are no patches"
 _REASONS = {
+    None: "a config.json without a model_type is no multimodal LLM's",
     "qwen2_vl": "its visual encoder is another network than Qwen2.5-VL's, and has no adapter here",
     "qwen3_vl_moe": _EXPERTS,
     "qwen3_5_moe": _LINEAR,
@@ -84,7 +85,7 @@ def require_known(model_type: str | None) -> None:
     """ArtifactError BF-ART-009 for a `model_type` (the word in a model's config.json) that has no family here."""
     if model_type in FAMILIES:
         return
-    reason = _REASONS.get(model_type or "", "there is no adapter for it")
+    reason = _REASONS.get(model_type, "there is no adapter for it")
     raise ArtifactError(
         f"model_type {model_type} is not one that Bifrost reads: {reason}",
         at=f"known: {', '.join(FAMILIES)}",
