@@ -7,12 +7,15 @@ import errno
 import os
 
 import pytest
+import zarr
 from faults import Recorder
+from fixtures_store import make_store
 from fixtures_targets import TARGETS
-from harness import errors, power_cuts, second_writer, undisturbed
+from harness import errors, flips, power_cuts, second_writer, undisturbed
 
 from bifrost_cli.artifacts import files, lock
-from bifrost_cli.data import store_writer
+from bifrost_cli.data import store_layout, store_writer
+from bifrost_cli.data.store import LatentsStore
 from bifrost_cli.training import loop
 from bifrost_cli.training.checkpoint import Checkpoints
 
@@ -113,3 +116,22 @@ def test_the_old_checkpoint_dropped_before_the_new_one(seen, tmp_path, monkeypat
     monkeypatch.setattr(Checkpoints, "save", hasty)
     with seen(TRAIN) as wanted:
         power_cuts(TRAIN, tmp_path, wanted, step=5)
+
+
+def test_the_crc_codec_removed(tmp_path, monkeypatch):
+    create = zarr.Group.create_array
+
+    def without(self, name, *, compressors, **rest):
+        return create(self, name, compressors=compressors[:1], **rest)
+
+    monkeypatch.setattr(zarr.Group, "create_array", without)
+    monkeypatch.setattr(store_layout, "open_arrays", lambda group, layout, folder: dict(group.arrays()))
+    store = make_store(tmp_path / "a", rows=3, grid=(1, 2), channels=2, shard_rows=2, chunk_rows=1)
+    files = [store.path / name for name in store.files if "/c/" in name]
+
+    def read():
+        opened = LatentsStore.open(store.path, verify=False)
+        return opened.latents(range(opened.rows)).tobytes()
+
+    with pytest.raises(AssertionError, match="other numbers"):
+        flips(files, read, read())
