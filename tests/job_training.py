@@ -160,9 +160,9 @@ def full_disk(folder: Path) -> str:
 
     made, calls = branch(folder, parallel="fsdp", validate_every=0, sample_every=0), loop._save
 
-    def saving(state: Any, checkpoints: Any) -> None:
+    def saving(state: Any, checkpoints: Any, digests: Any) -> None:
         os.fsync = full if state.step == 4 and ranks.rank() == ranks.world() - 1 else sync
-        calls(state, checkpoints)
+        calls(state, checkpoints, digests)
 
     loop._save = saving
     try:

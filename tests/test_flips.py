@@ -12,12 +12,15 @@ import pytest
 import torch
 from fixtures_store import make_store
 from fixtures_targets import OUT, TARGETS
+from fixtures_training import SmallTask, settings
 from harness import flips, undisturbed
 
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.data import store as store_module
 from bifrost_cli.data.store import LatentsStore
 from bifrost_cli.training.checkpoint import Checkpoint, Checkpoints
+from bifrost_cli.training.loop import fit
+from bifrost_cli.training.records import Records
 
 EVERY = pytest.mark.parametrize(
     "step",
@@ -88,3 +91,17 @@ def test_the_payload_of_every_kind_is_verified(tmp_path):
 
         outcomes = flips([artifact.path / file for file in artifact.files], read, "whole", step=499)
         assert set(outcomes) == {"refused"}
+
+
+def test_the_tables_of_an_unfinished_training(tmp_path):
+    """Each bit of the rows that the checkpoint counts on."""
+    train = settings(steps=4, checkpoint_every=4, validate_every=2)
+    fit(SmallTask(train), train, tmp_path)
+    digests = Checkpoints(tmp_path / "checkpoints").newest().state["records"]
+
+    def read() -> str:
+        Records(tmp_path, train, None).cut(4, digests)
+        return "same"
+
+    files = [tmp_path / "losses.csv", tmp_path / "validation.csv"]
+    assert set(flips(files, read, "same", step=7)) == {"refused"}

@@ -93,8 +93,9 @@ class Checkpoints:
             draft = Path(ranks.first_does(lambda: str(made)))
             write_shards(draft / SHARDS, checkpoint.groups)
             mine = sorted((draft / SHARDS).iterdir())[ranks.rank() :: ranks.world()]
-            for path in (*mine, draft / SHARDS):
-                sync(path)
+            with ranks.all_or_none():
+                for path in (*mine, draft / SHARDS):
+                    sync(path)
             digests = ranks.gathered({f"{SHARDS}/{path.name}": sha256_file(path) for path in mine})
             if ranks.rank() == 0:
                 _finish(draft, checkpoint, {name: digest for part in digests for name, digest in part.items()})

@@ -96,9 +96,9 @@ def fit(task: Task, train: Any, folder: Path, *, device: str | torch.device = "c
             _examine(state, folder, records)
             last = state.step == train.steps
             if last or stopping or _due(state.step, train.checkpoint_every):
-                records.sync()
+                digests = records.sync()
                 state.seconds = records.seconds()
-                _save(state, checkpoints)
+                _save(state, checkpoints, digests)
             if stopping and not last:
                 raise Stopped(f"stopped at step {state.step} of {train.steps}; a checkpoint is written",
                               at=str(checkpoints.path(state.step)), fix="run the same command again to continue",
@@ -138,7 +138,7 @@ def _find(train: Any, checkpoints: Checkpoints, records: Records, resume: bool) 
     found = checkpoints.newest()
     if found is not None:
         _same_settings(found.state.get("train", {}), _settings(train), found.path)
-    records.cut(found.step if found else 0)
+    records.cut(found.step if found else 0, found.state.get("records", {}) if found else {})
     return found
 
 
@@ -261,14 +261,15 @@ def _averaged(state: _State) -> Iterator[None]:
         state.averages.exchange()
 
 
-def _save(state: _State, checkpoints: Checkpoints) -> None:
+def _save(state: _State, checkpoints: Checkpoints, digests: dict[str, str | None]) -> None:
     module = state.task.module
     groups = {"model": module_tensors(module), "optimizer": optimizer_tensors(state.optimizer, module)}
     if state.averages.tensors:
         groups["ema"] = {**groups["model"], **state.averages.tensors}
     bad = [name for tensors in groups.values() for name, t in tensors.items() if not torch.isfinite(local(t)).all()]
     ranks.agree(_not_finite(bad[0], state.step) if bad else None)
-    told = {"train": _settings(state.train), "seconds": state.seconds, "metrics": state.metrics}
+    told = {"train": _settings(state.train), "seconds": state.seconds, "metrics": state.metrics,
+            "records": digests}
     checkpoints.save(Checkpoint(state.step, groups, told), parts=state.parallel.sharded)
 
 

@@ -6,13 +6,14 @@ resume they are cut back to the step of the checkpoint), so they hold no times; 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 import time
 from pathlib import Path
 from typing import Any
 
-from bifrost_cli.artifacts.files import append, remove, sync, write_bytes
+from bifrost_cli.artifacts.files import append, remove, sha256_file, sync, write_bytes
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem
 
 _ROW = re.compile(r"(step|\d+)(,[^,\0]+)+\n")
@@ -25,8 +26,9 @@ class Table:
         self.path = path
         self._columns: list[str] = []
 
-    def cut(self, step: int, *, complete: bool) -> None:
-        """Keep the rows up to `step`. `complete`: rows 1..step must all be there, else ArtifactError."""
+    def cut(self, step: int, digest: str | None, *, complete: bool) -> None:
+        """Keep the rows up to `step`. ArtifactError: `complete` and not all of 1..step are there; not what `sync` gave
+        the `digest` of (None: not known)."""
         lines = self.path.read_bytes().decode(errors="replace").splitlines(keepends=True) if self.path.exists() else []
         whole = list(itertools.takewhile(_ROW.fullmatch, lines))  # after a power cut the rest can be anything
         kept = whole[:1] + [line for line in whole[1:] if int(line.split(",")[0]) <= step]
@@ -34,10 +36,14 @@ class Table:
             raise ArtifactError(f"{self.path} does not reach the checkpoint it belongs to (step {step})",
                                 at=f"{max(0, len(kept) - 1)} rows", fix="remove the folder and train again",
                                 code="BF-ART-005")
+        data = "".join(kept).encode()
+        if digest not in (None, hashlib.sha256(data).hexdigest()):
+            raise ArtifactError(f"{self.path} was changed since step {step} was saved", code="BF-ART-005",
+                                fix="restore it from a copy, or remove the folder and train again")
         if step == 0 or not kept:
             remove(self.path)
         else:
-            write_bytes(self.path, "".join(kept).encode())
+            write_bytes(self.path, data)
             self._columns = kept[0].strip().split(",")[1:]
 
     def add(self, step: int, row: dict[str, float]) -> None:
@@ -47,11 +53,13 @@ class Table:
         lines.append(",".join([str(step), *(f"{row[name]:.9g}" for name in self._columns)]))
         append(self.path, "\n".join(lines) + "\n")
 
-    def sync(self) -> None:
-        """Make what was added durable; called before the checkpoint that counts on it."""
-        if self.path.exists():
-            sync(self.path)
-            sync(self.path.parent)
+    def sync(self) -> str | None:
+        """Make what was added durable, before the checkpoint that counts on it; the file's sha256 (None: no file)."""
+        if not self.path.exists():
+            return None
+        sync(self.path)
+        sync(self.path.parent)
+        return sha256_file(self.path)
 
 
 class Journal:
@@ -125,10 +133,10 @@ class Records:
     def __exit__(self, *exc: object) -> None:
         self._journal.__exit__(*exc)
 
-    def cut(self, step: int) -> None:
-        """Leave what belongs to the steps up to `step`. ArtifactError when losses are missing."""
-        self._losses.cut(step, complete=True)
-        self._validation.cut(step, complete=False)
+    def cut(self, step: int, digests: dict[str, str | None]) -> None:
+        """Leave what belongs to the steps up to `step`. ArtifactError when losses are missing, or another than then."""
+        self._losses.cut(step, digests.get("losses"), complete=True)
+        self._validation.cut(step, digests.get("validation"), complete=False)
 
     def step(self, step: int, row: dict[str, float]) -> None:
         self._losses.add(step, row)
@@ -138,10 +146,9 @@ class Records:
         self._validation.add(step, row)
         self._journal.validation(step, row)
 
-    def sync(self) -> None:
-        """Make the tables durable; called before the checkpoint that counts on them."""
-        self._losses.sync()
-        self._validation.sync()
+    def sync(self) -> dict[str, str | None]:
+        """Make the tables durable; their digests are for the checkpoint that counts on them."""
+        return {"losses": self._losses.sync(), "validation": self._validation.sync()}
 
 
 class NoRecords(Records):
