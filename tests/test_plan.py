@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from fixtures_mllm import random_mllm
 from bifrost_cli.cli.main import run
 from bifrost_cli.errors import ArtifactError, RecipeError, UsageError
 from bifrost_cli.maths import flops, memory
-from bifrost_cli.recipe_files import load_recipe, recipe_names, recipes_folder
+from bifrost_cli.recipe_files import load_recipe, recipe_names, recipe_path, recipes_folder
 from bifrost_cli.stages.parts import build, numbers
 from bifrost_cli.stages.plan import parse_memory, plan
 
@@ -152,9 +153,14 @@ def test_every_hub_model_of_a_shipped_recipe_is_kept_with_its_licence():
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_shipped_recipe_can_be_planned(name, capsys):
-    assert run(["plan", name, "--memory", "24GB", "--gpus", "2"]) == 0
+    assert run(["plan", name, "--gpus", "2"]) == 0
+    assert "2 x h100 at 40%" in capsys.readouterr().out
+
+
+def test_settings_that_contradict_each_other_are_no_advice(capsys):
+    assert run(["plan", "bifrost1-24gb", "--memory", "16GB", "--gpus", "2"]) == 0
     out = capsys.readouterr().out
-    assert "fits" in out and "2 x h100 at 40%" in out
+    assert "does not fit" in out and "fsdp" not in out  # fsdp and adamw8bit exclude each other
 
 
 def test_json_is_one_object_and_bad_options_are_usage_errors(capsys):
@@ -163,6 +169,44 @@ def test_json_is_one_object_and_bad_options_are_usage_errors(capsys):
     assert run(["plan", "--memory", "much"]) == 2
     assert run(["plan", "--gpus", "0"]) == 2
     assert run(["plan", "nothing"]) == 2
+
+
+def test_more_devices_share_batches_and_with_fsdp_what_is_trained():
+    def need(gpus: int, *sets: str) -> dict[str, int]:
+        return plan(load_recipe("bifrost1-7b", sets), gpus=gpus)["stages"]["train branch"]["memory"]
+
+    one, ddp, cut = need(1), need(4), need(4, "branch.train.parallel=fsdp")
+    assert ddp["state"] == one["state"] and ddp["activations"] < one["activations"]
+    assert ddp["held"] - one["held"] > 0.9 * one["gradients"]  # DDP's buckets
+    assert cut["state"] == one["state"] // 4 and cut["gradients"] == one["gradients"] // 4
+    recipe = load_recipe("bifrost1-7b")
+    fits = plan(recipe, gpus=8, memory_limit=80_000_000_000)["stages"]["train branch"]["fits_with"]
+    assert "branch.train.parallel=\"fsdp\"" in fits and not any("tune" in one for one in fits)
+
+
+# ---- what is said of the recipes -------------------------------------------------------------------------------------
+
+NEEDS = re.compile(r"^# Needs on one device \(bifrost plan (\S+)\): (.*)\.$", flags=re.MULTILINE)
+LARGE = [name for name in recipe_names() if not load_recipe(name).models.mllm.startswith("builtin:")]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_recipe_tells_its_memory_and_its_licences_as_they_are(name):
+    text = recipe_path(name).read_text()
+    found = plan(load_recipe(name))
+    (match,) = NEEDS.finditer(text)
+    assert match[1] == name
+    peaks = {stage: f"{facts['memory']['peak'] / 1e9:.1f} GB" for stage, facts in found["stages"].items()}
+    assert match[2] == ", ".join(f"{stage} {peak}" for stage, peak in peaks.items())
+    for one in found["downloads"]:
+        assert one["licence"] in text.replace("\n# ", " ")
+    row = re.search(rf"^\| `{name}` \|(.*)\|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert [cell.strip() for cell in row[1].split("|")][:4] == [peak.removesuffix(" GB") for peak in peaks.values()]
+
+
+def test_the_recipe_for_24_gb_fits_into_them():
+    stages = plan(load_recipe("bifrost1-24gb"), memory_limit=24_000_000_000)["stages"]
+    assert all(stage["fits"] for stage in stages.values())
 
 
 # ---- the formulas ----------------------------------------------------------------------------------------------------

@@ -66,7 +66,8 @@ def _libraries(recipe: Recipe) -> Iterator[Finding]:
 def _extras(recipe: Recipe) -> Iterator[str]:
     if recipe.branch.tune == "lora":
         yield "lora"
-    if "adamw8bit" in (recipe.branch.train.optimizer, recipe.controlnet.train.optimizer):
+    eight_bit = "adamw8bit" in (recipe.branch.train.optimizer, recipe.controlnet.train.optimizer)
+    if eight_bit or recipe.models.weights != "dtype":
         yield "quant"
 
 

@@ -32,10 +32,20 @@ class Need:
     peak: int
 
 
-def needs(system: System, recipe: Recipe) -> dict[str, Need]:
-    """The need of every stage of `recipe`, whose models are those of `system`."""
-    each = (extraction, branch_training, controlnet_training, generation)
-    return {name: need(system, recipe) for name, need in zip(STAGES, each, strict=True)}
+def needs(system: System, recipe: Recipe, gpus: int = 1) -> dict[str, Need]:
+    """The need of every stage of `recipe`, whose models are those of `system`, of each of `gpus` devices: trainings
+    share their batch, and with `parallel: fsdp` what is trained; nothing else is shared."""
+    return {name: need(name, system, recipe, gpus) for name in STAGES}
+
+
+def need(stage: str, system: System, recipe: Recipe, gpus: int = 1) -> Need:
+    """The need of one stage of `STAGES`, as `needs`."""
+    if stage == "extract-latents":
+        return extraction(system, recipe)
+    if stage == "generate":
+        return generation(system, recipe)
+    training = branch_training if stage == "train branch" else controlnet_training
+    return training(system, recipe, gpus)
 
 
 def extraction(system: System, recipe: Recipe) -> Need:
@@ -50,11 +60,11 @@ def extraction(system: System, recipe: Recipe) -> Need:
     return Need(held, 0, 0, max(moments), held + max(moments))
 
 
-def branch_training(system: System, recipe: Recipe) -> Need:
+def branch_training(system: System, recipe: Recipe, gpus: int = 1) -> Need:
     """The frozen MLLM, the branch's state, and its layers' activations behind the longest prompt."""
     settings, train, text = recipe.branch, recipe.branch.train, system.mllm.config.text_config
     frozen, size = SIZES[recipe.models.dtype], SIZES[train.precision]
-    batch, patches, prompt = train.batch_size, system.grid**2, settings.max_text_tokens
+    batch, patches, prompt = -(-train.batch_size // gpus), system.grid**2, settings.max_text_tokens
     key_width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
     held = _weights(system.mllm, size=frozen)
     held += memory.prefix_cache(batch, prompt, text.num_hidden_layers, key_width, size=frozen)
@@ -67,7 +77,7 @@ def branch_training(system: System, recipe: Recipe) -> Need:
     else:
         kept += sum(layers)
     moment = memory.branch_moment(batch, patches, *widths, system.channels, size=size)
-    return _training(train, numbers(system.branch, trained=True), held, kept, moment)
+    return _training(train, system.branch, gpus, held, kept, moment)
 
 
 def _layer_kinds(recipe: Recipe, count: int) -> list[str]:
@@ -79,10 +89,10 @@ def _layer_kinds(recipe: Recipe, count: int) -> list[str]:
     return ["low rank" if settings.tune == "lora" else "trained"] * count
 
 
-def controlnet_training(system: System, recipe: Recipe) -> Need:
+def controlnet_training(system: System, recipe: Recipe, gpus: int = 1) -> Need:
     """All of frozen FLUX, the ControlNet's state, and the activations of both: the gradient passes through FLUX."""
     settings, train, config = recipe.controlnet, recipe.controlnet.train, system.transformer.config
-    size, batch = SIZES[train.precision], train.batch_size
+    size, batch = SIZES[train.precision], -(-train.batch_size // gpus)
     frozen = SIZES[recipe.models.dtype]
     painted = (system.transformer, system.text_encoder, system.text_encoder_2)
     held = sum(bytes_of(part, recipe.models.weights, frozen) for part in painted) + _weights(system.vae, size=frozen)
@@ -91,7 +101,7 @@ def controlnet_training(system: System, recipe: Recipe) -> Need:
     blocks = ((config.num_layers, config.num_single_layers), (settings.double_blocks, settings.single_blocks))
     kept = memory.controlnet_kept(tokens, width, *blocks, size=size, checkpointed=train.gradient_checkpointing)
     kept += memory.embedder_kept(picture, system.channels, size=size)
-    return _training(train, numbers(system.controlnet), held, kept, memory.FLUX_MOMENT * tokens * width * size)
+    return _training(train, system.controlnet, gpus, held, kept, memory.FLUX_MOMENT * tokens * width * size)
 
 
 def generation(system: System, recipe: Recipe) -> Need:
@@ -136,11 +146,17 @@ def _largest_layer(module: nn.Module) -> int:
     return max(map(numbers, layers_of(module)), default=0)
 
 
-def _training(train: Train, parameters: int, held: int, kept: int, moment: int) -> Need:
+def _training(train: Train, module: nn.Module, gpus: int, held: int, kept: int, moment: int) -> Need:
+    parameters = numbers(module, trained=True)
     state = memory.trained_state(parameters, eight_bit=train.optimizer == "adamw8bit", averaged=train.ema > 0)
-    if train.precision == "bf16":
-        kept += 2 * parameters  # autocast keeps the weights it has cast until backward has passed them
     gradients = memory.FULL * parameters
+    if gpus > 1 and train.parallel == "fsdp":
+        state, gradients = -(-state // gpus), -(-gradients // gpus)
+        moment += 2 * memory.FULL * _largest_layer(module)  # one layer put together while the next one is fetched
+    elif gpus > 1:
+        held += gradients  # DDP sends copies
+    if train.precision == "bf16":
+        kept += 2 * parameters  # autocast keeps the weights it has cast until backward has passed them, on every device
     peak = memory.training_peak(held + state, kept, moment, gradients, accumulates=train.accumulate > 1)
     return Need(held, state, gradients, kept + moment, peak)
 

@@ -6,7 +6,7 @@ published ones kept in `recipes/configs/`. Does not know what a part costs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,15 @@ class System:
     encoder: nn.Module
     grid: int
     channels: int
+
+    def of(self, recipe: Recipe) -> System:
+        """The same models under other settings; what the settings do not change is not built again."""
+        other = replace(self, recipe=recipe)
+        for name in ("branch", "controlnet"):
+            before, now = (getattr(one, name).model_dump(exclude={"train"}) for one in (self.recipe, recipe))
+            if before == now and name in vars(self):
+                vars(other)[name] = vars(self)[name]
+        return other
 
     @cached_property
     def branch(self) -> VisualBranch:

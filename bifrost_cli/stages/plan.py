@@ -7,16 +7,20 @@ by stage and what would make it fit, disk, steps, operations, hours, downloads w
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from functools import partial
 from typing import Any
+
+from pydantic import ValidationError
 
 from bifrost_cli.config import Recipe, Train
 from bifrost_cli.errors import UsageError
 from bifrost_cli.maths import memory
 from bifrost_cli.stages import compute
-from bifrost_cli.stages.needs import STAGES, needs
+from bifrost_cli.stages.needs import STAGES, need, needs
 from bifrost_cli.stages.parts import PAINTER_PARTS, System, about, build, numbers
 
 UTILISATION = 0.4  # of the device's peak; what well-fed trainings of this size reach
@@ -32,12 +36,12 @@ def plan(
     RecipeError BF-RECIPE-004: a model whose configuration is not here.
     """
     system = build(recipe)
-    found = needs(system, recipe)
+    found = needs(system, recipe, gpus)
     stages = {name: {"memory": asdict(found[name]), **work} for name, work in _work(system, recipe, gpus, gpu, images)}
     if memory_limit is not None:
         for name, stage in stages.items():
             stage["fits"] = found[name].peak <= memory_limit
-            stage["fits_with"] = _fitting(system, recipe, name, memory_limit)
+            stage["fits_with"] = _fitting(system, recipe, gpus, name, memory_limit)
     return {
         "recipe": recipe.name,
         "device": {"gpu": gpu, "gpus": gpus, "peak": compute.DEVICES[gpu], "utilisation": UTILISATION,
@@ -129,24 +133,27 @@ def _downloads(system: System) -> Iterator[dict[str, Any]]:
 # ---- what would make it fit -----------------------------------------------------------------------------------------
 
 
-def _fitting(system: System, recipe: Recipe, stage: str, limit: int) -> list[str] | None:
+def _fitting(system: System, recipe: Recipe, gpus: int, stage: str, limit: int) -> list[str] | None:
     """Settings under which a stage fits, none that it fits without; None when no such settings are known."""
+    peak = partial(_peak, system, recipe, gpus, stage)
     chosen: list[dict[str, Any]] = []
-    if _peak(system, recipe, stage, chosen) <= limit:
+    if peak(chosen) <= limit:
         return []
-    for saving in _savings(recipe, stage):
-        chosen = [one for one in chosen if one.keys() != saving.keys()] + [saving]
-        if _peak(system, recipe, stage, chosen) <= limit:
+    for saving in _savings(recipe, gpus, stage):
+        more = [one for one in chosen if one.keys() != saving.keys()] + [saving]
+        size = peak(more)
+        chosen = more if size < math.inf else chosen
+        if size <= limit:
             break
     else:
         return None
     for saving in reversed(chosen):
         fewer = [one for one in chosen if one is not saving]
-        chosen = fewer if _peak(system, recipe, stage, fewer) <= limit else chosen
+        chosen = fewer if peak(fewer) <= limit else chosen
     return [f"{key}={json.dumps(value)}" for saving in chosen for key, value in saving.items()]
 
 
-def _savings(recipe: Recipe, stage: str) -> Iterator[dict[str, Any]]:
+def _savings(recipe: Recipe, gpus: int, stage: str) -> Iterator[dict[str, Any]]:
     """Settings that need less memory, those that cost least in time or quality first."""
     if stage == "extract-latents":
         yield from ({"latents.batch_size": size} for size in _halves(recipe.latents.batch_size))
@@ -154,12 +161,23 @@ def _savings(recipe: Recipe, stage: str) -> Iterator[dict[str, Any]]:
         yield from ({"generate.offload": offload} for offload in ("model", "sequential"))
     if stage.startswith("train "):
         section = stage.removeprefix("train ")
-        train: Train = getattr(recipe, section).train
-        key, rows = f"{section}.train.", train.batch_size * train.accumulate
-        yield {f"{key}gradient_checkpointing": True}
-        for size in _halves(train.batch_size):
+        yield from _training_savings(section, getattr(recipe, section).train, gpus)
+        if section == "branch" and recipe.branch.tune == "full":
+            yield {"branch.tune": "lora", "branch.lora_rank": 64}
+        if section == "controlnet" and recipe.models.weights == "dtype":
+            yield {"models.weights": "nf4"}
+
+
+def _training_savings(section: str, train: Train, gpus: int) -> Iterator[dict[str, Any]]:
+    key, rows = f"{section}.train.", train.batch_size * train.accumulate
+    yield {f"{key}gradient_checkpointing": True}
+    if gpus > 1:
+        yield {f"{key}parallel": "fsdp"}
+    for size in _halves(train.batch_size):
+        if size >= gpus:
             yield {f"{key}batch_size": size, f"{key}accumulate": rows // size}
-        yield {f"{key}ema": 0.0}
+    yield {f"{key}ema": 0.0}
+    if gpus == 1:
         yield {f"{key}optimizer": "adamw8bit"}
 
 
@@ -169,7 +187,8 @@ def _halves(size: int) -> Iterator[int]:
         yield size
 
 
-def _peak(system: System, recipe: Recipe, stage: str, savings: list[dict[str, Any]]) -> int:
+def _peak(system: System, recipe: Recipe, gpus: int, stage: str, savings: list[dict[str, Any]]) -> float:
+    """The peak under other settings; infinite when they contradict each other."""
     changed = recipe.model_dump()
     for key, value in (pair for saving in savings for pair in saving.items()):
         *path, last = key.split(".")
@@ -177,5 +196,8 @@ def _peak(system: System, recipe: Recipe, stage: str, savings: list[dict[str, An
         for part in path:
             section = section[part]
         section[last] = value
-    wanted = Recipe.model_validate(changed)
-    return needs(replace(system, recipe=wanted), wanted)[stage].peak
+    try:
+        wanted = Recipe.model_validate(changed)
+    except ValidationError:
+        return math.inf
+    return need(stage, system.of(wanted), wanted, gpus).peak
