@@ -87,7 +87,7 @@ def test_report_of_right_pictures(recipe, workspace):
     artifact = evaluate(recipe, samples=samples.id, measures=["fid", "shapes"], workspace=workspace)
     report = read(artifact)
     assert artifact.kind == "report" and [parent["id"] for parent in artifact.parents] == [samples.id]
-    assert report["schema"] == "bifrost.eval/2" and report["n_gen"] == report["n_ref"] == COUNT
+    assert report["schema"] == "bifrost.eval/3" and report["n_gen"] == report["n_ref"] == COUNT
     distance, shapes = result(artifact), result(artifact, "shapes_accuracy")
     assert distance["value"] >= 0 and distance["standard_error"] > 0 and np.isfinite(distance["raw"])
     assert distance["extractor"]["weights"] and "not Inception FID" in distance["sentence"]

@@ -1,4 +1,4 @@
-"""The stages as commands: extract-latents, train, generate, eval, reconstruct, ask, bench.
+"""The stages as commands: extract-latents, train, generate, reconstruct, ask, bench.
 
 In: options. Out: one stage call and its Result. Each imports its stage inside, so that help and other commands stay
 quick.
@@ -15,7 +15,6 @@ import typer
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.cli.command import Result, command
 from bifrost_cli.cli.options import (
-    EVALUATE,
     EXTRACT,
     PAINT,
     RECONSTRUCT,
@@ -79,7 +78,7 @@ def extract_latents(
     _in_processes(gpus, dry_run)
     from bifrost_cli.stages.extract import extract_latents
 
-    return _made(
+    return made(
         extract_latents(
             recipe, source=source, output=output, workspace=workspace, device=device, dry_run=dry_run, ui=ui
         )
@@ -108,7 +107,7 @@ def train_branch(
     from bifrost_cli.stages.branch import train_branch
 
     options = {"output": output, "workspace": workspace, "resume": resume, "device": device, "dry_run": dry_run}
-    return _made(train_branch(recipe, latents=latents, ui=ui, **options))
+    return made(train_branch(recipe, latents=latents, ui=ui, **options))
 
 
 @command(train, "controlnet")
@@ -133,7 +132,7 @@ def train_controlnet(
     from bifrost_cli.stages.controlnet import train_controlnet
 
     options = {"output": output, "workspace": workspace, "resume": resume, "device": device, "dry_run": dry_run}
-    return _made(train_controlnet(recipe, latents=latents, ui=ui, **options))
+    return made(train_controlnet(recipe, latents=latents, ui=ui, **options))
 
 
 @command(app, "generate", PAINT)
@@ -169,50 +168,9 @@ def generate(
         ui.say(f'no prompt was given; painting "{prompt}"')
     keep = {"grid": grid, "save_latents": save_latents, "timings": timings, "device": device, "dry_run": dry_run}
     parts = {"branch": branch, "controlnet": controlnet, "workspace": workspace, "ui": ui}
-    return _made(
+    return made(
         generate(recipe, prompt if prompts is None else prompts, output=output, n=n, seed=seed, **parts, **keep)
     )
-
-
-@command(app, "eval", EVALUATE)
-def evaluate(
-    recipe: Recipe,
-    ui: Ui,
-    fid: Annotated[bool, typer.Option("--fid", help="Frechet distance to a reference; the default.")] = False,
-    sfid: Annotated[bool, typer.Option("--sfid", help="The same of spatial features (Inception only).")] = False,
-    kid: Annotated[bool, typer.Option("--kid", help="Kernel distance to a reference.")] = False,
-    inception_score: Annotated[bool, typer.Option("--is", help="Inception score (Inception only).")] = False,
-    prdc: Annotated[bool, typer.Option("--prdc", help="Precision, recall, density, coverage.")] = False,
-    clipscore: Annotated[bool, typer.Option("--clipscore", help="Picture against prompt, in a CLIP.")] = False,
-    shapes: Annotated[bool, typer.Option("--shapes", help="Accuracy by the built-in world's checker.")] = False,
-    fd: Annotated[
-        list[str] | None, typer.Option("--fd", metavar="FEATURES", help="Frechet distance in another network too.")
-    ] = None,
-    samples: Annotated[
-        str | None, typer.Option("--samples", metavar="REF", help="Samples, or a folder.  (default: the newest)")
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option("--reference", metavar="REF", help="A folder, samples, or saved statistics.")
-    ] = None,
-    output: Output = None,
-    workspace: Workspace = RUNS,
-    device: Device = "auto",
-    dry_run: DryRun = False,
-) -> Result:
-    """Measure samples against a reference and write a report.
-
-    Any measures together; without one, the Frechet distance. The report is report.json and report.html.
-
-    Example: bifrost eval --fid --samples runs/samples-0123456789ab --reference photos/
-    """
-    from bifrost_cli.stages.evaluate import evaluate
-
-    flags = {"fid": fid, "sfid": sfid, "kid": kid, "is": inception_score, "prdc": prdc, "clipscore": clipscore,
-             "shapes": shapes}  # fmt: skip
-    measures = [name for name, asked in flags.items() if asked] or ([] if fd else ["fid"])
-    inputs = {"measures": measures, "fd": fd or [], "samples": samples, "reference": reference}
-    where = {"output": output, "workspace": workspace, "device": device}
-    return _made(evaluate(recipe, **inputs, **where, dry_run=dry_run, ui=ui))
 
 
 @command(app, "reconstruct", RECONSTRUCT)
@@ -236,7 +194,7 @@ def reconstruct(
     from bifrost_cli.stages.reconstruct import reconstruct
 
     where = {"output": output, "workspace": workspace, "device": device}
-    return _made(reconstruct(recipe, image, prompt=prompt, controlnet=controlnet, seed=seed, ui=ui, **where))
+    return made(reconstruct(recipe, image, prompt=prompt, controlnet=controlnet, seed=seed, ui=ui, **where))
 
 
 @command(app, "ask")
@@ -287,12 +245,12 @@ def _in_processes(count: int, dry_run: bool) -> None:
         processes.start(count, sys.argv[1:])
 
 
-def _made(made: Artifact | Path | dict[str, Any]) -> Result:
+def made(result: Artifact | Path | dict[str, Any]) -> Result:
     """A stage's return value as a Result: an artifact, a picture, or the plan of a dry run."""
-    if isinstance(made, Artifact):
-        info = {key: value for key, value in made.info.items() if key != "recipe"}
-        data = {"kind": made.kind, "id": made.id, "path": str(made.path), "info": info}
-        return Result([f"{made.id}  {made.path}"], data, made.path, _NEXT.get(made.kind))
-    if isinstance(made, dict):
-        return Result([f"{name}: {value}" for name, value in made.items()], made)
-    return Result([str(made)], {"path": str(made)}, made)
+    if isinstance(result, Artifact):
+        info = {key: value for key, value in result.info.items() if key != "recipe"}
+        data = {"kind": result.kind, "id": result.id, "path": str(result.path), "info": info}
+        return Result([f"{result.id}  {result.path}"], data, result.path, _NEXT.get(result.kind))
+    if isinstance(result, dict):
+        return Result([f"{name}: {value}" for name, value in result.items()], result)
+    return Result([str(result)], {"path": str(result)}, result)

@@ -13,22 +13,16 @@ from typing import Any
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
 from bifrost_cli.artifacts.files import write_bytes, write_json
 from bifrost_cli.config import Recipe
-from bifrost_cli.data.picture_set import drawn
 from bifrost_cli.errors import RecipeError, UsageError
 from bifrost_cli.models.clip_score import ClipScorer
-from bifrost_cli.models.features import FeatureNetwork
 from bifrost_cli.stages.loading_clip import features_name, load_open_clip, load_tokenizer
 from bifrost_cli.stages.loading_features import load_features
-from bifrost_cli.stages.measures.clip_score import clip_score_results
-from bifrost_cli.stages.measures.distribution import (
-    LAYERS,
-    WITHOUT_REFERENCE,
-    distribution_results,
-    require_layers,
-)
-from bifrost_cli.stages.measures.kept import statistics_of
-from bifrost_cli.stages.measures.shapes import judge, shapes_result
-from bifrost_cli.stages.reference import FLOOR_SEED, reference_for
+from bifrost_cli.stages.measures.clip_score import ClipScoreMeasure
+from bifrost_cli.stages.measures.distances import DistanceMeasure
+from bifrost_cli.stages.measures.distribution import LAYERS, WITHOUT_REFERENCE
+from bifrost_cli.stages.measures.measure import Measure
+from bifrost_cli.stages.measures.shapes import ShapesMeasure
+from bifrost_cli.stages.reference import Reference, reference_for
 from bifrost_cli.stages.report import report_html
 from bifrost_cli.stages.report_facts import (
     SCHEMA,
@@ -78,12 +72,10 @@ def evaluate(
         return _plan(recipe, measures, fd, samples, reference, needed if distances else 1, output, workspace, ui)
     pictures = samples_for(recipe, samples, needed, workspace, device, ui)
     require_enough(pictures, needed if distances else 1)
-    networks = _networks(recipe, [name for name in LAYERS if name in measures], fd, device)
     compared = None
-    if any(set(names) - set(WITHOUT_REFERENCE) for _, names in networks):
+    if _compares(measures, fd):
         compared = reference_for(recipe, reference, len(pictures.entries), workspace)
-    scorer = _scorer(recipe.evaluate.clip, device) if "clipscore" in measures else None
-    asked = Asked(pictures, compared, networks, scorer, "shapes" in measures)
+    asked = Asked(pictures, compared, _measures(recipe, measures, fd, compared, Path(workspace), device))
     identity, parents = asked.identity(), asked.parents()
     path = Path(output) if output else default_path(workspace, "report", identity_id("report", identity, parents))
     with Draft.open(path, "report", identity, parents) as draft:
@@ -111,16 +103,14 @@ def _plan(
     found = found_samples(recipe, samples, needed, workspace, ui)
     if found is not None:
         require_enough(found, needed)
-    layers = [name for name in measures if name in LAYERS]
-    compares = bool(fd) or bool(set(layers) - set(WITHOUT_REFERENCE))
     count = len(found.entries) if found else needed
     return {
         "output": str(output or f"a new report in {workspace}"),
         "samples": found.what if found else f"{needed} pictures of held-out prompts, made first",
         "pictures": count,
         "measures": [*measures, *(f"fid in {ref}" for ref in fd)],
-        "features": recipe.evaluate.features if layers else None,
-        "reference": reference_for(recipe, reference, count, workspace).what if compares else None,
+        "features": recipe.evaluate.features if any(name in LAYERS for name in measures) else None,
+        "reference": reference_for(recipe, reference, count, workspace).what if _compares(measures, fd) else None,
     }
 
 
@@ -150,15 +140,25 @@ def _checked(recipe: Recipe, measures: Sequence[str], fd: Sequence[str], needed:
     return bool(fd) or any(name in LAYERS for name in measures)
 
 
-def _networks(
-    recipe: Recipe, names: list[str], fd: Sequence[str], device: str
-) -> tuple[tuple[FeatureNetwork, list[str]], ...]:
-    rules, asked = recipe.evaluate, []
-    if names:
-        network = load_features(rules.features, rules, device)
-        require_layers(names, network)
-        asked.append((network, names))
-    return (*asked, *((load_features(ref, rules, device), ["fid"]) for ref in fd))
+def _compares(measures: Sequence[str], fd: Sequence[str]) -> bool:
+    """Whether a reference is needed."""
+    return bool(fd) or bool(set(measures) & set(LAYERS) - set(WITHOUT_REFERENCE))
+
+
+def _measures(
+    recipe: Recipe, names: Sequence[str], fd: Sequence[str], reference: Reference | None, workspace: Path, device: str
+) -> tuple[Measure, ...]:
+    """What was asked for, each with its models loaded; the order is that of the report."""
+    rules, found = recipe.evaluate, []
+    if "shapes" in names:
+        found.append(ShapesMeasure())
+    if "clipscore" in names:
+        found.append(ClipScoreMeasure(_scorer(rules.clip, device)))
+    if distances := [name for name in LAYERS if name in names]:
+        found.append(DistanceMeasure(load_features(rules.features, rules, device), distances, reference, workspace))
+    for ref in fd:
+        found.append(DistanceMeasure(load_features(ref, rules, device), ["fid"], reference, workspace))
+    return tuple(found)
 
 
 def _scorer(ref: str, device: str) -> ClipScorer:
@@ -170,11 +170,9 @@ def _scorer(ref: str, device: str) -> ClipScorer:
 
 def _report(recipe: Recipe, asked: Asked, needed: int, workspace: Path, ui: Ui) -> dict[str, Any]:
     samples, reference = asked.samples, asked.reference
-    judged = _judge_all(asked, ui)
-    results = [shapes_result(judged)] if asked.shapes else []
-    results += clip_score_results(samples, asked.scorer, ui) if asked.scorer else []
-    for network, names in asked.networks:
-        results += _distances(asked, network, names, workspace, ui)
+    lines = [{"name": e.name, "prompt": e.prompt, "plan": e.plan, "seed": e.seed, "right": None}
+             for e in samples.entries]  # fmt: skip
+    results = [result for measure in asked.measures for result in measure.results(samples, lines, ui)]
     return {
         "schema": SCHEMA,
         "title": "Evaluation of " + (samples.artifact.id if samples.artifact else samples.what),
@@ -185,39 +183,10 @@ def _report(recipe: Recipe, asked: Asked, needed: int, workspace: Path, ui: Ui) 
         "n_ref": None if reference is None else reference.count or None,
         "seeds": sorted({entry.seed for entry in samples.entries if entry.seed is not None}),
         "results": results,
-        "pictures": judged,
+        "pictures": lines,
         "skipped": {"unreadable": samples.skipped},
-        "warnings": warnings(asked, judged),
+        "warnings": warnings(asked, lines),
         "settings": settings(recipe, asked, needed),
         "lineage": lineage_lines(asked, workspace),
         "env": environment(asked),
     }
-
-
-def _judge_all(asked: Asked, ui: Ui) -> list[dict[str, Any]]:
-    lines = [{"name": e.name, "prompt": e.prompt, "plan": e.plan, "seed": e.seed, "right": None}
-             for e in asked.samples.entries]  # fmt: skip
-    if not asked.shapes:
-        return lines
-    with ui.progress(len(lines), "checking pictures") as bar:
-        for line, entry in zip(lines, asked.samples.entries, strict=True):
-            line |= judge(entry)
-            bar.advance(1)
-    return lines
-
-
-def _distances(
-    asked: Asked, network: FeatureNetwork, names: list[str], workspace: Path, ui: Ui
-) -> list[dict[str, Any]]:
-    layers = sorted({LAYERS[name] for name in names})
-    compared = sorted({LAYERS[name] for name in names if name not in WITHOUT_REFERENCE})
-    made = statistics_of(asked.samples, network, layers, workspace, ui, "features of the samples")
-    real, floor, reference = {}, {}, asked.reference
-    if reference is not None and compared:
-        real = reference.statistics(network, compared, workspace, ui)
-    if reference is not None and reference.world:
-        true = drawn(len(asked.samples.entries), seed=FLOOR_SEED)
-        floor = statistics_of(true, network, compared, workspace, ui, "features of true pictures")
-    described = reference.what if reference is not None else ""
-    features = [{layer: found.features_ND for layer, found in side.items()} for side in (made, floor)]
-    return distribution_results(names, network.identity, features[0], real, features[1], described)

@@ -20,35 +20,34 @@ from bifrost_cli.artifacts import Artifact, lineage
 from bifrost_cli.config import Recipe
 from bifrost_cli.data.picture_set import Entry, PictureSet
 from bifrost_cli.data.png import png_bytes
-from bifrost_cli.models.clip_score import ClipScorer
-from bifrost_cli.models.features import FeatureNetwork
-from bifrost_cli.stages.measures.distribution import LAYERS, PROTOCOL
+from bifrost_cli.stages.measures.distribution import LAYERS
+from bifrost_cli.stages.measures.measure import Measure
 from bifrost_cli.stages.reference import Reference
 from bifrost_cli.stages.report import SMALL
 
-SCHEMA = "bifrost.eval/2"
+SCHEMA = "bifrost.eval/3"
 GALLERY_SMALL, GALLERY_LARGE = 240, 48  # pictures shown
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the report is made of; together it is the report's identity. `networks`: each with its measures."""
+    """What the report is made of; together it is the report's identity."""
 
     samples: PictureSet
     reference: Reference | None
-    networks: tuple[tuple[FeatureNetwork, list[str]], ...]
-    scorer: ClipScorer | None
-    shapes: bool
+    measures: tuple[Measure, ...]
+
+    @property
+    def many(self) -> bool:
+        """Whether a number here is biased by how few the pictures are."""
+        return any(measure.needs_many for measure in self.measures)
 
     def identity(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
             "samples": {"digest": self.samples.digest, "n": len(self.samples.entries)},
             "reference": None if self.reference is None else self.reference.identity,
-            "features": [[network.identity, names] for network, names in self.networks],
-            "protocol": PROTOCOL if self.networks else None,
-            "clip": None if self.scorer is None else self.scorer.identity,
-            "shapes": self.shapes,
+            "measures": [measure.identity for measure in self.measures],
         }
 
     def parents(self) -> list[Artifact]:
@@ -56,25 +55,11 @@ class Asked:
         return [pictures.artifact for pictures in sets if pictures is not None and pictures.artifact is not None]
 
 
-def warnings(asked: Asked, judged: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader of the numbers must know; `judged` are the lines of the pictures."""
-    found, count = [], len(asked.samples.entries)
-    for network, _ in asked.networks:
-        name, width = network.identity["name"], network.identity["width"]
-        if name.startswith("builtin:"):
-            found.append(
-                f"The distances here are in features of {name}, a tiny network trained on the built-in world. They are "
-                "not Inception's and not comparable with any published FID or KID."
-            )
-        if count <= width:
-            found.append(f"{count} pictures for {width} features of {name}: the distance is mostly bias.")
+def warnings(asked: Asked, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader of the numbers must know; `lines` are those of the pictures, with their verdicts."""
+    found = [told for measure in asked.measures for told in measure.warnings(asked.samples, lines)]
     if asked.samples.skipped:
         found.append(f"{asked.samples.skipped} pictures could not be read and were left out.")
-    prompts = [line["prompt"] for line in judged if line["right"] is not None]
-    if len(set(prompts)) < len(prompts):
-        found.append("Some prompts occur more than once; the intervals count each picture as independent.")
-    if asked.shapes and (unjudged := sum(line["right"] is None for line in judged)):
-        found.append(f"{unjudged} of {count} pictures were not judged: their prompts are not of the built-in world.")
     return found
 
 
@@ -83,14 +68,10 @@ def settings(recipe: Recipe, asked: Asked, needed: int) -> dict[str, str]:
     facts = {"recipe": recipe.name, "samples": asked.samples.what, "samples, sha256": asked.samples.digest}
     if asked.reference is not None:
         facts |= {"reference": asked.reference.what, "reference, sha256": asked.reference.digest}
-    for network, names in asked.networks:
-        identity, key = network.identity, ", ".join(names)
-        facts[f"features ({key})"] = f"{identity['name']}, {identity['resize']}, {identity['image_size']} px"
-        facts[f"features ({key}), sha256"] = identity["weights"]
-    if asked.networks:
-        facts |= {"protocol": PROTOCOL, "at least": f"{needed} pictures"}
-    if asked.scorer is not None:
-        facts |= {"CLIP": asked.scorer.identity["name"], "CLIP, sha256": asked.scorer.identity["weights"]}
+    for measure in asked.measures:
+        facts |= measure.settings()
+    if asked.many:
+        facts["at least"] = f"{needed} pictures"
     made = asked.samples.artifact.info.get("settings") if asked.samples.artifact else None
     return facts | {f"generate: {name}": str(value) for name, value in _flat(made or {})}
 
@@ -123,10 +104,9 @@ def _cost(artifact: Artifact | None) -> str:
 def environment(asked: Asked) -> dict[str, str]:
     """The versions behind the numbers."""
     packages = ["torch", "numpy", "scipy", "pillow"]
-    if any(network.identity["name"] == "inception" for network, _ in asked.networks):
-        packages.append("torch-fidelity")
-    devices = {network.device for network, _ in asked.networks}
-    return {name: version(name) for name in packages} | {"device": ", ".join(sorted(devices)) or "cpu"}
+    packages += sorted({package for measure in asked.measures for package in measure.packages})
+    devices = {measure.device for measure in asked.measures}
+    return {name: version(name) for name in packages} | {"device": ", ".join(sorted(devices))}
 
 
 def command(

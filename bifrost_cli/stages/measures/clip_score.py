@@ -6,6 +6,7 @@ standard error is clustered by prompt, because pictures of one prompt are not in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,23 @@ from bifrost_cli.errors import DataError
 from bifrost_cli.maths.intervals import clustered_error
 from bifrost_cli.models.clip_score import HESSEL_PREFIX, HESSEL_WEIGHT, ClipScorer
 from bifrost_cli.models.features import BATCH
+from bifrost_cli.stages.measures.measure import Line, Measure
 from bifrost_cli.stages.ui import Ui
+
+
+class ClipScoreMeasure(Measure):
+    """Both numbers that go by the name of CLIPScore."""
+
+    name = "clipscore"
+
+    def __init__(self, scorer: ClipScorer) -> None:
+        self._scorer, self.identity = scorer, scorer.identity
+
+    def results(self, pictures: PictureSet, lines: Sequence[Line], ui: Ui) -> list[dict[str, Any]]:
+        return clip_score_results(pictures, self._scorer, ui)
+
+    def settings(self) -> dict[str, str]:
+        return {"CLIP": self.identity["name"], "CLIP, sha256": self.identity["weights"]}
 
 
 def clip_score_results(pictures: PictureSet, scorer: ClipScorer, ui: Ui) -> list[dict[str, Any]]:

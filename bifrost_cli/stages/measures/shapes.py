@@ -9,11 +9,36 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bifrost_cli.data.picture_set import Entry
+from bifrost_cli.data.picture_set import Entry, PictureSet
 from bifrost_cli.errors import DataError
 from bifrost_cli.maths.intervals import wilson
 from bifrost_cli.shapes.captions import CATEGORIES, parse
 from bifrost_cli.shapes.checker import check
+from bifrost_cli.stages.measures.measure import Line, Measure
+from bifrost_cli.stages.ui import Ui
+
+
+class ShapesMeasure(Measure):
+    """The share of pictures that show their prompts."""
+
+    name, identity = "shapes", {"checker": "shapes"}
+
+    def results(self, pictures: PictureSet, lines: Sequence[Line], ui: Ui) -> list[dict[str, Any]]:
+        with ui.progress(len(lines), "checking pictures") as bar:
+            for line, entry in zip(lines, pictures.entries, strict=True):
+                line.update(judge(entry))
+                bar.advance(1)
+        return [shapes_result(lines)]
+
+    def warnings(self, pictures: PictureSet, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+        found, prompts = [], [line["prompt"] for line in lines if line["right"] is not None]
+        if len(set(prompts)) < len(prompts):
+            found.append("Some prompts occur more than once; the intervals count each picture as independent.")
+        if unjudged := sum(line["right"] is None for line in lines):
+            found.append(
+                f"{unjudged} of {len(lines)} pictures were not judged: their prompts are not of the built-in world."
+            )
+        return found
 
 
 def judge(entry: Entry) -> dict[str, Any]:
