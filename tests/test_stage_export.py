@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,11 +15,15 @@ from safetensors.torch import load_file
 
 from bifrost_cli.artifacts import Artifact, Draft
 from bifrost_cli.cli.main import run
-from bifrost_cli.errors import ArtifactError, UsageError
+from bifrost_cli.errors import ArtifactError, BifrostError, UsageError
+from bifrost_cli.models.decode import decode
 from bifrost_cli.recipe_files import load_recipe
 from bifrost_cli.stages import export as stage
+from bifrost_cli.stages import export_mllm as export_mllm_stage
 from bifrost_cli.stages.export import export
+from bifrost_cli.stages.export_mllm import export_mllm
 from bifrost_cli.stages.import_checkpoint import import_checkpoint
+from bifrost_cli.stages.loading import load_branch, load_mllm
 from bifrost_cli.stages.model_card import model_card
 from bifrost_cli.stages.pair import builtin
 
@@ -147,3 +152,36 @@ def test_an_import_can_be_exported_and_says_where_it_is_from(system, tmp_path):
     (branch,) = import_checkpoint(system.recipe, folder, workspace=tmp_path)
     card = (export(branch.path, output=tmp_path / "again") / "README.md").read_text()
     assert "imported from out" in card and str(tmp_path) not in card and "None were measured here" in card
+
+
+# ---- the MLLM --------------------------------------------------------------------------------------------------------
+
+
+def test_the_exported_mllm_is_the_one_that_generates(tmp_path, monkeypatch, capsys):
+    """Same hash as the branch's manifest names, and the same logits, to the bit, while a branch trains and decodes."""
+    monkeypatch.chdir(tmp_path)
+    assert run(["export-mllm", "-o", "understanding", "-q"]) == 0
+    assert capsys.readouterr() == ("understanding\n", "")
+    cpu = torch.device("cpu")
+    theirs, ours = load_mllm("understanding", cpu), load_mllm("builtin:mllm", cpu)
+    assert theirs.weights_hash() == builtin("branch").identity["mllm"]
+    assert theirs.weights_hash() in Path("understanding/README.md").read_text()
+    prefix = ours.prefix(ours.layout(["a red circle"], 96))
+    branch = load_branch(builtin("branch"), cpu)
+    order_BP = torch.arange(branch.patches)[None]
+    decode(branch, prefix, prefix, steps=2, guidance=2.0, orders_BP=order_BP)
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    for question in ("what is in the picture?", "how many circles?"):
+        logits = [mllm.logits(**mllm.question(picture, question)) for mllm in (theirs, ours)]
+        assert torch.equal(*logits)
+
+
+def test_an_exported_mllm_is_whole_or_absent(tmp_path, monkeypatch):
+    recipe, folder = load_recipe(), tmp_path / "out"
+    monkeypatch.setattr(export_mllm_stage, "_blocks", lambda path: iter([path.read_bytes()[:-1]]))
+    with pytest.raises(BifrostError):
+        export_mllm(recipe, folder)
+    assert not folder.exists()
+    folder.mkdir()
+    with pytest.raises(UsageError, match="exists already"):
+        export_mllm(recipe, folder)

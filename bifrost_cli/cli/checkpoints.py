@@ -1,4 +1,4 @@
-"""`bifrost import` and `bifrost export`: the published checkpoint's layout in, and out.
+"""`bifrost import`, `bifrost export`, `bifrost export-mllm`: other programs' layouts in, and out.
 
 In: options. Out: one stage call and its Result. Each imports its stage inside.
 """
@@ -61,4 +61,22 @@ def export(
     from bifrost_cli.stages.export import export
 
     made = export(ref, output=output, workspace=workspace, ui=ui)
+    return Result([str(made)], {"path": str(made), "files": sorted(path.name for path in made.iterdir())}, made)
+
+
+@command(app, "export-mllm")
+def export_mllm(
+    recipe: Recipe,
+    ui: Ui,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A new folder.")] = Path("mllm"),
+) -> Result:
+    """Write the frozen MLLM as a folder of its own, for lmms-eval to measure its understanding.
+
+    The same bytes and the same hash of weights as generation uses; its README has the command.
+
+    Example: bifrost export-mllm --recipe bifrost1-7b -o mllm
+    """
+    from bifrost_cli.stages.export_mllm import export_mllm
+
+    made = export_mllm(recipe, output, ui=ui)
     return Result([str(made)], {"path": str(made), "files": sorted(path.name for path in made.iterdir())}, made)
