@@ -37,6 +37,13 @@ def vae_encode(vae: AutoencoderKL, pixels_BHWc: torch.Tensor) -> torch.Tensor:
     return (mean_Bchw - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
+def vae_decode(vae: AutoencoderKL, latents_Bchw: torch.Tensor) -> torch.Tensor:
+    """`Painter.decode` for a VAE alone."""
+    raw_Bchw = latents_Bchw.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    pixels_BcHW = vae.decode(raw_Bchw, return_dict=False)[0].float()
+    return ((pixels_BcHW / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
+
+
 class Painter(ABC):
     """A frozen diffusion model in parts, all of stock classes; `eval()` and `requires_grad_(False)` are the loader's
     business. What `embed` returns is the family's own: it is handed to `denoise` and `control_loss` unread."""
@@ -110,10 +117,7 @@ class Painter(ABC):
     @torch.no_grad()
     def decode(self, latents_Bchw: torch.Tensor) -> torch.Tensor:
         """VAE latents (B, c, h, w) -> uint8 (B, H, W, 3) on the CPU."""
-        latents_Bchw = latents_Bchw.to(self.vae.device, self.vae.dtype)
-        raw_Bchw = latents_Bchw / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        pixels_BcHW = self.vae.decode(raw_Bchw, return_dict=False)[0].float()
-        return ((pixels_BcHW / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
+        return vae_decode(self.vae, latents_Bchw)
 
     @abstractmethod
     def denoise(

@@ -176,6 +176,8 @@ def _report(name: str, ablation: Ablation, rows: list[dict[str, Any]], cells: Se
         "summary": " ".join(filter(None, (ablation.question, ablation.reading))),
         "results": [result],
         "pictures": [line for cell in _first(cells) for line in _lines(cell)],
+        "plots": [{"kind": "dots", "title": "Right, by variant", "rows": rows, "x": "share of pictures that are right",
+                   "caption": f"Mean of {len(ablation.seeds)} seeds with Student's 95 % interval."}],
         "warnings": ["This is the built-in world: what holds here need not hold for photographs."],
         "settings": {"base": ablation.base, "controlnet": ablation.controlnet, **_texts(ablation.keys)}
         | {f"variant {variant}": ", ".join(ablation.sets(variant, seed)) for variant, seed in _pairs(ablation)},

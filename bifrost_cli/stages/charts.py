@@ -1,4 +1,4 @@
-"""Two plots as inline SVG: values with intervals, and lines over a number.
+"""Plots as inline SVG: values with intervals, lines over a number, and clouds of points.
 
 Comes in: rows, or series of points, and the axes' names. Goes out: one `<svg>` as text: it takes its colours from the
 page (`currentColor`, `--bar`, `--soft`, `--line`), so that it is right in light and dark, says every value in words
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 WIDTH, CHAR = 720, 7.2  # px of the drawing, of one letter at 13 px
 ROW, TOP, BOTTOM = 34, 8, 44  # px of a row, above and below the plot
+MARKED = 24  # points of a line that are marked one by one
 COLOURS = ("var(--bar, #3b6fb5)", "#c2571a", "#2e8b57", "#8e44ad", "#a8861d", "#c0397a")
 DASHES = ("", "6 3", "2 3", "9 3 2 3", "12 4", "4 6")
 FONT = "font: 13px system-ui, sans-serif"
@@ -57,27 +58,46 @@ def dots(rows: Sequence[Mapping[str, Any]], label: str = "") -> str:
     parts = [_ticks_below(axis, TOP, TOP + ROW * len(rows), label)]
     for place, row in enumerate(rows):
         parts.append(_dot(row, axis, TOP + ROW * (place + 0.5)))
-    return _svg(height, "; ".join(f"{row['name']}: {row['value']:.3f}" for row in rows), parts)
+    return svg(height, "; ".join(f"{row['name']}: {row['value']:.3f}" for row in rows), parts)
 
 
-def lines(series: Mapping[str, Sequence[tuple[float, ...]]], x: str, y: str) -> str:
+def lines(series: Mapping[str, Sequence[tuple[float, ...]]], x: str, y: str, *, powers: str = "x") -> str:
     """One line a series, through points (x, y) or (x, y, low, high); `x` and `y` name the axes.
 
-    x runs over powers when the largest is ten times the smallest or more, and all are above 0. ValueError: no points.
+    An axis named in `powers` ("x", "y", "xy") runs over powers when its largest number is ten times the smallest or
+    more, and all are above 0. ValueError: no points.
     """
     points = {name: sorted(_point(values) for values in found) for name, found in series.items() if found}
     if not points:
         raise ValueError("no points to draw")
     everything = [point for found in points.values() for point in found]
     plot = 280
-    across = _axis([point.x for point in everything], 64, WIDTH - 24, of_x=True)
-    up = _axis([number for point in everything for number in point[1:]], TOP + plot, TOP + 14)
+    across = _axis([point.x for point in everything], 64, WIDTH - 24, exact=True, powers="x" in powers)
+    up = _axis([number for point in everything for number in point[1:]], TOP + plot, TOP + 14, powers="y" in powers)
     parts = [_ticks_below(across, TOP + 14, TOP + plot, x), _ticks_left(up, across, y)]
     for number, (name, found) in enumerate(points.items()):
         parts.append(_line(name, found, across, up, number))
         parts.append(_legend(name, TOP + plot + BOTTOM + 22 * (number + 0.5), number))
     told = "; ".join(f"{name}: " + ", ".join(f"{p.x:g} {p.y:.3f}" for p in found) for name, found in points.items())
-    return _svg(TOP + plot + BOTTOM + 22 * len(points), f"{y} against {x}. {told}", parts)
+    return svg(TOP + plot + BOTTOM + 22 * len(points), f"{y} against {x}. {told}", parts)
+
+
+def points(series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> str:
+    """A cloud of points (x, y) a series. ValueError: no points."""
+    everything = [point for found in series.values() for point in found]
+    if not everything:
+        raise ValueError("no points to draw")
+    plot = 320
+    across = _axis([point[0] for point in everything], 64, WIDTH - 24)
+    up = _axis([point[1] for point in everything], TOP + plot, TOP + 14)
+    parts = [_ticks_below(across, TOP + 14, TOP + plot, x), _ticks_left(up, across, y)]
+    for number, (name, found) in enumerate(series.items()):
+        colour, middle = COLOURS[number % len(COLOURS)], TOP + plot + BOTTOM + 22 * (number + 0.5)
+        dots_ = "".join(f'<circle cx="{across.at(a):.1f}" cy="{up.at(b):.1f}" r="2.5"/>' for a, b in found)
+        parts.append(f'<g fill="{colour}" opacity=".55">{dots_}</g><circle cx="84" cy="{middle:.1f}" r="5" '
+                     f'fill="{colour}"/><text x="114" y="{middle + 4:.1f}">{_text(name)}</text>')  # fmt: skip
+    told = "; ".join(f"{name}: {len(found)} points" for name, found in series.items())
+    return svg(TOP + plot + BOTTOM + 22 * len(series), f"{y} against {x}. {told}", parts)
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
@@ -104,6 +124,7 @@ def _line(name: str, points: Sequence[Point], across: _Axis, up: _Axis, number: 
         f'opacity=".3"/><circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">'
         f"<title>{_text(name)}: {_number(point.y)} at {_number(point.x)}</title></circle>"
         for point, (x, y, low, high) in zip(points, places, strict=True)
+        if len(points) <= MARKED
     )
     return f'<polyline points="{path}" {_stroke(number)}/>{bars}'
 
@@ -125,27 +146,28 @@ def _stroke(number: int) -> str:
 def _ticks_below(axis: _Axis, top: float, bottom: float, label: str) -> str:
     ticks = "".join(
         f'<line x1="{axis.at(tick):.1f}" x2="{axis.at(tick):.1f}" y1="{top:.1f}" y2="{bottom:.1f}" {_RULE}/>'
-        f'<text x="{axis.at(tick):.1f}" y="{bottom + 17:.1f}" text-anchor="middle" {_SOFT}>{_number(tick)}</text>'
+        f'<text x="{axis.at(tick):.1f}" y="{bottom + 17:.1f}" text-anchor="middle" {SOFT}>{_number(tick)}</text>'
         for tick in axis.ticks
     )
     middle = (axis.start + axis.end) / 2
-    return ticks + f'<text x="{middle:.1f}" y="{bottom + 36:.1f}" text-anchor="middle" {_SOFT}>{_text(label)}</text>'
+    return ticks + f'<text x="{middle:.1f}" y="{bottom + 36:.1f}" text-anchor="middle" {SOFT}>{_text(label)}</text>'
 
 
 def _ticks_left(up: _Axis, across: _Axis, label: str) -> str:
     ticks = "".join(
         f'<line x1="{across.start:.1f}" x2="{across.end:.1f}" y1="{up.at(tick):.1f}" y2="{up.at(tick):.1f}" {_RULE}/>'
-        f'<text x="{across.start - 8:.1f}" y="{up.at(tick) + 4:.1f}" text-anchor="end" {_SOFT}>{_number(tick)}</text>'
+        f'<text x="{across.start - 8:.1f}" y="{up.at(tick) + 4:.1f}" text-anchor="end" {SOFT}>{_number(tick)}</text>'
         for tick in up.ticks
     )
-    return ticks + f'<text x="4" y="{TOP + 4}" {_SOFT}>{_text(label)}</text>'
+    return ticks + f'<text x="4" y="{TOP + 4}" {SOFT}>{_text(label)}</text>'
 
 
 _RULE = 'stroke="var(--line, currentColor)" stroke-width="1" opacity=".6"'
-_SOFT = 'fill="var(--soft, currentColor)"'
+SOFT = 'fill="var(--soft, currentColor)"'
 
 
-def _svg(height: float, told: str, parts: Sequence[str]) -> str:
+def svg(height: float, told: str, parts: Sequence[str]) -> str:
+    """The drawing, as wide as the page lets it be; `told` is what it shows, in words."""
     return (
         f'<svg viewBox="0 0 {WIDTH} {height:.0f}" width="100%" role="img" aria-label="{_text(told)}" '
         f'fill="currentColor" style="{FONT}; max-width: {WIDTH}px">{"".join(parts)}</svg>'
@@ -159,19 +181,19 @@ def _point(values: Sequence[float]) -> Point:
     return Point(*values) if len(values) == 4 else Point(values[0], values[1], values[1], values[1])
 
 
-def _axis(values: Sequence[float], start: float, end: float, of_x: bool = False) -> _Axis:
+def _axis(values: Sequence[float], start: float, end: float, *, exact: bool = False, powers: bool = False) -> _Axis:
+    """`exact`: from the smallest to the largest value, not to round numbers around them."""
     low, high = min(values), max(values)
     if not all(map(math.isfinite, (low, high))):
         raise ValueError("a value to draw is not finite")
-    if of_x:
-        if low > 0 and high >= 10 * low:
-            return _Axis(low, high, start, end, _powers(low, high), log=True)
-    elif low >= 0 and high <= 1:
+    if powers and low > 0 and high >= 10 * low:
+        return _Axis(low, high, start, end, _powers(low, high), log=True)
+    if not exact and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
     if low == high:
         low, high = low - 0.5, high + 0.5
     step = _step(high - low)
-    if not of_x:
+    if not exact:
         low, high = step * math.floor(low / step + 1e-9), step * math.ceil(high / step - 1e-9)
     first = math.ceil(low / step - 1e-9)
     return _Axis(low, high, start, end, [step * place for place in range(first, math.floor(high / step + 1e-9) + 1)])

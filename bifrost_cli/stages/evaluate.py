@@ -15,6 +15,7 @@ from bifrost_cli.artifacts.files import write_bytes, write_json
 from bifrost_cli.config import Recipe
 from bifrost_cli.errors import RecipeError, UsageError
 from bifrost_cli.models.clip_score import ClipScorer
+from bifrost_cli.stages.kind_pages import lineage_plots
 from bifrost_cli.stages.loading_clip import features_name, load_open_clip, load_tokenizer
 from bifrost_cli.stages.loading_features import load_features
 from bifrost_cli.stages.measures.clip_score import ClipScoreMeasure
@@ -30,6 +31,7 @@ from bifrost_cli.stages.report_facts import (
     command,
     environment,
     lineage_lines,
+    picture_lines,
     settings,
     thumbnails,
     warnings,
@@ -170,8 +172,7 @@ def _scorer(ref: str, device: str) -> ClipScorer:
 
 def _report(recipe: Recipe, asked: Asked, needed: int, workspace: Path, ui: Ui) -> dict[str, Any]:
     samples, reference = asked.samples, asked.reference
-    lines = [{"name": e.name, "prompt": e.prompt, "plan": e.plan, "seed": e.seed, "right": None}
-             for e in samples.entries]  # fmt: skip
+    lines = picture_lines(samples)
     results = [result for measure in asked.measures for result in measure.results(samples, lines, ui)]
     return {
         "schema": SCHEMA,
@@ -184,9 +185,10 @@ def _report(recipe: Recipe, asked: Asked, needed: int, workspace: Path, ui: Ui) 
         "seeds": sorted({entry.seed for entry in samples.entries if entry.seed is not None}),
         "results": results,
         "pictures": lines,
+        "plots": lineage_plots(samples.artifact, workspace) if samples.artifact else [],
         "skipped": {"unreadable": samples.skipped},
         "warnings": warnings(asked, lines),
         "settings": settings(recipe, asked, needed),
-        "lineage": lineage_lines(asked, workspace),
+        "lineage": lineage_lines(asked.parents(), workspace),
         "env": environment(asked),
     }

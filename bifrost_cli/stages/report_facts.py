@@ -22,8 +22,8 @@ from bifrost_cli.data.picture_set import Entry, PictureSet
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.stages.measures.distribution import LAYERS
 from bifrost_cli.stages.measures.measure import Measure
+from bifrost_cli.stages.page import SMALL
 from bifrost_cli.stages.reference import Reference
-from bifrost_cli.stages.report import SMALL
 
 SCHEMA = "bifrost.eval/3"
 GALLERY_SMALL, GALLERY_LARGE = 240, 48  # pictures shown
@@ -73,32 +73,29 @@ def settings(recipe: Recipe, asked: Asked, needed: int) -> dict[str, str]:
     if asked.many:
         facts["at least"] = f"{needed} pictures"
     made = asked.samples.artifact.info.get("settings") if asked.samples.artifact else None
-    return facts | {f"generate: {name}": str(value) for name, value in _flat(made or {})}
+    return facts | {f"generate: {name}": str(value) for name, value in flat(made or {})}
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as dotted names and values, sorted."""
     for key, value in sorted(settings.items()):
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
 
 
-def lineage_lines(asked: Asked, workspace: Path) -> list[dict[str, Any]]:
-    """What samples and reference were made from, and what each cost."""
-    lines = [line for parent in asked.parents() for line in lineage(parent, workspace)]
-    return [{"depth": line.depth, "id": line.id, "cost": _cost(line.artifact)} for line in lines]
+def lineage_lines(artifacts: Sequence[Artifact], workspace: Path) -> list[dict[str, Any]]:
+    """The artifacts and what they were made from, depth first, and what each cost; None where one is gone."""
+    lines = [line for artifact in artifacts for line in lineage(artifact, workspace)]
+    return [{"depth": line.depth, "id": line.id, "kind": line.kind, "cost": _cost(line.artifact)} for line in lines]
 
 
-def _cost(artifact: Artifact | None) -> str:
+def _cost(artifact: Artifact | None) -> dict[str, Any] | None:
     if artifact is None:
-        return "not here any more"
+        return None
     cost, made = artifact.manifest["cost"], artifact.manifest["made"]
-    parts = [f"{cost['seconds']:.0f} s"] if "seconds" in cost else []
-    parts += [f"{cost['samples']} samples"] if "samples" in cost else []
-    parts += [f"{name} {seconds:.0f} s" for name, seconds in cost.get("stages", {}).items()]
-    parts += [str(value) for value in (cost.get("device") or made.get("device"),) if value]
-    return ", ".join(parts)
+    return {"device": made.get("device"), **{key: value for key, value in cost.items() if key != "stages"}}
 
 
 def environment(asked: Asked) -> dict[str, str]:
@@ -142,3 +139,9 @@ def _thumbnail(rgb: np.ndarray) -> tuple[bytes, int]:
     image = Image.fromarray(rgb)
     image.thumbnail((SMALL, SMALL))
     return png_bytes(np.asarray(image)), rgb.shape[1]
+
+
+def picture_lines(pictures: PictureSet) -> list[dict[str, Any]]:
+    """A line a picture, not judged yet."""
+    return [{"name": e.name, "prompt": e.prompt, "plan": e.plan, "seed": e.seed, "right": None}
+            for e in pictures.entries]  # fmt: skip

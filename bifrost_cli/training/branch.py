@@ -22,6 +22,7 @@ from bifrost_cli.data.png import contact_sheet, png_bytes
 from bifrost_cli.data.store import LatentsStore
 from bifrost_cli.maths.draws import Part
 from bifrost_cli.maths.masking import draw_masks, random_orders
+from bifrost_cli.maths.principal import as_colours, principal_axes
 from bifrost_cli.models.branch import VisualBranch
 from bifrost_cli.models.decode import decode
 from bifrost_cli.models.mllm import Mllm, Prefix
@@ -158,15 +159,11 @@ class BranchTask:
 
 def latent_sheet(true_BPC: Tensor, made_BPC: Tensor, grid: tuple[int, int]) -> np.ndarray:
     """uint8 (H, W, 3): pairs (true, made); the true latents' first three principal components, 2 deviations to black
-    and white. Components come from the Gram matrix, whose size does not grow with C."""
+    and white."""
     true_NC = true_BPC.flatten(0, 1).double()
-    mean_C = true_NC.mean(0)
-    _, vectors_NN = torch.linalg.eigh((true_NC - mean_C) @ (true_NC - mean_C).T)
-    axes_C3 = torch.nn.functional.normalize((true_NC - mean_C).T @ vectors_NN[:, -3:], dim=0)
-    axes_C3 = axes_C3 * axes_C3.sum(0).sign()
-    scale = ((true_NC - mean_C) @ axes_C3).std(0).clamp_min(1e-12)
-    colours = [((latents_BPC.double() - mean_C) @ axes_C3 / scale / 4 + 0.5) for latents_BPC in (true_BPC, made_BPC)]
-    pixels = [(c.clamp(0, 1) * 255).round().byte().unflatten(1, grid).numpy() for c in colours]
+    mean_C, axes_C3 = principal_axes(true_NC, 3)
+    axes = mean_C, axes_C3, ((true_NC - mean_C) @ axes_C3).std(0)
+    pixels = [as_colours(side_BPC, *axes).unflatten(1, grid).numpy() for side_BPC in (true_BPC, made_BPC)]
     size = max(1, SHOWN_PIXELS // grid[0])
     pairs = [np.concatenate(pair, axis=1) for pair in zip(*pixels, strict=True)]
     return contact_sheet([pair.repeat(size, axis=0).repeat(size, axis=1) for pair in pairs])
