@@ -30,6 +30,7 @@ def make_store(
     plans: list[str] | None = None,
     failed: tuple[int, ...] = (),
     storage: str = "float16",
+    info: dict[str, Any] | None = None,
 ) -> Artifact:
     """A complete latents artifact at `path`; row i's latents are a function of (seed, i)."""
     layout = Layout(rows, grid, channels, vae, shard_rows, chunk_rows, storage)
@@ -44,7 +45,7 @@ def make_store(
             names = ("latents",) if vae is None else ("latents", "vae")
             arrays = {name: np.stack([row(name, i, layout, seed) for i in span]) for name in names}
             writer.write_shard(shard, arrays["latents"], lines, arrays.get("vae"))
-        return draft.commit(info={"statistics": writer.finish()})
+        return draft.commit(info={"statistics": writer.finish(), **(info or {})})
 
 
 def row(name: str, i: int, layout: Layout, seed: int = 0) -> np.ndarray:

@@ -22,6 +22,7 @@ from bifrost_cli.errors import ArtifactError, DataError, UsageError
 from bifrost_cli.shapes.captions import held_out_prompts, sample_scene
 from bifrost_cli.shapes.draw import draw
 from bifrost_cli.stages.evaluate import evaluate
+from bifrost_cli.stages.page import SCRIPT
 from bifrost_cli.stages.reference import WORLD_SEED
 
 COUNT = 24
@@ -199,7 +200,8 @@ def test_a_default_set_is_made_when_there_is_none(recipe, workspace, monkeypatch
     """Also when there is one, but something was trained since."""
     asked = []
 
-    def generate(recipe, prompts, *, workspace, device, ui):
+    def generate(recipe, prompts, *, save_latents, workspace, device, ui):
+        assert save_latents  # for the plots of true beside predicted latents
         asked.append(prompts)
         return make_samples(workspace, right_pictures(COUNT), f"samples-{len(asked)}")
 
@@ -305,7 +307,8 @@ def test_hostile_prompts_stay_text(recipe, workspace):
     page = artifact.file("report.html").read_text("utf-8")
     seen = Tags()
     seen.feed(page)
-    assert not seen.tags.keys() & {"script", "iframe", "link", "object", "form"} and seen.tags["style"] == 1
+    assert not seen.tags.keys() & {"iframe", "link", "object", "form"} and seen.tags["style"] == 1
+    assert seen.tags["script"] == 1 and page.count(f"<script>{SCRIPT}</script>") == 1, "the page's own line alone"
     assert seen.tags["img"] == COUNT and "&lt;script&gt;" in page
     assert not [name for name, _ in seen.attributes if name.startswith("on") or name == "href"]
     assert all(value.startswith("data:image/png;base64,") for name, value in seen.attributes if name == "src")

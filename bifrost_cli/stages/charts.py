@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-WIDTH, CHAR = 720, 7.2  # px of the drawing, of one letter at 13 px
+WIDTH, HALF, CHAR = 720, 540, 7.2  # px of a drawing, of one with a neighbour, of one letter at 13 px
 ROW, TOP, BOTTOM = 34, 8, 44  # px of a row, above and below the plot
 MARKED = 24  # points of a line that are marked one by one
 COLOURS = ("var(--bar, #3b6fb5)", "#c2571a", "#2e8b57", "#8e44ad", "#a8861d", "#c0397a")
@@ -54,7 +54,7 @@ def dots(rows: Sequence[Mapping[str, Any]], label: str = "") -> str:
     edges = [number for row in rows for number in (row["value"], *row["interval95"])]
     left = min(0.55 * WIDTH, CHAR * max(len(str(row["name"])) for row in rows) + 12)
     height = TOP + ROW * len(rows) + BOTTOM
-    axis = _axis(edges, left, WIDTH - 84)
+    axis = _axis(edges, left, WIDTH - 84, share=True)
     parts = [_ticks_below(axis, TOP, TOP + ROW * len(rows), label)]
     for place, row in enumerate(rows):
         parts.append(_dot(row, axis, TOP + ROW * (place + 0.5)))
@@ -64,22 +64,24 @@ def dots(rows: Sequence[Mapping[str, Any]], label: str = "") -> str:
 def lines(series: Mapping[str, Sequence[tuple[float, ...]]], x: str, y: str, *, powers: str = "x") -> str:
     """One line a series, through points (x, y) or (x, y, low, high); `x` and `y` name the axes.
 
-    An axis named in `powers` ("x", "y", "xy") runs over powers when its largest number is ten times the smallest or
-    more, and all are above 0. ValueError: no points.
+    A single series needs no legend. An axis named in `powers` ("x", "y", "xy") runs over powers when its largest number
+    is ten times the smallest or more, and all are above 0. ValueError: no points.
     """
     points = {name: sorted(_point(values) for values in found) for name, found in series.items() if found}
     if not points:
         raise ValueError("no points to draw")
     everything = [point for found in points.values() for point in found]
     plot = 280
-    across = _axis([point.x for point in everything], 64, WIDTH - 24, exact=True, powers="x" in powers)
-    up = _axis([number for point in everything for number in point[1:]], TOP + plot, TOP + 14, powers="y" in powers)
+    across = _axis([point.x for point in everything], 64, HALF - 24, exact=True, powers="x" in powers)
+    heights = [number for point in everything for number in point[1:]]
+    up = _axis(heights, TOP + plot, TOP + 14, share=max(heights) > 0.5, powers="y" in powers)
     parts = [_ticks_below(across, TOP + 14, TOP + plot, x), _ticks_left(up, across, y)]
     for number, (name, found) in enumerate(points.items()):
         parts.append(_line(name, found, across, up, number))
-        parts.append(_legend(name, TOP + plot + BOTTOM + 22 * (number + 0.5), number))
+        parts.append(_legend(name, TOP + plot + BOTTOM + 22 * (number + 0.5), number) if len(points) > 1 else "")
     told = "; ".join(f"{name}: " + ", ".join(f"{p.x:g} {p.y:.3f}" for p in found) for name, found in points.items())
-    return svg(TOP + plot + BOTTOM + 22 * len(points), f"{y} against {x}. {told}", parts)
+    legends = len(points) if len(points) > 1 else 0
+    return svg(TOP + plot + BOTTOM + 22 * legends, f"{y} against {x}. {told}", parts, HALF)
 
 
 def points(series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> str:
@@ -88,7 +90,7 @@ def points(series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) 
     if not everything:
         raise ValueError("no points to draw")
     plot = 320
-    across = _axis([point[0] for point in everything], 64, WIDTH - 24)
+    across = _axis([point[0] for point in everything], 64, HALF - 24)
     up = _axis([point[1] for point in everything], TOP + plot, TOP + 14)
     parts = [_ticks_below(across, TOP + 14, TOP + plot, x), _ticks_left(up, across, y)]
     for number, (name, found) in enumerate(series.items()):
@@ -97,7 +99,7 @@ def points(series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) 
         parts.append(f'<g fill="{colour}" opacity=".55">{dots_}</g><circle cx="84" cy="{middle:.1f}" r="5" '
                      f'fill="{colour}"/><text x="114" y="{middle + 4:.1f}">{_text(name)}</text>')  # fmt: skip
     told = "; ".join(f"{name}: {len(found)} points" for name, found in series.items())
-    return svg(TOP + plot + BOTTOM + 22 * len(series), f"{y} against {x}. {told}", parts)
+    return svg(TOP + plot + BOTTOM + 22 * len(series), f"{y} against {x}. {told}", parts, HALF)
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def _stroke(number: int) -> str:
 def _ticks_below(axis: _Axis, top: float, bottom: float, label: str) -> str:
     ticks = "".join(
         f'<line x1="{axis.at(tick):.1f}" x2="{axis.at(tick):.1f}" y1="{top:.1f}" y2="{bottom:.1f}" {_RULE}/>'
-        f'<text x="{axis.at(tick):.1f}" y="{bottom + 17:.1f}" text-anchor="middle" {SOFT}>{_number(tick)}</text>'
+        f'<text x="{axis.at(tick):.1f}" y="{bottom + 17:.1f}" text-anchor="middle" {SOFT}>{tick:.6g}</text>'
         for tick in axis.ticks
     )
     middle = (axis.start + axis.end) / 2
@@ -156,7 +158,7 @@ def _ticks_below(axis: _Axis, top: float, bottom: float, label: str) -> str:
 def _ticks_left(up: _Axis, across: _Axis, label: str) -> str:
     ticks = "".join(
         f'<line x1="{across.start:.1f}" x2="{across.end:.1f}" y1="{up.at(tick):.1f}" y2="{up.at(tick):.1f}" {_RULE}/>'
-        f'<text x="{across.start - 8:.1f}" y="{up.at(tick) + 4:.1f}" text-anchor="end" {SOFT}>{_number(tick)}</text>'
+        f'<text x="{across.start - 8:.1f}" y="{up.at(tick) + 4:.1f}" text-anchor="end" {SOFT}>{tick:.6g}</text>'
         for tick in up.ticks
     )
     return ticks + f'<text x="4" y="{TOP + 4}" {SOFT}>{_text(label)}</text>'
@@ -166,11 +168,11 @@ _RULE = 'stroke="var(--line, currentColor)" stroke-width="1" opacity=".6"'
 SOFT = 'fill="var(--soft, currentColor)"'
 
 
-def svg(height: float, told: str, parts: Sequence[str]) -> str:
+def svg(height: float, told: str, parts: Sequence[str], width: int = WIDTH) -> str:
     """The drawing, as wide as the page lets it be; `told` is what it shows, in words."""
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" width="100%" role="img" aria-label="{_text(told)}" '
-        f'fill="currentColor" style="{FONT}; max-width: {WIDTH}px">{"".join(parts)}</svg>'
+        f'<svg viewBox="0 0 {width} {height:.0f}" width="100%" role="img" aria-label="{_text(told)}" '
+        f'fill="currentColor" style="{FONT}; max-width: {width}px">{"".join(parts)}</svg>'
     )
 
 
@@ -181,14 +183,17 @@ def _point(values: Sequence[float]) -> Point:
     return Point(*values) if len(values) == 4 else Point(values[0], values[1], values[1], values[1])
 
 
-def _axis(values: Sequence[float], start: float, end: float, *, exact: bool = False, powers: bool = False) -> _Axis:
-    """`exact`: from the smallest to the largest value, not to round numbers around them."""
+def _axis(
+    values: Sequence[float], start: float, end: float, *, exact: bool = False, share: bool = False, powers: bool = False
+) -> _Axis:
+    """`exact`: from the smallest to the largest value, not to round numbers around them; `share`: values that all lie
+    in [0, 1] get all of it."""
     low, high = min(values), max(values)
     if not all(map(math.isfinite, (low, high))):
         raise ValueError("a value to draw is not finite")
     if powers and low > 0 and high >= 10 * low:
         return _Axis(low, high, start, end, _powers(low, high), log=True)
-    if not exact and low >= 0 and high <= 1:
+    if share and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
     if low == high:
         low, high = low - 0.5, high + 0.5
@@ -196,7 +201,8 @@ def _axis(values: Sequence[float], start: float, end: float, *, exact: bool = Fa
     if not exact:
         low, high = step * math.floor(low / step + 1e-9), step * math.ceil(high / step - 1e-9)
     first = math.ceil(low / step - 1e-9)
-    return _Axis(low, high, start, end, [step * place for place in range(first, math.floor(high / step + 1e-9) + 1)])
+    ticks = [round(step * place, 12) for place in range(first, math.floor(high / step + 1e-9) + 1)]
+    return _Axis(low, high, start, end, ticks)
 
 
 def _step(width: float) -> float:

@@ -18,7 +18,10 @@ HEARD = 0.9  # a loss above this share of the loss with another row's text: the 
 
 
 def training_plots(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """Losses of trainings by name, their validation losses, and the other numbers of their validations."""
+    """Losses of trainings by name, their validation losses, and the other numbers of their validations.
+
+    A table of a single line is no plot: its numbers are `health`'s.
+    """
     steps = {name: _curve(read_table(path / "losses.csv"), "loss") for name, path in folders.items()}
     tables = {name: read_table(path / "validation.csv") for name, path in folders.items()}
     held = {_name(name, column, folders): _curve(table, column) for name, table in tables.items()
@@ -32,7 +35,7 @@ def training_plots(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
     for column in other:
         curves = {name: _curve(table, column) for name, table in tables.items() if column in table}
         found.append(_plot(f"{column.capitalize()} on held-out rows", _MEANING.get(column, ""), curves, column))
-    return [plot for plot in found if plot["series"]]
+    return [plot for plot in found if any(len(points) > 1 for points in plot["series"].values())]
 
 
 _MEANING = {

@@ -31,6 +31,7 @@ from bifrost_cli.stages.ui import Ui
 
 ROWS_SHOWN = 24
 TRAININGS = ("branch", "controlnet")
+FUNNEL = ("seen", "readable", "captioned", "used")
 
 
 def origin_sections(artifact: Artifact, workspace: Path) -> list[str]:
@@ -60,9 +61,10 @@ def training_sections(tables: Path, sheets: Path, info: Mapping[str, Any]) -> li
     found = sorted(sheets.glob("step-*.png")) if sheets.is_dir() else []
     shown = [found[place] for place in evenly(len(found), 6)]
     grids = "".join(f"<h3>{page.text(path.stem)}</h3>{_sheet(path)}" for path in shown)
-    told = {"trained numbers": f"{info['parameters']:,}"} if "parameters" in info else {}
+    if "parameters" in info:
+        numbers.append(page.card("trained parameters", f"{info['parameters']:,}", []))
     return [page.cards(numbers), *map(page.note, warned), plots(training_plots({"training": tables})),
-            page.section("Sample grids", grids), page.facts(told)]  # fmt: skip
+            page.section("Sample grids", grids)]  # fmt: skip
 
 
 def _sheet(path: Path) -> str:
@@ -88,8 +90,9 @@ def latents_sections(artifact: Artifact, device: str, ui: Ui) -> list[str]:
     beside = "A picture as the painter's VAE keeps it, beside its patch latents" if seen else "Latents"
     colours = f"{beside}: a token has the colour of its first three principal components, the same in all pictures."
     return [page.cards(numbers), plots([channels(store), histogram(store)]),
-            page.section("Funnel", page.facts({**artifact.info["funnel"], **artifact.info["counts"]})),
-            f'<p class="soft">{page.text(colours)}</p>', page.gallery(entries, named)]  # fmt: skip
+            page.section("Funnel", page.facts({name: artifact.info["funnel"][name] for name in FUNNEL})),
+            page.section("Counted", page.facts(artifact.info["counts"])),
+            page.gallery(entries, named, colours)]  # fmt: skip
 
 
 @torch.no_grad()

@@ -106,17 +106,18 @@ def command(line: str) -> str:
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
-def gallery(entries: Sequence[Mapping[str, Any]], pictures: Pictures) -> str:
-    """Pictures with prompt, verdict and why; Enter enlarges one, Escape closes it. Those not in `pictures` are only
-    counted."""
+def gallery(entries: Sequence[Mapping[str, Any]], pictures: Pictures, told: str = "") -> str:
+    """Pictures with prompt, verdict and why, under what is `told` of all; Enter enlarges one, Escape closes it. Those
+    not in `pictures` are only counted."""
     shown = [entry for entry in entries if entry["name"] in pictures]
     if not shown:
         return ""
-    some = f'<p class="soft">{len(shown)} of {len(entries)}, in order; none picked.</p>'
+    some = f"{len(shown)} of {len(entries)}, in order; none picked." if len(shown) < len(entries) else ""
     judged = any(entry.get("right") is not None for entry in shown)
     choice = '<label class="filter"><input type="checkbox" id="wrong-only"> only those that are wrong</label>'
     found = "".join(_picture(entry, *pictures[entry["name"]]) for entry in shown)
-    parts = [some if len(shown) < len(entries) else "", choice if judged else "", f'<ul class="gallery">{found}</ul>']
+    lines = [f'<p class="soft">{text(line)}</p>' for line in (told, some) if line]
+    parts = [*lines, choice if judged else "", f'<ul class="gallery">{found}</ul>']
     return section("Pictures", "".join(parts))
 
 

@@ -47,8 +47,9 @@ def report_html(report: Mapping[str, Any], pictures: Pictures) -> str:
 
 def plots(found: Sequence[Mapping[str, Any]]) -> str:
     """Plots of a report's JSON: `kind` (dots, lines or points), `title`, `caption`, and what `charts` draws of it."""
-    drawn = [f"<h3>{text(one['title'])}</h3>{plot(_DRAWN[one['kind']](one), one['caption'])}" for one in found]
-    return section("Plots", "".join(drawn))
+    drawn = "".join(f'<div class="{text(one["kind"])}"><h3>{text(one["title"])}</h3>'
+                    f'{plot(_DRAWN[one["kind"]](one), one["caption"])}</div>' for one in found)  # fmt: skip
+    return section("Plots", drawn and f'<div class="plots">{drawn}</div>')
 
 
 def number(result: Mapping[str, Any]) -> str:

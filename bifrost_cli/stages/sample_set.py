@@ -70,7 +70,7 @@ def _make_samples(recipe: Recipe, needed: int, workspace: Path | str, device: st
 
     prompts = [prompt.text for prompt in held_out_prompts(needed)]
     ui.say(f"making {len(prompts)} pictures from held-out prompts first; the same command continues where it stopped")
-    return generate(recipe, prompts, workspace=workspace, device=device, ui=ui)
+    return generate(recipe, prompts, save_latents=True, workspace=workspace, device=device, ui=ui)
 
 
 def require_enough(pictures: PictureSet, needed: int) -> None:
