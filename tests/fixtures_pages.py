@@ -25,7 +25,7 @@ from bifrost_cli.stages.evaluate import evaluate
 from bifrost_cli.stages.view import view
 
 COUNT, RIGHT = 24, 16  # pictures; of the first set, those that show their prompt
-KINDS = ("report", "latents", "branch", "samples", "reports", "branches", "samples-pair")
+KINDS = ("report", "latents", "branch", "samples", "reports", "branches", "samples-pair", "latents-pair")
 
 
 def make_pages(place: Path) -> dict[str, Path]:
@@ -34,7 +34,8 @@ def make_pages(place: Path) -> dict[str, Path]:
     workspace = place / "runs"
     kept = training_recipe(mllm).model_dump(mode="json")
     funnel = dict.fromkeys(("seen", "readable", "captioned", "used"), 40)
-    store = mllm_store(workspace / "latents-a", info={"recipe": kept, "funnel": funnel, "counts": {"duplicates": 2}})
+    told = {"recipe": kept, "funnel": funnel, "counts": {"duplicates": 2}}
+    other, store = (mllm_store(workspace / f"latents-{name}", seed=seed, info=told) for seed, name in enumerate("ba"))
     branches = [train_branch(training_recipe(mllm, seed=seed), workspace=workspace, device="cpu") for seed in (0, 1)]
     samples = [_samples(workspace / f"samples-{seed}", branch, seed) for seed, branch in enumerate(branches)]
     settings = Evaluate(features=f"open_clip:local-dir:{clip}", min_samples=COUNT)
@@ -45,7 +46,7 @@ def make_pages(place: Path) -> dict[str, Path]:
         return view(*(one.path for one in artifacts), output=place / f"{name}.html", workspace=workspace, device="cpu")
 
     alone = {"report": reports[0], "latents": store, "branch": branches[0], "samples": samples[0]}
-    pairs = {"reports": reports, "branches": branches, "samples-pair": samples}
+    pairs = {"reports": reports, "branches": branches, "samples-pair": samples, "latents-pair": [store, other]}
     return {name: page(name, one) for name, one in alone.items()} | {
         name: page(name, *both) for name, both in pairs.items()
     }

@@ -15,18 +15,20 @@ from typing import Any
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.files import read_json
 from bifrost_cli.data.picture_set import PictureSet, from_samples
+from bifrost_cli.data.store import LatentsStore
 from bifrost_cli.errors import UsageError
 from bifrost_cli.maths.intervals import Z95
 from bifrost_cli.recipe_files import load_recipe
 from bifrost_cli.stages import page
 from bifrost_cli.stages.curves import health, training_plots
 from bifrost_cli.stages.kind_pages import TRAININGS, parents_of, settings
+from bifrost_cli.stages.latents_view import MAP, channels, evenly, histogram, maps
 from bifrost_cli.stages.report import number, plots
 from bifrost_cli.stages.report_facts import lineage_lines, thumbnails
 from bifrost_cli.stages.ui import Ui
 
 PROTOCOL_KEYS = ("protocol", "extractor", "layer", "n_gen", "n_ref")  # of a result: how it was measured
-PAIRS = 24  # prompts whose pictures are shown
+PAIRS = 24  # prompts or rows whose pictures are shown
 
 
 def compare_page(first: Artifact, second: Artifact, workspace: Path, force: bool, ui: Ui) -> str:
@@ -36,15 +38,18 @@ def compare_page(first: Artifact, second: Artifact, workspace: Path, force: bool
                          fix="give two of a kind: bifrost artifacts ls")  # fmt: skip
     if first.id == second.id:
         raise UsageError(f"{first.id} was given twice", fix="give two of a kind: bifrost artifacts ls")
-    for side in (first, second):
-        side.check()
     sides = {"A": first, "B": second}
-    middle = _results(sides, force, ui) if first.kind == "report" else []
-    middle += _trainings(sides) if first.kind in TRAININGS else []
+    if first.kind == "latents":  # a store checks what it reads; it may be terabytes
+        middle = _stores(sides)
+    else:
+        first.check()
+        second.check()
+        middle = _results(sides, force, ui) if first.kind == "report" else []
+        middle += _trainings(sides) if first.kind in TRAININGS else []
+        middle += [page.section("Pictures by prompt", _pictures(sides, workspace))]
     return page.page(f"A {first.id} beside B {second.id}", f"two artifacts of kind {first.kind}", [
         page.section("What differs", _differences(sides) or "<p>Nothing in their settings.</p>"),
         *middle,
-        page.section("Pictures by prompt", _pictures(sides, workspace)),
         page.lineage(lineage_lines([first, second], workspace)),
         page.section("Made by", page.facts({name: a.manifest["made"].get("command") for name, a in sides.items()})),
     ])  # fmt: skip
@@ -145,6 +150,26 @@ def _trainings(sides: Mapping[str, Artifact]) -> list[str]:
     return [page.section("Last validation", page.table(("", "A", "B"), rows)), plots(curves)]
 
 
+# ---- latents --------------------------------------------------------------------------------------------------------
+
+
+def _stores(sides: Mapping[str, Artifact]) -> list[str]:
+    """Channels and norms over each other, and maps of the rows that both have, each in its own store's colours."""
+    stores = {name: LatentsStore.open(artifact) for name, artifact in sides.items()}
+    found = []
+    for drawn in (channels, histogram):
+        each = {name: drawn(store) for name, store in stores.items()}
+        series = {f"{name} {what}": line for name, one in each.items() for what, line in one["series"].items()}
+        found.append({**each["A"], "series": series})
+    rows = {name: {store.keys[row]: row for row in range(store.rows)} for name, store in stores.items()}
+    both = [key for key in rows["A"] if key in rows["B"]]
+    both = [both[place] for place in evenly(len(both), PAIRS)]
+    shown = [maps(store, [rows[name][key] for key in both]) for name, store in stores.items()] if both else []
+    told = [f"{key}: {stores['A'].captions[rows['A'][key]]}" for key in both]
+    pairs = [dict(zip(sides, ((png, MAP) for png in pair), strict=True)) for pair in zip(*shown, strict=True)]
+    return [plots(found), page.section("Maps of the rows that both have", _gallery(told, pairs))]
+
+
 # ---- pictures -------------------------------------------------------------------------------------------------------
 
 
@@ -161,12 +186,17 @@ def _pictures(sides: Mapping[str, Artifact], workspace: Path) -> str:
     if not both:
         return ""
     shown = {name: thumbnails([first[name][prompt] for prompt in both]) for name in sets}
-    cells = [
-        f"<li><div class=\"pair\">{''.join(_half(name, shown[name][first[name][prompt].name]) for name in sets)}</div>"
-        f"<div><p><b>{page.foreign(prompt)}</b></p></div></li>"
-        for prompt in both
-    ]
-    return f'<ul class="gallery pairs">{"".join(cells)}</ul>'
+    return _gallery(both, [{name: shown[name][first[name][prompt].name] for name in sets} for prompt in both])
+
+
+def _gallery(told: Sequence[str], pairs: Sequence[Mapping[str, tuple[bytes, int]]]) -> str:
+    """Pictures by side, two of a cell, over what is told of them; "" for none."""
+    cells = "".join(
+        f'<li><div class="pair">{"".join(_half(name, picture) for name, picture in pair.items())}</div>'
+        f"<div><p><b>{page.foreign(line)}</b></p></div></li>"
+        for line, pair in zip(told, pairs, strict=True)
+    )
+    return cells and f'<ul class="gallery pairs">{cells}</ul>'
 
 
 def _half(name: str, picture: tuple[bytes, int]) -> str:
