@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bifrost_cli.artifacts.files import append, make_folder, sha256_file, sync, write_bytes
+from bifrost_cli.artifacts.files import append, make_folder, remove, sha256_file, sweep, sync, write_bytes
 from bifrost_cli.artifacts.identity import digest_of
+from bifrost_cli.errors import Stopped
 
 
 class WorkLog:
@@ -59,6 +60,18 @@ class WorkLog:
         if whole != data:
             write_bytes(self._path, whole)
         return [line for line, _ in lines]
+
+
+def tidy(folder: Path) -> None:
+    """The pictures are an artifact: the log of which are done goes, also if the last run was killed before it could."""
+    remove(folder / "work")
+    sweep(folder)
+
+
+def stopped(done: int, total: int, folder: Path) -> Stopped:
+    """What is raised between two pictures when a stop was asked for."""
+    return Stopped(f"stopped after {done} of {total} pictures; they are kept", at=str(folder),
+                   fix="give the same command again; it goes on")  # fmt: skip
 
 
 def _line(text: bytes) -> tuple[dict[str, Any], int] | None:
