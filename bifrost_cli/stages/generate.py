@@ -176,10 +176,10 @@ def _paint_folder(job: _Job, studio: Studio, folder: Path, device: str, ui: Ui) 
             ui.say(f"{folder} holds these pictures already; they were verified")
             return draft.complete
         log, wanted = WorkLog(draft.path), job.orders()
-        missing = [order for order in wanted if not log.done(order.index)]
-        if len(missing) < len(wanted):
-            ui.say(f"{len(wanted) - len(missing)} of {len(wanted)} pictures are there already")
-        _paint_missing(job, studio, draft, log, missing, stop, ui)
+        if found := sum(log.there(order.index) for order in wanted):
+            ui.say(f"{found} of {len(wanted)} pictures are there already")
+        for finished in (log.there, log.done):  # first what is missing, then what is damaged
+            _paint_missing(job, studio, draft, log, [o for o in wanted if not finished(o.index)], stop, ui)
         artifact = _commit(job, draft, log, wanted, studio, device)
     tidy(folder)
     _say_cut(artifact.info["cut"], ui)
@@ -197,6 +197,8 @@ def _paint_missing(
         if stop.requested:
             raise stopped(total - len(missing) + painted, total, draft.path)
 
+    if not missing:
+        return
     sketches = Sketches(draft.path) if studio.apart else None
     with ui.progress(len(missing), "pictures") as bar:
         if sketches:

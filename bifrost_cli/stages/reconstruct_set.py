@@ -7,9 +7,10 @@ i-th of the set, painted from its latents alone: the painter reads no text. Does
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
@@ -43,44 +44,26 @@ def reconstruct_set(
 ) -> Artifact:
     """Encode each picture and paint it again. The same call again goes on where it was stopped, and makes none twice.
 
-    The encoder and the painter are never in memory together. ArtifactError (5): a ControlNet for other latents or
-    another painter; Stopped (75): a signal between pictures.
+    ArtifactError (5): a ControlNet for other latents or another painter; Stopped (75): a signal between pictures.
     """
-    ui, place = ui or Ui(), pick_device(device)
-    encoder = load_encoder(recipe, place)
-    chosen, why = choose_controlnet(controlnet, encoder.identity, workspace)
+    ui = ui or Ui()
+    chain = _Chain(recipe, pictures, pick_device(device), ui)
+    chain.controlnet, why = choose_controlnet(controlnet, chain.encoder.identity, workspace)
     ui.say(why)
-    settings = {**recipe.generate.model_dump(mode="json", exclude=RUN_ONLY), "paint_size": recipe.latents.paint_size,
-                "dtype": recipe.models.dtype, "encoder": encoder.identity}  # fmt: skip
+    settings = chain.settings()
     identity = {"reconstructions of": pictures.digest, "count": len(pictures.entries), "seed": seed,
                 "settings": settings}  # fmt: skip
-    folder = default_path(workspace, "samples", identity_id("samples", identity, [chosen]))
+    folder = default_path(workspace, "samples", identity_id("samples", identity, [chain.controlnet]))
     orders = [Order(index, entry.prompt or "", seed) for index, entry in enumerate(pictures.entries)]
-    with StopFlag() as stop, Draft.open(folder, "samples", identity, [chosen]) as draft:
+    with StopFlag() as stop, Draft.open(folder, "samples", identity, [chain.controlnet]) as draft:
         if draft.complete:
             draft.complete.check()
             tidy(folder)
             return draft.complete
         log = WorkLog(draft.path)
-        missing = [order for order in orders if not log.done(order.index)]
-
-        def check(painted: int = 0) -> None:
-            if stop.requested:
-                raise stopped(len(orders) - len(missing) + painted, len(orders), draft.path)
-
-        sketches = Sketches(draft.path)
-        sketches.make(missing, partial(_encoded, pictures=pictures, encoder=encoder), check)
-        del encoder
-        forget()
-        renderer = None
-        with ui.progress(len(missing), "painting again") as bar:
-            for done, order in enumerate(missing):
-                check(done)
-                weights = Placement(place, recipe.generate.offload, recipe.models.weights)
-                renderer = renderer or Renderer.load(recipe, chosen, weights, ui)
-                pixels_HWC = renderer.paint("", sketches.of(order).latents_PC, order.seed)
-                log.add(order.index, {order.name: png_bytes(pixels_HWC, {"reconstruction": "yes"})}, {})
-                bar.advance(1)
+        for finished in (log.there, log.done):  # first what is missing, then what is damaged
+            missing = [order for order in orders if not finished(order.index)]
+            _paint_missing(chain, draft, log, missing, len(orders), stop, ui)
         write_bytes(draft.path / PROMPTS, _lines(orders, pictures))
         artifact = draft.commit({"settings": settings, "recipe": recipe.model_dump(mode="json")},
                                 made={"seed": seed, "device": device}, cost={"samples": len(orders)})  # fmt: skip
@@ -88,11 +71,66 @@ def reconstruct_set(
     return artifact
 
 
-@torch.no_grad()
-def _encoded(order: Order, pictures: PictureSet, encoder: Encoder) -> Sketch:
-    """One at a time: the same picture gives the same bits alone or among others."""
-    pixels_BHWC = square(pictures.entries[order.index].load(), encoder.image_size)[None]
-    return Sketch(order.prompt, None, False, encoder.encode(pixels_BHWC.copy())[0].float().cpu())
+class _Chain:
+    """Encoder and painter, of which one is in memory; `controlnet` is chosen after the encoder is known."""
+
+    controlnet: Artifact
+
+    def __init__(self, recipe: Recipe, pictures: PictureSet, place: torch.device, ui: Ui) -> None:
+        self._recipe, self._pictures, self._place, self._ui = recipe, pictures, place, ui
+        self._encoder: Encoder | None = None
+        self._renderer: Renderer | None = None
+
+    @property
+    def encoder(self) -> Encoder:
+        if self._encoder is None:
+            self._renderer = None
+            forget()
+            self._encoder = load_encoder(self._recipe, self._place)
+        return self._encoder
+
+    def settings(self) -> dict[str, Any]:
+        """What decides a picture beside its original, its seed and the ControlNet."""
+        recipe, chosen = self._recipe, self._recipe.generate.model_dump(mode="json", exclude=RUN_ONLY)
+        small = {"weights": recipe.models.weights} if recipe.models.weights != "dtype" else {}
+        sizes = {"paint_size": recipe.latents.paint_size, "dtype": recipe.models.dtype}
+        return {**chosen, **sizes, **small, "encoder": self.encoder.identity}
+
+    @torch.no_grad()
+    def encode(self, order: Order) -> Sketch:
+        """One at a time: the same picture gives the same bits alone or among others."""
+        pixels_BHWC = square(self._pictures.entries[order.index].load(), self.encoder.image_size)[None]
+        return Sketch(order.prompt, None, False, self.encoder.encode(pixels_BHWC.copy())[0].float().cpu())
+
+    def paint(self, order: Order, sketch: Sketch) -> np.ndarray:
+        if self._renderer is None:
+            self._encoder = None
+            forget()
+            models, generate = self._recipe.models, self._recipe.generate
+            where = Placement(self._place, generate.offload, models.weights)
+            self._renderer = Renderer.load(self._recipe, self.controlnet, where, self._ui)
+        return self._renderer.paint("", sketch.latents_PC, order.seed)
+
+
+def _paint_missing(
+    chain: _Chain, draft: Draft, log: WorkLog, missing: list[Order], total: int, stop: StopFlag, ui: Ui
+) -> None:
+    """Encode all, then paint all; the latents lie in the unfinished folder until then."""
+    if not missing:
+        return
+
+    def check(painted: int = 0) -> None:
+        if stop.requested:
+            raise stopped(total - len(missing) + painted, total, draft.path)
+
+    sketches = Sketches(draft.path)
+    sketches.make(missing, chain.encode, check)
+    with ui.progress(len(missing), "painting again") as bar:
+        for done, order in enumerate(missing):
+            check(done)
+            pixels_HWC = chain.paint(order, sketches.of(order))
+            log.add(order.index, {order.name: png_bytes(pixels_HWC, {"reconstruction": "yes"})}, {})
+            bar.advance(1)
 
 
 def _lines(orders: list[Order], pictures: PictureSet) -> bytes:

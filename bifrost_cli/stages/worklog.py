@@ -1,8 +1,8 @@
 """Which pictures of an unfinished samples folder are done, so that the next attempt makes only the others.
 
 In: the draft's folder and finished files. Out: `work/pictures.jsonl`, a line a picture, written after its files; a
-picture counts only when every file still has the sha256 of its line (sketches likewise). Does not know prompts or
-models.
+picture counts only when every file still has the sha256 of its line (sketches likewise): the next attempt looks only
+whether they are there, and what is there is read once, when all are. Does not know prompts or models.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ class WorkLog:
         lines = self._lines()
         self.facts = {line["index"]: line["facts"] for line in lines}
         self._files = {line["index"]: line["files"] for line in lines}
+
+    def there(self, index: int) -> bool:
+        """True when the picture was finished and its files are there; nothing of them is read."""
+        files = self._files.get(index)
+        return files is not None and all((self.folder / name).is_file() for name in files)
 
     def done(self, index: int) -> bool:
         """True when the picture's files are there and unchanged."""
