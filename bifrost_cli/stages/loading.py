@@ -67,13 +67,14 @@ def load_mllm(
         require_known(values.get("model_type") if isinstance(values, dict) else None)
     folder = model_place(ref, revision=revision)
     with model_errors(ref):
-        family_of(AutoConfig.from_pretrained(folder))
+        family_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         if not any((Path(folder) / name).is_file() for name in _TOKENIZERS):
             # The library would make an empty one.
             raise ValueError(f"it has no tokenizer: none of {', '.join(_TOKENIZERS)}")
-        processor = AutoProcessor.from_pretrained(folder)
-        Shards.open(folder, pickles_too=True)
-        model = _whole(AutoModelForImageTextToText, folder, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        if Shards.open(folder, pickles_too=True) is None:
+            Shards.open(folder)  # says so if pickles are all there is
+        model = _whole(AutoModelForImageTextToText, folder, dtype=dtype, trust_remote_code=False)
         return Mllm(model.to(device), _tokenizer(processor), processor.image_processor)
 
 
