@@ -52,7 +52,8 @@ HELD = {
          "tests/test_training_resume.py::test_kills_in_the_save_and_at_random_moments",
          "tests/test_training_resume.py::test_a_second_signal_stops_at_once_with_130"),
     # SLURM kills before a save is done
-    46: ("tests/test_training_checkpoint.py::test_leftovers_of_a_killed_save_are_swept",
+    46: ("tests/test_training_loop.py::test_a_checkpoint_that_takes_longer_than_a_killer_waits_is_told_once",
+         "tests/test_training_checkpoint.py::test_leftovers_of_a_killed_save_are_swept",
          "tests/test_training_resume.py::test_kills_in_the_save_and_at_random_moments",
          "tests/test_processes.py::test_a_slurm_job_is_queued_again_only_when_it_stopped_on_request"),
     # two extractions
