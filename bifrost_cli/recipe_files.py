@@ -108,7 +108,7 @@ def _upgrade(document: Document) -> None:
     """Give the keys of an older format their names of today, in place; a recipe that names no format is of today."""
     written = document.data.get("format")
     for format_, names in RENAMED.items():
-        if type(written) is not int or written >= format_:
+        if type(written) is not int or not 1 <= written < format_:
             continue
         for (section, old), (_, new) in names.items():
             values = document.data.get(section)

@@ -182,11 +182,14 @@ def _config(artifact: Artifact) -> dict:
 
 
 def _filled(module: nn.Module, artifact: Artifact, base: dict[str, torch.Tensor]) -> nn.Module:
-    """An empty module with the artifact's weights and those of its base; every missing, surplus or misshapen tensor is
-    named. Nothing is copied."""
+    """An empty module with the artifact's weights and those of its base, nothing copied; every tensor that is missing,
+    surplus, misshapen, or of whole numbers instead of fractions, is named."""
     path = artifact.file("model.safetensors")
     weights = {**base, **load_tensors(path)[0]}
-    troubles = misfits(shapes_of(module.state_dict()), shapes_of(weights))
+    wanted = module.state_dict()
+    troubles = misfits(shapes_of(wanted), shapes_of(weights))
+    troubles = troubles or [f"{name} holds {weights[name].dtype}, not {own.dtype}" for name, own in wanted.items()
+                            if weights[name].is_floating_point() != own.is_floating_point()]  # fmt: skip
     if troubles:
         more = [f"and {len(troubles) - _SHOWN} more"] if len(troubles) > _SHOWN else []
         shown = "; ".join(troubles[:_SHOWN] + more)
