@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -49,7 +48,7 @@ def test_60_1e_4_is_a_number(tmp_path, capsys):
 # ---- clock, hash seed, locale ----------------------------------------------------------------------------------------
 
 RUN = """
-import json, sys, time
+import json, shutil, sys, time
 from pathlib import Path
 real, back = time.time, float(sys.argv[2])
 calls = iter(range(10**9))
@@ -58,6 +57,7 @@ from fixtures_targets import TARGETS, result
 found = {}
 for name in ("extract", "train", "generate", "eval"):
     folder = Path(sys.argv[1]) / name
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     TARGETS[name].run(folder, lambda: None)
     found[name] = result(folder)
@@ -66,16 +66,13 @@ print(json.dumps(found, sort_keys=True))
 
 
 def test_60_clock_hash_seed_and_locale_change_no_byte(tmp_path):
-    """Four commands, three times: every file's digest and the manifests without who made them when."""
+    """Four commands, twice, from the same inputs: every file's digest, and the manifests without who made them when."""
     outputs = []
-    for number, (seed, locale, back) in enumerate([("0", "C.UTF-8", 0), ("1", "C", 100), ("2", "tr_TR.UTF-8", 86_400)]):
-        folder = tmp_path / "the same place"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+    for seed, locale, zone, back in (("0", "C.UTF-8", "UTC", 0), ("1", "C", "Asia/Tokyo", 86_400)):
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "PYTHONHASHSEED": seed, "LC_ALL": locale,
-                       "TZ": ("UTC", "Asia/Tokyo", "America/Lima")[number]}  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", RUN, str(folder), str(back)], env=environment, text=True,
+                       "TZ": zone}  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path), str(back)], env=environment, text=True,
                               capture_output=True)  # fmt: skip
         assert done.returncode == 0, done.stderr
         outputs.append(json.loads(done.stdout.splitlines()[-1]))
-    assert outputs[0]["extract"] and outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0]["extract"] and outputs[0] == outputs[1]
