@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from bifrost_cli.config import Count, Every, Section
 from bifrost_cli.errors import RecipeError
 from bifrost_cli.recipe_files import recipes_folder, validate
-from bifrost_cli.recipe_yaml import parse
+from bifrost_cli.recipe_yaml import parse_file
 
 Value = bool | int | float | str
 Keys = dict[str, Value]
@@ -63,7 +63,7 @@ def load_ablation(ref: str) -> Ablation:
             fix="give one of these, or a YAML file",
             code="BF-RECIPE-004",
         )
-    return validate(Ablation, parse(path.read_bytes(), str(path)))
+    return validate(Ablation, parse_file(path))
 
 
 def _text(value: Any) -> str:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ValidationError
 
 from bifrost_cli.artifacts.manifest import MANIFEST, Artifact
 from bifrost_cli.errors import RecipeError
-from bifrost_cli.recipe_yaml import Document, parse
+from bifrost_cli.recipe_yaml import Document, parse, parse_file
 
 if TYPE_CHECKING:
     from bifrost_cli.config import Recipe
@@ -89,7 +89,7 @@ def _read(ref: str | Path | None) -> Document:
     if path.is_dir() and (path / MANIFEST).exists():
         return _of_artifact(path)
     if path.is_file():
-        return parse(path.read_bytes(), str(path))
+        return parse_file(path)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         raise RecipeError(
             f"there is no recipe file {path}", fix="see the shipped ones: bifrost recipes ls", code="BF-RECIPE-004"
@@ -108,7 +108,7 @@ def _upgrade(document: Document) -> None:
     """Give the keys of an older format their names of today, in place; a recipe that names no format is of today."""
     written = document.data.get("format")
     for format_, names in RENAMED.items():
-        if type(written) is not int or written >= format_:
+        if type(written) is not int or not 1 <= written < format_:
             continue
         for (section, old), (_, new) in names.items():
             values = document.data.get(section)

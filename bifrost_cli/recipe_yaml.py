@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -42,10 +43,19 @@ class Document:
         return self.places.get(path, self.name)
 
 
+def parse_file(path: Path) -> Document:
+    """Read a file of one YAML document. RecipeError as `parse`, and for a file that cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return parse(stream.read(MAX_BYTES + 1), str(path))
+    except OSError as error:
+        raise _refuse(f"the file cannot be read: {error.strerror}", str(path)) from error
+
+
 def parse(raw: bytes, name: str) -> Document:
     """Read one YAML document. RecipeError with `name:line:column` on anything that is refused."""
     if len(raw) > MAX_BYTES:
-        raise _refuse(f"the file has {len(raw)} bytes, more than a recipe can have ({MAX_BYTES})", name)
+        raise _refuse(f"the file has more than {MAX_BYTES} bytes, which no recipe has", name)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

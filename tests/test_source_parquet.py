@@ -60,6 +60,8 @@ def test_null_cells_are_missing_captions_and_bad_images(tmp_path: Path) -> None:
     assert "a.parquet: row 1: the image cell is null" in refused(path, "BF-DATA-003", Latents(missing_caption="skip"))
     found = scan(path, SKIP)
     assert [s.key for s in found.samples] == ["000000000"] and len(found.events) == 3
+    led = parquet(tmp_path / "c.parquet", image=[{"bytes": None, "path": str(path)}], caption=["a"])
+    assert "row 0: the image cell holds a path and no bytes" in refused(led, "BF-DATA-003")
     paths = parquet(tmp_path / "b.parquet", image=[None, "a.png"], caption=["a", "b"])
     assert "row 0: the image cell is null" in refused(paths, "BF-DATA-003")
 

@@ -167,3 +167,19 @@ def test_the_lines_say_where_it_stands(tmp_path):
     assert any("step 20/20  loss 0." in line and "samples/s" in line for line in lines)
     assert any("validation" in line for line in lines)
     assert (tmp_path / "train.log").read_text().count("\n") == len(lines)
+
+
+@pytest.mark.parametrize(("taken", "asked"), [(19.0, None), (62.0, 300), (200.0, 420)])
+def test_a_checkpoint_that_takes_longer_than_a_killer_waits_is_told_once(tmp_path, monkeypatch, taken, asked):
+    clock, lines, save = [0.0], [], Checkpoints.save
+
+    def slow(self, *arguments, **options):
+        clock[0] += taken
+        save(self, *arguments, **options)
+
+    monkeypatch.setattr(Checkpoints, "save", slow)
+    monkeypatch.setattr("bifrost_cli.training.records.time.monotonic", lambda: clock[0])
+    fit(SmallTask(settings()), settings(), tmp_path, ui=type("Lines", (), {"say": staticmethod(lines.append)}))
+    told = [line for line in lines if "warning: a checkpoint takes" in line]
+    assert len(told) == (asked is not None)
+    assert all(f"{taken:.0f} s" in line and f"TERM@{asked})" in line for line in told)

@@ -134,7 +134,8 @@ def _check_manifest(path: Path, manifest: Any) -> None:
             fix="update bifrost",
             code="BF-ART-002",
         )
-    if kind not in KINDS or not _FIELDS <= set(manifest) or not _intact(path, manifest):
+    known = kind in KINDS and type(version) is int and version >= 1
+    if not known or not _FIELDS <= set(manifest) or not _intact(path, manifest):
         raise ArtifactError(
             f"{path / MANIFEST} was damaged or edited after it was written",
             fix="make the artifact again, or restore the file from a copy",

@@ -23,6 +23,7 @@ from bifrost_cli.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_ASPECT = 20
+FILE_BYTES = 1 << 29  # of one picture: more than the largest that is decoded has without compression
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -87,12 +88,15 @@ def read_image(source: bytes | Path | str, rules: Latents) -> Picture:
         raise BadImage(f"truncated or damaged: {error or type(error).__name__}") from error
 
 
-def read_regular(path: Path) -> bytes:
-    """The bytes of a regular file; BadImage for a device, a pipe, a folder, a dangling link or an unreadable file."""
+def read_regular(path: Path, limit: int = FILE_BYTES) -> bytes:
+    """The bytes of a regular file; BadImage for a device, a pipe, a folder, a dangling link, an unreadable file, or one
+    of more than `limit` bytes."""
     try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):
             raise BadImage("not a regular file")
+        if facts.st_size > limit:
+            raise BadImage(f"{facts.st_size} bytes, more than {limit}")
         return path.read_bytes()
     except FileNotFoundError:
         raise BadImage("dangling link" if path.is_symlink() else "file not found") from None

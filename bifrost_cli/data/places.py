@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bifrost_cli.data.images import BadImage, read_regular
+from bifrost_cli.data.images import FILE_BYTES, BadImage, read_regular
 from bifrost_cli.errors import BifrostError, EnvironmentProblem, UsageError
 
 SCHEMES = ("s3", "gs", "az", "abfs", "https", "http", "hf", "memory")
@@ -26,10 +26,10 @@ def is_remote(place: str) -> bool:
     return "://" in place
 
 
-def read_place(place: str) -> bytes:
-    """All bytes of a place."""
+def read_place(place: str, limit: int = FILE_BYTES) -> bytes:
+    """All bytes of a place; BadImage for a local file of more than `limit`."""
     if not is_remote(place):
-        return read_regular(Path(place))
+        return read_regular(Path(place), limit)
     with reading(place):
         return _files(place).cat_file(place)
 

@@ -14,6 +14,7 @@ from typing import Any
 from bifrost_cli.config import Latents
 from bifrost_cli.data.columns import PLAN, Columns, caption_of, choose_columns, text_of
 from bifrost_cli.data.entry import Entry, Listing, key_of
+from bifrost_cli.data.places import read_place
 from bifrost_cli.data.problems import Problem, SourceError
 from bifrost_cli.data.source_parquet import picture_of
 from bifrost_cli.errors import DataError, EnvironmentProblem
@@ -109,4 +110,7 @@ def _rows(texts: Any, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _picture(pictures: Any, column: str, number: int) -> bytes:
-    return picture_of(pictures[number][column])
+    cell = pictures[number][column]
+    if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
+        return read_place(cell["path"])  # the library's own: where it keeps what it downloaded
+    return picture_of(cell)

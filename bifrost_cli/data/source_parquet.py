@@ -18,7 +18,7 @@ from bifrost_cli.config import Latents
 from bifrost_cli.data.columns import PLAN, Columns, caption_of, choose_columns, text_of
 from bifrost_cli.data.entry import Entry, Listing, in_key_order, key_of, refuse_twins
 from bifrost_cli.data.images import BadImage
-from bifrost_cli.data.places import is_remote, open_place, read_place, reading
+from bifrost_cli.data.places import is_remote, open_place, reading
 from bifrost_cli.data.problems import Problem, SourceError
 from bifrost_cli.data.source_table import path_entry
 from bifrost_cli.errors import DataError, EnvironmentProblem
@@ -49,11 +49,12 @@ def list_parquet(places: list[str], rules: Latents) -> Listing:
 
 
 def picture_of(cell: Any) -> bytes:
-    """The bytes of a picture's cell: bytes, or Hugging Face's {"bytes", "path"}. BadImage: null, or neither."""
+    """The bytes of a picture's cell: bytes, or Hugging Face's {"bytes", "path"}. BadImage: null, or a path alone, which
+    could lead anywhere."""
     if isinstance(cell, dict):
         path, cell = cell.get("path"), cell.get("bytes")
         if cell is None and path:
-            return read_place(path)
+            raise BadImage("the image cell holds a path and no bytes")
     if cell is None:
         raise BadImage(NULL)
     if not isinstance(cell, bytes):

@@ -24,6 +24,7 @@ from bifrost_cli.errors import DataError
 
 METADATA = "metadata.jsonl"
 TABLES = (".jsonl", ".csv", ".tsv")
+_TABLE_BYTES = 1 << 32  # of one table, which is read whole
 
 
 def list_tables(places: list[str], rules: Latents) -> Listing:
@@ -52,7 +53,7 @@ def list_tables(places: list[str], rules: Latents) -> Listing:
 
 def _rows(place: str) -> Iterator[tuple[int, Row | ValueError]]:
     try:
-        data = read_place(place)
+        data = read_place(place, _TABLE_BYTES)
     except BadImage as error:
         raise DataError(f"{place} does not exist or cannot be read", at=error.message) from error
     suffix = suffix_of(place)

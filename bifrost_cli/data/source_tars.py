@@ -18,7 +18,7 @@ from bifrost_cli.config import Latents
 from bifrost_cli.data.caption_text import MAX_BYTES, decode_caption
 from bifrost_cli.data.columns import CAPTIONS, PLAN, text_of
 from bifrost_cli.data.entry import Entry, Listing, in_key_order, key_of, refuse_twins
-from bifrost_cli.data.images import BadImage
+from bifrost_cli.data.images import FILE_BYTES, BadImage
 from bifrost_cli.data.places import open_place, read_span, reading
 from bifrost_cli.data.problems import Problem, SourceError
 from bifrost_cli.data.source_folder import class_names
@@ -70,7 +70,9 @@ def _named_entries(
             except ValueError as error:
                 problems.append(Problem("caption", where, str(error)))
                 continue
-            yield name, Entry(key_of(name), where, partial(_read, place, member.start, member.size), caption, plan)
+            problem = f"{member.size} bytes, more than {FILE_BYTES}" if member.size > FILE_BYTES else None
+            read = partial(_read, place, member.start, member.size)
+            yield name, Entry(key_of(name), where, read, caption, plan, problem)
 
 
 def _samples(

@@ -67,13 +67,14 @@ def load_mllm(
         require_known(values.get("model_type") if isinstance(values, dict) else None)
     folder = model_place(ref, revision=revision)
     with model_errors(ref):
-        family_of(AutoConfig.from_pretrained(folder))
+        family_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         if not any((Path(folder) / name).is_file() for name in _TOKENIZERS):
             # The library would make an empty one.
             raise ValueError(f"it has no tokenizer: none of {', '.join(_TOKENIZERS)}")
-        processor = AutoProcessor.from_pretrained(folder)
-        Shards.open(folder, pickles_too=True)
-        model = _whole(AutoModelForImageTextToText, folder, dtype=dtype)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        if Shards.open(folder, pickles_too=True) is None:
+            Shards.open(folder)  # says so if pickles are all there is
+        model = _whole(AutoModelForImageTextToText, folder, dtype=dtype, trust_remote_code=False)
         return Mllm(model.to(device), _tokenizer(processor), processor.image_processor)
 
 
@@ -181,11 +182,14 @@ def _config(artifact: Artifact) -> dict:
 
 
 def _filled(module: nn.Module, artifact: Artifact, base: dict[str, torch.Tensor]) -> nn.Module:
-    """An empty module with the artifact's weights and those of its base; every missing, surplus or misshapen tensor is
-    named. Nothing is copied."""
+    """An empty module with the artifact's weights and those of its base, nothing copied; every tensor that is missing,
+    surplus, misshapen, or of whole numbers instead of fractions, is named."""
     path = artifact.file("model.safetensors")
     weights = {**base, **load_tensors(path)[0]}
-    troubles = misfits(shapes_of(module.state_dict()), shapes_of(weights))
+    wanted = module.state_dict()
+    troubles = misfits(shapes_of(wanted), shapes_of(weights))
+    troubles = troubles or [f"{name} holds {weights[name].dtype}, not {own.dtype}" for name, own in wanted.items()
+                            if weights[name].is_floating_point() != own.is_floating_point()]  # fmt: skip
     if troubles:
         more = [f"and {len(troubles) - _SHOWN} more"] if len(troubles) > _SHOWN else []
         shown = "; ".join(troubles[:_SHOWN] + more)

@@ -101,7 +101,7 @@ def build(recipe: Recipe) -> System:
     ArtifactError BF-ART-009: an MLLM of no known family."""
     mllm_folder, painter = configs(recipe.models.mllm), configs(recipe.models.painter)
     require_known(read_json(mllm_folder / "config.json").get("model_type"))
-    config = AutoConfig.from_pretrained(mllm_folder)
+    config = AutoConfig.from_pretrained(mllm_folder, trust_remote_code=False)
     read = {part: read_json(painter / part / "config.json") for part in _painter_parts(painter)}
     with torch.device("meta"):
         mllm = AutoModelForImageTextToText.from_config(config)

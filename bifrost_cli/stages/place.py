@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
+from transformers import dynamic_module_utils
 
 from bifrost_cli.errors import ArtifactError, BifrostError, EnvironmentProblem, memory_errors
 from bifrost_cli.stages.hub import HUB_ERRORS, first_line, hub_problem
 
 BUILTIN = Path(__file__).parents[1] / "builtin"
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds that transformers waits for a y on stdin before it refuses code
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 
 
@@ -68,6 +70,10 @@ def model_errors(ref: str, revision: str | None = None) -> Iterator[None]:
         if damage := _damage(error):
             raise ArtifactError(f"{ref} holds damaged weights: {damage}", at=first_line(error),
                                 fix="fetch the model again", code="BF-ART-008") from error  # fmt: skip
+        if "trust_remote_code" in str(error):
+            raise EnvironmentProblem(f"{ref} brings code of its own, which is never run",
+                                     fix="give a model of a family that transformers has itself", code="BF-ENV-020",
+                                     ) from error  # fmt: skip
         raise EnvironmentProblem(f"{ref} is not a model of the kind that is needed", at=first_line(error),
                                  fix="check the recipe's models section", code="BF-ENV-020") from error  # fmt: skip
 

@@ -15,6 +15,7 @@ from bifrost_cli.errors import UsageError
 from bifrost_cli.stages.ui import Ui
 
 MAX_BYTES = 64 * 1024
+FILE_BYTES = 1 << 28  # of a file of prompts
 OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 
 
@@ -103,7 +104,11 @@ def _prompt_file(path: Path, ui: Ui) -> list[str]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        with path.open("rb") as stream:  # a file, or what a shell gives for <(...)
+            data = stream.read(FILE_BYTES + 1)
+        if len(data) > FILE_BYTES:
+            raise UsageError(f"{path} has more than {FILE_BYTES} bytes", fix="give a file with one prompt a line")
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text", at=f"byte {error.start}", fix="save it as UTF-8") from error
     except OSError as error:

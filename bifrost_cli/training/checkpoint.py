@@ -157,8 +157,9 @@ def verify(path: Path, part: slice = slice(None)) -> dict[str, str]:
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or manifest.get("format") != FORMAT or not _is_whole(files):
         raise damaged("manifest.json is not a checkpoint's, or of a newer bifrost")
-    if path.name != f"step-{manifest.get('step', -1):07d}":
-        raise damaged(f"its manifest says step {manifest.get('step')}")
+    step = manifest.get("step")
+    if type(step) is not int or path.name != f"step-{step:07d}":
+        raise damaged(f"its manifest says step {step}")
     for name, digest in sorted(files.items())[part]:
         if not (path / name).is_file():
             raise damaged(f"{name} is missing")

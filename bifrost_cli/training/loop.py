@@ -99,6 +99,7 @@ def fit(task: Task, train: Any, folder: Path, *, device: str | torch.device = "c
                 digests = records.sync()
                 state.seconds = records.seconds()
                 _save(state, checkpoints, digests)
+                records.saved(records.seconds() - state.seconds)
             if stopping and not last:
                 raise Stopped(f"stopped at step {state.step} of {train.steps}; a checkpoint is written",
                               at=str(checkpoints.path(state.step)), fix="run the same command again to continue",

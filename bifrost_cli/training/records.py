@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from bifrost_cli.artifacts.files import append, remove, sha256_file, sync, write_bytes
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem
 
+SOON = 20.0  # seconds; unless told to ask earlier, SLURM kills 30 s after it asked for a stop
 _ROW = re.compile(r"(step|\d+)(,[^,\0]+)+\n")
 
 
@@ -71,6 +73,7 @@ class Journal:
         self._path = folder / "train.log"
         append(self._path, "")  # there from the start, for who follows it
         self._board = _tensorboard(folder / "tensorboard") if train.tensorboard else None
+        self._warned = False
 
     def __enter__(self) -> Journal:
         return self
@@ -110,6 +113,13 @@ class Journal:
         if self._board is not None:
             self._scalars("validation", step, row)
 
+    def saved(self, seconds: float) -> None:
+        """Say, once, that whoever stops the job must leave it the time that a checkpoint takes."""
+        if seconds > SOON and not self._warned:
+            self._warned = True
+            self._tell(f"warning: a checkpoint takes {seconds:.0f} s; a job that is killed sooner than that after "
+                       f"SIGTERM goes on from the one before (SLURM: --signal=TERM@{_asked(seconds)})")
+
     def _tell(self, line: str) -> None:
         self._say(line)
         append(self._path, f"{time.strftime('%Y-%m-%dT%H:%M:%S')}  {self.seconds():.1f} s  {line}\n")
@@ -125,7 +135,7 @@ class Records:
     def __init__(self, folder: Path, train: Any, ui: Any) -> None:
         self._losses, self._validation = Table(folder / "losses.csv"), Table(folder / "validation.csv")
         self._journal = Journal(folder, train, ui)
-        self.begin, self.seconds = self._journal.begin, self._journal.seconds
+        self.begin, self.seconds, self.saved = self._journal.begin, self._journal.seconds, self._journal.saved
 
     def __enter__(self) -> Records:
         return self
@@ -166,7 +176,12 @@ class NoRecords(Records):
     def seconds(self) -> float:
         return 0.0
 
-    cut = step = validation = sync = lambda *_: None
+    cut = step = validation = sync = saved = lambda *_: None
+
+
+def _asked(seconds: float) -> int:
+    """How long before the end a job should be asked to stop: twice a save, in whole minutes, five at least."""
+    return max(300, 60 * math.ceil(2 * seconds / 60))
 
 
 def _clock(seconds: float) -> str:

@@ -1,0 +1,163 @@
+"""Bad inputs 36 to 60: which tests hold each of them. A row is the number of an input; the tests say what happens.
+
+Every named test exists and every number has one: checked here, without running them.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+HELD = {
+    # a tar that is cut
+    36: ("tests/test_bad_archives.py::test_36_a_shard_that_is_cut_at_any_border",
+         "tests/test_bad_archives.py::test_36_good_work_is_kept_when_a_shard_breaks_later",
+         "tests/test_stage_extract.py::test_an_archive_that_is_damaged_while_it_is_read_loses_nothing",
+         "tests/test_source_tars.py::test_a_cut_anywhere_is_an_error_with_its_byte",),
+    # names that leave it, links, pipes
+    37: ("tests/test_bad_archives.py::test_37_hostile_members_are_refused_and_counted",
+         "tests/test_no_code_from_data.py::test_members_of_a_tar",
+         "tests/test_source_tars.py::test_hostile_members_stop_or_are_left_out",),
+    # pickles in a tar, pipe: for a shard
+    38: ("tests/test_bad_archives.py::test_38_members_that_hold_code_are_counted_and_a_pipe_is_no_shard",
+         "tests/test_no_code_from_data.py::test_sources_that_others_would_run",
+         "tests/test_source_tars.py::test_samples_and_their_texts",
+         "tests/test_sources.py::test_addresses_that_cannot_be_opened"),
+    # a tar.gz that unpacks to 50 GB
+    39: ("tests/test_bad_archives.py::test_39_a_compressed_archive_is_not_unpacked",
+         "tests/test_bombs.py::test_a_bomb_is_refused_soon_and_in_a_gigabyte",
+         "tests/test_source_tars.py::test_compressed_and_empty_archives_say_so",),
+    # chmod 000
+    40: ("tests/test_bad_archives.py::test_40_what_we_may_not_read_is_named_with_its_mode",
+         "tests/test_bad_archives.py::test_40_a_folder_we_may_not_enter_or_list_stops",
+         "tests/test_bad_archives.py::test_40_a_file_that_is_the_whole_input",
+         "tests/test_images.py::test_a_file_we_may_not_read_names_its_mode",),
+    # removed or changed meanwhile
+    41: ("tests/test_stage_extract.py::test_an_image_that_changes_during_the_run_is_no_row",
+         "tests/test_sources.py::test_an_image_that_changes_after_the_scan_is_not_loaded",
+         "tests/test_source_tars.py::test_an_archive_that_changes_after_the_scan_is_not_loaded",
+         "tests/test_source_parquet.py::test_a_table_that_changes_after_the_scan_is_not_loaded"),
+    # disk full
+    42: ("tests/test_stage_extract.py::test_a_full_disk_stops_with_3_and_freeing_it_continues",
+         "tests/test_stage_extract.py::test_a_disk_too_small_from_the_start_is_refused_before_encoding",
+         "tests/test_training_checkpoint.py::test_a_full_disk_keeps_the_old_checkpoint_and_leaves_no_half_one",
+         "tests/test_files.py::test_a_full_disk_is_told_and_keeps_the_old_file",
+         "tests/test_faults.py::test_an_error_at_any_call_is_told_and_loses_nothing"),
+    # quota, read-only, EIO on fsync
+    43: ("tests/test_faults.py::test_an_error_at_any_call_is_told_and_loses_nothing",
+         "tests/test_canaries.py::test_a_failed_fsync_taken_for_done",
+         "tests/test_files.py::test_a_limit_on_file_sizes_is_a_full_disk",
+         "tests/test_files.py::test_a_folder_that_cannot_be_written",
+         "tests/test_stage_extract.py::test_a_limit_on_file_size_stops_with_3"),
+    # kill -9 in extract
+    44: ("tests/test_kills.py::test_two_kills_and_the_same_bytes",
+         "tests/test_faults.py::test_a_power_cut_after_any_change_loses_nothing",
+         "tests/test_canaries.py::test_an_index_before_its_shard",
+         "tests/test_stage_extract.py::test_a_crash_inside_the_encoder_keeps_finished_shards"),
+    # kill or signals in a save
+    45: ("tests/test_kills.py::test_a_signal_inside_a_save_lets_it_finish_and_stops_with_75",
+         "tests/test_kills.py::test_two_signals_stop_at_once_and_lose_nothing",
+         "tests/test_training_resume.py::test_kills_in_the_save_and_at_random_moments",
+         "tests/test_training_resume.py::test_a_second_signal_stops_at_once_with_130"),
+    # SLURM kills before a save is done
+    46: ("tests/test_training_loop.py::test_a_checkpoint_that_takes_longer_than_a_killer_waits_is_told_once",
+         "tests/test_training_checkpoint.py::test_leftovers_of_a_killed_save_are_swept",
+         "tests/test_training_resume.py::test_kills_in_the_save_and_at_random_moments",
+         "tests/test_processes.py::test_a_slurm_job_is_queued_again_only_when_it_stopped_on_request"),
+    # two extractions
+    47: ("tests/test_bad_stores.py::test_47_a_second_extraction_is_told_at_once_who_writes",
+         "tests/test_stage_extract.py::test_a_second_extraction_into_the_same_store_names_the_first",
+         "tests/test_faults.py::test_a_second_writer_is_refused_and_harms_nothing",
+         "tests/test_store.py::test_a_second_writer_is_refused_with_the_owner"),
+    # a missing shard or chunk
+    48: ("tests/test_bad_stores.py::test_a_damaged_store_stops_a_training_at_its_start",
+         "tests/test_store.py::test_missing_and_truncated_files",
+         "tests/test_store.py::test_a_missing_inner_chunk_is_no_row_of_zeros",
+         "tests/test_store.py::test_a_missing_chunk_of_codes_or_scales_is_no_row"),
+    # a flipped bit, a cut shard, an absurd shape
+    49: ("tests/test_bad_stores.py::test_a_damaged_store_stops_a_training_at_its_start",
+         "tests/test_bad_stores.py::test_49_a_flipped_bit_is_told_with_its_shard_and_rows",
+         "tests/test_store.py::test_a_flipped_bit_anywhere_is_found",
+         "tests/test_store.py::test_without_sha256_the_inner_checksums_still_find_it",
+         "tests/test_store.py::test_missing_and_truncated_files",
+         "tests/test_store.py::test_an_absurd_shape_is_refused_at_once",
+         "tests/test_flips.py::test_a_store"),
+    # .partial, .DS_Store, others' arrays
+    50: ("tests/test_bad_stores.py::test_50_foreign_files_are_listed_and_left_alone",
+         "tests/test_bad_stores.py::test_50_temporary_files_of_a_killed_extraction_are_swept",
+         "tests/test_store.py::test_foreign_files_are_listed_and_ignored",
+         "tests/test_store.py::test_a_damaged_draft_is_mended",
+         "tests/test_store.py::test_hidden_files_of_others_in_a_draft_are_no_part_of_the_store",
+         "tests/test_stage_extract.py::test_foreign_files_in_the_output_are_left_alone"),
+    # another encoder
+    51: ("tests/test_bad_stores.py::test_51_52_latents_of_another_encoder_or_of_other_weights",
+         "tests/test_generate.py::test_parts_that_do_not_fit_are_named_before_loading",
+         "tests/test_stage_branch.py::test_latents_of_another_encoder_are_refused_before_any_loading",
+         "tests/test_stage_controlnet.py::test_vae_latents_of_another_flux_are_refused",
+         "tests/test_stage_controlnet.py::test_vae_latents_of_another_grid_are_refused"),
+    # its name, other weights
+    52: ("tests/test_bad_stores.py::test_51_52_latents_of_another_encoder_or_of_other_weights",
+         "tests/test_stage_branch.py::test_the_same_encoder_with_other_weights_is_refused",),
+    # a checkpoint tampered with
+    53: ("tests/test_bad_checkpoints.py::test_53_a_branch_that_was_tampered_with",
+         "tests/test_bad_checkpoints.py::test_53_a_flipped_bit_is_seen_by_the_hash",
+         "tests/test_training_checkpoint.py::test_a_flipped_byte_anywhere_is_an_error",
+         "tests/test_training_checkpoint.py::test_tied_weights_are_stored_once_and_other_models_refused",
+         "tests/test_flips.py::test_a_checkpoint",
+         "tests/test_weights.py::test_a_bad_number_names_its_tensor"),
+    # safetensors headers that are bombs
+    54: ("tests/test_bombs.py::test_a_bomb_is_refused_soon_and_in_a_gigabyte",
+         "tests/test_weights.py::test_malformed_files_are_refused_at_once",),
+    # pickles, renamed ones too
+    55: ("tests/test_no_code_from_data.py::test_a_pickle_for_weights",
+         "tests/test_no_code_from_data.py::test_a_model_of_pickles_alone",
+         "tests/test_weights.py::test_a_pickle_is_refused_and_never_run",),
+    # other formats
+    56: ("tests/test_bad_checkpoints.py::test_56_an_artifact_of_another_format",
+         "tests/test_bad_checkpoints.py::test_56_a_recipe_of_another_format",
+         "tests/test_artifacts.py::test_a_newer_format_asks_for_an_update",
+         "tests/test_config.py::test_refused_with_place_and_reason_within_a_second",
+         "tests/test_config.py::test_a_recipe_of_format_1_is_read_with_todays_names"),
+    # NaN, lr 1e9
+    57: ("tests/test_bad_checkpoints.py::test_57_a_learning_rate_of_1e9_ends_with_7_and_writes_no_checkpoint_of_it",
+         "tests/test_training_loop.py::test_a_bad_row_stops_before_the_step_and_keeps_the_last_checkpoint",
+         "tests/test_training_loop.py::test_weights_that_overflow_are_never_saved",
+         "tests/test_stage_extract.py::test_an_encoder_that_gives_nan_is_refused"),
+    # offline, 503, half a download
+    58: ("tests/test_hub.py::test_each_trouble_has_its_own_message_and_a_fix",
+         "tests/test_hub.py::test_half_a_download_is_never_taken_for_a_model",
+         "tests/test_hub.py::test_offline_opens_no_socket"),
+    # gated, remote code, only .bin
+    59: ("tests/test_no_code_from_data.py::test_code_beside_a_model",
+         "tests/test_no_code_from_data.py::test_a_family_of_its_own",
+         "tests/test_no_code_from_data.py::test_a_model_of_pickles_alone",
+         "tests/test_hub.py::test_each_trouble_has_its_own_message_and_a_fix",
+         "tests/test_hub.py::test_no_two_troubles_read_the_same"),
+    # what YAML can hide; clock, locale
+    60: ("tests/test_bad_recipes.py::test_60_a_bad_recipe_has_file_line_and_column_within_a_second",
+         "tests/test_bad_recipes.py::test_60_1e_4_is_a_number",
+         "tests/test_bad_recipes.py::test_60_clock_hash_seed_and_locale_change_no_byte",
+         "tests/test_config.py::test_refused_with_place_and_reason_within_a_second",
+         "tests/test_config.py::test_numbers_and_words_mean_what_they_look_like",
+         "tests/test_config.py::test_hash_seed_and_locale_do_not_matter",
+         "tests/test_stage_branch.py::test_a_batch_larger_than_the_store_is_refused"),
+}  # fmt: skip
+
+
+def test_every_number_is_held():
+    assert sorted(HELD) == list(range(36, 61)) and all(HELD.values())
+
+
+@pytest.mark.parametrize("number", HELD)
+def test_its_tests_exist(number):
+    missing = [name for name in HELD[number] if name.partition("::")[2] not in names_in(name.partition("::")[0])]
+    assert not missing
+
+
+def names_in(file: str) -> set[str]:
+    tree = ast.parse((ROOT / file).read_text()) if (ROOT / file).exists() else ast.Module([], [])
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
