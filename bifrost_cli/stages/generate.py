@@ -77,7 +77,7 @@ class _Job:
             "controlnet": self.pair.controlnet.id,
             "prompts": len(self.prompts),
             "pictures": len(wanted),
-            "pictures_there": 0 if file else sum((folder / order.name).is_file() for order in wanted),
+            "pictures_there": 0 if file else len({order.name for order in wanted} & _names(folder)),
             "plan_tokens": settings.plan_tokens if settings.plan else 0,
             "branch_passes": settings.decode_steps * (1 if settings.guidance == 1.0 else 2),
             "diffusion_steps": settings.steps,
@@ -144,6 +144,11 @@ def generate(
     if timings:
         ui.say(f"time: {timing_line(studio.seconds) or 'nothing was painted'}")
     return made
+
+
+def _names(folder: Path) -> set[str]:
+    """What a folder holds; nothing where there is none."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 # ---- one file -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Bad inputs 36 to 60: which tests hold each of them. A row is the number of an input; the tests say what happens.
+"""The 60 bad inputs: which tests hold each of them. A row is the number of an input; the tests say what happens.
 
 Every named test exists and every number has one: checked here, without running them.
 """
@@ -13,6 +13,114 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 HELD = {
+    # an empty folder, list or table
+    1: ("tests/test_bad_pictures.py::test_01_an_empty_folder_list_or_table",
+        "tests/test_bad_pictures.py::test_01_a_parquet_without_rows"),
+    # folders or texts alone
+    2: ("tests/test_bad_pictures.py::test_02_folders_and_texts_alone",
+        "tests/test_sources.py::test_folders_without_images_say_what_they_hold"),
+    # no bytes
+    3: ("tests/test_bad_pictures.py::test_pictures_that_are_refused_stop_or_are_counted",
+        "tests/test_images.py::test_empty_and_text_files_say_what_they_are"),
+    # a page for a picture
+    4: ("tests/test_bad_pictures.py::test_pictures_that_are_refused_stop_or_are_counted",
+        "tests/test_images.py::test_empty_and_text_files_say_what_they_are"),
+    # cut in half
+    5: ("tests/test_bad_pictures.py::test_pictures_that_are_refused_stop_or_are_counted",
+        "tests/test_images.py::test_a_picture_cut_in_half_is_refused"),
+    # without its end
+    6: ("tests/test_bad_pictures.py::test_pictures_that_are_accepted_are_stored_and_their_kind_counted",
+        "tests/test_images.py::test_a_missing_end_is_minor_damage"),
+    # a flipped byte in a JPEG's scan
+    7: ("tests/test_bad_pictures.py::test_pictures_that_are_accepted_are_stored_and_their_kind_counted",
+        "tests/test_images.py::test_a_flipped_byte_in_a_jpeg_scan_is_accepted"),
+    # a PNG with a wrong CRC
+    8: ("tests/test_bad_pictures.py::test_pictures_that_are_refused_stop_or_are_counted",
+        "tests/test_images.py::test_a_png_with_a_wrong_checksum_is_refused"),
+    # a PNG of 100 megapixels
+    9: ("tests/test_bad_pictures.py::test_pictures_that_are_refused_stop_or_are_counted",
+        "tests/test_images.py::test_bombs_are_refused_before_decoding"),
+    # 400 megapixels, a strip
+    10: ("tests/test_bad_pictures.py::test_pictures_that_are_refused_stop_or_are_counted",
+         "tests/test_images.py::test_bombs_are_refused_before_decoding"),
+    # a text bomb
+    11: ("tests/test_bad_pictures.py::test_pictures_that_are_refused_stop_or_are_counted",
+         "tests/test_images.py::test_a_text_bomb_in_a_png_is_one_bad_image"),
+    # CMYK
+    12: ("tests/test_bad_pictures.py::test_pictures_that_are_accepted_are_stored_and_their_kind_counted",
+         "tests/test_images.py::test_cmyk_is_converted_and_counted"),
+    # grey of 16 bits
+    13: ("tests/test_bad_pictures.py::test_pictures_that_are_accepted_are_stored_and_their_kind_counted",
+         "tests/test_images.py::test_sixteen_bit_grey_is_scaled_not_clipped"),
+    # TIFF of 32 bits
+    14: ("tests/test_bad_pictures.py::test_pictures_that_are_refused_stop_or_are_counted",
+         "tests/test_images.py::test_thirty_two_bit_pictures_are_refused"),
+    # TIFF with NaN
+    15: ("tests/test_bad_pictures.py::test_pictures_that_are_refused_stop_or_are_counted",
+         "tests/test_images.py::test_thirty_two_bit_pictures_are_refused"),
+    # transparent
+    16: ("tests/test_bad_pictures.py::test_pictures_that_are_accepted_are_stored_and_their_kind_counted",
+         "tests/test_bad_pictures.py::test_16_17_what_is_done_to_pictures_belongs_to_the_store",
+         "tests/test_images.py::test_transparency_goes_over_the_background"),
+    # EXIF orientation
+    17: ("tests/test_bad_pictures.py::test_pictures_that_are_accepted_are_stored_and_their_kind_counted",
+         "tests/test_bad_pictures.py::test_16_17_what_is_done_to_pictures_belongs_to_the_store",
+         "tests/test_images.py::test_exif_orientation_is_applied_once"),
+    # animated, of several pages
+    18: ("tests/test_bad_pictures.py::test_pictures_that_are_accepted_are_stored_and_their_kind_counted",
+         "tests/test_bad_pictures.py::test_18_animations_can_be_left_out",
+         "tests/test_images.py::test_of_an_animation_the_first_frame_counts"),
+    # EPS, PDF, SVG, ICO, PSD
+    19: ("tests/test_bad_pictures.py::test_pictures_that_are_refused_stop_or_are_counted",
+         "tests/test_images.py::test_formats_outside_the_list_are_refused"),
+    # another ending than its content
+    20: ("tests/test_bad_pictures.py::test_pictures_that_are_accepted_are_stored_and_their_kind_counted",
+         "tests/test_images.py::test_the_content_decides_not_the_name"),
+    # ICC profiles
+    21: ("tests/test_bad_pictures.py::test_pictures_that_are_accepted_are_stored_and_their_kind_counted",
+         "tests/test_images.py::test_garbage_profiles_are_ignored_and_counted",
+         "tests/test_images.py::test_a_profile_is_converted_to_srgb"),
+    # too small, too long
+    22: ("tests/test_bad_pictures.py::test_pictures_that_are_refused_stop_or_are_counted",
+         "tests/test_images.py::test_small_and_long_pictures_are_refused"),
+    # the same bytes twice
+    23: ("tests/test_bad_pictures.py::test_23_the_same_bytes_twice_are_two_rows",),
+    # the same key twice
+    24: ("tests/test_bad_texts.py::test_24_two_pictures_of_one_key",
+         "tests/test_bad_texts.py::test_24_a_member_twice_in_an_archive"),
+    # a caption missing
+    25: ("tests/test_bad_texts.py::test_25_a_caption_that_is_missing",),
+    # a caption of nothing, BOM, CRLF
+    26: ("tests/test_bad_texts.py::test_26_a_caption_of_nothing_is_missing",
+         "tests/test_bad_texts.py::test_26_27_28_captions_are_kept_as_they_are"),
+    # a caption that is no UTF-8
+    27: ("tests/test_bad_texts.py::test_27_28_captions_that_are_no_text",
+         "tests/test_bad_texts.py::test_26_27_28_captions_are_kept_as_they_are"),
+    # emoji, right to left, NUL, a megabyte
+    28: ("tests/test_bad_texts.py::test_26_27_28_captions_are_kept_as_they_are",
+         "tests/test_bad_texts.py::test_27_28_captions_that_are_no_text",
+         "tests/test_stage_extract.py::test_a_caption_of_300_words_is_kept_whole"),
+    # names of files
+    29: ("tests/test_bad_texts.py::test_29_odd_names_are_escaped_keys",
+         "tests/test_bad_texts.py::test_29_two_spellings_of_one_name"),
+    # files of prompts
+    30: ("tests/test_bad_texts.py::test_30_a_prompt_file_of_nothing",
+         "tests/test_bad_texts.py::test_30_blank_lines_repeats_and_number_signs",
+         "tests/test_bad_texts.py::test_30_a_million_lines_are_planned"),
+    # prompts as paths
+    31: ("tests/test_bad_texts.py::test_31_a_prompt_is_no_file_name",),
+    # a broken line, a missing column
+    32: ("tests/test_bad_texts.py::test_32_a_line_that_is_no_json",
+         "tests/test_bad_texts.py::test_32_a_column_that_is_not_there",
+         "tests/test_source_parquet.py::test_columns_that_are_not_there_or_of_another_kind"),
+    # paths out of the folder
+    33: ("tests/test_bad_texts.py::test_33_a_path_out_of_the_folder",
+         "tests/test_sources.py::test_metadata_does_not_leave_its_folder"),
+    # links, devices, pipes
+    34: ("tests/test_bad_texts.py::test_34_links_devices_and_pipes_are_never_opened",
+         "tests/test_sources.py::test_links_devices_and_pipes"),
+    # an output that is a link, or in the input
+    35: ("tests/test_bad_texts.py::test_35_an_output_that_is_a_link_or_lies_in_the_input",),
     # a tar that is cut
     36: ("tests/test_bad_archives.py::test_36_a_shard_that_is_cut_at_any_border",
          "tests/test_bad_archives.py::test_36_good_work_is_kept_when_a_shard_breaks_later",
@@ -149,7 +257,7 @@ HELD = {
 
 
 def test_every_number_is_held():
-    assert sorted(HELD) == list(range(36, 61)) and all(HELD.values())
+    assert sorted(HELD) == list(range(1, 61)) and all(HELD.values())
 
 
 @pytest.mark.parametrize("number", HELD)
