@@ -98,8 +98,8 @@ def test_forbidden_calls(path):
     "line",
     ["torch.load(p)", "torch.load(p, weights_only=False)", "from torch import load", "import pickle",
      "import pickle as p", "from pickle import loads", "yaml.load(t)", "from yaml import load",
-     "yaml.load(t, Loader=yaml.Loader)", "eval(t)", "exec(t)", "run(c, shell=True)", "os.system(c)", "tar.extractall(p)",
-     "m.from_pretrained(p, trust_remote_code=True)",
+     "yaml.load(t, Loader=yaml.Loader)", "eval(t)", "exec(t)", "run(c, shell=True)", "os.system(c)",
+     "tar.extractall(p)", "m.from_pretrained(p, trust_remote_code=True)",
      "np.load(p, allow_pickle=True)", "import click"],
 )  # fmt: skip
 def test_the_search_for_forbidden_calls_sees_them(line, tmp_path):
