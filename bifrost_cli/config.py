@@ -207,6 +207,7 @@ class Evaluate(Section):
         description="the CLIP of --clipscore",
     )
     inception_weights: str | None = Field(None, description="file of FID's weights; null is torch-fidelity's cache")
+    lpips_weights: str | None = Field(None, description="file of AlexNet's weights; null is torchvision's cache")
     min_samples: Annotated[int, Field(ge=2)] = Field(2048, description="fewer images than this are refused")
 
 

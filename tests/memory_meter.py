@@ -1,4 +1,4 @@
-"""The peak of what torch has allocated on the CPU, in bytes, the same at every run.
+"""Peaks of memory in bytes: of what torch has allocated on the CPU, the same at every run, and of a whole process.
 
 torch's profiler reports each allocation and release of the CPU allocator with its size, temporaries inside operators
 included; their running sum on top of what the given modules hold is the memory a device would need. Unlike the
@@ -8,6 +8,7 @@ resident set it knows no page cache, no allocator slack and no other library, so
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -30,3 +31,25 @@ def weight_bytes(*modules: nn.Module) -> int:
     """What the modules' parameters and buffers hold, a shared tensor once."""
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def resident_peak(work: Callable[[], object]) -> int:
+    """How far the resident set of this process rises during `work` above where it stands, in bytes.
+
+    For a process that has nothing else to do: `ru_maxrss` would not do, which a child inherits from its parent, and
+    which cannot be set back.
+    """
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak of this process begins anew
+    work()
+    return _resident("VmHWM") - before
+
+
+def resident() -> int:
+    """The resident set of this process now, in bytes."""
+    return _resident("VmRSS")
+
+
+def _resident(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{name}:")[2].split()[0])

@@ -5,15 +5,24 @@ In: options. Out: one stage call and its Result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bifrost_cli.cli.command import Result, command
 from bifrost_cli.cli.options import EVALUATE, Device, DryRun, Output, Recipe, Workspace
 from bifrost_cli.cli.stages import made
+from bifrost_cli.errors import Findings
 from bifrost_cli.stages.ui import Ui
+
+if TYPE_CHECKING:
+    from bifrost_cli.artifacts import Artifact
+    from bifrost_cli.stages.gates import Gate
+
+LARGE = 2**30  # bytes of a report.json
 
 app = typer.Typer()
 
@@ -29,15 +38,26 @@ def evaluate(
     prdc: Annotated[bool, typer.Option("--prdc", help="Precision, recall, density, coverage.")] = False,
     clipscore: Annotated[bool, typer.Option("--clipscore", help="Picture against prompt, in a CLIP.")] = False,
     shapes: Annotated[bool, typer.Option("--shapes", help="Accuracy by the built-in world's checker.")] = False,
+    reconstruction: Annotated[
+        bool, typer.Option("--reconstruction", help="Paint --reference again; PSNR, SSIM, LPIPS, rFID.")
+    ] = False,
     fd: Annotated[
         list[str] | None, typer.Option("--fd", metavar="FEATURES", help="Frechet distance in another network too.")
     ] = None,
     samples: Annotated[
         str | None, typer.Option("--samples", metavar="REF", help="Samples, or a folder.  (default: the newest)")
     ] = None,
-    reference: Annotated[
-        str | None, typer.Option("--reference", metavar="REF", help="A folder, samples, or saved statistics.")
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="Paint these prompts first, one a line.")
     ] = None,
+    n: Annotated[int, typer.Option("-n", help="Pictures of each of --prompts.")] = 1,
+    reference: Annotated[
+        str | None, typer.Option("--reference", metavar="REF", help="A folder, samples, latents, or saved statistics.")
+    ] = None,
+    gate: Annotated[
+        list[str] | None, typer.Option("--gate", metavar="BAR", help="Exit with 8 unless it holds, as 'fid<12.5'.")
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Say how each measure is taken, and stop.")] = False,
     output: Output = None,
     workspace: Workspace = Path("runs"),
     device: Device = "auto",
@@ -49,11 +69,34 @@ def evaluate(
 
     Example: bifrost eval --fid --samples runs/samples-0123456789ab --reference photos/
     """
-    from bifrost_cli.stages.evaluate import evaluate
+    from bifrost_cli.stages.gates import Gate
+    from bifrost_cli.stages.measures.protocols import explained
 
     flags = {"fid": fid, "sfid": sfid, "kid": kid, "is": inception_score, "prdc": prdc, "clipscore": clipscore,
-             "shapes": shapes}  # fmt: skip
+             "shapes": shapes, "reconstruction": reconstruction}  # fmt: skip
     measures = [name for name, asked in flags.items() if asked] or ([] if fd else ["fid"])
-    inputs = {"measures": measures, "fd": fd or [], "samples": samples, "reference": reference}
+    if explain:
+        lines = explained(measures, fd or [])
+        return Result(lines, {"explained": lines})
+    from bifrost_cli.stages.evaluate import evaluate
+
+    bars = [Gate.of(text) for text in gate or []]
+    inputs = {"measures": measures, "fd": fd or [], "samples": samples, "prompts": prompts, "n": n,
+              "reference": reference}  # fmt: skip
     where = {"output": output, "workspace": workspace, "device": device}
-    return made(evaluate(recipe, **inputs, **where, dry_run=dry_run, ui=ui))
+    found = evaluate(recipe, **inputs, **where, dry_run=dry_run, ui=ui)
+    return made(found) if dry_run else _gated(found, bars, ui)
+
+
+def _gated(report: Artifact, bars: Sequence[Gate], ui: Ui) -> Result:
+    """The report, with an error for the bars that do not hold."""
+    from bifrost_cli.artifacts.files import read_json
+
+    judged = [bar.judged(read_json(report.file("report.json"), LARGE)["results"]) for bar in bars]
+    for one in judged:
+        end = "holds" if one["holds"] else "fails"
+        ui.say(f"gate {one['gate']}: {one['value']:.4g}, at worst {one['end']:.4g}: {end}")
+    result = made(report)
+    failed = [one["gate"] for one in judged if not one["holds"]]
+    error = Findings(f"{len(failed)} of {len(judged)} gates do not hold", at=", ".join(failed)) if failed else None
+    return replace(result, data={**result.data, **({"gates": judged} if judged else {})}, error=error)

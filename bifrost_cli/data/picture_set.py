@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.identity import digest_of
 from bifrost_cli.config import Latents
-from bifrost_cli.data.images import read_image
+from bifrost_cli.data.images import read_image, square
 from bifrost_cli.data.sources import Sample, scan
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.shapes.captions import held_out_prompts, sample_scene
@@ -108,11 +108,24 @@ def _read(path: Path, rules: Latents) -> np.ndarray:
 def from_folder(folder: Path, rules: Latents) -> PictureSet:
     """The pictures of a folder, with captions where it has any. DataError: none."""
     found = scan(str(folder), rules.model_copy(update=_AS_PICTURES))
-    entries = tuple(
-        Entry(sample.key, sample.sha256, partial(_load, sample), sample.caption or None, sample.plan)
-        for sample in found.samples
-    )
+    entries = entries_of(found.samples)
     return PictureSet(f"folder {folder}", entries, skipped=found.funnel["seen"] - len(entries))
+
+
+def entries_of(samples: Sequence[Sample]) -> tuple[Entry, ...]:
+    """Samples of a source as entries."""
+    return tuple(Entry(one.key, one.sha256, partial(_load, one), one.caption or None, one.plan) for one in samples)
+
+
+def squared(pictures: PictureSet, size: int) -> PictureSet:
+    """The same pictures as squares of `size` px, resized and cut as for an extraction (`images.square`)."""
+    entries = tuple(replace(entry, digest=digest_of([entry.digest, "square", size]), load=partial(_square, entry, size))
+                    for entry in pictures.entries)  # fmt: skip
+    return replace(pictures, what=f"{pictures.what}, as squares of {size} px", entries=entries)
+
+
+def _square(entry: Entry, size: int) -> np.ndarray:
+    return square(entry.load(), size)
 
 
 def _load(sample: Sample) -> np.ndarray:

@@ -20,7 +20,7 @@ FLIP = "#flip"  # follows the key; keys hold no other `#`, so that both rows of 
 _SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One captioned picture; `sha256` is that of the file (of the pixels, where there is no file).
 

@@ -28,7 +28,7 @@ from bifrost_cli.data.listing import list_source, refuse_ignored
 from bifrost_cli.data.problems import Problem, SourceError
 from bifrost_cli.data.sample import Sample, Scan, with_flips
 from bifrost_cli.errors import RecipeError, UsageError
-from bifrost_cli.shapes.captions import sample_prompt, sample_scene
+from bifrost_cli.shapes.captions import Prompt, sample_prompt, sample_scene
 from bifrost_cli.shapes.draw import draw
 from bifrost_cli.shapes.plan import write_plan
 from bifrost_cli.shapes.scene import Scene
@@ -233,12 +233,17 @@ def _shapes_arguments(source: str) -> tuple[int, int]:
 
 def _shapes_sample(seed: int, i: int) -> Sample:
     """Sample i, a function of (seed, i) alone: the key says i, so a longer source begins with the shorter one."""
+    prompt, scene = _scene(seed, i)
+    digest = hashlib.sha256(draw(scene).tobytes()).hexdigest()
+    return Sample(f"{i:08d}", prompt.text, write_plan(scene, prompt), digest, partial(_picture, seed, i))
+
+
+def _scene(seed: int, i: int) -> tuple[Prompt, Scene]:
     rng = np.random.default_rng([seed, i])
     prompt = sample_prompt(rng, split="train")
-    scene = sample_scene(rng, prompt)
-    digest = hashlib.sha256(draw(scene).tobytes()).hexdigest()
-    return Sample(f"{i:08d}", prompt.text, write_plan(scene, prompt), digest, partial(_picture, scene))
+    return prompt, sample_scene(rng, prompt)
 
 
-def _picture(scene: Scene) -> Picture:
-    return Picture(draw(scene))
+def _picture(seed: int, i: int) -> Picture:
+    """Drawn from the numbers again: a scene in memory is larger than all else of a sample."""
+    return Picture(draw(_scene(seed, i)[1]))

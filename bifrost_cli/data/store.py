@@ -8,7 +8,8 @@ when it is read. Does not know models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,23 +79,35 @@ class LatentsStore:
             )
         return self._read("vae", rows)
 
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """The index line of each row, read again from the disk."""
+        return [line for _, line in self._ok_lines()]
+
     def _read_index(self) -> None:
-        lines = []
+        """Of each row its text and its place, nothing else: a store may have millions."""
+        self.keys: list[str] = []
+        self.captions: list[str] = []
+        self.plans: list[str | None] = []
+        places = array("q")
+        for place, line in self._ok_lines():
+            places.append(place)
+            self.keys.append(line["key"])
+            self.captions.append(line["caption"])
+            self.plans.append(line.get("plan"))
+        self._physical_N = np.array(places, np.int64)
+
+    def _ok_lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Row number in the arrays and index line of every row that did not fail."""
         for shard in range(self._layout.shards):
-            index = read_index(self._path, shard)
-            span = self._layout.span(shard)
+            index, span = read_index(self._path, shard), self._layout.span(shard)
             if len(index.lines) != span.stop - span.start:
                 raise StoreError(
                     f"{self._path}: the index of shard {shard} has {len(index.lines)} rows",
                     fix=MEND,
                     code="BF-STORE-006",
                 )
-            lines += index.lines
-        self._physical_N = np.array([i for i, line in enumerate(lines) if line["status"] == OK], np.int64)
-        self.lines: list[dict[str, Any]] = [line for line in lines if line["status"] == OK]
-        self.keys: list[str] = [line["key"] for line in self.lines]
-        self.captions: list[str] = [line["caption"] for line in self.lines]
-        self.plans: list[str | None] = [line.get("plan") for line in self.lines]
+            yield from ((i, line) for i, line in enumerate(index.lines, span.start) if line["status"] == OK)
 
     def _read(self, name: str, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         wanted = np.asarray(rows, np.int64)

@@ -180,6 +180,7 @@ class _Job:
         artifact = draft.commit(
             {
                 "recipe": self.recipe.model_dump(mode="json"),
+                "source": str(self.source),
                 "funnel": self.found.funnel,
                 "counts": self.found.counts,
                 "statistics": _summary(statistics),

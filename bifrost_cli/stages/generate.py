@@ -16,11 +16,11 @@ import numpy as np
 
 from bifrost_cli import __version__
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
-from bifrost_cli.artifacts.files import make_folder, remove, sweep, write_bytes
+from bifrost_cli.artifacts.files import make_folder, write_bytes
 from bifrost_cli.artifacts.identity import digest_of, provenance
 from bifrost_cli.config import Recipe
 from bifrost_cli.data.png import contact_sheet, png_bytes, png_pixels
-from bifrost_cli.errors import Stopped, UsageError
+from bifrost_cli.errors import UsageError
 from bifrost_cli.stages.painting import timing_line
 from bifrost_cli.stages.pair import Pair, choose_pair
 from bifrost_cli.stages.place import pick_device
@@ -28,7 +28,7 @@ from bifrost_cli.stages.placement import RUN_ONLY
 from bifrost_cli.stages.prompts import Order, destination, orders, read_prompts
 from bifrost_cli.stages.studio import Sketches, Studio, latents_bytes
 from bifrost_cli.stages.ui import Ui
-from bifrost_cli.stages.worklog import WorkLog
+from bifrost_cli.stages.worklog import WorkLog, stopped, tidy
 from bifrost_cli.training.signals import StopFlag
 
 SHEET = 256
@@ -172,16 +172,16 @@ def _paint_folder(job: _Job, studio: Studio, folder: Path, device: str, ui: Ui) 
     with StopFlag() as stop, Draft.open(folder, "samples", job.identity, job.parents) as draft:
         if draft.complete:
             draft.complete.check()
-            _tidy(folder)
+            tidy(folder)
             ui.say(f"{folder} holds these pictures already; they were verified")
             return draft.complete
         log, wanted = WorkLog(draft.path), job.orders()
-        missing = [order for order in wanted if not log.done(order.index)]
-        if len(missing) < len(wanted):
-            ui.say(f"{len(wanted) - len(missing)} of {len(wanted)} pictures are there already")
-        _paint_missing(job, studio, draft, log, missing, stop, ui)
+        if found := sum(log.there(order.index) for order in wanted):
+            ui.say(f"{found} of {len(wanted)} pictures are there already")
+        for finished in (log.there, log.done):  # first what is missing, then what is damaged
+            _paint_missing(job, studio, draft, log, [o for o in wanted if not finished(o.index)], stop, ui)
         artifact = _commit(job, draft, log, wanted, studio, device)
-    _tidy(folder)
+    tidy(folder)
     _say_cut(artifact.info["cut"], ui)
     ui.say(f"{folder}: {len(wanted)} pictures; judge them: bifrost eval --samples {folder}")
     return artifact
@@ -195,8 +195,10 @@ def _paint_missing(
 
     def check(painted: int = 0) -> None:
         if stop.requested:
-            raise _stopped(total - len(missing) + painted, total, draft.path)
+            raise stopped(total - len(missing) + painted, total, draft.path)
 
+    if not missing:
+        return
     sketches = Sketches(draft.path) if studio.apart else None
     with ui.progress(len(missing), "pictures") as bar:
         if sketches:
@@ -227,17 +229,6 @@ def _commit(job: _Job, draft: Draft, log: WorkLog, wanted: list[Order], studio: 
     stages = {stage: round(value, 3) for stage, value in studio.seconds.items()}
     cost = {"samples": len(wanted), "stages": stages}
     return draft.commit(info, made={"seed": job.seed, "device": device}, cost=cost)
-
-
-def _tidy(folder: Path) -> None:
-    """The pictures are an artifact: the log of which are done goes, also if the last run was killed before it could."""
-    remove(folder / "work")
-    sweep(folder)
-
-
-def _stopped(done: int, total: int, folder: Path) -> Stopped:
-    return Stopped(f"stopped after {done} of {total} pictures; they are kept", at=str(folder),
-                   fix="give the same command again; it goes on")  # fmt: skip
 
 
 def _say_cut(count: int, ui: Ui) -> None:

@@ -18,12 +18,10 @@ from bifrost_cli.data.picture_set import from_samples
 from bifrost_cli.data.png import png_bytes, png_pixels
 from bifrost_cli.data.store import LatentsStore
 from bifrost_cli.errors import BifrostError
-from bifrost_cli.models.painter import vae_decode
 from bifrost_cli.recipe_files import load_recipe
 from bifrost_cli.stages import page
 from bifrost_cli.stages.curves import health, training_plots
 from bifrost_cli.stages.latents_view import channels, clouds, evenly, histogram, maps
-from bifrost_cli.stages.loading import load_vae
 from bifrost_cli.stages.place import pick_device
 from bifrost_cli.stages.report import plots
 from bifrost_cli.stages.report_facts import flat, lineage_lines, picture_lines, thumbnails
@@ -100,6 +98,9 @@ def _decoded(store: LatentsStore, rows: list[int], recipe: Recipe, device: str, 
     """The pictures of rows from their VAE latents, uint8 (H, W, 3); None each where that is not possible here."""
     if store.vae_shape is None:
         return [None] * len(rows)
+    from bifrost_cli.models.painter import vae_decode  # seconds of imports, which other pages do without
+    from bifrost_cli.stages.loading import load_vae
+
     try:
         vae = load_vae(recipe.models.painter, pick_device(device), revision=recipe.models.revision)
     except BifrostError as error:

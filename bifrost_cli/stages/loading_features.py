@@ -1,4 +1,4 @@
-"""Names to feature networks: `inception`, `builtin:open_clip`, `open_clip:NAME/PRETRAINED`, `dinov2:FOLDER_OR_ID`.
+"""Names to the networks of eval: `inception`, `builtin:open_clip`, `open_clip:NAME/PRETRAINED`, `dinov2:...`, LPIPS.
 
 In: a recipe's `evaluate` section and a device. Out: a network whose identity names its weights. Weights that are not
 here are a message that says which file to put where; nothing is downloaded behind the user's back but from the hub.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,8 +21,12 @@ from bifrost_cli.models.features import ClipFeatures, FeatureNetwork
 from bifrost_cli.stages.loading_clip import features_name, load_open_clip
 from bifrost_cli.stages.place import model_errors, model_place, pick_device
 
+if TYPE_CHECKING:
+    from bifrost_cli.models.lpips import Lpips
+
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-INCEPTION_SHA256 = "6726825d"  # its first eight digits, which are its name
+ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
+PUBLISHED = {INCEPTION_FILE: "6726825d", ALEXNET_FILE: "7be5be79"}  # the first eight digits of their sha256
 DINO = "dinov2:"
 
 
@@ -40,7 +45,7 @@ def load_features(ref: str, settings: Evaluate, device: str | torch.device) -> F
 
 def inception_file(settings: Evaluate) -> Path:
     """Where FID's standard weights are: the recipe's file, else torch-fidelity's own cache. BF-ENV-030: nowhere."""
-    cache = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser() / "hub" / "checkpoints" / INCEPTION_FILE
+    cache = _cached(INCEPTION_FILE)
     path = Path(settings.inception_weights).expanduser() if settings.inception_weights else cache
     if path.is_file():
         return path
@@ -50,6 +55,38 @@ def inception_file(settings: Evaluate) -> Path:
         fix=f"put it at {cache}, or --set evaluate.inception_weights=FILE; without it: --features builtin:open_clip",
         code="BF-ENV-030",
     )
+
+
+def load_lpips(settings: Evaluate, device: str) -> Lpips:
+    """LPIPS with AlexNet's weights from the recipe's file, else torchvision's own cache; errors as `load_features`."""
+    cache = _cached(ALEXNET_FILE)
+    path = Path(settings.lpips_weights).expanduser() if settings.lpips_weights else cache
+    if not path.is_file():
+        raise EnvironmentProblem(
+            f"LPIPS needs AlexNet's weights, and {path} is not there",
+            at=f"{ALEXNET_FILE} (233 MB), from PyTorch's model downloads",
+            fix=f"put it at {cache}, or --set evaluate.lpips_weights=FILE",
+            code="BF-ENV-030",
+        )
+    try:
+        from bifrost_cli.models.lpips import Lpips
+    except ImportError as error:
+        raise EnvironmentProblem("LPIPS needs the package lpips", fix="pip install 'bifrost-cli[eval]'",
+                                 code="BF-ENV-002") from error  # fmt: skip
+    try:
+        return Lpips(_state(path), pick_device(device))
+    except (KeyError, RuntimeError) as error:
+        raise ArtifactError(
+            f"{path} does not hold AlexNet's weights",
+            at=str(error)[:300],
+            fix=f"give {ALEXNET_FILE}, or its tensors as safetensors",
+            code="BF-ART-007",
+        ) from error
+
+
+def _cached(name: str) -> Path:
+    """Where PyTorch's own downloads lie."""
+    return Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser() / "hub" / "checkpoints" / name
 
 
 def _inception(path: Path, device: torch.device) -> FeatureNetwork:
@@ -73,8 +110,8 @@ def _inception(path: Path, device: torch.device) -> FeatureNetwork:
 def _state(path: Path) -> dict[str, torch.Tensor]:
     if path.suffix != ".pth":
         return load_tensors(path)[0]
-    if path.name == INCEPTION_FILE and not sha256_file(path).startswith(INCEPTION_SHA256):
-        raise ArtifactError(f"{path} is damaged: its sha256 is not {INCEPTION_SHA256}...", fix="fetch it again",
+    if path.name in PUBLISHED and not sha256_file(path).startswith(PUBLISHED[path.name]):
+        raise ArtifactError(f"{path} is damaged: its sha256 is not {PUBLISHED[path.name]}...", fix="fetch it again",
                             code="BF-ART-005")  # fmt: skip
     return read_published(path)
 

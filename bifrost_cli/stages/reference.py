@@ -1,4 +1,4 @@
-"""What samples are compared with: a folder, a samples artifact, a statistics file, or the built-in world.
+"""What samples are compared with: a folder, samples, a latents store's pictures, statistics, or the built-in world.
 
 Comes in: the user's reference and a feature network. Goes out: statistics by layer. Does not know the samples.
 """
@@ -14,11 +14,12 @@ from typing import Any
 from bifrost_cli.artifacts import resolve
 from bifrost_cli.artifacts.files import sha256_file
 from bifrost_cli.config import Recipe
-from bifrost_cli.data.picture_set import PictureSet, drawn, from_folder, from_samples
+from bifrost_cli.data.picture_set import PictureSet, drawn, from_folder, from_samples, squared
 from bifrost_cli.data.statistics import Statistics, load_adm, load_statistics
 from bifrost_cli.errors import ArtifactError, DataError, UsageError
 from bifrost_cli.models.features import FeatureNetwork
 from bifrost_cli.stages.measures.kept import statistics_of
+from bifrost_cli.stages.source import pictures_of_store
 from bifrost_cli.stages.ui import Ui
 
 WORLD_SEED, FLOOR_SEED = 1, 2  # 0 is the seed of the prompts a default set is made from
@@ -26,7 +27,8 @@ WORLD_SEED, FLOOR_SEED = 1, 2  # 0 is the seed of the prompts a default set is m
 
 @dataclass(frozen=True)
 class Reference:
-    """Pictures, or a file of statistics; `world` is True for drawings of the built-in world."""
+    """Pictures, or a file of statistics. `world`: drawings of the built-in world, of which any other are as good;
+    `originals`: the pictures that the samples are reconstructions of, one by one."""
 
     what: str
     digest: str
@@ -34,6 +36,7 @@ class Reference:
     pictures: PictureSet | None = None
     file: Path | None = None
     world: bool = False
+    originals: bool = False
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -68,13 +71,7 @@ def reference_for(recipe: Recipe, ref: Path | str | None, count: int, workspace:
         published = Path(ref).suffix == ".npz"
         count = (load_adm(Path(ref), "pool") if published else load_statistics(Path(ref))).count
         return Reference(f"saved statistics {ref}", sha256_file(Path(ref)), count, file=Path(ref))
-    if ref is None:
-        _require_world(recipe)
-        pictures = drawn(count, seed=WORLD_SEED)
-    elif Path(ref).is_dir() and not (Path(ref) / "manifest.json").exists():
-        pictures = from_folder(Path(ref), recipe.latents)
-    else:
-        pictures = from_samples(resolve(workspace, ref, "samples"), recipe.latents)
+    pictures = pictures_for(recipe, ref, count, workspace)
     if len(pictures.entries) < 4:
         raise DataError(
             f"the reference, {pictures.what}, has {len(pictures.entries)} pictures; a covariance needs more",
@@ -82,6 +79,30 @@ def reference_for(recipe: Recipe, ref: Path | str | None, count: int, workspace:
             code="BF-DATA-008",
         )
     return Reference(pictures.what, pictures.content, len(pictures.entries), pictures=pictures, world=ref is None)
+
+
+def pictures_for(recipe: Recipe, ref: Path | str | None, count: int, workspace: Path | str) -> PictureSet:
+    """The pictures that `ref` means; None: `count` drawings of the built-in world. Errors as `reference_for`."""
+    if ref is None:
+        _require_world(recipe)
+        return drawn(count, seed=WORLD_SEED)
+    if Path(ref).is_dir() and not (Path(ref) / "manifest.json").exists():
+        return from_folder(Path(ref), recipe.latents)
+    artifact = resolve(workspace, ref)
+    if artifact.kind == "latents":
+        return pictures_of_store(artifact)
+    return from_samples(resolve(workspace, ref, "samples"), recipe.latents)
+
+
+def originals_for(recipe: Recipe, ref: Path | str | None, count: int, workspace: Path | str) -> Reference:
+    """The same as squares of `latents.paint_size`, to be painted again and compared with one by one.
+
+    UsageError: statistics, which hold no pictures.
+    """
+    if ref is not None and Path(ref).suffix in (".safetensors", ".npz"):
+        raise UsageError(f"{ref} holds statistics, and a reconstruction needs the pictures", fix="--reference FOLDER")
+    pictures = squared(pictures_for(recipe, ref, count, workspace), recipe.latents.paint_size)
+    return Reference(pictures.what, pictures.content, len(pictures.entries), pictures=pictures, originals=True)
 
 
 def _require_world(recipe: Recipe) -> None:

@@ -120,7 +120,9 @@ def command(
     rules = recipe.evaluate
     words = ["bifrost", "eval", *(f"--{name}" for name in measures)]
     words += [word for ref in fd for word in ("--fd", ref)]
-    words += ["--samples", pictures.artifact.id if pictures.artifact else str(samples), "--workspace", str(workspace)]
+    if "reconstruction" not in measures:
+        words += ["--samples", pictures.artifact.id if pictures.artifact else str(samples)]
+    words += ["--workspace", str(workspace)]
     if any(name in LAYERS for name in measures):
         words += ["--min-samples", str(needed), "--set", f"evaluate.features={rules.features}"]
     words += ["--set", f"evaluate.clip={rules.clip}"] if "clipscore" in measures else []

@@ -5,24 +5,42 @@ Comes in: what the user named, how many pictures are needed. Goes out: a picture
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from bifrost_cli.artifacts import Artifact, find, resolve
 from bifrost_cli.config import Recipe
 from bifrost_cli.data.picture_set import PictureSet, from_folder, from_samples, picture_count
-from bifrost_cli.errors import DataError
+from bifrost_cli.errors import DataError, UsageError
 from bifrost_cli.shapes.captions import held_out_prompts
 from bifrost_cli.stages.ui import Ui
 
 
-def samples_for(
-    recipe: Recipe, samples: Path | str | None, needed: int, workspace: Path | str, device: str, ui: Ui
-) -> PictureSet:
-    """Find out what `samples` is: a samples artifact (path or id), a folder of pictures, or None.
+@dataclass(frozen=True)
+class Wanted:
+    """Which pictures: `samples` (an artifact, path or id, or a folder), or `copies` painted of each line of `prompts`,
+    or neither: the newest artifact with enough pictures made since the last training, else a set made for it."""
 
-    None takes the newest artifact with at least `needed` pictures made since the last training, else makes one.
-    """
-    found = found_samples(recipe, samples, needed, workspace, ui)
+    samples: Path | str | None = None
+    prompts: Path | str | None = None
+    copies: int = 1
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.prompts is not None:
+            raise UsageError("--samples and --prompts both say what is measured", fix="give one of them")
+
+
+def samples_for(
+    recipe: Recipe, wanted: Wanted, needed: int, workspace: Path | str, device: str, ui: Ui
+) -> PictureSet:
+    """The pictures, painted first where they are not there. Errors as `generate`."""
+    if wanted.prompts is not None:
+        from bifrost_cli.stages.generate import generate
+
+        made = generate(recipe, Path(wanted.prompts), n=wanted.copies, output=None, save_latents=True,
+                        workspace=workspace, device=device, ui=ui)  # fmt: skip
+        return from_samples(made, recipe.latents)
+    found = found_samples(recipe, wanted.samples, needed, workspace, ui)
     return found or from_samples(_make_samples(recipe, needed, workspace, device, ui), recipe.latents)
 
 
@@ -71,6 +89,19 @@ def _make_samples(recipe: Recipe, needed: int, workspace: Path | str, device: st
     prompts = [prompt.text for prompt in held_out_prompts(needed)]
     ui.say(f"making {len(prompts)} pictures from held-out prompts first; the same command continues where it stopped")
     return generate(recipe, prompts, save_latents=True, workspace=workspace, device=device, ui=ui)
+
+
+def require_one_kind(pictures: PictureSet) -> None:
+    """DataError: some pictures were painted from a plan and some from the prompt alone. A rewritten prompt is another
+    task: their mean would be a number of neither."""
+    planned = sum(entry.plan is not None for entry in pictures.entries)
+    if 0 < planned < len(pictures.entries):
+        raise DataError(
+            f"{planned} of {len(pictures.entries)} pictures were painted from a plan, the others from the prompt alone",
+            at=pictures.what,
+            fix="measure them apart",
+            code="BF-DATA-007",
+        )
 
 
 def require_enough(pictures: PictureSet, needed: int) -> None:

@@ -11,12 +11,15 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.files import canonical_json, make_folder, write_bytes
 from bifrost_cli.config import Recipe
 from bifrost_cli.data.listing import folder_of
+from bifrost_cli.data.picture_set import PictureSet, entries_of
 from bifrost_cli.data.problems import Problem, SourceError
 from bifrost_cli.data.sources import SHAPES, Sample, Scan, scan
-from bifrost_cli.errors import BifrostError, UsageError
+from bifrost_cli.errors import BifrostError, DataError, UsageError
+from bifrost_cli.recipe_files import load_recipe
 from bifrost_cli.stages.ui import Ui
 
 
@@ -67,6 +70,21 @@ def digest(samples: Iterable[Sample]) -> str:
     for sample in samples:
         total.update(canonical_json([sample.key, sample.sha256, sample.caption, sample.plan]) + b"\n")
     return total.hexdigest()
+
+
+def pictures_of_store(artifact: Artifact) -> PictureSet:
+    """The pictures that a latents artifact was made of, read again from its source under its own rules.
+
+    DataError: the store names no source, or that holds other pictures than it did; SourceError as `scan`.
+    """
+    source, rules = artifact.info.get("source"), load_recipe(str(artifact.path)).latents
+    if source is None:
+        raise DataError(f"{artifact.path} does not say where its pictures came from", fix="give their folder")
+    found = scan(source, rules)
+    if digest(found.samples) != artifact.identity["samples"]:
+        raise DataError(f"{source} holds other pictures than {artifact.id} was made of", fix="give their folder")
+    entries = entries_of(found.samples)
+    return PictureSet(f"{len(entries)} pictures of {source}, as {artifact.id} has them", entries, artifact)
 
 
 def write_events(path: Path, events: Iterable[Problem], append: bool = False) -> None:

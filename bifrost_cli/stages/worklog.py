@@ -1,8 +1,8 @@
 """Which pictures of an unfinished samples folder are done, so that the next attempt makes only the others.
 
 In: the draft's folder and finished files. Out: `work/pictures.jsonl`, a line a picture, written after its files; a
-picture counts only when every file still has the sha256 of its line (sketches likewise). Does not know prompts or
-models.
+picture counts only when every file still has the sha256 of its line (sketches likewise): the next attempt looks only
+whether they are there, and what is there is read once, when all are. Does not know prompts or models.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bifrost_cli.artifacts.files import append, make_folder, sha256_file, sync, write_bytes
+from bifrost_cli.artifacts.files import append, make_folder, remove, sha256_file, sweep, sync, write_bytes
 from bifrost_cli.artifacts.identity import digest_of
+from bifrost_cli.errors import Stopped
 
 
 class WorkLog:
@@ -26,6 +27,11 @@ class WorkLog:
         lines = self._lines()
         self.facts = {line["index"]: line["facts"] for line in lines}
         self._files = {line["index"]: line["files"] for line in lines}
+
+    def there(self, index: int) -> bool:
+        """True when the picture was finished and its files are there; nothing of them is read."""
+        files = self._files.get(index)
+        return files is not None and all((self.folder / name).is_file() for name in files)
 
     def done(self, index: int) -> bool:
         """True when the picture's files are there and unchanged."""
@@ -59,6 +65,18 @@ class WorkLog:
         if whole != data:
             write_bytes(self._path, whole)
         return [line for line, _ in lines]
+
+
+def tidy(folder: Path) -> None:
+    """The pictures are an artifact: the log of which are done goes, also if the last run was killed before it could."""
+    remove(folder / "work")
+    sweep(folder)
+
+
+def stopped(done: int, total: int, folder: Path) -> Stopped:
+    """What is raised between two pictures when a stop was asked for."""
+    return Stopped(f"stopped after {done} of {total} pictures; they are kept", at=str(folder),
+                   fix="give the same command again; it goes on")  # fmt: skip
 
 
 def _line(text: bytes) -> tuple[dict[str, Any], int] | None:

@@ -54,7 +54,12 @@ class DistanceMeasure(Measure):
             floor = statistics_of(true, network, compared, self._workspace, ui, "features of true pictures")
         features = [{layer: found.features_ND for layer, found in side.items()} for side in (made, floor)]
         described = reference.what if reference is not None else ""
-        return distribution_results(names, network.identity, features[0], real, features[1], described)
+        seeds = [entry.seed for entry in sorted(pictures.entries, key=lambda entry: entry.digest)]  # as `set_features`
+        results = distribution_results(names, network.identity, features[0], real, features[1], described, seeds)
+        if reference is not None and reference.originals:
+            for result in results:
+                result["label"] = "rFID" if result["label"] == "FID" else f"{result['label']} to the originals"
+        return results
 
     def settings(self) -> dict[str, str]:
         identity = self._network.identity

@@ -6,6 +6,8 @@ uncertainty, each by the method that is right for it. Does not know artifacts, w
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ PROTOCOL = "bifrost-distribution/2"
 LAYERS = {"fid": "pool", "sfid": "spatial", "kid": "pool", "is": "logits", "prdc": "pool"}  # what each metric reads
 WITHOUT_REFERENCE = ("is",)
 POINTS = 15
+SEED_PICTURES = 4  # of each seed, for a distance of its own
 
 
 def require_layers(names: list[str], network: Any) -> None:
@@ -41,14 +44,17 @@ def distribution_results(
     real: dict[str, Statistics],
     floor: dict[str, np.ndarray],
     described: str,
+    seeds: Sequence[int | None] = (),
 ) -> list[dict[str, Any]]:
     """The asked metrics. `made`, `floor`: features (N, D) by layer of samples and of true pictures in their place;
-    `real`: the reference's statistics by layer. DataError: too few pictures, or a reference without features."""
+    `real`: the reference's statistics by layer; `seeds`: those of the samples, a row each. DataError: too few pictures,
+    or a reference without features."""
     results = []
     for name in names:
         layer = LAYERS[name]
         if name in ("fid", "sfid"):
             found = _frechet(made[layer], real[layer], floor.get(layer))
+            found |= _by_seed(made[layer], seeds, real[layer], found["details"])
         elif name == "kid":
             found = _kernel(made[layer], _features(real[layer], name))
         elif name == "prdc":
@@ -90,6 +96,22 @@ def _frechet(made_ND: np.ndarray, real: Statistics, floor_ND: np.ndarray | None)
         found["floor"] = {"value": shown(true), "raw": true, "n": len(floor_ND)}
         found["details"].append(f"true pictures in the samples' place: {shown(true):.4g}")
     return found
+
+
+def _by_seed(
+    made_ND: np.ndarray, seeds: Sequence[int | None], real: Statistics, details: list[str]
+) -> dict[str, Any]:
+    """The distance of each seed's pictures, where several seeds made equally many: the spread between seeds is the only
+    one that says what another run would give. Each is of fewer pictures, so more biased than the value over all."""
+    counts = Counter(seeds)
+    size = len(made_ND) // max(1, len(counts))
+    if None in counts or len(counts) < 2 or set(counts.values()) != {size} or size < SEED_PICTURES:
+        return {}
+    reference, row_seeds = from_moments(real.mean_D, real.covariance_DD, real.count), np.array(seeds)
+    values = [frechet(gaussian(made_ND[row_seeds == seed]), reference) for seed in sorted(counts)]
+    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+    details.append(f"{len(counts)} seeds of {size} pictures: {mean:.4g}, standard deviation {deviation:.2g}")
+    return {"seeds": sorted(counts), "per_seed": values, "sd": deviation}
 
 
 def _kernel(made_ND: np.ndarray, real_MD: np.ndarray) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""How near reconstructions are to their originals, as a measure: PSNR, SSIM, LPIPS, and the cosine of their latents.
+
+Comes in: the originals in the order of the reconstructions, an encoder, LPIPS or the reason why it is not here. Goes
+out: the mean over pictures of each, with its standard error. The Frechet distance to the originals is `distances`'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from bifrost_cli.data.images import square
+from bifrost_cli.data.picture_set import PictureSet
+from bifrost_cli.maths.similarity import psnr, ssim
+from bifrost_cli.models.encoders import Encoder
+from bifrost_cli.stages.measures.measure import Line, Measure
+from bifrost_cli.stages.ui import Ui
+
+if TYPE_CHECKING:
+    from bifrost_cli.models.lpips import Lpips
+
+PROTOCOL = "bifrost-reconstruction/1"
+_RULES = {
+    "psnr": ("PSNR", "10 log10(255^2 / MSE) in dB"),
+    "ssim": ("SSIM", "Wang et al. 2004: Gaussian windows of 11x11, deviation 1.5, the mean over channels"),
+    "lpips": ("LPIPS", "Zhang et al. 2018, version 0.1 with AlexNet"),
+    "latents_cosine": ("Cosine of latents", "the mean over patches of the cosine between the latents of both pictures"),
+}
+
+
+class ReconstructionMeasure(Measure):
+    """Each picture against the one it was made from; `lpips` is the network, or why it is left out."""
+
+    name = "reconstruction"
+
+    def __init__(self, originals: PictureSet, encoder: Encoder, lpips: Lpips | str) -> None:
+        self._originals, self._encoder, self._lpips = originals, encoder, lpips
+        measured = None if isinstance(lpips, str) else lpips.identity
+        self.identity = {"originals": originals.digest, "encoder": encoder.identity, "lpips": measured,
+                         "protocol": PROTOCOL}  # fmt: skip
+        self.packages = ("lpips",) if measured else ()
+
+    def results(self, pictures: PictureSet, lines: Sequence[Line], ui: Ui) -> list[dict[str, Any]]:
+        with ui.progress(len(lines), "comparing with the originals") as bar:
+            for line, made, true in zip(lines, pictures.entries, self._originals.entries, strict=True):
+                line["numbers"] = self._numbers(made.load(), true.load())
+                bar.advance(1)
+        names = [name for name in _RULES if name in lines[0]["numbers"]]
+        return [_result(name, [line["numbers"][name] for line in lines], self._described(name)) for name in names]
+
+    def _numbers(self, made_HWC: np.ndarray, true_HWC: np.ndarray) -> dict[str, float]:
+        numbers = {"psnr": psnr(made_HWC, true_HWC), "ssim": ssim(made_HWC, true_HWC)}
+        if not isinstance(self._lpips, str):
+            numbers["lpips"] = self._lpips.distance(made_HWC, true_HWC)
+        made_PC, true_PC = (self._latents(rgb_HWC) for rgb_HWC in (made_HWC, true_HWC))
+        numbers["latents_cosine"] = float(torch.cosine_similarity(made_PC, true_PC, dim=-1).mean())
+        return numbers
+
+    @torch.no_grad()
+    def _latents(self, rgb_HWC: np.ndarray) -> torch.Tensor:
+        return self._encoder.encode(square(rgb_HWC, self._encoder.image_size)[None].copy())[0].double().cpu()
+
+    def _described(self, name: str) -> dict[str, Any]:
+        networks = {"lpips": self.identity["lpips"], "latents_cosine": self._encoder.identity}
+        return {"protocol": PROTOCOL, "extractor": networks.get(name)}
+
+    def settings(self) -> dict[str, str]:
+        height, width = self._encoder.grid
+        return {"patch latents": f"{height}x{width} of {self._encoder.identity['name']}"}
+
+    def warnings(self, pictures: PictureSet, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+        return [f"LPIPS is left out: {self._lpips}"] if isinstance(self._lpips, str) else []
+
+
+def _result(name: str, values: Sequence[float], described: dict[str, Any]) -> dict[str, Any]:
+    """The mean over pictures. Pictures equal to the last bit have no finite PSNR; they are counted apart."""
+    label, rule = _RULES[name]
+    finite = np.array([value for value in values if math.isfinite(value)], np.float64)
+    value = float(finite.mean()) if len(finite) else 0.0
+    deviation = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
+    equal = len(values) - len(finite)
+    return {
+        "metric": name,
+        "label": label,
+        "format": "number",
+        "value": value,
+        "sd": deviation,
+        "standard_error": deviation / math.sqrt(max(1, len(finite))),
+        "spread": f"standard deviation {deviation:.3g} over pictures",
+        "details": [f"{equal} pictures are equal to the last bit and not in the mean"] if equal else [],
+        "equal": equal,
+        "n_gen": len(finite),
+        **described,
+        "sentence": f"Mean over {len(finite)} pictures, each against its original as uint8: {rule}.",
+    }
