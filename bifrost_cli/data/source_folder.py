@@ -112,7 +112,9 @@ def _text_caption(path: Path, root: Path, rules: Latents, problems: list[Problem
     try:
         if not inside(path, root, rules):
             raise ValueError(OUTSIDE)
-        return decode_caption(read_regular(path, 4 * MAX_BYTES)) or None
+        if path.stat().st_size > 4 * MAX_BYTES:
+            raise ValueError(f"{path.stat().st_size} bytes, more than {MAX_BYTES}")
+        return decode_caption(read_regular(path)) or None
     except (ValueError, BadImage) as error:
         problems.append(Problem("caption", str(path), getattr(error, "message", str(error))))
         return None
