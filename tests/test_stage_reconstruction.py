@@ -241,7 +241,7 @@ def test_a_gate_on_what_was_not_measured_is_refused():
 
 
 def test_every_measure_has_its_protocol_in_words():
-    from bifrost_cli.stages.evaluate import MEASURES
+    from bifrost_cli.stages.wish import MEASURES
 
     assert set(PROTOCOLS) == set(MEASURES)
     assert len(explained(MEASURES, ["dinov2:x"])) == len(MEASURES) + 1

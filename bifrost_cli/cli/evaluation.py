@@ -41,6 +41,8 @@ def evaluate(
     reconstruction: Annotated[
         bool, typer.Option("--reconstruction", help="Paint --reference again; PSNR, SSIM, LPIPS, rFID.")
     ] = False,
+    geneval: Annotated[bool, typer.Option("--geneval", help="GenEval's rules, by --detector.")] = False,
+    dpg: Annotated[bool, typer.Option("--dpg", help="DPG-Bench's --questions, by the MLLM.")] = False,
     fd: Annotated[
         list[str] | None, typer.Option("--fd", metavar="FEATURES", help="Frechet distance in another network too.")
     ] = None,
@@ -53,6 +55,18 @@ def evaluate(
     n: Annotated[int, typer.Option("-n", help="Pictures of each of --prompts.")] = 1,
     reference: Annotated[
         str | None, typer.Option("--reference", metavar="REF", help="A folder, samples, latents, or saved statistics.")
+    ] = None,
+    detector: Annotated[
+        str, typer.Option("--detector", metavar="MODEL", help="GenEval's Mask2Former: a folder or hub id.")
+    ] = "facebook/mask2former-swin-small-coco-instance",
+    metadata: Annotated[
+        Path | None, typer.Option("--metadata", metavar="FILE", help="GenEval's file of prompts.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option("--questions", metavar="FILE", help="DPG-Bench's CSV.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option("--judge", metavar="MODEL", help="Who answers them.  (default: the recipe's MLLM)")
     ] = None,
     gate: Annotated[
         list[str] | None, typer.Option("--gate", metavar="BAR", help="Exit with 8 unless it holds, as 'fid<12.5'.")
@@ -73,7 +87,7 @@ def evaluate(
     from bifrost_cli.stages.measures.protocols import explained
 
     flags = {"fid": fid, "sfid": sfid, "kid": kid, "is": inception_score, "prdc": prdc, "clipscore": clipscore,
-             "shapes": shapes, "reconstruction": reconstruction}  # fmt: skip
+             "shapes": shapes, "geneval": geneval, "dpg": dpg, "reconstruction": reconstruction}  # fmt: skip
     measures = [name for name, asked in flags.items() if asked] or ([] if fd else ["fid"])
     if explain:
         lines = explained(measures, fd or [])
@@ -82,7 +96,8 @@ def evaluate(
 
     bars = [Gate.of(text) for text in gate or []]
     inputs = {"measures": measures, "fd": fd or [], "samples": samples, "prompts": prompts, "n": n,
-              "reference": reference}  # fmt: skip
+              "reference": reference, "detector": detector, "metadata": metadata,
+              "questions": questions, "judge": judge}  # fmt: skip
     where = {"output": output, "workspace": workspace, "device": device}
     found = evaluate(recipe, **inputs, **where, dry_run=dry_run, ui=ui)
     return made(found) if dry_run else _gated(found, bars, ui)

@@ -17,7 +17,19 @@ from pathlib import Path
 import typer
 
 from bifrost_cli.artifacts.files import disk_errors
-from bifrost_cli.cli import ablations, artifacts, checkpoints, data, evaluation, needs, recipes, reports, shapes, stages
+from bifrost_cli.cli import (
+    ablations,
+    artifacts,
+    checkpoints,
+    data,
+    evaluation,
+    geneval,
+    needs,
+    recipes,
+    reports,
+    shapes,
+    stages,
+)
 from bifrost_cli.cli.options import Version
 from bifrost_cli.errors import (
     BifrostError,
@@ -53,6 +65,7 @@ def root(context: typer.Context, version: Version = False) -> None:
 app.add_typer(stages.app)
 app.add_typer(evaluation.app)
 app.add_typer(reports.app)
+app.add_typer(geneval.app, name="geneval")
 app.add_typer(checkpoints.app)
 app.add_typer(ablations.app)
 app.add_typer(data.app, name="data")

@@ -27,7 +27,7 @@ class ClipScorer:
 
     def cosines(self, pixels_BHWc: np.ndarray, texts: Sequence[str]) -> np.ndarray:
         """Prepared pictures uint8 (B, S, S, 3) and as many texts -> cosines (B,) float64."""
-        image_BD, text_BD = self._features.features(pixels_BHWc), self._embed(texts)
+        image_BD, text_BD = self.images(pixels_BHWc), self.texts(texts)
         norms_B = np.linalg.norm(image_BD, axis=1) * np.linalg.norm(text_BD, axis=1)
         return (image_BD * text_BD).sum(axis=1) / norms_B
 
@@ -37,7 +37,12 @@ class ClipScorer:
         ids_BT = torch.cat([self._tokenize([text], _LONGER * length) for text in texts])
         return int((ids_BT[:, length:] != ids_BT[:, -1:]).any(dim=1).sum())
 
+    def images(self, pixels_BHWc: np.ndarray) -> np.ndarray:
+        """Embeddings (B, D) float32 of prepared pictures, not normalised."""
+        return self._features.features(pixels_BHWc)
+
     @torch.inference_mode()
-    def _embed(self, texts: Sequence[str]) -> np.ndarray:
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Embeddings (B, D) float64 of texts, not normalised."""
         ids_BT = self._tokenize(list(texts)).to(self._features.device)
         return self._model.encode_text(ids_BT).double().cpu().numpy()

@@ -22,12 +22,14 @@ from bifrost_cli.stages.loading_clip import features_name, load_open_clip
 from bifrost_cli.stages.place import model_errors, model_place, pick_device
 
 if TYPE_CHECKING:
+    from bifrost_cli.models.detector import Detector
     from bifrost_cli.models.lpips import Lpips
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 PUBLISHED = {INCEPTION_FILE: "6726825d", ALEXNET_FILE: "7be5be79"}  # the first eight digits of their sha256
 DINO = "dinov2:"
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 
 
 def load_features(ref: str, settings: Evaluate, device: str | torch.device) -> FeatureNetwork:
@@ -82,6 +84,23 @@ def load_lpips(settings: Evaluate, device: str) -> Lpips:
             fix=f"give {ALEXNET_FILE}, or its tensors as safetensors",
             code="BF-ART-007",
         ) from error
+
+
+def load_detector(ref: str, device: str) -> Detector:
+    """A Mask2Former for instances, a folder or a hub id. Errors as `load_features`."""
+    from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
+
+    from bifrost_cli.models.detector import Detector
+
+    folder = model_place(ref)
+    with model_errors(ref):
+        processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        model, told = Mask2FormerForUniversalSegmentation.from_pretrained(folder, use_safetensors=True,
+                                                                          output_loading_info=True)  # fmt: skip
+    if lost := sorted(map(str, {*told["missing_keys"], *told["mismatched_keys"]})):
+        raise ArtifactError(f"{folder} lacks {len(lost)} tensors of a Mask2Former", at="; ".join(lost[:5]),
+                            fix=f"give a folder like {DETECTOR}", code="BF-ART-007")  # fmt: skip
+    return Detector(model.to(pick_device(device)), processor, Path(ref).name)
 
 
 def _cached(name: str) -> Path:

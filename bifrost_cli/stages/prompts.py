@@ -6,6 +6,7 @@ cannot be painted or would be overwritten. Does not know models; reads no pictur
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -45,8 +46,9 @@ def orders(prompts: Sequence[str], copies: int, seed: int) -> Iterator[Order]:
 def read_prompts(prompts: str | Path | Sequence[str], ui: Ui) -> list[str]:
     """One prompt (str), a file with one a line (Path), or a list of them; each checked.
 
-    In a file blank lines are skipped and counted; a line that begins with `#` is a prompt like any other. UsageError
-    (2): no prompt, an empty one, one that is no text, over 64 kB, or holds a NUL; the file's name and line are given.
+    In a file blank lines are skipped and counted; a line that begins with `#` is a prompt like any other; the lines of
+    a .jsonl file are objects with a "prompt", as GenEval's are. UsageError (2): no prompt, an empty one, one that is no
+    text, over 64 kB, or holds a NUL; the file's name and line are given.
     """
     if isinstance(prompts, Path):
         return _prompt_file(prompts, ui)
@@ -95,11 +97,23 @@ def _prompt_file(path: Path, ui: Ui) -> list[str]:
     found = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     if not found:
         raise UsageError(f"{path} holds no prompt", fix="write one prompt a line")
+    if path.suffix == ".jsonl":
+        found = [(number, _of_json(line, f"{path}:{number}")) for number, line in found]
     for number, prompt in found:
         _check(prompt, f"{path}:{number}")
     if blank := len(lines) - len(found):
         ui.say(f"{path}: {len(found)} prompts; {blank} blank lines skipped")
     return [prompt for _, prompt in found]
+
+
+def _of_json(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is no JSON: {error}", fix='a line is an object: {"prompt": "a star"}') from error
+    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        raise UsageError(f"{where} has no prompt", fix='a line is an object: {"prompt": "a star"}')
+    return value["prompt"]
 
 
 def _text(path: Path) -> str:

@@ -13,6 +13,7 @@ from bifrost_cli.config import Recipe
 from bifrost_cli.data.picture_set import PictureSet, from_folder, from_samples, picture_count
 from bifrost_cli.errors import DataError, UsageError
 from bifrost_cli.shapes.captions import held_out_prompts
+from bifrost_cli.stages.geneval_files import from_layout, is_layout
 from bifrost_cli.stages.ui import Ui
 
 
@@ -54,6 +55,8 @@ def found_samples(
             _require_default_set(recipe, needed, workspace)
         return artifact and from_samples(artifact, recipe.latents)
     folder = Path(samples)
+    if is_layout(folder):
+        return from_layout(folder, recipe.latents)[0]
     if folder.is_dir() and not (folder / "manifest.json").exists():
         return from_folder(folder, recipe.latents)
     return from_samples(resolve(workspace, samples, "samples"), recipe.latents)

@@ -31,6 +31,13 @@ PROTOCOLS = {
     "photo depicts ' + prompt. Errors are clustered by prompt.",
     "shapes": "The built-in world's checker: things, colours, counts, places and a named background all as "
     "asked, with Wilson's 95 % intervals.",
+    "geneval": "GenEval's six tasks: objects by a Mask2Former of transformers above 0.3 (counting 0.9), at most 16 a "
+    "class, none merged; a place counts beyond a tenth of both sizes; a colour is the nearest of ten in a CLIP, on the "
+    "object's crop over grey #999; the mean of the tasks' means, errors clustered by prompt. The original scorer uses "
+    "mmdet's Mask2Former: its results come in by bifrost geneval import.",
+    "dpg": "DPG-Bench's graph of questions a prompt, answered yes or no by the recipe's MLLM or --judge (the "
+    "first word's probabilities); a question counts only with those it depends on; the mean over pictures, its error "
+    "clustered by prompt. Published numbers are mPLUG's.",
     "reconstruction": f"{reconstruction.PROTOCOL}: each picture of the reference becomes a square, latents, and a "
     "picture again (the painter reads no text; the recipe's steps and scale, seed 0). PSNR, SSIM and LPIPS compare "
     "uint8 with uint8, picture by picture; then means with standard errors. The cosine is that of both pictures' "

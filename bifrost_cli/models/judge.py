@@ -1,0 +1,45 @@
+"""A multimodal LLM as a judge: is the answer to a question about a picture yes?
+
+Comes in: a loaded MLLM, pictures, questions. Goes out: the probability of yes against no for the first word of the
+answer, so that an answer in many words, or in none, is still one of the two. Does not know what the questions are for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from bifrost_cli.errors import ArtifactError
+from bifrost_cli.models.mllm import Mllm
+
+ANSWERS = {"yes": ("yes", "Yes", " yes", " Yes", "YES"), "no": ("no", "No", " no", " No", "NO")}
+INSTRUCTION = "{question} Answer yes or no."
+
+
+class Judge:
+    """ArtifactError BF-ART-009: a tokenizer that does not tell yes from no."""
+
+    def __init__(self, mllm: Mllm, name: str) -> None:
+        self._mllm = mllm
+        first = {answer: {self._first(word) for word in words} - {None} for answer, words in ANSWERS.items()}
+        self._yes, self._no = sorted(first["yes"] - first["no"]), sorted(first["no"] - first["yes"])
+        if not (self._yes and self._no):
+            raise ArtifactError(f"{name} has no words for yes and no, so it cannot judge", fix="give another --judge",
+                                code="BF-ART-009")  # fmt: skip
+        self.device = str(mllm.device)
+        self.identity: dict[str, Any] = {"name": name, "weights": mllm.weights_hash(), "instruction": INSTRUCTION}
+
+    def yes(self, rgb_HWc: np.ndarray, question: str) -> float:
+        """P(yes) / (P(yes) + P(no)) of the first token, over the ways to write them."""
+        inputs = self._mllm.question(rgb_HWc, INSTRUCTION.format(question=question))
+        last_V = self._mllm.logits(**inputs)[0, -1].double()
+        weights_V = (last_V - last_V.max()).exp()
+        yes, no = float(weights_V[self._yes].sum()), float(weights_V[self._no].sum())
+        return yes / (yes + no) if yes + no > 0 else 0.5
+
+    def _first(self, word: str) -> int | None:
+        """The first token of a word; None for a word that the tokenizer does not know."""
+        tokenizer = self._mllm.tokenizer
+        ids = tokenizer(word, add_special_tokens=False)["input_ids"]
+        return ids[0] if ids and ids[0] != tokenizer.unk_token_id else None

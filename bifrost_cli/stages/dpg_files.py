@@ -1,0 +1,98 @@
+"""DPG-Bench's own file: prompts with their graphs of questions, a question a row.
+
+Comes in: `dpg_bench.csv` (item_id, text, proposition_id, dependency, tuple, question_natural_language, ...), pictures.
+Goes out: the questions of each prompt, or of each picture, or DataError with file and line. Knows no judge.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bifrost_cli.data.picture_set import PictureSet
+from bifrost_cli.data.table_rows import csv_rows
+from bifrost_cli.errors import DataError
+from bifrost_cli.maths.dpg import Question
+from bifrost_cli.stages.geneval_files import file_bytes
+
+COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
+
+
+@dataclass
+class Item:
+    """One prompt of the benchmark."""
+
+    name: str
+    prompt: str
+    questions: list[Question] = field(default_factory=list)
+
+
+def read_questions(path: Path) -> dict[str, Item]:
+    """Items by prompt, in the file's order. A second line of column names is passed over; no question is lost.
+
+    DataError: columns or lines that are none of the benchmark's, a question twice, one that depends on none there is.
+    """
+    items: dict[str, Item] = {}
+    for line, row in csv_rows(file_bytes(path), str(path), ".csv"):
+        if isinstance(row, ValueError):
+            raise DataError(f"{path}:{line} cannot be read: {row}", code="BF-DATA-005")
+        if lost := [name for name in COLUMNS if name not in row]:
+            raise DataError(f"{path} has no column {lost[0]}", at=f"its columns: {', '.join(row)}", code="BF-DATA-005",
+                            fix="give dpg_bench.csv as it is published")  # fmt: skip
+        if row["item_id"] == "item_id":
+            continue
+        item = items.setdefault(row["text"], Item(row["item_id"], row["text"]))
+        item.questions.append(_question(row, f"{path}:{line}"))
+    if not items:
+        raise DataError(f"{path} holds no question", code="BF-DATA-001")
+    for item in items.values():
+        _check(item, path)
+    return items
+
+
+def questions_of(pictures: PictureSet, items: Mapping[str, Item], source: Path) -> list[Item]:
+    """The item of each picture, by its prompt.
+
+    DataError: a picture of another prompt (a rewritten one is another benchmark), prompts without pictures or with
+    fewer than the others.
+    """
+    found = []
+    for entry in pictures.entries:
+        if entry.prompt not in items:
+            raise DataError(
+                f"{entry.name} was painted from a prompt that {source} does not have",
+                at=repr(entry.prompt),
+                fix="paint the benchmark's own prompts; a rewritten prompt makes another score",
+                code="BF-DATA-007",
+            )
+        found.append(items[entry.prompt])
+    counts = Counter(item.prompt for item in found)
+    if len(counts) < len(items) or len(set(counts.values())) > 1:
+        raise DataError(
+            f"{pictures.what} has not as many pictures of every prompt of {source}",
+            at=f"{len(items) - len(counts)} prompts have none",
+            fix="make the missing ones: a mean over fewer is another score",
+            code="BF-DATA-008",
+        )
+    return found
+
+
+def _question(row: Mapping[str, str], where: str) -> Question:
+    try:
+        parents = tuple(number for part in row["dependency"].split(",") if (number := int(part)))
+        kind = row["tuple"].split("(")[0].strip()
+        return Question(int(row["proposition_id"]), row["question_natural_language"].strip(), parents,
+                        kind.split("-")[0].strip(), kind)  # fmt: skip
+    except ValueError as error:
+        raise DataError(f"{where} is no question of DPG-Bench: {error}", code="BF-DATA-005") from error
+
+
+def _check(item: Item, path: Path) -> None:
+    numbers = [question.number for question in item.questions]
+    if len(set(numbers)) < len(numbers):
+        raise DataError(f"{path}: {item.name} has a question twice", code="BF-DATA-006")
+    if lost := {parent for question in item.questions for parent in question.parents} - set(numbers):
+        raise DataError(f"{path}: {item.name} has a question that depends on {min(lost)}, which is not there",
+                        code="BF-DATA-005")  # fmt: skip

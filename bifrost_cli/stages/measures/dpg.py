@@ -1,0 +1,86 @@
+"""DPG-Bench as a measure: the benchmark's questions put to a multimodal LLM instead of mPLUG.
+
+Comes in: pictures, the item of each, a judge. Goes out: the mean score over prompts, the shares of yes by kind of
+question. It is labelled with its judge; published numbers are mPLUG's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bifrost_cli.artifacts.identity import digest_of
+from bifrost_cli.data.picture_set import Entry, PictureSet
+from bifrost_cli.maths.dpg import depending, score
+from bifrost_cli.maths.intervals import Z95, clustered_error
+from bifrost_cli.models.judge import Judge
+from bifrost_cli.stages.dpg_files import Item
+from bifrost_cli.stages.measures.measure import Line, Measure
+from bifrost_cli.stages.measures.shapes import share
+from bifrost_cli.stages.ui import Ui
+
+PROTOCOL = "bifrost-dpg/1"
+
+
+class DpgMeasure(Measure):
+    """`items`: that of each picture, in order."""
+
+    name = "dpg"
+
+    def __init__(self, judge: Judge, items: Sequence[Item]) -> None:
+        self._judge, self._items = judge, list(items)
+        asked = digest_of([[item.prompt, [list(vars(question).values()) for question in item.questions]]
+                           for item in self._items])  # fmt: skip
+        self.identity = {"judge": judge.identity, "asked": asked, "protocol": PROTOCOL}
+        self.device = judge.device
+
+    def results(self, pictures: PictureSet, lines: Sequence[Line], ui: Ui) -> list[dict[str, Any]]:
+        answered = []
+        with ui.progress(len(lines), "DPG-Bench") as bar:
+            for line, entry, item in zip(lines, pictures.entries, self._items, strict=True):
+                answers = self._answers(entry, item)
+                counted = depending(item.questions, answers)
+                no = [question.text for question in item.questions if not counted[question.number]]
+                line.update(numbers={"dpg": score(item.questions, answers)}, right=not no, why="no: " + " ".join(no))
+                answered += [{"broad": question.broad, "detailed": question.detailed, "right": answers[question.number]}
+                             for question in item.questions]  # fmt: skip
+                bar.advance(1)
+        return [self._result(lines, answered)]
+
+    def _answers(self, entry: Entry, item: Item) -> dict[int, bool]:
+        rgb_HWc = entry.load()
+        return {question.number: self._judge.yes(rgb_HWc, question.text) > 0.5 for question in item.questions}
+
+    def _result(self, lines: Sequence[Line], answered: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        scores = [line["numbers"]["dpg"] for line in lines]
+        prompts = [line["prompt"] for line in lines]
+        value, error = sum(scores) / len(scores), clustered_error(scores, prompts)
+        broad = [share(name, [one for one in answered if one["broad"] == name])
+                 for name in sorted({one["broad"] for one in answered})]  # fmt: skip
+        detailed = [share(name, [one for one in answered if one["detailed"] == name])
+                    for name in sorted({one["detailed"] for one in answered})]  # fmt: skip
+        judge = self._judge.identity
+        return {
+            "metric": "dpg",
+            "label": f"DPG-Bench by {judge['name']}",
+            "format": "share",
+            "value": value,
+            "standard_error": error,
+            "spread": f"95 % by prompt: {max(0, value - Z95 * error):.1%} to {min(1, value + Z95 * error):.1%}",
+            "details": [f"{len(answered)} answers about {len(lines)} pictures of {len(set(prompts))} prompts"],
+            "n_gen": len(lines),
+            "categories": broad,
+            "detailed": detailed,
+            "protocol": PROTOCOL,
+            "extractor": judge,
+            "sentence": f"DPG-Bench's questions, answered yes or no by {judge['name']} (weights "
+            f"{judge['weights'][:12]}); a question counts only with those it depends on, kinds of questions by their "
+            "plain answers. Published numbers are mPLUG's: compare only with numbers of this judge.",
+        }
+
+    def settings(self) -> dict[str, str]:
+        return {"judge": self._judge.identity["name"], "judge, sha256": self._judge.identity["weights"]}
+
+    def warnings(self, pictures: PictureSet, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+        planned = any(entry.plan is not None for entry in pictures.entries)
+        return ["The MLLM wrote a plan for each prompt first: not the score of the prompts alone."] * planned

@@ -1,0 +1,191 @@
+"""DPG-Bench: scores known by hand, every question of the file, and the built-in MLLM as a judge."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bifrost_cli.artifacts import Artifact, Draft
+from bifrost_cli.cli.main import run
+from bifrost_cli.data.picture_set import from_samples
+from bifrost_cli.data.png import png_bytes
+from bifrost_cli.errors import DataError, UsageError
+from bifrost_cli.maths.dpg import Question, depending, score
+from bifrost_cli.models.judge import Judge
+from bifrost_cli.recipe_files import load_recipe
+from bifrost_cli.shapes.draw import draw
+from bifrost_cli.shapes.scene import Scene, Thing
+from bifrost_cli.stages.dpg_files import questions_of, read_questions
+from bifrost_cli.stages.evaluate import evaluate
+from bifrost_cli.stages.measures.dpg import DpgMeasure
+from bifrost_cli.stages.ui import Ui
+
+# ---- the arithmetic -------------------------------------------------------------------------------------------------
+
+
+def graph(*parents: tuple[int, ...]) -> list[Question]:
+    return [Question(number, f"q{number}?", one, "entity", "entity - whole") for number, one in enumerate(parents, 1)]
+
+
+@pytest.mark.parametrize(
+    ("parents", "answers", "counted"),
+    [
+        (((), (1,), (1,)), (True, True, False), (True, True, False)),
+        (((), (1,), (1,)), (False, True, True), (False, False, False)),
+        (((), (1,), (2,)), (False, True, True), (False, False, False)),  # a grandchild falls with its grandparent
+        (((), (), (1, 2)), (True, False, True), (True, False, False)),  # every parent must hold
+        (((), (), ()), (True, False, True), (True, False, True)),
+    ],
+)
+def test_a_child_counts_only_with_its_parents(parents, answers, counted):
+    questions = graph(*parents)
+    given = dict(enumerate(answers, 1))
+    assert tuple(depending(questions, given).values()) == counted
+    assert score(questions, given) == pytest.approx(sum(counted) / len(counted))
+
+
+def test_nothing_asked_has_no_score():
+    with pytest.raises(ValueError, match="without questions"):
+        score([], {})
+
+
+# ---- the file -------------------------------------------------------------------------------------------------------
+
+COLUMNS = ("item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed",
+           "tuple", "question_natural_language")  # fmt: skip
+ROWS = [
+    ("a", "a red circle", "", "1", "0", "entity", "whole", "entity - whole (circle)", "is there a circle?"),
+    ("a", "a red circle", "", "2", "1", "attribute", "color", "attribute - color (circle, red)", "is there a red circle?"),
+    ("b", "two, blue squares", "", "1", "0", "entity", "whole", "entity - whole (squares)", "is there a square?"),
+    ("b", "two, blue squares", "", "2", "1", "attribute", "color", "attribute - color (squares, blue)",
+     "is there a blue square?"),
+    ("b", "two, blue squares", "", "3", "1,2", "other", "count", "other - count (squares, 2)", "is there a blue star?"),
+]  # fmt: skip
+
+
+def table(path: Path, rows=ROWS, columns=COLUMNS, twice=False) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *([columns] if twice else []), *rows])
+    return path
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_every_question_is_read_with_and_without_a_second_header(tmp_path, twice):
+    items = read_questions(table(tmp_path / "dpg.csv", twice=twice))
+    assert list(items) == ["a red circle", "two, blue squares"]
+    assert [len(item.questions) for item in items.values()] == [2, 3]
+    last = items["two, blue squares"].questions[2]
+    assert last == Question(3, "is there a blue star?", (1, 2), "other", "other - count")
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "why"),
+    [([], COLUMNS, "no question"), (ROWS, (*COLUMNS[:-1], "question"), "no column question_natural_language"),
+     ([ROWS[0], ROWS[0]], COLUMNS, "a question twice"), ([ROWS[1]], COLUMNS, "depends on 1"),
+     ([(*ROWS[0][:3], "one", *ROWS[0][4:])], COLUMNS, ":2 is no question"), ([ROWS[0][:-1]], COLUMNS, ":2 cannot be read")],
+)  # fmt: skip
+def test_files_that_are_none_of_the_benchmarks(tmp_path, rows, columns, why):
+    with pytest.raises(DataError, match=why):
+        read_questions(table(tmp_path / "dpg.csv", rows, columns))
+
+
+# ---- a judge --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mllm():
+    import torch
+
+    from bifrost_cli.stages.loading import load_mllm
+
+    return load_mllm("builtin:mllm", torch.device("cpu"), torch.float32)
+
+
+def picture(shape: str, colour: str) -> np.ndarray:
+    return draw(Scene("white", (Thing(shape, colour, 1, 1),)))
+
+
+def test_a_judge_weighs_yes_against_no(mllm):
+    judge = Judge(mllm, "built-in")
+    share = judge.yes(picture("circle", "red"), "is there a red circle?")
+    assert 0.0 <= share <= 1.0 and share == judge.yes(picture("circle", "red"), "is there a red circle?")
+    inputs = mllm.question(picture("circle", "red"), "is there a red circle? Answer yes or no.")
+    last = mllm.logits(**inputs)[0, -1].double().softmax(0)
+    yes, no = (float(last[mllm.tokenizer(word, add_special_tokens=False)["input_ids"][0]]) for word in ("yes", "no"))
+    assert share == pytest.approx(yes / (yes + no), rel=1e-6)
+
+
+# ---- from pictures to a report --------------------------------------------------------------------------------------
+
+
+def painted(path: Path, prompts, plans=None) -> Artifact:
+    recipe = load_recipe("tiny").model_dump(mode="json")
+    with Draft.open(path, "samples", {"name": path.name}) as draft:
+        lines = []
+        for index, prompt in enumerate(prompts):
+            rgb = picture("square" if "square" in prompt else "circle", "blue" if index % 2 else "red")
+            (draft.path / f"{index:05d}.png").write_bytes(png_bytes(rgb))
+            lines.append({"index": index, "prompt": prompt, "plan": plans, "seed": index})
+        (draft.path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return draft.commit({"recipe": recipe})
+
+
+@pytest.fixture
+def samples(tmp_path) -> Artifact:
+    return painted(tmp_path / "runs" / "samples-a", ["a red circle", "two, blue squares"] * 2)
+
+
+class Oracle:
+    """Answers by what is truly in the picture."""
+
+    identity, device = {"name": "oracle", "weights": "0" * 64}, "cpu"
+
+    def yes(self, rgb, question):
+        shape = "square" if "square" in question else "circle" if "circle" in question else "star"
+        colours = [colour for colour in ("red", "blue") if colour in question] or ["red", "blue"]
+        return float(any(np.array_equal(rgb, picture(shape, colour)) for colour in colours if shape != "star"))
+
+
+def test_scores_of_an_oracle_by_hand(samples, tmp_path):
+    """Circles are red, red; squares blue, blue: 2 of 2 twice, and 2 of 3 twice."""
+    recipe = load_recipe("tiny")
+    pictures = from_samples(samples, recipe.latents)
+    items = questions_of(pictures, read_questions(table(tmp_path / "dpg.csv")), tmp_path / "dpg.csv")
+    lines = [{"name": entry.name, "prompt": entry.prompt} for entry in pictures.entries]
+    (result,) = DpgMeasure(Oracle(), items).results(pictures, lines, Ui())
+    assert result["value"] == pytest.approx((1 + 2 / 3) / 2) and result["label"] == "DPG-Bench by oracle"
+    assert {row["name"]: row["value"] for row in result["categories"]} == {"attribute": 1.0, "entity": 1.0, "other": 0.0}
+    assert [line["right"] for line in lines] == [True, False, True, False] and "blue star" in lines[1]["why"]
+    # two prompts, each a cluster: sums +-2/6 -> sqrt(2 (2/6)^2 2) / 4
+    assert result["standard_error"] == pytest.approx(np.sqrt(2 * 2 * (2 / 6) ** 2) / 4)
+
+
+def test_it_runs_end_to_end_with_the_frozen_mllm(samples, tmp_path, capsys):
+    path = table(tmp_path / "dpg.csv")
+    code = run(["eval", "--dpg", "--questions", str(path), "--samples", str(samples.path), "-w", str(tmp_path / "runs"),
+                "--device", "cpu"])  # fmt: skip
+    assert code == 0, capsys.readouterr().err
+    (made,) = (tmp_path / "runs").glob("report-*")
+    found = json.loads((made / "report.json").read_text())
+    (result,) = found["results"]
+    assert result["label"] == "DPG-Bench by builtin:mllm" and 0 <= result["value"] <= 1 and result["n_gen"] == 4
+    assert "--questions" in found["command"] and result["extractor"]["weights"]
+
+
+def test_missing_and_rewritten_prompts_are_refused(tmp_path):
+    recipe, path = load_recipe("tiny"), table(tmp_path / "dpg.csv")
+    items = read_questions(path)
+    for name, prompts, why in (
+        ("b", ["a red circle"], "not as many"),
+        ("c", ["a red circle", "a red circle", "two, blue squares"], "not as many"),
+        ("d", ["a red circle, highly detailed", "two, blue squares"], "does not have"),
+    ):
+        made = painted(tmp_path / "runs" / f"samples-{name}", prompts)
+        with pytest.raises(DataError, match=why):
+            questions_of(from_samples(made, recipe.latents), items, path)
+    with pytest.raises(UsageError, match="questions"):
+        evaluate(recipe, measures=["dpg"], workspace=tmp_path / "runs")
