@@ -59,7 +59,8 @@ COLUMNS = ("item_id", "text", "keywords", "proposition_id", "dependency", "categ
            "tuple", "question_natural_language")  # fmt: skip
 ROWS = [
     ("a", "a red circle", "", "1", "0", "entity", "whole", "entity - whole (circle)", "is there a circle?"),
-    ("a", "a red circle", "", "2", "1", "attribute", "color", "attribute - color (circle, red)", "is there a red circle?"),
+    ("a", "a red circle", "", "2", "1", "attribute", "color", "attribute - color (circle, red)",
+     "is there a red circle?"),
     ("b", "two, blue squares", "", "1", "0", "entity", "whole", "entity - whole (squares)", "is there a square?"),
     ("b", "two, blue squares", "", "2", "1", "attribute", "color", "attribute - color (squares, blue)",
      "is there a blue square?"),
@@ -86,7 +87,8 @@ def test_every_question_is_read_with_and_without_a_second_header(tmp_path, twice
     ("rows", "columns", "why"),
     [([], COLUMNS, "no question"), (ROWS, (*COLUMNS[:-1], "question"), "no column question_natural_language"),
      ([ROWS[0], ROWS[0]], COLUMNS, "a question twice"), ([ROWS[1]], COLUMNS, "depends on 1"),
-     ([(*ROWS[0][:3], "one", *ROWS[0][4:])], COLUMNS, ":2 is no question"), ([ROWS[0][:-1]], COLUMNS, ":2 cannot be read")],
+     ([(*ROWS[0][:3], "one", *ROWS[0][4:])], COLUMNS, ":2 is no question"),
+     ([ROWS[0][:-1]], COLUMNS, ":2 cannot be read")],
 )  # fmt: skip
 def test_files_that_are_none_of_the_benchmarks(tmp_path, rows, columns, why):
     with pytest.raises(DataError, match=why):
@@ -158,7 +160,7 @@ def test_scores_of_an_oracle_by_hand(samples, tmp_path):
     lines = [{"name": entry.name, "prompt": entry.prompt} for entry in pictures.entries]
     (result,) = DpgMeasure(Oracle(), items).results(pictures, lines, Ui())
     assert result["value"] == pytest.approx((1 + 2 / 3) / 2) and result["label"] == "DPG-Bench by oracle"
-    assert {row["name"]: row["value"] for row in result["categories"]} == {"attribute": 1.0, "entity": 1.0, "other": 0.0}
+    assert {row["name"]: row["value"] for row in result["categories"]} == {"attribute": 1, "entity": 1, "other": 0}
     assert [line["right"] for line in lines] == [True, False, True, False] and "blue star" in lines[1]["why"]
     # two prompts, each a cluster: sums +-2/6 -> sqrt(2 (2/6)^2 2) / 4
     assert result["standard_error"] == pytest.approx(np.sqrt(2 * 2 * (2 / 6) ** 2) / 4)
