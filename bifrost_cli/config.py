@@ -159,6 +159,10 @@ class Branch(Section):
 class ControlNet(Section):
     """The latent ControlNet and its training."""
 
+    control: Literal["controlnet", "cross_attention", "concat"] = Field(
+        "controlnet",
+        description="how FLUX hears the latents: by a ControlNet, as tokens beside its text, or added to its input",
+    )
     double_blocks: Count = Field(4, description="the painter's double blocks copied")
     single_blocks: Every = Field(1, description="its single blocks copied; SD3 has none, and wants 0")
     latent_noise: NotNegative = Field(0.0, description="largest noise on the latents, in channel deviations")
@@ -176,6 +180,9 @@ class Generate(Section):
     )
     plan_tokens: Count = Field(200, description="longest plan, in tokens")
     decode_steps: Count = Field(64, description="steps of the branch")
+    decode_order: Literal["random", "raster"] = Field(
+        "random", description="which patches are revealed first: a random order of each picture, or row by row"
+    )
     guidance: NotNegative = Field(1.0, description="weight of the prompt in the branch; 1 runs no unconditional half")
     steps: Count = Field(28, description="diffusion steps")
     painter_guidance: NotNegative = Field(3.5, description="the diffusion model's guidance")

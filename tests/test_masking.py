@@ -13,6 +13,7 @@ from bifrost_cli.maths.masking import (
     mask_from_orders,
     mask_schedule,
     random_orders,
+    raster_orders,
     sample_mask_ratio,
 )
 
@@ -39,6 +40,12 @@ def test_orders_are_permutations_and_repeat_with_the_seed():
     assert (orders_BP.sort(dim=1).values == torch.arange(9)).all()
     assert torch.equal(orders_BP, random_orders(5, 9, generator()))
     assert len({tuple(order.tolist()) for order in orders_BP}) > 1
+
+
+def test_the_order_of_reading_reveals_the_first_patch_first():
+    orders_BP = raster_orders(2, 4)
+    masked = [mask_from_orders(orders_BP, torch.full((2,), kept)).tolist()[1] for kept in (4, 3, 1)]
+    assert masked == [[True] * 4, [False, True, True, True], [False, False, False, True]]
 
 
 def test_the_first_entries_of_an_order_are_masked():

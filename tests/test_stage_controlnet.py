@@ -113,10 +113,10 @@ def test_vae_latents_of_another_flux_are_refused(flux_folder, tmp_path):
 
 
 def test_vae_latents_of_another_grid_are_refused(flux_folder, tmp_path):
-    store = mllm_store(tmp_path / "odd", grid=(2, 2))
+    store = mllm_store(tmp_path / "odd", grid=(3, 3))
     with pytest.raises(ArtifactError) as found:
         train_controlnet(recipe(flux=flux_folder), latents=store.path, device="cpu")
-    assert found.value.code == "BF-ART-004" and "paint_size=32" in found.value.fix
+    assert found.value.code == "BF-ART-004" and "paint_size=48" in found.value.fix
 
 
 def test_float32_training_through_a_half_precision_flux_is_refused(workspace):

@@ -33,6 +33,11 @@ def random_orders(batch: int, patches: int, generator: torch.Generator) -> Tenso
     return torch.stack([torch.randperm(patches, generator=generator) for _ in range(batch)])
 
 
+def raster_orders(batch: int, patches: int) -> Tensor:
+    """The order of reading for every image, orders_BP int64: decoding reveals the top left patch first."""
+    return torch.arange(patches - 1, -1, -1).expand(batch, -1)
+
+
 def mask_from_orders(orders_BP: Tensor, masked_count_B: Tensor) -> Tensor:
     """masked_BP bool: the first masked_count entries of each order are masked."""
     rank_P = torch.arange(orders_BP.shape[1], device=orders_BP.device)

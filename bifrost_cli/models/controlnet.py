@@ -3,7 +3,8 @@
 In: patch latents (B, P, C) on a square grid. Out: residuals for the painter's blocks, through the stock forward.
 Nothing is forked: one module, the control embedder, is replaced. Does not know how latents are made, nor where weights
 lie.
-Legend: B images, P patches, C latent channels, D the painter's width, H W patch grid, N = 4 P image tokens.
+Legend: B images, P patches, C latent channels, D the painter's width, H W patch grid, r image tokens a side for each
+patch (2 in the paper), N = r r P image tokens.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from diffusers import FluxControlNetModel, FluxTransformer2DModel, SD3ControlNet
 from torch import nn
 
 from bifrost_cli.errors import RecipeError
+from bifrost_cli.models.control import CONTROLS
+from bifrost_cli.models.patch_embedder import PatchLatentEmbedder
 
 # A painter's family -> the stock class, and the module of it that is replaced.
 FAMILIES = {
@@ -38,41 +41,8 @@ PUBLISHED_NAMES = {
 warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated", category=FutureWarning)
 
 
-class PatchLatentEmbedder(nn.Module):
-    """Patch latents -> one vector for each image token, on a grid twice as fine (the paper's x2 upsampler).
-
-    `proj` starts at zero, so that an untrained ControlNet changes nothing; BatchNorm uses its running statistics in
-    eval mode.
-    """
-
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.upconv = nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.proj = nn.Linear(channels, width)
-        nn.init.zeros_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
-
-    def upsample(self, latents_BPC: torch.Tensor) -> torch.Tensor:
-        """(B, H*W, C) row-major -> (B, 2H*2W, C) row-major. Raises ValueError when P is no square."""
-        side = math.isqrt(latents_BPC.shape[1])
-        if side * side != latents_BPC.shape[1]:
-            raise ValueError(f"{latents_BPC.shape[1]} patches are no square grid")
-        grid_BCHW = latents_BPC.mT.unflatten(2, (side, side))
-        fine_BCHW = torch.relu(self.bn1(self.upconv(grid_BCHW)))
-        fine_BCHW = self.bn2(self.conv(fine_BCHW))
-        skip_BCHW = nn.functional.interpolate(grid_BCHW, scale_factor=2, mode="nearest")
-        return torch.relu(fine_BCHW + skip_BCHW).flatten(2).mT
-
-    def forward(self, latents_BPC: torch.Tensor) -> torch.Tensor:
-        """(B, P, C) -> (B, 4P, D)."""
-        return self.proj(self.upsample(latents_BPC))
-
-
 def latent_controlnet(
-    transformer: FluxTransformer2DModel, double_blocks: int, single_blocks: int, channels: int
+    transformer: FluxTransformer2DModel, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2
 ) -> FluxControlNetModel:
     """A new ControlNet for FLUX: its first blocks copied, the outputs and the control embedder at zero.
 
@@ -84,11 +54,11 @@ def latent_controlnet(
     shape = {"num_layers": double_blocks, "num_single_layers": single_blocks}
     heads = {key: transformer.config[key] for key in ("attention_head_dim", "num_attention_heads")}
     controlnet = FluxControlNetModel.from_transformer(transformer, **shape, **heads)
-    return _with_embedder(controlnet, "FLUX", channels).to(transformer.device)
+    return _with_embedder(controlnet, "FLUX", channels, ratio).to(transformer.device)
 
 
 def latent_sd3_controlnet(
-    transformer: SD3Transformer2DModel, double_blocks: int, single_blocks: int, channels: int
+    transformer: SD3Transformer2DModel, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2
 ) -> SD3ControlNetModel:
     """`latent_controlnet` for SD3, whose blocks are all double; its last one takes no residual.
 
@@ -104,25 +74,39 @@ def latent_sd3_controlnet(
     source = copy.copy(transformer)
     source.register_to_config(force_zeros_for_pooled_projection=False)  # its own config: stock writes into the source's
     controlnet = SD3ControlNetModel.from_transformer(source, double_blocks, num_extra_conditioning_channels=0)
-    return _with_embedder(controlnet, "SD3", channels).to(transformer.device)
+    return _with_embedder(controlnet, "SD3", channels, ratio).to(transformer.device)
 
 
 def controlnet_config(controlnet: nn.Module) -> dict[str, Any]:
     """What `controlnet_from_config` needs to build the same empty model, as plain JSON values."""
+    if isinstance(controlnet, tuple(CONTROLS.values())):
+        return controlnet.config
     family, (kind, name) = next((key, pair) for key, pair in FAMILIES.items() if isinstance(controlnet, pair[0]))
     # `from_transformer` also keeps keys of the transformer's own config, which a ControlNet does not take.
     known = inspect.signature(kind.__init__).parameters
     stock = {key: value for key, value in controlnet.config.items() if key in known}
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in stock.items()}
     told = {} if family == "FLUX" else {"family": family}  # FLUX was once the only one, and is not said
-    return {**told, **plain, "control_channels": controlnet.get_submodule(name).proj.in_features}
+    embedder = controlnet.get_submodule(name)
+    finer = {} if embedder.ratio == 2 else {"control_ratio": embedder.ratio}  # 2 was once the only one
+    return {**told, **plain, "control_channels": embedder.proj.in_features, **finer}
 
 
 def controlnet_from_config(config: dict[str, Any]) -> nn.Module:
     """An empty latent ControlNet in eval mode; `config` as `controlnet_config` gives it. Load its weights next."""
-    family = config_family(config)
-    stock = {key: value for key, value in config.items() if key not in ("control_channels", "family")}
-    return _with_embedder(FAMILIES[family][0](**stock), family, config["control_channels"]).eval()
+    if "control" in config:
+        kind = CONTROLS[config["control"]]
+        return kind(**{key: value for key, value in config.items() if key != "control"}).eval()
+    family, ours = config_family(config), ("control_channels", "control_ratio", "family")
+    stock = {key: value for key, value in config.items() if key not in ours}
+    sizes = (config["control_channels"], config.get("control_ratio", 2))
+    return _with_embedder(FAMILIES[family][0](**stock), family, *sizes).eval()
+
+
+def image_tokens(controlnet: nn.Module, patches: int) -> int | None:
+    """The image tokens N that a control of so many patches is for; None: any number."""
+    ratios = [module.ratio for module in controlnet.modules() if isinstance(module, PatchLatentEmbedder)]
+    return ratios[0] ** 2 * patches if ratios else None
 
 
 def config_family(config: dict[str, Any]) -> str:
@@ -156,8 +140,8 @@ def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-def _with_embedder(controlnet: nn.Module, family: str, channels: int) -> nn.Module:
-    controlnet.set_submodule(FAMILIES[family][1], PatchLatentEmbedder(channels, controlnet.inner_dim))
+def _with_embedder(controlnet: nn.Module, family: str, channels: int, ratio: int) -> nn.Module:
+    controlnet.set_submodule(FAMILIES[family][1], PatchLatentEmbedder(channels, controlnet.inner_dim, ratio))
     return controlnet
 
 

@@ -9,7 +9,8 @@ channels), P patches and C channels of the patch latents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -19,6 +20,7 @@ from torch import nn
 
 from bifrost_cli.maths import flow
 from bifrost_cli.maths.draws import Source
+from bifrost_cli.models.control import InputControl, TextControl
 from bifrost_cli.models.controlnet import latent_controlnet
 from bifrost_cli.models.painter import Control, Painter, is_cut, token_ids
 
@@ -120,7 +122,16 @@ class FluxPainter(Painter):
         control: Control | None,
         guidance: float,
     ) -> torch.Tensor:
-        """FLUX's prediction of noise - clean (B, N, 4c), with the ControlNet's residuals spread by the stock rule."""
+        """FLUX's prediction of noise - clean (B, N, 4c), with the ControlNet's residuals spread by the stock rule, or
+        with what another control (`control.py`) says beside the text or at the input."""
+        added_BND = None
+        if control is not None and isinstance(control.model, TextControl | InputControl):
+            said = control.model(control.latents_BPC.to(latents_BNc)).to(latents_BNc) * control.scale
+            if isinstance(control.model, TextControl):
+                text = text._replace(sequence_BTD=torch.cat([text.sequence_BTD, said], dim=1))
+            else:
+                added_BND = said
+            control = None
         inputs = {
             "hidden_states": latents_BNc,
             "timestep": sigma_B,
@@ -140,7 +151,8 @@ class FluxPainter(Painter):
             )
         names = ("controlnet_block_samples", "controlnet_single_block_samples")
         residuals = dict(zip(names, residuals, strict=True))
-        return self.transformer(**inputs, **residuals, guidance=_guidance(self.transformer, sigma_B, guidance))[0]
+        with _added(self.transformer.x_embedder, added_BND):
+            return self.transformer(**inputs, **residuals, guidance=_guidance(self.transformer, sigma_B, guidance))[0]
 
     def base_loss(
         self,
@@ -154,7 +166,7 @@ class FluxPainter(Painter):
 
     def control_loss(
         self,
-        controlnet: FluxControlNetModel,
+        controlnet: nn.Module,
         vae_latents_Bchw: torch.Tensor,
         control_BPC: torch.Tensor,
         text: Text,
@@ -162,8 +174,15 @@ class FluxPainter(Painter):
     ) -> torch.Tensor:
         return self._loss(vae_latents_Bchw, text, Control(controlnet, control_BPC), generator)
 
-    def new_controlnet(self, double_blocks: int, single_blocks: int, channels: int) -> FluxControlNetModel:
-        return latent_controlnet(self.transformer, double_blocks, single_blocks, channels)
+    def new_controlnet(
+        self, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2
+    ) -> FluxControlNetModel:
+        return latent_controlnet(self.transformer, double_blocks, single_blocks, channels, ratio)
+
+    def new_control(self, kind: str, channels: int, patches: int, ratio: int) -> nn.Module:
+        if kind == "cross_attention":
+            return TextControl(channels, patches, self.transformer.config.joint_attention_dim)
+        return InputControl(channels, self.transformer.inner_dim, ratio)
 
     def _loss(
         self, clean_Bchw: torch.Tensor, text: Text, control: Control | None, generator: Source
@@ -196,6 +215,19 @@ def image_ids(latents_Bchw: torch.Tensor) -> torch.Tensor:
     options = {"device": latents_Bchw.device, "dtype": torch.float32}
     row, column = torch.meshgrid(torch.arange(rows, **options), torch.arange(columns, **options), indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
+
+
+@contextmanager
+def _added(layer: nn.Module, more: torch.Tensor | None) -> Iterator[None]:
+    """Inside, the layer's output is its own plus `more`."""
+    if more is None:
+        yield
+        return
+    hook = layer.register_forward_hook(lambda _layer, _inputs, output: output + more)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _guidance(model: nn.Module, sigma_B: torch.Tensor, guidance: float) -> torch.Tensor | None:

@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from bifrost_cli.data.weights import weights_hash
+from bifrost_cli.errors import RecipeError
 from bifrost_cli.maths import flow
 from bifrost_cli.maths.draws import Source, normal
 
@@ -134,9 +135,14 @@ class Painter(ABC):
     # ---- the ControlNet and its loss --------------------------------------------------------------------------------
 
     @abstractmethod
-    def new_controlnet(self, double_blocks: int, single_blocks: int, channels: int) -> nn.Module:
-        """An untrained latent ControlNet for patch latents of `channels`; it changes nothing yet. RecipeError when the
-        transformer has not these blocks."""
+    def new_controlnet(self, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2) -> nn.Module:
+        """An untrained latent ControlNet for patch latents of `channels`, each over `ratio` image tokens a side; it
+        changes nothing yet. RecipeError when the transformer has not these blocks."""
+
+    def new_control(self, kind: str, channels: int, patches: int, ratio: int) -> nn.Module:
+        """An untrained control of another kind (`controlnet.control`). RecipeError when the family has none."""
+        raise RecipeError(f"controlnet.control {kind} is made for FLUX, not for {self.family}", code="BF-RECIPE-005",
+                          fix="--set controlnet.control=controlnet, or name a FLUX in models.painter")  # fmt: skip
 
     @abstractmethod
     def control_loss(

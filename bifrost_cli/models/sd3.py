@@ -142,8 +142,10 @@ class Sd3Painter(Painter):
             (residuals,) = control.model(**inputs, controlnet_cond=latents_BPC, conditioning_scale=control.scale)
         return self.transformer(**inputs, block_controlnet_hidden_states=residuals)[0]
 
-    def new_controlnet(self, double_blocks: int, single_blocks: int, channels: int) -> SD3ControlNetModel:
-        return latent_sd3_controlnet(self.transformer, double_blocks, single_blocks, channels)
+    def new_controlnet(
+        self, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2
+    ) -> SD3ControlNetModel:
+        return latent_sd3_controlnet(self.transformer, double_blocks, single_blocks, channels, ratio)
 
     def control_loss(
         self,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.identity import differences
@@ -56,15 +57,12 @@ def train_controlnet(
     store, place = choose_store(recipe, latents, workspace, ui), pick_device(device)
     store.vae([0])  # a store without VAE latents is refused before anything is loaded
     placement = Placement(place, weights=models.weights)
-    painter = load_painter(models.painter, placement.home, getattr(torch, models.dtype), revision=models.revision)
-    check_settings(recipe, painter, ui)
-    _require_painter(recipe, store, painter)
-    _require_size(store, painter)
-    torch.manual_seed(derive(settings.train.seed, "init"))
-    controlnet = painter.new_controlnet(settings.double_blocks, settings.single_blocks, store.channels)
+    painter = painter_of(recipe, store, placement, ui)
+    controlnet = new_control(recipe, store, painter)
     if settings.train.gradient_checkpointing:
         for module in (controlnet, painter.transformer):  # the gradient passes through the frozen painter, too
-            module.enable_gradient_checkpointing()
+            if hasattr(module, "enable_gradient_checkpointing"):  # the small controls have no layers to forget
+                module.enable_gradient_checkpointing()
     base, small = painter_hash(models, painter), {}
     placement.settle(*painter.frozen_modules(), frozen=painter.frozen_modules(but=("vae",)))
     if models.weights != "dtype":
@@ -88,6 +86,25 @@ def train_controlnet(
     return made
 
 
+def painter_of(recipe: Recipe, store: LatentsStore, placement: Placement, ui: Ui) -> Painter:
+    """The recipe's painter, loaded to where `placement` says; the store's VAE latents are its own."""
+    models = recipe.models
+    painter = load_painter(models.painter, placement.home, getattr(torch, models.dtype), revision=models.revision)
+    check_settings(recipe, painter, ui)
+    _require_painter(recipe, store, painter)
+    return painter
+
+
+def new_control(recipe: Recipe, store: LatentsStore, painter: Painter) -> nn.Module:
+    """The untrained control of the recipe's kind, sized for the store; its new layers drawn from the recipe's seed."""
+    settings, patches = recipe.controlnet, store.grid[0] * store.grid[1]
+    ratio = _ratio(store, painter)
+    torch.manual_seed(derive(settings.train.seed, "init"))
+    if settings.control != "controlnet":
+        return painter.new_control(settings.control, store.channels, patches, ratio).to(painter.device)
+    return painter.new_controlnet(settings.double_blocks, settings.single_blocks, store.channels, ratio)
+
+
 def _require_painter(recipe: Recipe, store: LatentsStore, painter: Painter) -> None:
     """The VAE latents must be those of this painter, at the recipe's size."""
     now, then = VaeEncoder(painter.vae, recipe.latents.paint_size).identity, store.attributes["painter"]
@@ -101,13 +118,16 @@ def _require_painter(recipe: Recipe, store: LatentsStore, painter: Painter) -> N
         )
 
 
-def _require_size(store: LatentsStore, painter: Painter) -> None:
-    """Four image tokens for each patch, in the painter's own VAE channels."""
-    wanted = (painter.latent_channels, *(4 * side for side in store.grid))
-    if tuple(store.vae_shape) != wanted:
-        raise ArtifactError(
-            f"the VAE latents of {store.artifact.path} do not fit its patch latents in this painter",
-            at=f"they are {tuple(store.vae_shape)}; a {store.grid[0]}x{store.grid[1]} grid needs {wanted}",
-            fix=f"extract again with --set latents.paint_size={4 * store.grid[0] * painter.factor}",
-            code="BF-ART-004",
-        )
+def _ratio(store: LatentsStore, painter: Painter) -> int:
+    """Image tokens a side for each patch: 2 in the paper. ArtifactError BF-ART-004 when that is no whole number."""
+    (channels, height, width), (rows, columns) = store.vae_shape, store.grid
+    ratio = height // (2 * rows)
+    if ratio and (channels, height, width) == (painter.latent_channels, 2 * ratio * rows, 2 * ratio * columns):
+        return ratio
+    raise ArtifactError(
+        f"the VAE latents of {store.artifact.path} do not fit its patch latents in this painter",
+        at=f"they are {tuple(store.vae_shape)}; a {rows}x{columns} grid needs "
+        f"{(painter.latent_channels, 4 * rows, 4 * columns)}, or another whole number of image tokens for each patch",
+        fix=f"extract again with --set latents.paint_size={4 * rows * painter.factor}",
+        code="BF-ART-004",
+    )

@@ -65,6 +65,10 @@ def _write_branch(folder: Path, artifact: Artifact, config: dict[str, Any], tens
 
 def _write_controlnet(folder: Path, artifact: Artifact, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     stock = {name: value for name, value in config.items() if name != "control_channels"}
+    if strange := {"control", "control_ratio"} & set(config):
+        raise ArtifactError(f"{artifact.path} is no ControlNet of the published form: {config[strange.pop()]}",
+                            fix=f"use it where it is: its model.safetensors is plain safetensors ({artifact.path})",
+                            code="BF-ART-009")  # fmt: skip
     if "num_single_layers" not in stock:
         raise _other_models(artifact, "FLUX")
     names = {"_class_name": "FluxControlNetModel", "_diffusers_version": diffusers.__version__}

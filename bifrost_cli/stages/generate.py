@@ -24,7 +24,7 @@ from bifrost_cli.errors import UsageError
 from bifrost_cli.stages.painting import timing_line
 from bifrost_cli.stages.pair import Pair, choose_pair
 from bifrost_cli.stages.place import pick_device
-from bifrost_cli.stages.placement import RUN_ONLY
+from bifrost_cli.stages.placement import deciding
 from bifrost_cli.stages.prompts import Order, destination, orders, read_prompts
 from bifrost_cli.stages.studio import Sketches, Studio, latents_bytes
 from bifrost_cli.stages.ui import Ui
@@ -51,9 +51,8 @@ class _Job:
         """What decides a picture beside prompt, seed and weights (which the parents' ids stand for)."""
         recipe = self.recipe
         sizes = {"paint_size": recipe.latents.paint_size, "max_text_tokens": recipe.branch.max_text_tokens}
-        chosen = recipe.generate.model_dump(mode="json", exclude=RUN_ONLY)
         small = {"weights": recipe.models.weights} if recipe.models.weights != "dtype" else {}
-        return {**chosen, **sizes, "dtype": recipe.models.dtype, **small}
+        return {**deciding(recipe.generate), **sizes, "dtype": recipe.models.dtype, **small}
 
     @property
     def parents(self) -> tuple[Artifact, Artifact]:

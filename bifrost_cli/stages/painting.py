@@ -24,8 +24,9 @@ from torch import nn
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.config import Recipe
 from bifrost_cli.errors import RecipeError
-from bifrost_cli.maths.masking import random_orders
+from bifrost_cli.maths.masking import random_orders, raster_orders
 from bifrost_cli.models.branch import VisualBranch
+from bifrost_cli.models.controlnet import image_tokens
 from bifrost_cli.models.decode import decode
 from bifrost_cli.models.mllm import Mllm, Prefix
 from bifrost_cli.models.painter import Control, Painter
@@ -86,11 +87,16 @@ class Sketcher:
                 prefix,
                 self._unconditional if settings.guidance != 1.0 else None,
                 steps=settings.decode_steps,
-                orders_BP=random_orders(1, branch.patches, generator_of(seed, prompt, "order")),
+                orders_BP=self._orders(prompt, seed),
                 guidance=settings.guidance,
                 noise_BPC=noise_BPC,
             ).cpu()
         return Sketch(prompt, plan, cut, latents_BPC[0])
+
+    def _orders(self, prompt: str, seed: int) -> torch.Tensor:
+        if self.recipe.generate.decode_order == "raster":
+            return raster_orders(1, self.branch.patches)
+        return random_orders(1, self.branch.patches, generator_of(seed, prompt, "order"))
 
     def _read_once(self, prompt: str) -> tuple[str | None, bool, Prefix]:
         """Plan (if the recipe says so), whether the text was cut, and its keys and values."""
@@ -171,15 +177,15 @@ def diffuse(
 ) -> torch.Tensor:
     """Patch latents (1, P, C) -> VAE latents (1, c, h, w) of the recipe's paint size.
 
-    RecipeError BF-RECIPE-005 when that size has not four image tokens for each patch.
+    RecipeError BF-RECIPE-005 when that size has not the image tokens that the ControlNet is for.
     """
     settings, size = recipe.generate, recipe.latents.paint_size
     noise_Bchw = painter.noise(size, generator)
-    tokens, patches = noise_Bchw.shape[-1] * noise_Bchw.shape[-2] // 4, latents_BPC.shape[1]
-    if tokens != 4 * patches:
-        side = 4 * math.isqrt(patches) * painter.factor
+    tokens, wanted = noise_Bchw.shape[-1] * noise_Bchw.shape[-2] // 4, image_tokens(controlnet, latents_BPC.shape[1])
+    if wanted not in (None, tokens):
+        side = 2 * math.isqrt(wanted) * painter.factor
         raise RecipeError(
-            f"latents.paint_size {size} makes {tokens} image tokens; the ControlNet gives {4 * patches}",
+            f"latents.paint_size {size} makes {tokens} image tokens; the ControlNet gives {wanted}",
             fix=f"--set latents.paint_size={side}",
             code="BF-RECIPE-005",
         )

@@ -74,7 +74,8 @@ class System:
         """The ControlNet that this recipe trains."""
         settings = self.recipe.controlnet
         with torch.device("meta"):
-            return latent_controlnet(self.transformer, settings.double_blocks, settings.single_blocks, self.channels)
+            sizes = (settings.double_blocks, settings.single_blocks, self.channels)
+            return latent_controlnet(self.transformer, *sizes, ratio=max(1, self.painter_side() // self.grid))
 
     @property
     def own_encoder(self) -> bool:
@@ -86,9 +87,13 @@ class System:
         """Pixels a side of one VAE latent."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    def painter_side(self) -> int:
+        """Picture tokens a side of the transformer at the recipe's paint size."""
+        return self.recipe.latents.paint_size // self.factor // 2
+
     def painter_tokens(self) -> int:
-        """Picture tokens of the transformer at the recipe's paint size."""
-        return (self.recipe.latents.paint_size // self.factor // 2) ** 2
+        """All of them."""
+        return self.painter_side() ** 2
 
 
 def numbers(*modules: nn.Module, trained: bool = False) -> int:
@@ -99,6 +104,9 @@ def numbers(*modules: nn.Module, trained: bool = False) -> int:
 def build(recipe: Recipe) -> System:
     """The system of a recipe. RecipeError BF-RECIPE-004: a model whose configuration is not here, or cannot be planned;
     ArtifactError BF-ART-009: an MLLM of no known family."""
+    if (control := recipe.controlnet.control) != "controlnet":
+        raise RecipeError(f"controlnet.control {control} cannot be planned: its memory has not been measured",
+                          fix="plan with --set controlnet.control=controlnet", code="BF-RECIPE-005")  # fmt: skip
     mllm_folder, painter = configs(recipe.models.mllm), configs(recipe.models.painter)
     require_known(read_json(mllm_folder / "config.json").get("model_type"))
     config = AutoConfig.from_pretrained(mllm_folder, trust_remote_code=False)

@@ -9,15 +9,24 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import cpu_offload
 from torch import nn
 
+from bifrost_cli.config import Generate
 from bifrost_cli.models.quantize import layers_of, quantize_layers
 
 CPU = torch.device("cpu")
 RUN_ONLY = {"offload"}  # keys of the recipe's generate that change no byte of a picture
+LATER = {"decode_order": "random"}  # keys that came later, and are as it was before where they have this value
+
+
+def deciding(settings: Generate) -> dict[str, Any]:
+    """What of the recipe's generate section decides a picture, as plain JSON values."""
+    chosen = settings.model_dump(mode="json", exclude=RUN_ONLY)
+    return {name: value for name, value in chosen.items() if name not in LATER or value != LATER[name]}
 
 
 class Placement:

@@ -22,7 +22,7 @@ from bifrost_cli.stages.loading import load_encoder
 from bifrost_cli.stages.painting import Renderer
 from bifrost_cli.stages.pair import choose_controlnet
 from bifrost_cli.stages.place import pick_device
-from bifrost_cli.stages.placement import RUN_ONLY, Placement, forget
+from bifrost_cli.stages.placement import Placement, deciding, forget
 from bifrost_cli.stages.prompts import destination
 from bifrost_cli.stages.ui import Ui
 
@@ -74,8 +74,7 @@ def _file(output: Path | str) -> Path:
 
 
 def _facts(recipe: Recipe, controlnet: Artifact, prompt: str, seed: int) -> dict[str, str]:
-    painted = recipe.generate.model_dump(mode="json", exclude=RUN_ONLY)
-    settings = {"latents": recipe.latents.model_dump(mode="json"), "generate": painted}
+    settings = {"latents": recipe.latents.model_dump(mode="json"), "generate": deciding(recipe.generate)}
     facts = {"settings": settings, "artifacts": {"controlnet": controlnet.id}, "versions": provenance()["versions"]}
     plain = {"reconstruction": "yes", "prompt": prompt, "seed": str(seed), "Software": f"bifrost {__version__}"}
     return plain | {key: json.dumps(value) for key, value in facts.items()}

@@ -24,7 +24,7 @@ from bifrost_cli.stages.loading import load_encoder
 from bifrost_cli.stages.painting import Renderer, Sketch
 from bifrost_cli.stages.pair import choose_controlnet
 from bifrost_cli.stages.place import pick_device
-from bifrost_cli.stages.placement import RUN_ONLY, Placement, forget
+from bifrost_cli.stages.placement import Placement, deciding, forget
 from bifrost_cli.stages.prompts import Order
 from bifrost_cli.stages.studio import Sketches
 from bifrost_cli.stages.ui import Ui
@@ -91,7 +91,7 @@ class _Chain:
 
     def settings(self) -> dict[str, Any]:
         """What decides a picture beside its original, its seed and the ControlNet."""
-        recipe, chosen = self._recipe, self._recipe.generate.model_dump(mode="json", exclude=RUN_ONLY)
+        recipe, chosen = self._recipe, deciding(self._recipe.generate)
         small = {"weights": recipe.models.weights} if recipe.models.weights != "dtype" else {}
         sizes = {"paint_size": recipe.latents.paint_size, "dtype": recipe.models.dtype}
         return {**chosen, **sizes, **small, "encoder": self.encoder.identity}

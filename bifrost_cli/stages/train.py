@@ -29,7 +29,8 @@ from bifrost_cli.training.order import picture_of
 
 # What changes no byte of the result, and what came later and is as it was before where it has this value.
 RUN_ONLY = {"checkpoint_every", "keep", "log_every", "tensorboard", "gradient_checkpointing", "parallel"}
-LATER = {"init": "mllm", "optimizer": "adamw", "tune": "full", "layers": None, "lora_rank": None}
+LATER = {"init": "mllm", "optimizer": "adamw", "tune": "full", "layers": None, "lora_rank": None,
+         "control": "controlnet"}  # fmt: skip
 RECORDS = ("losses.csv", "validation.csv")
 
 
