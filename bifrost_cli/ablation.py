@@ -6,6 +6,7 @@ variant is trained or judged.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,9 +27,15 @@ class Ablation(Section):
     question: str = Field(description="what the variants answer")
     reading: str = Field("", description="how the table is to be read: what the paper says, and what may differ here")
     base: str = Field("tiny", description="the recipe that all variants start from")
-    controlnet: Literal["train", "builtin"] = Field("train", description="train one a variant and seed, or share one")
+    controlnet: Literal["train", "once", "builtin"] = Field(
+        "train", description="train one a variant and seed, one a variant (under the first seed), or share the built-in"
+    )
+    judge: Literal["pictures", "reconstructions"] = Field(
+        "pictures", description="what is judged: pictures of prompts, or pictures painted again without a branch"
+    )
     seeds: Annotated[list[Every], Field(min_length=3)] = Field([0, 1, 2], description="seeds of the trainings")
     prompts: Count = Field(192, description="held-out prompts painted and judged, one picture each")
+    budgets: list[Count] = Field([], description="steps of the branch: each variant is trained for each, as a curve")
     keys: Keys = Field({}, description="recipe keys of all variants")
     variants: Annotated[dict[str, Keys], Field(min_length=2)] = Field(description="recipe keys of each variant")
 
@@ -42,15 +49,29 @@ class Ablation(Section):
                 raise ValueError(f"variants {same[0]} and {name} are the same")
         return self
 
-    def sets(self, variant: str, seed: int) -> list[str]:
-        """The `--set` values of one cell of the table, the variant's own last."""
-        seeds = {"branch.train.seed": seed, "controlnet.train.seed": seed}
-        return [f"{key}={_text(value)}" for key, value in {**self.keys, **seeds, **self.variants[variant]}.items()]
+    def rows(self) -> dict[str, tuple[str, Keys]]:
+        """Rows of the table by name: the variant, and its own keys; with budgets one for each of them."""
+        if not self.budgets:
+            return {name: (name, keys) for name, keys in self.variants.items()}
+        return {f"{name}, {steps} steps": (name, {**keys, "branch.train.steps": steps})
+                for name, keys in self.variants.items() for steps in self.budgets}  # fmt: skip
+
+    def sets(self, row: str, seed: int) -> list[str]:
+        """The `--set` values of one cell of the table, the row's own last."""
+        painter_seed = self.seeds[0] if self.controlnet == "once" else seed
+        seeds = {"branch.train.seed": seed, "controlnet.train.seed": painter_seed}
+        return [f"{key}={_text(value)}" for key, value in {**self.keys, **seeds, **self.rows()[row][1]}.items()]
 
 
 def ablation_names() -> list[str]:
     """The shipped ablations."""
     return sorted(path.stem for path in (recipes_folder() / "ablations").glob("*.yaml"))
+
+
+def measured_values() -> list[dict[str, Any]]:
+    """What was measured of the shipped ablations, as `measured.json` of their reports."""
+    folder = recipes_folder() / "ablations" / "measured"
+    return [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
 
 
 def load_ablation(ref: str) -> Ablation:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from bifrost_cli.ablation import Ablation, ablation_names, load_ablation
+from bifrost_cli.ablation import Ablation, ablation_names, load_ablation, measured_values
+from bifrost_cli.cli.main import run
 from bifrost_cli.errors import RecipeError
 from bifrost_cli.maths.seeds import seed_interval
 from bifrost_cli.recipe_files import load_recipe
-from bifrost_cli.stages.ablate import ablate
+from bifrost_cli.stages.ablate import ablate, table
 
+ROOT = Path(__file__).parents[1]
 TINY = {
     "question": "does it matter?",
     "controlnet": "builtin",
@@ -25,9 +28,9 @@ TINY = {
 @pytest.mark.parametrize("name", ablation_names())
 def test_every_shipped_ablation_makes_recipes(name):
     ablation = load_ablation(name)
-    cells = [(variant, seed) for variant in ablation.variants for seed in (0, 1)]
+    cells = [(row, seed) for row in ablation.rows() for seed in (0, 1)]
     seen = [load_recipe(ablation.base, ablation.sets(*cell)) for cell in cells]
-    assert len({recipe.model_dump_json() for recipe in seen}) == 2 * len(ablation.variants)
+    assert len({recipe.model_dump_json() for recipe in seen}) == len(cells)
     assert seen[1].branch.train.seed == 1 and ablation.question and ablation.reading
 
 
@@ -89,6 +92,45 @@ def test_an_ablation_runs_continues_and_is_made_once(tmp_path, monkeypatch):
     assert [seed["seed"] for seed in rows[0]["seeds"]] == [0, 1, 2]
     assert rows[0]["value"] == pytest.approx(sum(seed["value"] for seed in rows[0]["seeds"]) / 3)
     assert made.file("table.md").read_text().count("\n") == 4
+    kept = json.loads(made.file("measured.json").read_text())
+    assert table(kept) == made.file("table.md").read_text() and kept["rows"][0]["seconds"] >= 0
     assert "<table" in made.file("report.html").read_text()
     again = ablate("test", ablation, workspace=tmp_path, device="cpu")
     assert again.manifest == made.manifest
+
+
+def test_a_curve_is_a_training_for_each_budget(tmp_path):
+    curve = {**TINY, "budgets": [1, 2], "prompts": 2, "variants": {"one": {}, "two": {"branch.head": "flow"}}}
+    made = ablate("curve", Ablation(**curve), workspace=tmp_path, device="cpu")
+    report = json.loads(made.file("report.json").read_text())
+    assert [row["name"] for row in report["results"][0]["categories"]] == [
+        "one, 1 steps", "one, 2 steps", "two, 1 steps", "two, 2 steps"]  # fmt: skip
+    (_, lines) = report["plots"]
+    assert list(lines["series"]) == ["one", "two"] and all(len(points) == 2 for points in lines["series"].values())
+    assert "What training time buys" in made.file("report.html").read_text()
+
+
+def test_reconstructions_need_no_branch_and_a_controlnet_once_serves_all_seeds(tmp_path):
+    training = {"steps": 1, "batch_size": 4, "warmup": 1, "sample_every": 0, "validate_every": 0}
+    keys = {"shapes.rows": 64, "generate.steps": 1, **{f"controlnet.train.{name}": x for name, x in training.items()}}
+    again = {**TINY, "keys": keys, "prompts": 2, "judge": "reconstructions", "controlnet": "once",
+             "variants": {"ControlNet": {}, "input": {"controlnet.control": "concat"},
+                          "tokens": {"controlnet.control": "cross_attention"},
+                          "4 tokens": {"latents.image_size": 32}}}  # fmt: skip
+    made = ablate("again", Ablation(**again), workspace=tmp_path, device="cpu")
+    kinds = [path.name.split("-")[0] for path in (tmp_path / "ablations").iterdir()]
+    assert kinds.count("branch") == 0 and kinds.count("controlnet") == 4 and kinds.count("samples") == 4
+    rows = json.loads(made.file("report.json").read_text())["results"][0]["categories"]
+    assert all(row["count"] == 6 and "controlnet_seconds" in row["seeds"][0] for row in rows)
+
+
+def test_the_readme_has_the_tables_that_were_measured(capsys):
+    readme = (ROOT / "README.md").read_text("utf-8")
+    shown = readme.split("<!-- measured -->\n")[1].split("<!-- /measured -->")[0]
+    assert run(["ablate", "--tables"]) == 0
+    assert shown == "".join(table(one) + "\n" for one in measured_values())
+    assert capsys.readouterr().out.strip() == "\n".join(table(one) for one in measured_values()).strip()
+    assert {one["name"] for one in measured_values()} <= set(ablation_names())
+    for one in measured_values():
+        assert [row["name"] for row in one["rows"]] == list(load_ablation(one["name"]).rows())
+        assert all(len(row["seeds"]) >= 3 for row in one["rows"])

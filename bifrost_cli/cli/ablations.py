@@ -26,6 +26,7 @@ def ablate(
     workspace: Workspace = Path("runs"),
     device: Device = "auto",
     dry_run: DryRun = False,
+    tables: Annotated[bool, typer.Option("--tables", help="Print what was measured, as the README has it.")] = False,
 ) -> Result:
     """Train and judge the variants of one question under several seeds; one table.
 
@@ -33,8 +34,13 @@ def ablate(
 
     Example: bifrost ablate plan
     """
-    from bifrost_cli.ablation import ablation_names, load_ablation
+    from bifrost_cli.ablation import ablation_names, load_ablation, measured_values
 
+    if tables:
+        from bifrost_cli.stages.ablate import table
+
+        found = {one["name"]: table(one) for one in measured_values() if name in (None, one["name"])}
+        return Result("\n".join(found.values()).splitlines(), found)
     if name is None:
         questions = {found: load_ablation(found).question for found in ablation_names()}
         return Result([f"{found:12}  {question}" for found, question in questions.items()], questions)

@@ -7,7 +7,7 @@ stopped ablation continues. Does not know what the variants are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from bifrost_cli.ablation import Ablation
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
 from bifrost_cli.artifacts.files import write_bytes, write_json
 from bifrost_cli.config import Recipe
-from bifrost_cli.data.picture_set import PictureSet, from_samples
+from bifrost_cli.data.picture_set import PictureSet, drawn, from_samples
 from bifrost_cli.maths.intervals import clustered_error
 from bifrost_cli.maths.seeds import seed_interval
 from bifrost_cli.recipe_files import load_recipe
@@ -27,11 +27,12 @@ from bifrost_cli.stages.extract import extract_latents
 from bifrost_cli.stages.generate import generate
 from bifrost_cli.stages.measures.shapes import judge
 from bifrost_cli.stages.pair import builtin
+from bifrost_cli.stages.reconstruct_set import reconstruct_set
 from bifrost_cli.stages.report import report_html
 from bifrost_cli.stages.report_facts import thumbnails
 from bifrost_cli.stages.ui import Ui
 
-SCHEMA = "bifrost.ablation/1"
+SCHEMA, MEASURED = "bifrost.ablation/1", "bifrost.measured/1"
 PROMPT_SEED = 3  # 0 and 1 chose and measured the built-in weights
 SHOWN = 12  # pictures of a variant in the report
 
@@ -71,7 +72,7 @@ def ablate(
     """
     ui, workspace = ui or Ui(), Path(workspace)
     recipes = {(variant, seed): load_recipe(ablation.base, ablation.sets(variant, seed))
-               for variant in ablation.variants for seed in ablation.seeds}  # fmt: skip
+               for variant in ablation.rows() for seed in ablation.seeds}  # fmt: skip
     if dry_run:
         return _plan(name, ablation, recipes)
     identity = {"schema": SCHEMA, "name": name, "ablation": ablation.model_dump(mode="json"), "prompts": PROMPT_SEED}
@@ -84,23 +85,40 @@ def ablate(
         for (variant, seed), recipe in recipes.items():
             cells.append(_cell(variant, seed, recipe, ablation, workspace / "ablations", device, ui))
             ui.say(f"{name}: {variant}, seed {seed}: {cells[-1].right} of {len(cells[-1].verdicts)} right")
-        rows = [_row(variant, [cell for cell in cells if cell.variant == variant]) for variant in ablation.variants]
+        rows = [_row(variant, [cell for cell in cells if cell.variant == variant]) for variant in ablation.rows()]
         report = _report(name, ablation, rows, cells)
         write_json(draft.path / "report.json", report)
-        write_bytes(draft.path / "table.md", table(report).encode("utf-8"))
+        write_json(draft.path / "measured.json", measured(name, ablation, report))
+        write_bytes(draft.path / "table.md", table(measured(name, ablation, report)).encode("utf-8"))
         write_bytes(draft.path / "report.html", report_html(report, _shown(cells)).encode("utf-8"))
         info = {"ablation": name, "headline": [f"{row['name']}: {row['value']:.3f}" for row in rows]}
         return draft.commit(info, cost={"samples": sum(len(cell.verdicts) for cell in cells)})
 
 
-def table(report: dict[str, Any]) -> str:
-    """The rows as Markdown: mean over seeds with its interval, and the values of the seeds."""
-    lines = [f"| {report['question']} | right | 95 % over seeds | seeds |", "|---|---|---|---|"]
-    for row in report["results"][0]["categories"]:
+def table(measured: Mapping[str, Any]) -> str:
+    """What `measured` gives, as Markdown: mean over seeds with its interval, the values of the seeds, seconds of
+    training a seed."""
+    lines = [f"| `{measured['name']}`: {measured['question']} | right | 95 % over seeds | seeds | trained |",
+             "|---|---|---|---|---|"]  # fmt: skip
+    for row in measured["rows"]:
         low, high = row["interval95"]
-        seeds = ", ".join(f"{seed['value']:.3f}" for seed in row["seeds"])
-        lines.append(f"| {row['name']} | {row['value']:.3f} | {low:.3f} to {high:.3f} | {seeds} |")
+        seeds = ", ".join(f"{value:.3f}" for value in row["seeds"])
+        lines.append(f"| {row['name']} | {row['value']:.3f} | {low:.3f} to {high:.3f} | {seeds} | {row['seconds']} s |")
     return "\n".join(lines) + "\n"
+
+
+def measured(name: str, ablation: Ablation, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of an ablation, small enough to ship: `recipes/ablations/measured/NAME.json`."""
+    rows = [{"name": row["name"], "value": row["value"], "interval95": row["interval95"],
+             "seeds": [seed["value"] for seed in row["seeds"]], "seconds": round(_seconds(row))}
+            for row in report["results"][0]["categories"]]  # fmt: skip
+    return {"schema": MEASURED, "name": name, "question": ablation.question, "prompts": ablation.prompts, "rows": rows}
+
+
+def _seconds(row: Mapping[str, Any]) -> float:
+    """Device seconds of the trainings of one seed, the mean."""
+    each = [sum(value for name, value in seed.items() if name.endswith("_seconds")) for seed in row["seeds"]]
+    return sum(each) / len(each)
 
 
 # ---- one cell -------------------------------------------------------------------------------------------------------
@@ -110,18 +128,22 @@ def _cell(
     variant: str, seed: int, recipe: Recipe, ablation: Ablation, workspace: Path, device: str, ui: Ui
 ) -> _Cell:
     where: dict[str, Any] = {"workspace": workspace, "device": device, "ui": ui}
-    latents = extract_latents(recipe, **where)
-    branch = train_branch(recipe, latents=latents.path, **where)
-    if ablation.controlnet == "builtin":
-        controlnet = builtin("controlnet")
-    else:
+    latents, trained = extract_latents(recipe, **where), []
+    if ablation.judge == "pictures":
+        trained.append(train_branch(recipe, latents=latents.path, **where))
+    controlnet = builtin("controlnet")
+    if ablation.controlnet != "builtin":
         controlnet = train_controlnet(recipe, latents=latents.path, **where)
-    prompts = [prompt.text for prompt in held_out_prompts(ablation.prompts, PROMPT_SEED)]
-    samples = generate(recipe, prompts, branch=branch.path, controlnet=controlnet.path, **where)
+        trained.append(controlnet)
+    if ablation.judge == "pictures":
+        prompts = [prompt.text for prompt in held_out_prompts(ablation.prompts, PROMPT_SEED)]
+        samples = generate(recipe, prompts, branch=trained[0].path, controlnet=controlnet.path, **where)
+    else:
+        true = drawn(ablation.prompts, seed=PROMPT_SEED)
+        samples = reconstruct_set(recipe, true, controlnet=controlnet.path, **where)
     pictures = from_samples(samples, recipe.latents)
-    costs = {part.kind: part.manifest["cost"]["seconds"] for part in (branch, controlnet)}
-    return _Cell(variant, seed, pictures, [judge(entry) for entry in pictures.entries],
-                 {f"{kind}_seconds": seconds for kind, seconds in costs.items()})  # fmt: skip
+    costs = {f"{part.kind}_seconds": part.manifest["cost"]["seconds"] for part in trained}
+    return _Cell(variant, seed, pictures, [judge(entry) for entry in pictures.entries], costs)
 
 
 def _row(variant: str, cells: Sequence[_Cell]) -> dict[str, Any]:
@@ -147,7 +169,7 @@ def _plan(name: str, ablation: Ablation, recipes: dict[tuple[str, int], Recipe])
     return {
         "ablation": name,
         "question": ablation.question,
-        "variants": list(ablation.variants),
+        "variants": list(ablation.rows()),
         "seeds": ablation.seeds,
         "cells": len(recipes),
         "pictures": len(recipes) * ablation.prompts,
@@ -176,8 +198,7 @@ def _report(name: str, ablation: Ablation, rows: list[dict[str, Any]], cells: Se
         "summary": " ".join(filter(None, (ablation.question, ablation.reading))),
         "results": [result],
         "pictures": [line for cell in _first(cells) for line in _lines(cell)],
-        "plots": [{"kind": "dots", "title": "Right, by variant", "rows": rows, "x": "share of pictures that are right",
-                   "caption": f"Mean of {len(ablation.seeds)} seeds with Student's 95 % interval."}],
+        "plots": _plots(ablation, rows),
         "warnings": ["This is the built-in world: what holds here need not hold for photographs."],
         "settings": {"base": ablation.base, "controlnet": ablation.controlnet, **_texts(ablation.keys)}
         | {f"variant {variant}": ", ".join(ablation.sets(variant, seed)) for variant, seed in _pairs(ablation)},
@@ -187,8 +208,23 @@ def _report(name: str, ablation: Ablation, rows: list[dict[str, Any]], cells: Se
     }
 
 
+def _plots(ablation: Ablation, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with their intervals; with budgets also what is right against the seconds that it cost."""
+    told = f"Mean of {len(ablation.seeds)} seeds with Student's 95 % interval."
+    plots: list[dict[str, Any]] = [{"kind": "dots", "title": "Right, by variant", "rows": rows, "caption": told,
+                                    "x": "share of pictures that are right"}]  # fmt: skip
+    if ablation.budgets:
+        series: dict[str, list[list[float]]] = {}
+        for row in rows:
+            series.setdefault(ablation.rows()[row["name"]][0], []).append(
+                [_seconds(row), row["value"], *row["interval95"]])  # fmt: skip
+        plots.append({"kind": "lines", "title": "What training time buys", "series": series, "caption": told,
+                      "x": "seconds of training", "y": "right", "powers": ""})  # fmt: skip
+    return plots
+
+
 def _pairs(ablation: Ablation) -> list[tuple[str, int]]:
-    return [(variant, ablation.seeds[0]) for variant in ablation.variants]
+    return [(variant, ablation.seeds[0]) for variant in ablation.rows()]
 
 
 def _texts(keys: dict[str, Any]) -> dict[str, str]:
