@@ -106,7 +106,7 @@ class Regression(SmallTask):
 
     def samples(self, folder: Path, step: int) -> None:
         make_folder(folder)
-        write_bytes(folder / f"step-{step:07d}.png", png_bytes(np.full((8, 8, 3), step, np.uint8)))
+        write_bytes(folder / f"step-{step:07d}.png", png_bytes(np.full((8, 8, 3), step % 256, np.uint8)))
 
 
 TRAIN = {
