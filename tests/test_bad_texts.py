@@ -79,7 +79,7 @@ def test_26_27_28_captions_are_kept_as_they_are(inputs, tmp_path, capsys, data, 
 @pytest.mark.parametrize(
     ("data", "words"),
     [("caf\xe9".encode("latin-1"), "byte 3"), (b"a\xed\xa0\x80", "byte 1"), (b"a\0b", "NUL"),
-     (b"x" * 1_000_000, "more than 262144")],
+     (b"x" * 1_000_000, "more than 65536")],
     ids=["27-latin-1", "27-lone-surrogate", "28-nul", "28-a-megabyte"],
 )  # fmt: skip
 def test_27_28_captions_that_are_no_text(inputs, tmp_path, capsys, data, words):
