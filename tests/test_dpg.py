@@ -121,6 +121,14 @@ def test_a_judge_weighs_yes_against_no(mllm):
     assert share == pytest.approx(yes / (yes + no), rel=1e-6)
 
 
+def test_an_answer_that_is_no_number_is_an_error_not_a_no(mllm, monkeypatch):
+    judge, logits = Judge(mllm, "built-in"), mllm.logits
+    monkeypatch.setattr(mllm, "logits", lambda **inputs: logits(**inputs) * float("nan"))
+    with pytest.raises(DataError, match="built-in gives no number for 'is there a circle") as caught:
+        judge.yes(picture("circle", "red"), "is there a circle?")
+    assert caught.value.code == "BF-DATA-009"
+
+
 # ---- from pictures to a report --------------------------------------------------------------------------------------
 
 

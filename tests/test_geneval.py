@@ -164,6 +164,13 @@ def test_objects_have_the_benchmarks_names_and_the_boxes_of_their_masks(detector
     assert len(loaded.identity["weights"]) == 64 and str(detector.parent) not in str(loaded.identity)
 
 
+def test_scores_that_are_no_numbers_are_an_error_not_an_empty_picture(detector):
+    loaded = load_detector(str(detector), "cpu")
+    loaded._model.class_predictor.bias.data[:] = float("nan")
+    with pytest.raises(DataError, match="not finite"):
+        loaded.objects(np.zeros((32, 32, 3), np.uint8))
+
+
 def test_what_is_no_detector_is_refused(detector, tmp_path):
     from safetensors.torch import load_file, save_file
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from bifrost_cli.data.weights import weights_hash
+from bifrost_cli.errors import DataError
 from bifrost_cli.maths.geneval import COLORS, THRESHOLD, Found
 from bifrost_cli.models.clip_score import ClipScorer
 
@@ -38,9 +39,13 @@ class Detector:
 
     @torch.inference_mode()
     def objects(self, rgb_HWc: np.ndarray) -> dict[str, list[Found]]:
-        """Every object whose score reaches GenEval's lower bar, by class; boxes are those of the masks."""
+        """Every object whose score reaches GenEval's lower bar, by class; boxes are those of the masks.
+
+        DataError: scores that are no numbers, which would read as a picture of nothing.
+        """
         inputs = self._processor(images=np.array(rgb_HWc), input_data_format="channels_last", return_tensors="pt")
         outputs = self._model(**inputs.to(self._model.device))
+        _require_numbers(outputs.class_queries_logits.cpu().numpy(), self.identity["name"])
         (found,) = self._processor.post_process_instance_segmentation(
             outputs, threshold=THRESHOLD, target_sizes=[rgb_HWc.shape[:2]], return_binary_maps=True
         )
@@ -61,9 +66,12 @@ class ColourNamer:
         self._classes = cache(self._of_class)
 
     def colours(self, rgb_HWc: np.ndarray, objects: Sequence[Found], name: str) -> list[str]:
+        """One of COLORS an object. DataError: embeddings that are no numbers."""
         crops = [self._scorer.prepare(_crop(rgb_HWc, one)) for one in objects]
         images_BD = self._scorer.images(np.stack(crops)).astype(np.float64)
-        return [COLORS[place] for place in (images_BD @ self._classes(name).T).argmax(1)]
+        scores_BK = images_BD @ self._classes(name).T
+        _require_numbers(scores_BK, self.identity["name"])
+        return [COLORS[place] for place in scores_BK.argmax(1)]
 
     def _of_class(self, name: str) -> np.ndarray:
         """One direction a colour (10, D): the mean of its phrases' directions."""
@@ -79,6 +87,12 @@ def _crop(rgb_HWc: np.ndarray, one: Found) -> np.ndarray:
     left, top, right, bottom = (round(edge) for edge in one.box)
     shown = rgb_HWc if one.mask_HW is None else np.where(one.mask_HW[..., None], rgb_HWc, np.uint8(GREY))
     return shown[top : max(bottom, top + 1), left : max(right, left + 1)]
+
+
+def _require_numbers(scores: np.ndarray, name: str) -> None:
+    if not np.isfinite(scores).all():
+        raise DataError(f"{name} gives scores that are not finite (NaN or infinity)", code="BF-DATA-009",
+                        fix="its weights are damaged; fetch them again")  # fmt: skip
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -6,11 +6,12 @@ answer, so that an answer in many words, or in none, is still one of the two. Do
 
 from __future__ import annotations
 
+from math import isnan
 from typing import Any
 
 import numpy as np
 
-from bifrost_cli.errors import ArtifactError
+from bifrost_cli.errors import ArtifactError, DataError
 from bifrost_cli.models.mllm import Mllm
 
 ANSWERS = {"yes": ("yes", "Yes", " yes", " Yes", "YES"), "no": ("no", "No", " no", " No", "NO")}
@@ -31,12 +32,14 @@ class Judge:
         self.identity: dict[str, Any] = {"name": name, "weights": mllm.weights_hash(), "instruction": INSTRUCTION}
 
     def yes(self, rgb_HWc: np.ndarray, question: str) -> float:
-        """P(yes) / (P(yes) + P(no)) of the first token, over the ways to write them."""
+        """P(yes) / (P(yes) + P(no)) of the first token, over the ways to write them. DataError: that is no number."""
         inputs = self._mllm.question(rgb_HWc, INSTRUCTION.format(question=question))
         last_V = self._mllm.logits(**inputs)[0, -1].double()
-        weights_V = (last_V - last_V.max()).exp()
-        yes, no = float(weights_V[self._yes].sum()), float(weights_V[self._no].sum())
-        return yes / (yes + no) if yes + no > 0 else 0.5
+        share = float((last_V[self._yes].logsumexp(0) - last_V[self._no].logsumexp(0)).sigmoid())
+        if isnan(share):
+            raise DataError(f"{self.identity['name']} gives no number for {question!r}", code="BF-DATA-009",
+                            fix="damaged weights, or a dtype too small: --set models.dtype=float32")  # fmt: skip
+        return share
 
     def _first(self, word: str) -> int | None:
         """The first token of a word; None for a word that the tokenizer does not know."""
