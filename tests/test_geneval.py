@@ -17,7 +17,7 @@ from bifrost_cli.artifacts import Artifact, Draft
 from bifrost_cli.cli.main import run
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import ArtifactError, DataError, EnvironmentProblem, UsageError
-from bifrost_cli.maths.geneval import TASKS, Found, counted, relations, verdict
+from bifrost_cli.maths.geneval import PROMPTS, TASKS, Found, counted, relations, verdict
 from bifrost_cli.models.detector import ColourNamer
 from bifrost_cli.recipe_files import load_recipe
 from bifrost_cli.stages.evaluate import evaluate
@@ -122,10 +122,20 @@ def test_the_summary_by_hand():
     assert found["value"] == pytest.approx((3 / 4 + 1 / 8) / 2) and found["n_gen"] == 12
     assert [row["name"] for row in found["categories"]] == ["single_object", "counting"]
     assert found["details"] == ["4 of 12 pictures are right", "3 of 6 prompts have one that is right",
-                                "only the tasks single_object, counting"]  # fmt: skip
+                                "not the benchmark's own 553 prompts: single_object 2 of 80, two_object 0 of 99, "
+                                "counting 4 of 80, colors 0 of 94, position 0 of 100, color_attr 0 of 100"]  # fmt: skip
     errors = [row["error_by_prompt"] for row in found["categories"]]
     # single_object: clusters (1, 1), (1, 0) about 3/4: sums 1/2, -1/2 -> sqrt(2 (1/4 + 1/4)) / 4
     assert errors[0] == pytest.approx(0.25) and found["standard_error"] == pytest.approx(np.hypot(*errors) / 2)
+
+
+def test_a_whole_benchmark_is_not_called_a_part():
+    lines = [{"category": name, "right": True, "prompt": f"{name} {number}"}
+             for name, count in PROMPTS.items() for number in range(count)]  # fmt: skip
+    found = geneval_result(lines, "here")
+    assert found["value"] == 1 and found["details"] == ["553 of 553 pictures are right",
+                                                        "553 of 553 prompts have one that is right"]  # fmt: skip
+    assert "position 99 of 100" in geneval_result(lines[:-101] + lines[-100:], "here")["details"][-1]
 
 
 # ---- a detector -----------------------------------------------------------------------------------------------------
@@ -373,6 +383,8 @@ def test_results_of_the_original_scorer_come_in_under_its_name(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "why"),
     [([*RESULTS, RESULTS[0]], "more than once"), (RESULTS[:-1], "not as many pictures"), ([], "no result"),
+     ([line for line in RESULTS if "00003" not in line["filename"]], "without a gap"),
+     ([{**RESULTS[0], "filename": "0000.png"}], "no result of"),
      ([{**RESULTS[0], "correct": "yes"}], "no result of"), ([{**RESULTS[0], "tag": "x"}], "no result of")],
 )  # fmt: skip
 def test_results_that_are_not_whole_are_refused(tmp_path, lines, why):

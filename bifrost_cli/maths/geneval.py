@@ -15,7 +15,8 @@ import numpy as np
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a detection counts when its score is above it
 MAX_OBJECTS = 16  # of a class, the surest; overlapping boxes of a class are not merged
 POSITION_THRESHOLD = 0.1  # of both objects' sizes: an offset within it is none
-TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+PROMPTS = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100}
+TASKS = tuple(PROMPTS)  # and how many prompts of each the benchmark has
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
 

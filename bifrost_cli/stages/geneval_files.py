@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def read_asked(path: Path) -> list[Asked]:
 
 def is_layout(folder: Path) -> bool:
     """Whether a folder is laid out as GenEval's scorer reads it: `00000/metadata.jsonl`, `00000/samples/0000.png`."""
-    return folder.is_dir() and any(path.name.isdigit() and (path / METADATA).is_file() for path in folder.iterdir())
+    return folder.is_dir() and any(path.name.isdecimal() and (path / METADATA).is_file() for path in folder.iterdir())
 
 
 def from_layout(folder: Path, rules: Latents) -> tuple[PictureSet, list[Asked]]:
@@ -48,7 +48,7 @@ def from_layout(folder: Path, rules: Latents) -> tuple[PictureSet, list[Asked]]:
 
     DataError: numbers that are missing, a folder without pictures or with fewer than the others.
     """
-    folders = sorted((path for path in folder.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    folders = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
     if [int(path.name) for path in folders] != list(range(len(folders))):
         raise DataError(f"{folder} lacks some of the prompts: its folders are not numbered from 0 without a gap",
                         fix="make the missing pictures, or number the folders again", code="BF-DATA-005")  # fmt: skip
@@ -59,7 +59,7 @@ def from_layout(folder: Path, rules: Latents) -> tuple[PictureSet, list[Asked]]:
         (line, *more) = read_asked(one / METADATA)
         if more:
             raise DataError(f"{one / METADATA} has {len(more) + 1} lines; one prompt has one", code="BF-DATA-005")
-        files = sorted(path for path in (one / SAMPLES).glob("*.png") if path.stem.isdigit())
+        files = sorted(path for path in (one / SAMPLES).glob("*.png") if path.stem.isdecimal())
         counts[len(files)] += 1
         for path in files:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -102,12 +102,13 @@ def asked_of(pictures: PictureSet, asked: Sequence[Asked], source: Path) -> list
 def read_results(path: Path) -> list[dict[str, Any]]:
     """What the original scorer wrote (`results.jsonl`): filename, tag, prompt, correct, reason, metadata.
 
-    DataError: a line that is none, a picture judged twice, a prompt with fewer pictures than the others.
+    DataError: a line that is none, a picture judged twice, a prompt that is missing or has fewer pictures than others.
     """
     numbered = _lines(path)
     for number, line in numbered:
         kinds = {"filename": str, "tag": str, "prompt": str, "correct": bool}
-        if any(type(line.get(name)) is not kind for name, kind in kinds.items()) or line["tag"] not in TASKS:
+        typed = all(type(line.get(name)) is kind for name, kind in kinds.items())
+        if not typed or line["tag"] not in TASKS or not _folder(line).isdecimal():
             raise DataError(f"{path}:{number} is no result of GenEval's scorer", code="BF-DATA-005",
                             fix="give the results.jsonl that evaluate_images.py wrote")  # fmt: skip
     lines = [line for _, line in numbered]
@@ -115,7 +116,10 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path} holds no result", code="BF-DATA-001")
     if twice := [name for name, count in Counter(line["filename"] for line in lines).items() if count > 1]:
         raise DataError(f"{path} judges {twice[0]} more than once", code="BF-DATA-006")
-    counts = Counter(str(Path(line["filename"]).parent) for line in lines)
+    counts = Counter(map(_folder, lines))
+    if sorted(map(int, counts)) != list(range(len(counts))):
+        raise DataError(f"{path} lacks some of the prompts: its folders are not numbered from 0 without a gap",
+                        fix="make the missing pictures and run the scorer again", code="BF-DATA-008")  # fmt: skip
     if len(set(counts.values())) != 1:
         fewest = min(counts, key=counts.get)
         raise DataError(f"{path} has not as many pictures of every prompt: {fewest} has {counts[fewest]}",
@@ -131,6 +135,11 @@ def file_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}", code="BF-DATA-001") from error
+
+
+def _folder(line: Mapping[str, Any]) -> str:
+    """The number of a result's prompt: that of the folder around `samples`."""
+    return Path(line["filename"]).parent.parent.name
 
 
 def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:

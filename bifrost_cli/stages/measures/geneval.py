@@ -14,7 +14,7 @@ from typing import Any
 from bifrost_cli.artifacts.identity import digest_of
 from bifrost_cli.data.picture_set import Entry, PictureSet
 from bifrost_cli.errors import DataError
-from bifrost_cli.maths.geneval import TASKS, counted, verdict
+from bifrost_cli.maths.geneval import PROMPTS, TASKS, counted, verdict
 from bifrost_cli.maths.intervals import Z95, clustered_error
 from bifrost_cli.models.detector import ColourNamer, Detector
 from bifrost_cli.stages.geneval_files import Asked
@@ -92,7 +92,14 @@ def geneval_result(lines: Sequence[Mapping[str, Any]], judge: str) -> dict[str, 
         "spread": f"95 % by prompt: {max(0, value - Z95 * error):.1%} to {min(1, value + Z95 * error):.1%}",
         "details": [f"{sum(line['right'] for line in lines)} of {len(lines)} pictures are right",
                     f"{len(some)} of {len(prompts)} prompts have one that is right"]
-        + ([] if len(tasks) == len(TASKS) else [f"only the tasks {', '.join(tasks)}"]),
+        + _partial(lines),
         "n_gen": len(lines),
         "categories": rows,
     }  # fmt: skip
+
+
+def _partial(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which tasks have another number of prompts than the benchmark has; nothing when it is whole."""
+    asked = {name: len({line["prompt"] for line in lines if line["category"] == name}) for name in TASKS}
+    odd = [f"{name} {asked[name]} of {count}" for name, count in PROMPTS.items() if asked[name] != count]
+    return [f"not the benchmark's own {sum(PROMPTS.values())} prompts: {', '.join(odd)}"] if odd else []
