@@ -328,6 +328,31 @@ def test_rewritten_prompts_are_refused_and_plans_are_said(recipe, metadata, dete
     planned = painted(tmp_path / "runs" / "samples-c", prompts, plan="a dog, left")
     made = evaluate(recipe, samples=planned.path, metadata=metadata, **options)
     assert any("plan" in line for line in json.loads(made.file("report.json").read_text())["warnings"])
+    assert result_of(made)["painted_from"] == "a plan that the MLLM wrote of each prompt"
+    plain = painted(tmp_path / "runs" / "samples-d", prompts)
+    made = evaluate(recipe, samples=plain.path, metadata=metadata, **options)
+    assert result_of(made)["painted_from"] == "the prompts alone" in result_of(made)["sentence"]
+
+
+def result_of(report: Artifact) -> dict:
+    return json.loads(report.file("report.json").read_text())["results"][0]
+
+
+def test_a_plan_goes_out_with_the_folder_and_comes_back_with_the_results(recipe, metadata, tmp_path):
+    planned = painted(tmp_path / "runs" / "samples-p", [line["prompt"] for line in ASKED], plan="a dog, left")
+    folder = export_geneval(planned.path, metadata, tmp_path / "out", workspace=tmp_path / "runs")
+    pictures, asked = from_layout(folder, recipe.latents)
+    assert {entry.plan for entry in pictures.entries} == {"a dog, left"}
+    assert asked[-1] == {**ASKED[5], "plan": "a dog, left"}
+    scored = [{**line, "metadata": json.dumps(asked[i])} for i, line in enumerate(RESULTS)]  # as the scorer copies it
+    made = import_geneval(results_file(tmp_path / "planned.jsonl", scored), workspace=tmp_path / "runs")
+    assert "plan" in result_of(made)["painted_from"]
+    assert "plan" in json.loads(made.file("report.json").read_text())["warnings"][0]
+    half = results_file(tmp_path / "half.jsonl", [*scored[:6], *RESULTS[6:]])
+    with pytest.raises(DataError, match="6 of 12 pictures were painted from a plan"):
+        import_geneval(half, workspace=tmp_path / "runs")
+    plain = import_geneval(results_file(tmp_path / "plain.jsonl", RESULTS), workspace=tmp_path / "runs")
+    assert "not known" in result_of(plain)["painted_from"]
 
 
 def test_a_class_that_the_detector_does_not_know(recipe, samples, metadata, detector, tmp_path):

@@ -15,10 +15,12 @@ from bifrost_cli.artifacts.files import make_folder, new_folder, write_bytes, wr
 from bifrost_cli.data.picture_set import from_samples
 from bifrost_cli.errors import UsageError
 from bifrost_cli.recipe_files import load_recipe
-from bifrost_cli.stages.geneval_files import METADATA, SAMPLES, asked_of, read_asked, read_results
+from bifrost_cli.stages.geneval_files import METADATA, SAMPLES, asked_of, plan_of_result, read_asked, read_results
 from bifrost_cli.stages.measures.geneval import geneval_result
+from bifrost_cli.stages.measures.measure import painted_from, plan_warnings
 from bifrost_cli.stages.report import report_html
 from bifrost_cli.stages.report_facts import SCHEMA
+from bifrost_cli.stages.sample_set import require_one_kind, require_one_source
 from bifrost_cli.stages.ui import Ui
 
 ORIGINAL = "by the original scorer"
@@ -29,7 +31,8 @@ def export_geneval(
 ) -> Path:
     """Write `output/00000/{metadata.jsonl,samples/0000.png}` for every prompt, whole or not at all; returns `output`.
 
-    DataError: pictures that are missing or painted from other prompts. UsageError: the folder exists.
+    A plan stands in its prompt's line, which the scorer copies into its results. DataError: pictures that are missing,
+    painted from other prompts, or some of them from a plan. UsageError: the folder exists.
     """
     artifact, folder = resolve(workspace, ref, "samples"), Path(output)
     if folder.exists():
@@ -37,14 +40,16 @@ def export_geneval(
     pictures = from_samples(artifact, load_recipe(str(artifact.path)).latents)
     lines = read_asked(Path(metadata))
     asked_of(pictures, lines, Path(metadata))
+    require_one_kind(pictures)
     copies = len(pictures.entries) // len(lines)
     make_folder(folder.parent)
     with new_folder(folder) as draft:
         for index, entry in enumerate(pictures.entries):
             place = draft / f"{index // copies:05d}"
             if index % copies == 0:
+                planned = {} if entry.plan is None else {"plan": entry.plan}
                 make_folder(place / SAMPLES)
-                write_bytes(place / METADATA, (json.dumps(lines[index // copies]) + "\n").encode("utf-8"))
+                write_bytes(place / METADATA, (json.dumps(lines[index // copies] | planned) + "\n").encode("utf-8"))
             write_bytes(place / SAMPLES / f"{index % copies:04d}.png", artifact.file(entry.name).read_bytes())
     (ui or Ui()).say(f"{folder}: {len(lines)} prompts, {copies} pictures each, for GenEval's evaluate_images.py")
     return folder
@@ -55,8 +60,11 @@ def import_geneval(
 ) -> Artifact:
     """The original scorer's results.jsonl as a report artifact, with intervals. DataError: `read_results`."""
     ui, path = ui or Ui(), Path(results)
-    lines = [{"name": one["filename"], "prompt": one["prompt"], "plan": None, "seed": None, "category": one["tag"],
-              "right": one["correct"], "why": str(one.get("reason") or "")} for one in read_results(path)]  # fmt: skip
+    lines = [{"name": one["filename"], "prompt": one["prompt"], "plan": plan_of_result(one), "seed": None,
+              "category": one["tag"], "right": one["correct"], "why": str(one.get("reason") or "")}
+             for one in read_results(path)]  # fmt: skip
+    plans = [line["plan"] for line in lines]
+    require_one_source(plans, str(path))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     identity = {"schema": SCHEMA, "geneval": digest}
     place = Path(output) if output else default_path(workspace, "report", identity_id("report", identity, []))
@@ -64,15 +72,15 @@ def import_geneval(
         if draft.complete:
             ui.say(f"{place} holds these results already")
             return draft.complete
-        result = geneval_result(lines, ORIGINAL)
+        result = {**geneval_result(lines, ORIGINAL), "painted_from": painted_from(plans, known=False)}
         result["sentence"] = (
             f"Read from {path.name} (sha256 {digest[:12]}), which GenEval's own evaluate_images.py wrote: mean of the "
-            f"tasks' means over {len(lines)} pictures."
+            f"tasks' means over {len(lines)} pictures. Painted from {result['painted_from']}."
         )
         report = {
             "schema": SCHEMA, "title": "GenEval, by the original scorer", "summary": f"{len(lines)} pictures",
             "gen": None, "ref": None, "n_gen": len(lines), "n_ref": None, "seeds": [], "results": [result],
-            "pictures": lines, "plots": [], "skipped": {"unreadable": 0}, "warnings": [],
+            "pictures": lines, "plots": [], "skipped": {"unreadable": 0}, "warnings": plan_warnings(plans),
             "settings": {"results": path.name, "results, sha256": digest}, "lineage": [], "env": {},
             "command": f"bifrost geneval import {path}",
         }  # fmt: skip

@@ -7,6 +7,7 @@ picture that is missing is an error: a smaller denominator would be another scor
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -23,7 +24,7 @@ from bifrost_cli.maths.geneval import COLORS, TASKS
 LIMIT = 1 << 28  # bytes of a file of lines
 METADATA, SAMPLES = "metadata.jsonl", "samples"
 RELATIONS = ("left of", "right of", "above", "below")
-Asked = dict[str, Any]  # tag, prompt, include, perhaps exclude
+Asked = dict[str, Any]  # tag, prompt, include, perhaps exclude; plan, where pictures were painted from one
 
 
 def read_asked(path: Path) -> list[Asked]:
@@ -62,8 +63,8 @@ def from_layout(folder: Path, rules: Latents) -> tuple[PictureSet, list[Asked]]:
         files = sorted(path for path in (one / SAMPLES).glob("*.png") if path.stem.isdecimal())
         counts[len(files)] += 1
         for path in files:
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            entries.append(Entry(f"{one.name}/{path.name}", digest, partial(_read, path, rules), line["prompt"]))
+            digest, load = hashlib.sha256(path.read_bytes()).hexdigest(), partial(_read, path, rules)
+            entries.append(Entry(f"{one.name}/{path.name}", digest, load, line["prompt"], line.get("plan")))
             asked.append(line)
     if len(counts) != 1 or 0 in counts:
         told = ", ".join(f"{number} prompts with {count}" for count, number in sorted(counts.items()))
@@ -127,6 +128,16 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: line["filename"])
 
 
+def plan_of_result(line: Mapping[str, Any]) -> str | None:
+    """The plan that an exported folder said its pictures were painted from: the scorer copies a prompt's line."""
+    try:
+        asked = json.loads(line.get("metadata") or "{}")
+    except (TypeError, ValueError, RecursionError):
+        return None
+    plan = asked.get("plan") if isinstance(asked, dict) else None
+    return plan if isinstance(plan, str) else None
+
+
 def file_bytes(path: Path) -> bytes:
     """A benchmark's file. DataError: none that can be read, or a huge one."""
     try:
@@ -154,6 +165,8 @@ def _wrong(line: Asked) -> str:
     """Why a value is no prompt of GenEval; "" when it is one."""
     if line.get("tag") not in TASKS or not isinstance(line.get("prompt"), str):
         return f"its tag is none of {', '.join(TASKS)}, or it has no prompt"
+    if not isinstance(line.get("plan", ""), str):
+        return "its plan is no text"
     clauses = line.get("include")
     if not isinstance(clauses, list) or not clauses or not isinstance(line.get("exclude", []), list):
         return "it includes nothing"

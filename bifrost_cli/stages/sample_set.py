@@ -5,6 +5,7 @@ Comes in: what the user named, how many pictures are needed. Goes out: a picture
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,11 +98,16 @@ def _make_samples(recipe: Recipe, needed: int, workspace: Path | str, device: st
 def require_one_kind(pictures: PictureSet) -> None:
     """DataError: some pictures were painted from a plan and some from the prompt alone. A rewritten prompt is another
     task: their mean would be a number of neither."""
-    planned = sum(entry.plan is not None for entry in pictures.entries)
-    if 0 < planned < len(pictures.entries):
+    require_one_source([entry.plan for entry in pictures.entries], pictures.what)
+
+
+def require_one_source(plans: Sequence[str | None], what: str) -> None:
+    """`require_one_kind` of pictures by their plans, None where one has none."""
+    planned = sum(plan is not None for plan in plans)
+    if 0 < planned < len(plans):
         raise DataError(
-            f"{planned} of {len(pictures.entries)} pictures were painted from a plan, the others from the prompt alone",
-            at=pictures.what,
+            f"{planned} of {len(plans)} pictures were painted from a plan, the others from the prompt alone",
+            at=what,
             fix="measure them apart",
             code="BF-DATA-007",
         )

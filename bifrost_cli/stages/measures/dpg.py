@@ -15,7 +15,7 @@ from bifrost_cli.maths.dpg import depending, score
 from bifrost_cli.maths.intervals import Z95, clustered_error
 from bifrost_cli.models.judge import Judge
 from bifrost_cli.stages.dpg_files import Item
-from bifrost_cli.stages.measures.measure import Line, Measure
+from bifrost_cli.stages.measures.measure import Line, Measure, painted_from, plan_warnings
 from bifrost_cli.stages.measures.shapes import share
 from bifrost_cli.stages.ui import Ui
 
@@ -45,13 +45,14 @@ class DpgMeasure(Measure):
                 answered += [{"broad": question.broad, "detailed": question.detailed, "right": answers[question.number]}
                              for question in item.questions]  # fmt: skip
                 bar.advance(1)
-        return [self._result(lines, answered)]
+        source = painted_from((entry.plan for entry in pictures.entries), pictures.artifact is not None)
+        return [self._result(lines, answered, source)]
 
     def _answers(self, entry: Entry, item: Item) -> dict[int, bool]:
         rgb_HWc = entry.load()
         return {question.number: self._judge.yes(rgb_HWc, question.text) > 0.5 for question in item.questions}
 
-    def _result(self, lines: Sequence[Line], answered: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def _result(self, lines: Sequence[Line], answered: Sequence[Mapping[str, Any]], source: str) -> dict[str, Any]:
         scores = [line["numbers"]["dpg"] for line in lines]
         prompts = [line["prompt"] for line in lines]
         value, error = sum(scores) / len(scores), clustered_error(scores, prompts)
@@ -75,12 +76,13 @@ class DpgMeasure(Measure):
             "extractor": judge,
             "sentence": f"DPG-Bench's questions, answered yes or no by {judge['name']} (weights "
             f"{judge['weights'][:12]}); a question counts only with those it depends on, kinds of questions by their "
-            "plain answers. Published numbers are mPLUG's: compare only with numbers of this judge.",
+            f"plain answers. Published numbers are mPLUG's: compare only with numbers of this judge. "
+            f"Painted from {source}.",
+            "painted_from": source,
         }
 
     def settings(self) -> dict[str, str]:
         return {"judge": self._judge.identity["name"], "judge, sha256": self._judge.identity["weights"]}
 
     def warnings(self, pictures: PictureSet, lines: Sequence[Mapping[str, Any]]) -> list[str]:
-        planned = any(entry.plan is not None for entry in pictures.entries)
-        return ["The MLLM wrote a plan for each prompt first: not the score of the prompts alone."] * planned
+        return plan_warnings(entry.plan for entry in pictures.entries)

@@ -18,7 +18,7 @@ from bifrost_cli.maths.geneval import PROMPTS, TASKS, counted, verdict
 from bifrost_cli.maths.intervals import Z95, clustered_error
 from bifrost_cli.models.detector import ColourNamer, Detector
 from bifrost_cli.stages.geneval_files import Asked
-from bifrost_cli.stages.measures.measure import Line, Measure
+from bifrost_cli.stages.measures.measure import Line, Measure, painted_from, plan_warnings
 from bifrost_cli.stages.measures.shapes import share
 from bifrost_cli.stages.ui import Ui
 
@@ -48,12 +48,14 @@ class GenEvalMeasure(Measure):
                 bar.advance(1)
         name = self._detector.identity["name"]
         found = geneval_result(lines, f"by {name}")
+        source = painted_from((entry.plan for entry in pictures.entries), pictures.artifact is not None)
         found["sentence"] = (
             f"GenEval's six tasks and rules, judged by {name} (weights {self._detector.identity['weights'][:12]}) with "
             f"colours by {self._namer.identity['name']}: mean of the tasks' means over {len(lines)} pictures. The "
-            "benchmark's own scorer uses mmdet's Mask2Former; compare only with numbers of this detector."
+            f"benchmark's own scorer uses mmdet's Mask2Former; compare only with numbers of this detector. "
+            f"Painted from {source}."
         )
-        return [{**found, "protocol": PROTOCOL, "extractor": self._detector.identity}]
+        return [{**found, "protocol": PROTOCOL, "extractor": self._detector.identity, "painted_from": source}]
 
     def _judged(self, entry: Entry, asked: Asked) -> dict[str, Any]:
         rgb_HWc = entry.load()
@@ -66,8 +68,7 @@ class GenEvalMeasure(Measure):
                 "CLIP of colours": self._namer.identity["name"]}  # fmt: skip
 
     def warnings(self, pictures: PictureSet, lines: Sequence[Mapping[str, Any]]) -> list[str]:
-        planned = any(entry.plan is not None for entry in pictures.entries)
-        return ["The MLLM wrote a plan for each prompt first: not the score of the prompts alone."] * planned
+        return plan_warnings(entry.plan for entry in pictures.entries)
 
 
 def geneval_result(lines: Sequence[Mapping[str, Any]], judge: str) -> dict[str, Any]:

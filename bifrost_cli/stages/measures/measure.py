@@ -6,7 +6,7 @@ this folder's `__init__`). Does not know artifacts, workspaces or pages.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bifrost_cli.data.picture_set import PictureSet
@@ -36,3 +36,16 @@ class Measure:
     def warnings(self, pictures: PictureSet, lines: Sequence[Mapping[str, Any]]) -> list[str]:
         """What a reader of its numbers must know."""
         return []
+
+
+def painted_from(plans: Iterable[str | None], known: bool) -> str:
+    """What pictures were painted from; without a plan that is only `known` of pictures painted here."""
+    if any(plan is not None for plan in plans):
+        return "a plan that the MLLM wrote of each prompt"
+    return "the prompts alone" if known else "what is not known: no samples artifact says so"
+
+
+def plan_warnings(plans: Iterable[str | None]) -> list[str]:
+    """What a reader of a benchmark's number must know of plans."""
+    planned = any(plan is not None for plan in plans)
+    return ["The MLLM wrote a plan for each prompt first: not the score of the prompts alone."] * planned
