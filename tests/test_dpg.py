@@ -11,7 +11,7 @@ import pytest
 
 from bifrost_cli.artifacts import Artifact, Draft
 from bifrost_cli.cli.main import run
-from bifrost_cli.data.picture_set import from_samples
+from bifrost_cli.data.picture_set import Entry, PictureSet, from_folder, from_samples, quartered
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import DataError, UsageError
 from bifrost_cli.maths.dpg import Question, depending, score
@@ -192,10 +192,70 @@ def test_missing_and_rewritten_prompts_are_refused(tmp_path):
     for name, prompts, why in (
         ("b", ["a red circle"], "not as many"),
         ("c", ["a red circle", "a red circle", "two, blue squares"], "not as many"),
-        ("d", ["a red circle, highly detailed", "two, blue squares"], "does not have"),
+        ("d", ["a red circle, highly detailed", "two, blue squares"], "none of"),
     ):
         made = painted(tmp_path / "runs" / f"samples-{name}", prompts)
         with pytest.raises(DataError, match=why):
             questions_of(from_samples(made, recipe.latents), items, path)
     with pytest.raises(UsageError, match="questions"):
         evaluate(recipe, measures=["dpg"], workspace=tmp_path / "runs")
+
+
+# ---- the benchmark's grids ------------------------------------------------------------------------------------------
+
+
+def grids(folder: Path) -> Path:
+    """Two grids by the names of their items: circles are red, red, blue, red; squares all blue."""
+    folder.mkdir()
+    for name, shape, colours in (("a", "circle", ("red", "red", "blue", "red")), ("b", "square", ("blue",) * 4)):
+        four = [picture(shape, colour) for colour in colours]
+        grid = np.concatenate([np.concatenate(four[:2], 1), np.concatenate(four[2:], 1)])
+        (folder / f"{name}.png").write_bytes(png_bytes(grid))
+    return folder
+
+
+def test_grids_are_cut_into_their_own_pictures(tmp_path):
+    pictures = quartered(from_folder(grids(tmp_path / "grids"), load_recipe("tiny").latents))
+    assert [entry.name for entry in pictures.entries[:5]] == ["1/a", "2/a", "3/a", "4/a", "1/b"]
+    for entry, colour in zip(pictures.entries, ("red", "red", "blue", "red"), strict=False):
+        assert np.array_equal(entry.load(), picture("circle", colour))
+    assert len({entry.digest for entry in pictures.entries}) == 8
+
+
+@pytest.mark.parametrize("shape", [(134, 134), (129, 128), (128, 132)], ids=["lines-between", "odd", "no-picture"])
+def test_a_grid_that_cannot_be_cut_exactly_is_refused(shape):
+    grid = Entry("a.png", "0", lambda: np.zeros((*shape, 3), np.uint8))
+    with pytest.raises(DataError, match="no grid of 2x2"):
+        quartered(PictureSet("one", (grid,))).entries[0].load()
+
+
+def test_pictures_without_prompts_are_known_by_the_items_they_are_called_after(tmp_path):
+    path, recipe = table(tmp_path / "dpg.csv"), load_recipe("tiny")
+    folder = grids(tmp_path / "grids")
+    pictures, items = quartered(from_folder(folder, recipe.latents)), read_questions(path)
+    lines = [{"name": entry.name, "prompt": entry.prompt} for entry in pictures.entries]
+    measure = DpgMeasure(Oracle(), questions_of(pictures, items, path))
+    (result,) = measure.results(pictures, lines, Ui())
+    # circles: 1, 1, 1/2, 1; squares: 2/3 each
+    assert result["value"] == pytest.approx((3.5 / 4 + 2 / 3) / 2) and "of 2 prompts" in result["details"][0]
+    assert "not known" in result["painted_from"] and {line["prompt"] for line in lines} == set(items)
+    (folder / "b.png").rename(folder / "c.png")
+    with pytest.raises(DataError, match="c is not called as one of the items"):
+        questions_of(from_folder(folder, recipe.latents), items, path)
+
+
+def test_grids_run_end_to_end_and_the_command_says_so(tmp_path, capsys):
+    options = {"measures": ["dpg"], "questions": table(tmp_path / "dpg.csv"), "workspace": tmp_path / "runs"}
+    made = evaluate(load_recipe("tiny"), samples=grids(tmp_path / "grids"), quarters=True, device="cpu", **options)
+    found = json.loads(made.file("report.json").read_text())
+    assert found["n_gen"] == 8 and "--quarters --questions" in found["command"]
+    with pytest.raises(UsageError, match="none are given"):
+        evaluate(load_recipe("tiny"), quarters=True, **options)
+    with pytest.raises(UsageError, match="GenEval has no grids"):
+        evaluate(load_recipe("tiny"), samples=tmp_path / "grids", quarters=True, **{**options, "measures": ["geneval"]})
+
+
+def test_an_item_with_two_prompts_is_refused(tmp_path):
+    other = ("a", "a green circle", "", "3", "0", "entity", "whole", "entity - whole (circle)", "is there a circle?")
+    with pytest.raises(DataError, match="a has two prompts"):
+        read_questions(table(tmp_path / "dpg.csv", [*ROWS, other]))

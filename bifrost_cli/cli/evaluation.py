@@ -53,6 +53,7 @@ def evaluate(
         Path | None, typer.Option("--prompts", metavar="FILE", help="Paint these prompts first, one a line.")
     ] = None,
     n: Annotated[int, typer.Option("-n", help="Pictures of each of --prompts.")] = 1,
+    quarters: Annotated[bool, typer.Option("--quarters", help="Each of --samples is a grid of 2x2; cut it.")] = False,
     reference: Annotated[
         str | None, typer.Option("--reference", metavar="REF", help="A folder, samples, latents, or saved statistics.")
     ] = None,
@@ -96,7 +97,7 @@ def evaluate(
 
     bars = [Gate.of(text) for text in gate or []]
     inputs = {"measures": measures, "fd": fd or [], "samples": samples, "prompts": prompts, "n": n,
-              "reference": reference, "detector": detector, "metadata": metadata,
+              "quarters": quarters, "reference": reference, "detector": detector, "metadata": metadata,
               "questions": questions, "judge": judge}  # fmt: skip
     where = {"output": output, "workspace": workspace, "device": device}
     found = evaluate(recipe, **inputs, **where, dry_run=dry_run, ui=ui)

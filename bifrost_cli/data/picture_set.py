@@ -21,11 +21,11 @@ from bifrost_cli.artifacts.identity import digest_of
 from bifrost_cli.config import Latents
 from bifrost_cli.data.images import read_image, square
 from bifrost_cli.data.sources import Sample, scan
-from bifrost_cli.errors import ArtifactError
+from bifrost_cli.errors import ArtifactError, DataError
 from bifrost_cli.shapes.captions import held_out_prompts, sample_scene
 from bifrost_cli.shapes.draw import draw
 
-PROMPTS = "prompts.jsonl"
+PROMPTS, STEP = "prompts.jsonl", 8  # STEP: px; a VAE makes no picture of another size
 # What a recipe says of its own source's captions and rows is not said of this folder.
 _AS_PICTURES = {"missing_caption": "empty", "image_column": None, "caption_column": None, "captions": "files",
                 "class_names": None, "flip": False}  # fmt: skip
@@ -126,6 +126,30 @@ def squared(pictures: PictureSet, size: int) -> PictureSet:
 
 def _square(entry: Entry, size: int) -> np.ndarray:
     return square(entry.load(), size)
+
+
+def quartered(pictures: PictureSet) -> PictureSet:
+    """Grids of 2x2 as their four pictures each, by rows: `k/NAME` with k from 1 to 4.
+
+    DataError, when loaded: a grid that is not cut exactly, as one with lines between its pictures.
+    """
+    entries = tuple(replace(entry, name=f"{place + 1}/{entry.name}", digest=digest_of([entry.digest, "quarter", place]),
+                            load=partial(_quarter, entry, *divmod(place, 2)))
+                    for entry in pictures.entries for place in range(4))  # fmt: skip
+    return replace(pictures, what=f"the quarters of {pictures.what}", entries=entries)
+
+
+def _quarter(entry: Entry, row: int, column: int) -> np.ndarray:
+    rgb_HWc = entry.load()
+    (height, odd), (width, rest) = (divmod(side, 2) for side in rgb_HWc.shape[:2])
+    if odd or rest or height % STEP or width % STEP:
+        raise DataError(
+            f"{entry.name} is no grid of 2x2: a quarter of its {2 * width + rest}x{2 * height + odd} px is no picture",
+            at=f"painted pictures have sides of a multiple of {STEP} px; lines between them would be cut into them",
+            fix="join the four without padding, or leave out --quarters",
+            code="BF-DATA-003",
+        )
+    return rgb_HWc[row * height : (row + 1) * height, column * width : (column + 1) * width]
 
 
 def _load(sample: Sample) -> np.ndarray:

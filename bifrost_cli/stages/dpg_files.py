@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 
-from bifrost_cli.data.picture_set import PictureSet
+from bifrost_cli.data.picture_set import Entry, PictureSet
 from bifrost_cli.data.table_rows import csv_rows
 from bifrost_cli.errors import DataError
 from bifrost_cli.maths.dpg import Question
@@ -49,25 +49,19 @@ def read_questions(path: Path) -> dict[str, Item]:
         raise DataError(f"{path} holds no question", code="BF-DATA-001")
     for item in items.values():
         _check(item, path)
+    if twice := [name for name, count in Counter(item.name for item in items.values()).items() if count > 1]:
+        raise DataError(f"{path}: {twice[0]} has two prompts", code="BF-DATA-006")
     return items
 
 
 def questions_of(pictures: PictureSet, items: Mapping[str, Item], source: Path) -> list[Item]:
-    """The item of each picture, by its prompt.
+    """The item of each picture, by its prompt, or where it has none by its name: the benchmark's are `ITEM_ID.png`.
 
     DataError: a picture of another prompt (a rewritten one is another benchmark), prompts without pictures or with
     fewer than the others.
     """
-    found = []
-    for entry in pictures.entries:
-        if entry.prompt not in items:
-            raise DataError(
-                f"{entry.name} was painted from a prompt that {source} does not have",
-                at=repr(entry.prompt),
-                fix="paint the benchmark's own prompts; a rewritten prompt makes another score",
-                code="BF-DATA-007",
-            )
-        found.append(items[entry.prompt])
+    named = {item.name: item for item in items.values()}
+    found = [_item(entry, items, named, source) for entry in pictures.entries]
     counts = Counter(item.prompt for item in found)
     if len(counts) < len(items) or len(set(counts.values())) > 1:
         raise DataError(
@@ -77,6 +71,20 @@ def questions_of(pictures: PictureSet, items: Mapping[str, Item], source: Path) 
             code="BF-DATA-008",
         )
     return found
+
+
+def _item(entry: Entry, items: Mapping[str, Item], named: Mapping[str, Item], source: Path) -> Item:
+    if entry.prompt is None:
+        name = PurePath(entry.name)
+        item = named.get(name.name) or named.get(name.stem)
+        why, fix = "is not called as one of the items of", "name it ITEM_ID.png, or put its prompt beside it"
+    else:
+        item = items.get(entry.prompt)
+        why = "was painted from a prompt that is none of"
+        fix = "paint the benchmark's own prompts; a rewritten prompt makes another score"
+    if item is None:
+        raise DataError(f"{entry.name} {why} {source}", at=repr(entry.prompt), fix=fix, code="BF-DATA-007")
+    return item
 
 
 def _question(row: Mapping[str, str], where: str) -> Question:

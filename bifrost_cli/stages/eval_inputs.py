@@ -61,7 +61,7 @@ def plan_of(
         count = len(read_prompts(Path(wish.pictures.prompts), ui)) * wish.pictures.copies
         told = f"{count} pictures of {wish.pictures.prompts}, made first where they are not there"
     else:
-        found = found_samples(recipe, wish.pictures.samples, wish.needed, workspace, ui)
+        found = found_samples(recipe, wish.pictures, wish.needed, workspace, ui)
         if found is not None:
             require_enough(found, wish.needed)
         count = len(found.entries) if found else wish.needed

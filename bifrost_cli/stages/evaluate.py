@@ -42,6 +42,7 @@ def evaluate(
     samples: Path | str | None = None,
     prompts: Path | str | None = None,
     n: int = 1,
+    quarters: bool = False,
     reference: Path | str | None = None,
     detector: str = DETECTOR,
     metadata: Path | str | None = None,
@@ -59,7 +60,8 @@ def evaluate(
     `measures`: any of MEASURES; the distances are in the features of `evaluate.features`. `fd`: further networks for a
     Frechet distance each. `samples`: a samples artifact (path or id) or a folder of pictures; `prompts`: a file, of
     each of whose lines `n` pictures are painted first; None of both takes the newest artifact made since the last
-    training that has enough, and else makes a set from held-out prompts of the built-in world. `reference`: a folder, a
+    training that has enough, and else makes a set from held-out prompts of the built-in world. With `quarters` each of
+    `samples` is a grid of 2x2 pictures, as DPG-Bench has them, and is cut. `reference`: a folder, a
     samples artifact, a latents store (its pictures), a statistics file; None draws as many pictures of the built-in
     world as there are samples. The measure "reconstruction" paints the reference's pictures again from their latents,
     measures those, and adds a Frechet distance. "geneval" judges by `detector` (a folder or hub id) what `metadata`,
@@ -71,7 +73,7 @@ def evaluate(
     ones), ArtifactError 5 (damaged artifact, statistics of other features), EnvironmentProblem 3 (weights not here).
     """
     ui, bar = ui or Ui(), recipe.evaluate.min_samples if min_samples is None else min_samples
-    wanted = Wanted(samples, prompts, n)
+    wanted = Wanted(samples, prompts, n, quarters)
     wish = Wish(tuple(measures), tuple(fd), wanted, reference, detector, metadata, questions, judge, bar)
     wish = checked(wish, recipe)
     if dry_run:

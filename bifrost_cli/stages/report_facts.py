@@ -115,10 +115,10 @@ def command(
     reference: Path | str | None,
     needed: int,
     workspace: Path | str,
-    **given: Path | str | None,
+    **given: Path | str | bool | None,
 ) -> str:
     """The command that makes this report again; nothing is left to a default that may change. `given`: further options
-    by name."""
+    by name; True for a flag."""
     rules = recipe.evaluate
     words = ["bifrost", "eval", *(f"--{name}" for name in measures)]
     words += [word for ref in fd for word in ("--fd", ref)]
@@ -129,7 +129,8 @@ def command(
         words += ["--min-samples", str(needed), "--set", f"evaluate.features={rules.features}"]
     words += ["--set", f"evaluate.clip={rules.clip}"] if {"clipscore", "geneval"} & set(measures) else []
     words += ["--reference", str(reference)] if reference is not None else []
-    words += [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    for name, value in given.items():
+        words += [] if value is None else [f"--{name}", *([] if value is True else [str(value)])]
     return shlex.join(words)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bifrost_cli.artifacts import Artifact, find, resolve
 from bifrost_cli.config import Recipe
-from bifrost_cli.data.picture_set import PictureSet, from_folder, from_samples, picture_count
+from bifrost_cli.data.picture_set import PictureSet, from_folder, from_samples, picture_count, quartered
 from bifrost_cli.errors import DataError, UsageError
 from bifrost_cli.shapes.captions import held_out_prompts
 from bifrost_cli.stages.geneval_files import from_layout, is_layout
@@ -21,15 +21,19 @@ from bifrost_cli.stages.ui import Ui
 @dataclass(frozen=True)
 class Wanted:
     """Which pictures: `samples` (an artifact, path or id, or a folder), or `copies` painted of each line of `prompts`,
-    or neither: the newest artifact with enough pictures made since the last training, else a set made for it."""
+    or neither: the newest artifact with enough pictures made since the last training, else a set made for it. With
+    `quarters` each of `samples` is a grid of 2x2 pictures."""
 
     samples: Path | str | None = None
     prompts: Path | str | None = None
     copies: int = 1
+    quarters: bool = False
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.prompts is not None:
             raise UsageError("--samples and --prompts both say what is measured", fix="give one of them")
+        if self.quarters and self.samples is None:
+            raise UsageError("--quarters cuts grids of 2x2, and none are given", fix="--samples FOLDER")
 
 
 def samples_for(
@@ -42,19 +46,24 @@ def samples_for(
         made = generate(recipe, Path(wanted.prompts), n=wanted.copies, output=None, save_latents=True,
                         workspace=workspace, device=device, ui=ui)  # fmt: skip
         return from_samples(made, recipe.latents)
-    found = found_samples(recipe, wanted.samples, needed, workspace, ui)
+    found = found_samples(recipe, wanted, needed, workspace, ui)
     return found or from_samples(_make_samples(recipe, needed, workspace, device, ui), recipe.latents)
 
 
 def found_samples(
-    recipe: Recipe, samples: Path | str | None, needed: int, workspace: Path | str, ui: Ui
+    recipe: Recipe, wanted: Wanted, needed: int, workspace: Path | str, ui: Ui
 ) -> PictureSet | None:
     """`samples_for` as far as nothing must be made; None when a set would be. DataError when none can be."""
-    if samples is None:
+    if wanted.samples is None:
         artifact = _newest_enough(workspace, needed, ui)
         if artifact is None:
             _require_default_set(recipe, needed, workspace)
         return artifact and from_samples(artifact, recipe.latents)
+    found = _named(recipe, wanted.samples, workspace)
+    return quartered(found) if wanted.quarters else found
+
+
+def _named(recipe: Recipe, samples: Path | str, workspace: Path | str) -> PictureSet:
     folder = Path(samples)
     if is_layout(folder):
         return from_layout(folder, recipe.latents)[0]

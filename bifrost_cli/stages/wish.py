@@ -50,9 +50,10 @@ class Wish:
         return bool(self.fd) or bool(set(self.measures) & set(LAYERS) - set(WITHOUT_REFERENCE))
 
     @property
-    def given(self) -> dict[str, Path | str | None]:
-        """Options of single measures by name, for the command that makes the report again."""
-        found = {"detector": self.detector, "metadata": self.metadata} if "geneval" in self.measures else {}
+    def given(self) -> dict[str, Path | str | bool | None]:
+        """Options of pictures and single measures by name, for the command that makes the report again."""
+        found: dict[str, Path | str | bool | None] = {"quarters": True} if self.pictures.quarters else {}
+        found |= {"detector": self.detector, "metadata": self.metadata} if "geneval" in self.measures else {}
         return found | ({"questions": self.questions, "judge": self.judge} if "dpg" in self.measures else {})
 
 
@@ -73,6 +74,8 @@ def checked(wish: Wish, recipe: Recipe) -> Wish:
         )
     if "dpg" in wish.measures and wish.questions is None:
         raise UsageError("DPG-Bench asks questions, and none are given", fix="--questions dpg_bench.csv")
+    if "geneval" in wish.measures and wish.pictures.quarters:
+        raise UsageError("GenEval has no grids: its pictures are single ones", fix="leave out --quarters")
     return _with_distance(wish) if wish.again else wish
 
 

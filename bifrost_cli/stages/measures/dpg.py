@@ -41,7 +41,8 @@ class DpgMeasure(Measure):
                 answers = self._answers(entry, item)
                 counted = depending(item.questions, answers)
                 no = [question.text for question in item.questions if not counted[question.number]]
-                line.update(numbers={"dpg": score(item.questions, answers)}, right=not no, why="no: " + " ".join(no))
+                line.update(prompt=item.prompt, right=not no, why="no: " + " ".join(no))
+                line["numbers"] = {"dpg": score(item.questions, answers)}
                 answered += [{"broad": question.broad, "detailed": question.detailed, "right": answers[question.number]}
                              for question in item.questions]  # fmt: skip
                 bar.advance(1)
