@@ -11,8 +11,8 @@ import lpips
 import numpy as np
 import pytest
 import torch
-from fixtures_clip import save_tiny_clip
 
+from bifrost_cli.artifacts.files import write_json
 from bifrost_cli.config import Evaluate
 from bifrost_cli.data.picture_set import Entry, PictureSet, drawn
 from bifrost_cli.data.png import png_bytes
@@ -22,11 +22,12 @@ from bifrost_cli.recipe_files import load_recipe
 from bifrost_cli.stages.evaluate import evaluate
 from bifrost_cli.stages.extract import extract_latents
 from bifrost_cli.stages.gates import Gate
-from bifrost_cli.stages.loading_features import load_features, load_lpips
-from bifrost_cli.stages.measures.distances import DistanceMeasure
+from bifrost_cli.stages.loading import load_encoder
+from bifrost_cli.stages.loading_features import load_lpips
 from bifrost_cli.stages.measures.protocols import PROTOCOLS, explained
+from bifrost_cli.stages.measures.reconstruction import ReconstructionMeasure
 from bifrost_cli.stages.reconstruct_set import reconstruct_set
-from bifrost_cli.stages.reference import Reference, pictures_for
+from bifrost_cli.stages.reference import pictures_for
 from bifrost_cli.stages.sample_set import require_one_kind
 from bifrost_cli.stages.ui import Ui
 
@@ -93,6 +94,25 @@ def test_the_page_shows_originals_beside_reconstructions_and_says_that_lpips_is_
     page = report.file("report.html").read_text()
     assert "PSNR" in page and page.count("<img") == COUNT
     assert "LPIPS is left out" in page and "alexnet-owt-7be5be79.pth" in page
+
+
+@pytest.mark.parametrize("equal", [1, 3])
+def test_pictures_equal_to_the_last_bit_have_no_psnr(recipe, tmp_path, equal):
+    """Infinity is neither a mean nor JSON, and no picture is at 0 dB because it is perfect."""
+    true = drawn(3)
+    other = [Entry(e.name, e.digest, lambda e=e: 255 - e.load(), e.prompt) for e in true.entries]
+    made = PictureSet("again", (*true.entries[:equal], *other[equal:]))
+    measure, lines = ReconstructionMeasure(true, load_encoder(recipe, torch.device("cpu")), "not here"), [{}, {}, {}]
+    found = {one["metric"]: one for one in measure.results(made, lines, Ui())}
+    write_json(tmp_path / "report.json", [found, lines])
+    told = " ".join(measure.warnings(made, lines))
+    assert found["ssim"]["n_gen"] == 3 and [line["numbers"]["psnr"] is None for line in lines].count(True) == equal
+    if equal == 3:
+        assert "psnr" not in found and "PSNR is left out" in told
+    else:
+        assert found["psnr"]["equal"] == 1 and found["psnr"]["n_gen"] == 2 and "PSNR" not in told
+        expected = [psnr(*(one.load() for one in pair)) for pair in zip(other[1:], true.entries[1:], strict=True)]
+        assert found["psnr"]["value"] == pytest.approx(np.mean(expected), rel=1e-12)
 
 
 def test_lpips_is_the_packages(alexnet):
@@ -215,7 +235,7 @@ def test_planned_and_unplanned_pictures_are_not_mixed():
         require_one_kind(PictureSet("mixed", tuple(half)))
 
 
-# ---- bars, protocols, seeds -----------------------------------------------------------------------------------------
+# ---- bars, protocols ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -245,48 +265,6 @@ def test_every_measure_has_its_protocol_in_words():
 
     assert set(PROTOCOLS) == set(MEASURES)
     assert len(explained(MEASURES, ["dinov2:x"])) == len(MEASURES) + 1
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory):
-    folder = save_tiny_clip(tmp_path_factory.mktemp("clip") / "tiny")
-    return load_features(f"open_clip:local-dir:{folder}", Evaluate(), "cpu")
-
-
-def distance(network, pictures, place):
-    real = drawn(20, seed=1)
-    reference = Reference(real.what, real.content, 20, pictures=real)
-    return DistanceMeasure(network, ["fid", "kid", "prdc"], reference, place).results(pictures, [], Ui())
-
-
-def test_each_seed_has_its_distance_where_all_made_as_many(network, tmp_path):
-    pictures = drawn(16)
-    seeded = [Entry(e.name, e.digest, e.load, e.prompt, None, i % 2) for i, e in enumerate(pictures.entries)]
-    found = distance(network, PictureSet("two seeds", tuple(seeded)), tmp_path / "a")[0]
-    halves = [PictureSet("one seed", tuple(e for e in seeded if e.seed == seed)) for seed in (0, 1)]
-    alone = [distance(network, half, tmp_path / str(seed))[0]["raw"] for seed, half in enumerate(halves)]
-    assert found["seeds"] == [0, 1] and found["per_seed"] == pytest.approx(alone, rel=1e-9)
-    assert found["sd"] == pytest.approx(np.std(alone, ddof=1), rel=1e-9)
-    uneven = PictureSet("uneven", tuple(seeded[:-1]))
-    assert "per_seed" not in distance(network, uneven, tmp_path / "b")[0]
-
-
-@pytest.mark.parametrize("change", ["batch", "order", "threads"])
-def test_a_distance_does_not_depend_on_how_it_is_computed(network, tmp_path, monkeypatch, change):
-    pictures = drawn(21)
-    before = distance(network, pictures, tmp_path / "a")
-    if change == "batch":
-        monkeypatch.setattr("bifrost_cli.models.features.BATCH", 5)
-    if change == "order":
-        pictures = PictureSet(pictures.what, pictures.entries[::-1])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1 if change == "threads" else threads)
-    try:
-        after = distance(network, pictures, tmp_path / "b")
-    finally:
-        torch.set_num_threads(threads)
-    for one, other in zip(before, after, strict=True):
-        assert other["value"] == pytest.approx(one["value"], rel=1e-6), one["metric"]
 
 
 def test_what_is_measured_and_when_it_holds_is_an_exit_code(recipe, workspace, report, capsys):

@@ -49,11 +49,13 @@ class ReconstructionMeasure(Measure):
             for line, made, true in zip(lines, pictures.entries, self._originals.entries, strict=True):
                 line["numbers"] = self._numbers(made.load(), true.load())
                 bar.advance(1)
-        names = [name for name in _RULES if name in lines[0]["numbers"]]
+        names = [name for name in _RULES if any(line["numbers"].get(name) is not None for line in lines)]
         return [_result(name, [line["numbers"][name] for line in lines], self._described(name)) for name in names]
 
-    def _numbers(self, made_HWC: np.ndarray, true_HWC: np.ndarray) -> dict[str, float]:
-        numbers = {"psnr": psnr(made_HWC, true_HWC), "ssim": ssim(made_HWC, true_HWC)}
+    def _numbers(self, made_HWC: np.ndarray, true_HWC: np.ndarray) -> dict[str, float | None]:
+        """Of one picture; equal pictures have no finite PSNR: None, as JSON knows no infinity."""
+        decibels = psnr(made_HWC, true_HWC)
+        numbers = {"psnr": decibels if math.isfinite(decibels) else None, "ssim": ssim(made_HWC, true_HWC)}
         if not isinstance(self._lpips, str):
             numbers["lpips"] = self._lpips.distance(made_HWC, true_HWC)
         made_PC, true_PC = (self._latents(rgb_HWC) for rgb_HWC in (made_HWC, true_HWC))
@@ -73,23 +75,25 @@ class ReconstructionMeasure(Measure):
         return {"patch latents": f"{height}x{width} of {self._encoder.identity['name']}"}
 
     def warnings(self, pictures: PictureSet, lines: Sequence[Mapping[str, Any]]) -> list[str]:
-        return [f"LPIPS is left out: {self._lpips}"] if isinstance(self._lpips, str) else []
+        found = [f"LPIPS is left out: {self._lpips}"] if isinstance(self._lpips, str) else []
+        if all(line["numbers"]["psnr"] is None for line in lines):
+            found.append("PSNR is left out: every picture is equal to its original to the last bit.")
+        return found
 
 
-def _result(name: str, values: Sequence[float], described: dict[str, Any]) -> dict[str, Any]:
-    """The mean over pictures. Pictures equal to the last bit have no finite PSNR; they are counted apart."""
+def _result(name: str, values: Sequence[float | None], described: dict[str, Any]) -> dict[str, Any]:
+    """The mean over the pictures that have a value, at least one; the others equal their originals and are counted."""
     label, rule = _RULES[name]
-    finite = np.array([value for value in values if math.isfinite(value)], np.float64)
-    value = float(finite.mean()) if len(finite) else 0.0
+    finite = np.array([value for value in values if value is not None], np.float64)
     deviation = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
     equal = len(values) - len(finite)
     return {
         "metric": name,
         "label": label,
         "format": "number",
-        "value": value,
+        "value": float(finite.mean()),
         "sd": deviation,
-        "standard_error": deviation / math.sqrt(max(1, len(finite))),
+        "standard_error": deviation / math.sqrt(len(finite)),
         "spread": f"standard deviation {deviation:.3g} over pictures",
         "details": [f"{equal} pictures are equal to the last bit and not in the mean"] if equal else [],
         "equal": equal,
