@@ -83,7 +83,7 @@ MAKE: dict[str, Callable[[Path], object]] = {
     "samples-1": samples,
     "report-1": report,
     "checkpoint-1": checkpoint,
-    "statistics-2.safetensors": statistics,
+    "statistics-3.safetensors": statistics,
 }
 
 if __name__ == "__main__":

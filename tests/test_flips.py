@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fixtures_store import make_store
@@ -17,6 +18,7 @@ from harness import flips, undisturbed
 
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.data import store as store_module
+from bifrost_cli.data.statistics import Statistics, load_statistics, save_statistics
 from bifrost_cli.data.store import LatentsStore
 from bifrost_cli.training.checkpoint import Checkpoint, Checkpoints
 from bifrost_cli.training.loop import fit
@@ -67,6 +69,22 @@ def test_a_checkpoint(tmp_path, step):
 
     outcomes = flips(sorted(checkpoints.path(5).iterdir()), read, read(), max(1, step // 5))
     print(f"checkpoint: {dict(outcomes)}")
+    assert outcomes["refused"]
+
+
+@EVERY
+def test_kept_statistics(tmp_path, step):
+    features_ND = np.random.default_rng(0).normal(size=(3, 2)).astype(np.float32)
+    path = tmp_path / "kept.safetensors"
+    save_statistics(path, Statistics(features_ND.mean(0), np.cov(features_ND.T), 3, {"layer": "pool"}, features_ND))
+
+    def read() -> Any:
+        found = load_statistics(path)
+        arrays = (found.mean_D, found.covariance_DD, found.features_ND)
+        return found.count, found.identity, [array.tobytes() for array in arrays]
+
+    outcomes = flips([path], read, read(), max(1, step // 5))
+    print(f"statistics: {dict(outcomes)}")
     assert outcomes["refused"]
 
 

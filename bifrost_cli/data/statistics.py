@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from bifrost_cli.artifacts.files import canonical_json, make_folder
-from bifrost_cli.data.weights import load_tensors, save_tensors
+from bifrost_cli.data.weights import load_tensors, save_tensors, weights_hash
 from bifrost_cli.errors import ArtifactError
 
-FORMAT = "bifrost.statistics/2"
-READABLE = ("bifrost.statistics/1", FORMAT)  # 1 had no features
+FORMAT = "bifrost.statistics/3"
+READABLE = ("bifrost.statistics/1", "bifrost.statistics/2", FORMAT)  # 1 and 2 had no checksum, 1 no features
+_NAME, _, _NUMBER = FORMAT.rpartition("/")
 _ADM = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
@@ -26,7 +27,8 @@ _ADM = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 class Statistics:
     """`mean_D` and `covariance_DD` float64 of `count` pictures; `identity` names pictures, network and layer.
 
-    `features_ND` float32 in the order of the pictures' digests, None where only the moments were published.
+    `features_ND` float32 in the order of the pictures' digests, None where only the moments were published. `checked`:
+    the file that they were read from has a checksum, and it is theirs.
     """
 
     mean_D: np.ndarray
@@ -34,6 +36,7 @@ class Statistics:
     count: int
     identity: dict[str, Any]
     features_ND: np.ndarray | None = None
+    checked: bool = True
 
 
 def statistics_path(folder: Path, identity: dict[str, Any]) -> Path:
@@ -47,19 +50,34 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
     tensors = {"mu": statistics.mean_D.astype(np.float64), "sigma": statistics.covariance_DD.astype(np.float64)}
     if statistics.features_ND is not None:
         tensors["features"] = statistics.features_ND.astype(np.float32)
-    save_tensors(path, tensors, {"format": FORMAT, "n": statistics.count, "identity": statistics.identity})
+    described = {"format": FORMAT, "n": statistics.count, "identity": statistics.identity}
+    save_tensors(path, tensors, {**described, "digest": _digest(described, tensors)})
 
 
 def load_statistics(path: Path) -> Statistics:
-    """Read a file of `save_statistics`. ArtifactError: another format, missing tensors, or another precision."""
+    """Read a file of `save_statistics`, of this format or an earlier one.
+
+    ArtifactError: a later format (BF-ART-002); another one, missing tensors, another precision, or one bit that is not
+    as it was written (BF-ART-005).
+    """
     tensors, meta = load_tensors(path)
+    name, _, number = str(meta.get("format")).rpartition("/")
+    if name == _NAME and number.isdecimal() and int(number) > int(_NUMBER):
+        raise ArtifactError.newer(f"{path} holds statistics", number, int(_NUMBER))
     arrays = {name: value.numpy() for name, value in tensors.items()}
     whole = {"mu", "sigma"} <= set(arrays) <= {"mu", "sigma", "features"} and isinstance(meta.get("n"), int)
     if meta.get("format") not in READABLE or not whole or not isinstance(meta.get("identity"), dict):
         raise ArtifactError(f"{path} holds no reference statistics ({FORMAT})", code="BF-ART-005")
     if {arrays["mu"].dtype, arrays["sigma"].dtype} != {np.dtype(np.float64)}:
         raise ArtifactError(f"{path} holds statistics in another precision than float64", code="BF-ART-005")
-    return Statistics(arrays["mu"], arrays["sigma"], meta["n"], meta["identity"], arrays.get("features"))
+    checked, digest = meta["format"] == FORMAT, meta.pop("digest", None)
+    if checked and digest != _digest(meta, arrays):
+        raise ArtifactError(f"{path} is damaged: its checksum is another", fix="delete it", code="BF-ART-005")
+    return Statistics(arrays["mu"], arrays["sigma"], meta["n"], meta["identity"], arrays.get("features"), checked)
+
+
+def _digest(described: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
+    return hashlib.sha256(canonical_json([described, weights_hash(tensors)])).hexdigest()
 
 
 def load_adm(path: Path, layer: str) -> Statistics:

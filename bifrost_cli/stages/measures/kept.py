@@ -1,7 +1,8 @@
 """Features of picture sets, computed once: kept in `workspace/statistics` under the hash of what they describe.
 
 Comes in: a picture set, a network, layers. Goes out: statistics by layer. A kept file counts only when its identity
-(the pictures' contents, the network with its weights and resize rule, the layer, library versions) is the very one.
+(the pictures' contents, the network with its weights and resize rule, the layer, library versions) is the very one,
+and its checksum too.
 """
 
 from __future__ import annotations
@@ -87,4 +88,7 @@ def _kept(path: Path, identity: dict[str, Any], ui: Ui) -> Statistics | None:
     except ArtifactError as error:
         ui.say(f"statistics are computed again: {error.message}")
         return None
-    return found if found.identity == identity else None
+    if found.identity == identity and found.checked:
+        return found
+    ui.say(f"statistics are computed again: {path} {'is of other pictures' if found.checked else 'has no checksum'}")
+    return None
