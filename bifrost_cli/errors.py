@@ -99,6 +99,12 @@ class DataError(BifrostError):
 class ArtifactError(BifrostError):
     code, exit_code = "BF-ART-001", 5
 
+    @classmethod
+    def newer(cls, what: str, found: object, known: int) -> ArtifactError:
+        """BF-ART-002: `what` is whole as far as we can tell, and of a format that only a later program knows."""
+        message = f"{what} of format {found}; this bifrost reads up to {known}"
+        return cls(message, fix="update bifrost", code="BF-ART-002")
+
 
 class StoreError(ArtifactError):
     code = "BF-STORE-001"

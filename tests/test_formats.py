@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fixtures_store import row
+from fixtures_store import make_store, row
 from make_formats import CAPTIONS, PLANS
 
 from bifrost_cli.artifacts import FORMATS, Artifact
+from bifrost_cli.artifacts.files import write_json
 from bifrost_cli.artifacts.identity import digest_of
 from bifrost_cli.cli.main import run
 from bifrost_cli.config import FORMAT as RECIPE_FORMAT
@@ -25,8 +26,8 @@ from bifrost_cli.data.picture_set import from_samples
 from bifrost_cli.data.statistics import load_statistics
 from bifrost_cli.data.store import LatentsStore
 from bifrost_cli.data.store_layout import Layout
-from bifrost_cli.data.weights import load_tensors
-from bifrost_cli.errors import ArtifactError, RecipeError
+from bifrost_cli.data.weights import load_tensors, save_tensors
+from bifrost_cli.errors import ArtifactError, RecipeError, StoreError
 from bifrost_cli.recipe_files import load_recipe
 from bifrost_cli.stages.loading import load_branch, load_controlnet, load_mllm
 from bifrost_cli.stages.pair import builtin
@@ -79,7 +80,8 @@ def training_state(path: Path) -> None:
 
 
 def saved_statistics(path: Path) -> None:
-    assert load_statistics(path).features_ND.shape == (6, 3)
+    found = load_statistics(path)
+    assert found.features_ND.shape == (6, 3) and found.checked == (path.stem == "statistics-3")
 
 
 def recipe(path: Path) -> None:
@@ -97,6 +99,7 @@ READ = {
     ("store int8", 2): ("latents-1-store-2", lambda path: latents(path, 0.02)),
     ("checkpoint", 1): ("checkpoint-1", training_state),
     ("statistics", 2): ("statistics-2.safetensors", saved_statistics),
+    ("statistics", 3): ("statistics-3.safetensors", saved_statistics),
     ("recipe", 1): ("recipe-1.yaml", recipe),
     ("recipe", 2): ("recipe-2.yaml", recipe),
 }
@@ -140,3 +143,29 @@ def test_a_newer_recipe_says_update(tmp_path):
     with pytest.raises(RecipeError, match="newer") as told:
         load_recipe(str(tmp_path / "new.yaml"))
     assert told.value.exit_code == 2 and "update" in told.value.fix
+
+
+def test_newer_statistics_say_update(tmp_path):
+    tensors, meta = load_tensors(HERE / "statistics-3.safetensors")
+    save_tensors(tmp_path / "new.safetensors", tensors, {**meta, "format": "bifrost.statistics/4"})
+    with pytest.raises(ArtifactError, match="of format 4; this bifrost reads up to 3") as told:
+        load_statistics(tmp_path / "new.safetensors")
+    assert told.value.code == "BF-ART-002" and told.value.fix == "update bifrost"
+
+
+def test_a_newer_checkpoint_says_update(tmp_path):
+    shutil.copytree(HERE / "checkpoint-1", tmp_path / "it")
+    (path,) = (tmp_path / "it").glob("step-*/manifest.json")
+    write_json(path, {**json.loads(path.read_text()), "format": checkpoint.FORMAT + 1})
+    with pytest.raises(ArtifactError) as told:
+        Checkpoints(tmp_path / "it").newest()
+    assert told.value.code == "BF-ART-002" and told.value.fix == "update bifrost"
+
+
+def test_a_newer_store_says_update(tmp_path, monkeypatch):
+    with monkeypatch.context() as later:
+        later.setitem(store_layout.FORMATS, "float16", 9)
+        path = make_store(tmp_path, rows=2, shard_rows=2, chunk_rows=1).path
+    with pytest.raises(StoreError) as told:
+        LatentsStore.open(path)
+    assert told.value.code == "BF-ART-002" and told.value.fix == "update bifrost"

@@ -129,11 +129,7 @@ def _check_manifest(path: Path, manifest: Any) -> None:
     kind = manifest.get("kind") if isinstance(manifest, dict) else None
     version = manifest.get("format") if isinstance(manifest, dict) else None
     if kind in KINDS and isinstance(version, int) and version > FORMATS[kind]:
-        raise ArtifactError(
-            f"{path} is a {kind} artifact of format {version}; this bifrost reads up to {FORMATS[kind]}",
-            fix="update bifrost",
-            code="BF-ART-002",
-        )
+        raise ArtifactError.newer(f"{path} is a {kind} artifact", version, FORMATS[kind])
     known = kind in KINDS and type(version) is int and version >= 1
     if not known or not _FIELDS <= set(manifest) or not _intact(path, manifest):
         raise ArtifactError(

@@ -171,10 +171,12 @@ class LatentsStore:
 
 
 def _layout(attributes: dict[str, Any], path: Path) -> Layout:
-    storage = attributes.get("storage", "float16")
-    if attributes.get("format") != FORMATS.get(storage):
+    storage, number, newest = attributes.get("storage", "float16"), attributes.get("format"), max(FORMATS.values())
+    if type(number) is int and number > newest:
+        raise StoreError.newer(f"{path} is a store ({storage})", number, newest)
+    if number != FORMATS.get(storage):
         known = " and ".join(map(str, FORMATS.values()))
-        raise StoreError(f"{path} has store format {attributes.get('format')} ({storage}); this bifrost reads {known}")
+        raise StoreError(f"{path} has store format {number} ({storage}); this bifrost reads {known}")
     vae = attributes["vae_shape"]
     return Layout(
         attributes["rows"],

@@ -154,9 +154,11 @@ def verify(path: Path, part: slice = slice(None)) -> dict[str, str]:
     if not (path / "manifest.json").is_file():
         raise damaged("manifest.json is missing")
     manifest = read_json(path / "manifest.json")
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or manifest.get("format") != FORMAT or not _is_whole(files):
-        raise damaged("manifest.json is not a checkpoint's, or of a newer bifrost")
+    files, number = (manifest.get(key) if isinstance(manifest, dict) else None for key in ("files", "format"))
+    if type(number) is int and number > FORMAT:
+        raise ArtifactError.newer(f"{path} is a checkpoint", number, FORMAT)
+    if not isinstance(files, dict) or number != FORMAT or not _is_whole(files):
+        raise damaged("manifest.json is not a checkpoint's")
     step = manifest.get("step")
     if type(step) is not int or path.name != f"step-{step:07d}":
         raise damaged(f"its manifest says step {step}")
