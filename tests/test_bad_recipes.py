@@ -6,11 +6,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from refusals import refused, told
+from timing import within
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,9 +33,8 @@ def test_60_a_bad_recipe_has_file_line_and_column_within_a_second(tmp_path, caps
     text, code, place, words = REFUSED[name]
     path = tmp_path / "r.yaml"
     path.write_text(text)
-    began = time.process_time()
-    said = refused(capsys, path, 2, f"RECIPE-{code}", words, "recipes", "show", path)
-    assert f"{path}:{place}" in said and time.process_time() - began < 1
+    said = within(1, lambda: refused(capsys, path, 2, f"RECIPE-{code}", words, "recipes", "show", path))
+    assert f"{path}:{place}" in said
 
 
 def test_60_1e_4_is_a_number(tmp_path, capsys):
