@@ -123,6 +123,10 @@ class Train(Section):
 class Branch(Section):
     """The visual generation branch and its training."""
 
+    target: Literal["latents", "queries"] = Field(
+        "latents",
+        description="latents of pictures (paper), or learned queries, trained with a control by the painter's loss",
+    )
     init: Literal["mllm", "random"] = Field("mllm", description="the decoder's start: the MLLM's weights, or random")
     head: Literal["linear", "flow"] = Field("linear", description="linear (paper), or a sampling head for every token")
     normalize: bool = Field(
@@ -151,6 +155,9 @@ class Branch(Section):
             value = getattr(self, key)
             if (self.tune == tune) != (value is not None):
                 raise ValueError(f"tune {tune} and {key} belong together; here they are {self.tune} and {value}")
+        for key, usual in (("head", "linear"), ("loss_on", "all"), ("tune", "full")):
+            if self.target == "queries" and (value := getattr(self, key)) != usual:
+                raise ValueError(f"{key} {value} is not for target queries, which knows {usual} alone")
         if self.mask_low > self.mask_high:
             raise ValueError(f"mask_low ({self.mask_low}) is above mask_high ({self.mask_high})")
         return self

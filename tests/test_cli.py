@@ -241,7 +241,8 @@ def test_python_m(tmp_path):
 
 def test_ctrl_c_in_a_real_process(tmp_path):
     script = (
-        "import sys, time, types\n"
+        "import signal, sys, time, types\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "module = types.ModuleType('bifrost_cli.stages.extract')\n"
         "def wait(*args, **options):\n    print('ready', file=sys.stderr, flush=True)\n    time.sleep(30)\n"
         "module.extract_latents = wait\n"

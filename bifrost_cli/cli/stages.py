@@ -248,9 +248,12 @@ def _in_processes(count: int, dry_run: bool) -> None:
 def made(result: Artifact | Path | dict[str, Any]) -> Result:
     """A stage's return value as a Result: an artifact, a picture, or the plan of a dry run."""
     if isinstance(result, Artifact):
+        from bifrost_cli.stages.pair import paints_itself
+
         info = {key: value for key, value in result.info.items() if key != "recipe"}
         data = {"kind": result.kind, "id": result.id, "path": str(result.path), "info": info}
-        return Result([f"{result.id}  {result.path}"], data, result.path, _NEXT.get(result.kind))
+        next_step = _NEXT.get("controlnet" if paints_itself(result) else result.kind)
+        return Result([f"{result.id}  {result.path}"], data, result.path, next_step)
     if isinstance(result, dict):
         return Result([f"{name}: {value}" for name, value in result.items()], result)
     return Result([str(result)], {"path": str(result)}, result)

@@ -131,16 +131,18 @@ def _cell(
     latents, trained = extract_latents(recipe, **where), []
     if ablation.judge == "pictures":
         trained.append(train_branch(recipe, latents=latents.path, **where))
-    controlnet = builtin("controlnet")
-    if ablation.controlnet != "builtin":
-        controlnet = train_controlnet(recipe, latents=latents.path, **where)
-        trained.append(controlnet)
+    controlnet: Path | None = builtin("controlnet").path
+    if recipe.branch.target == "queries":
+        controlnet = None  # it is in the branch
+    elif ablation.controlnet != "builtin":
+        trained.append(train_controlnet(recipe, latents=latents.path, **where))
+        controlnet = trained[-1].path
     if ablation.judge == "pictures":
         prompts = [prompt.text for prompt in held_out_prompts(ablation.prompts, PROMPT_SEED)]
-        samples = generate(recipe, prompts, branch=trained[0].path, controlnet=controlnet.path, **where)
+        samples = generate(recipe, prompts, branch=trained[0].path, controlnet=controlnet, **where)
     else:
         true = drawn(ablation.prompts, seed=PROMPT_SEED)
-        samples = reconstruct_set(recipe, true, controlnet=controlnet.path, **where)
+        samples = reconstruct_set(recipe, true, controlnet=controlnet, **where)
     pictures = from_samples(samples, recipe.latents)
     costs = {f"{part.kind}_seconds": part.manifest["cost"]["seconds"] for part in trained}
     return _Cell(variant, seed, pictures, [judge(entry) for entry in pictures.entries], costs)

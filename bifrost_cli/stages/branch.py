@@ -24,7 +24,8 @@ from bifrost_cli.stages.bases import mllm_hash
 from bifrost_cli.stages.loading import load_encoder, load_mllm
 from bifrost_cli.stages.place import pick_device
 from bifrost_cli.stages.processes import together
-from bifrost_cli.stages.train import Job, choose_store, other_encoder, run_job, shared_identity
+from bifrost_cli.stages.queries import with_control
+from bifrost_cli.stages.train import Job, choose_store, other_encoder, require_precision, run_job, shared_identity
 from bifrost_cli.stages.ui import Ui
 from bifrost_cli.training.branch import BranchTask
 from bifrost_cli.training.order import derive
@@ -53,6 +54,8 @@ def train_branch(
     if recipe.models.weights != "dtype":
         raise RecipeError(f"the branch is made of the MLLM's own weights, which {recipe.models.weights} has rounded",
                           fix="--set models.weights=dtype for this training", code="BF-RECIPE-005")  # fmt: skip
+    if settings.tune != "full" or settings.target == "queries":
+        require_precision("branch", settings.train, recipe.models)
     store, place = choose_store(recipe, latents, workspace, ui), pick_device(device)
     mllm = load_mllm(recipe.models.mllm, place, getattr(torch, recipe.models.dtype), revision=recipe.models.revision)
     _require_encoder(recipe, store, mllm, place)
@@ -77,6 +80,8 @@ def train_branch(
         frozen_hash=identity["mllm"],
         device=place,
     )
+    if settings.target == "queries":
+        job = with_control(job, branch, mllm, ui)
     made = run_job(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
     if isinstance(made, Artifact):
         ui.say(f"branch: {made.path} ({_health(made)})")
@@ -110,9 +115,6 @@ def tuned(recipe: Recipe) -> dict[str, int] | None:
 def _require_sense(recipe: Recipe, mllm: Mllm) -> None:
     """RecipeError for settings of `branch.tune` that this MLLM cannot have."""
     settings, count = recipe.branch, mllm.text_config.num_hidden_layers
-    if settings.tune != "full" and settings.train.precision == "fp32" and recipe.models.dtype != "float32":
-        raise RecipeError(f"branch.train.precision fp32 cannot run through frozen layers in {recipe.models.dtype}",
-                          fix="--set models.dtype=float32, or precision bf16", code="BF-RECIPE-005")  # fmt: skip
     if settings.tune != "full" and settings.init == "random":
         raise RecipeError(f"branch.init random with tune {settings.tune} would freeze random layers",
                           fix="--set branch.tune=full, or init mllm", code="BF-RECIPE-005")  # fmt: skip

@@ -16,7 +16,7 @@ from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.identity import differences
 from bifrost_cli.config import Recipe
 from bifrost_cli.data.store import LatentsStore
-from bifrost_cli.errors import ArtifactError, RecipeError
+from bifrost_cli.errors import ArtifactError
 from bifrost_cli.models.controlnet import controlnet_config
 from bifrost_cli.models.encoders import VaeEncoder
 from bifrost_cli.models.painter import Painter
@@ -26,7 +26,7 @@ from bifrost_cli.stages.painter import check_settings
 from bifrost_cli.stages.place import pick_device
 from bifrost_cli.stages.placement import Placement
 from bifrost_cli.stages.processes import together
-from bifrost_cli.stages.train import Job, choose_store, run_job, shared_identity
+from bifrost_cli.stages.train import Job, choose_store, require_precision, run_job, shared_identity
 from bifrost_cli.stages.ui import Ui
 from bifrost_cli.training.controlnet import ControlNetTask
 from bifrost_cli.training.order import derive
@@ -51,18 +51,14 @@ def train_controlnet(
     Stopped 75, DiskFull 3.
     """
     ui, settings, models = ui or Ui(), recipe.controlnet, recipe.models
-    if settings.train.precision == "fp32" and models.dtype != "float32":
-        raise RecipeError(f"controlnet.train.precision fp32 cannot run through models.dtype {models.dtype}",
-                          fix="--set models.dtype=float32, or precision bf16", code="BF-RECIPE-005")
+    require_precision("controlnet", settings.train, models)
     store, place = choose_store(recipe, latents, workspace, ui), pick_device(device)
     store.vae([0])  # a store without VAE latents is refused before anything is loaded
     placement = Placement(place, weights=models.weights)
     painter = painter_of(recipe, store, placement, ui)
-    controlnet = new_control(recipe, store, painter)
+    controlnet = new_control(recipe, store, painter, settings.train.seed)
     if settings.train.gradient_checkpointing:
-        for module in (controlnet, painter.transformer):  # the gradient passes through the frozen painter, too
-            if hasattr(module, "enable_gradient_checkpointing"):  # the small controls have no layers to forget
-                module.enable_gradient_checkpointing()
+        save_memory(controlnet, painter.transformer)  # the gradient passes through the frozen painter, too
     base, small = painter_hash(models, painter), {}
     placement.settle(*painter.frozen_modules(), frozen=painter.frozen_modules(but=("vae",)))
     if models.weights != "dtype":
@@ -95,11 +91,18 @@ def painter_of(recipe: Recipe, store: LatentsStore, placement: Placement, ui: Ui
     return painter
 
 
-def new_control(recipe: Recipe, store: LatentsStore, painter: Painter) -> nn.Module:
-    """The untrained control of the recipe's kind, sized for the store; its new layers drawn from the recipe's seed."""
+def save_memory(*modules: nn.Module) -> None:
+    """Keep only the inputs of layers for the gradient; the small controls have no layers to forget."""
+    for module in modules:
+        if hasattr(module, "enable_gradient_checkpointing"):
+            module.enable_gradient_checkpointing()
+
+
+def new_control(recipe: Recipe, store: LatentsStore, painter: Painter, seed: int) -> nn.Module:
+    """The untrained control of the recipe's kind, sized for the store; its new layers drawn from the seed."""
     settings, patches = recipe.controlnet, store.grid[0] * store.grid[1]
     ratio = _ratio(store, painter)
-    torch.manual_seed(derive(settings.train.seed, "init"))
+    torch.manual_seed(derive(seed, "init"))
     if settings.control != "controlnet":
         return painter.new_control(settings.control, store.channels, patches, ratio).to(painter.device)
     return painter.new_controlnet(settings.double_blocks, settings.single_blocks, store.channels, ratio)

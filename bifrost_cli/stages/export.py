@@ -21,7 +21,7 @@ from bifrost_cli.errors import ArtifactError, UsageError
 from bifrost_cli.models.controlnet import to_published
 from bifrost_cli.models.published import published_name
 from bifrost_cli.stages.model_card import model_card
-from bifrost_cli.stages.pair import builtin, trained_on
+from bifrost_cli.stages.pair import builtin, paints_itself, trained_on
 from bifrost_cli.stages.ui import Ui
 
 _BUILTIN = ("builtin:branch", "builtin:controlnet")
@@ -54,6 +54,9 @@ def export(
 
 
 def _write_branch(folder: Path, artifact: Artifact, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    if paints_itself(artifact):
+        raise ArtifactError(f"{artifact.path} holds learned queries and their control, which no published layout has",
+                            fix="use it where it is: its model.safetensors is plain safetensors", code="BF-ART-009")
     if config.get("text_config", {}).get("model_type") != _DECODER:
         raise _other_models(artifact, "Qwen2.5-VL")
     if "tune" in config:

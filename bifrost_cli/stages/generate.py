@@ -22,7 +22,7 @@ from bifrost_cli.config import Recipe
 from bifrost_cli.data.png import contact_sheet, png_bytes, png_pixels
 from bifrost_cli.errors import UsageError
 from bifrost_cli.stages.painting import timing_line
-from bifrost_cli.stages.pair import Pair, choose_pair
+from bifrost_cli.stages.pair import Pair, choose_pair, paints_itself, require_one_step
 from bifrost_cli.stages.place import pick_device
 from bifrost_cli.stages.placement import deciding
 from bifrost_cli.stages.prompts import Order, destination, orders, read_prompts
@@ -55,8 +55,9 @@ class _Job:
         return {**deciding(recipe.generate), **sizes, "dtype": recipe.models.dtype, **small}
 
     @property
-    def parents(self) -> tuple[Artifact, Artifact]:
-        return self.pair.branch, self.pair.controlnet
+    def parents(self) -> tuple[Artifact, ...]:
+        both = (self.pair.branch, self.pair.controlnet)
+        return both[:1] if paints_itself(self.pair.branch) else both
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -130,6 +131,7 @@ def generate(
     if file and grid:
         raise UsageError("--grid needs several pictures", fix="give a folder: -o DIR; or leave --grid out")
     pair = choose_pair(branch, controlnet, workspace)
+    require_one_step(pair.branch, recipe.generate.decode_steps)
     ui.say(pair.why)
     job = _Job(recipe, found, n, seed, save_latents, grid, pair)
     own = default_path(workspace, "samples", identity_id("samples", job.identity, job.parents))

@@ -160,32 +160,37 @@ def load_branch(
 
     mllm: whose tensors a branch takes that was trained in part; its weights must be those of the training.
     """
+    config, prefix = _part_of(artifact, "branch")
     with init_empty_weights():
-        branch = VisualBranch.from_config(_config(artifact))
+        branch = VisualBranch.from_config(config)
     base = branch.from_base(mllm) if branch.tune and mllm is not None else {}
-    return _frozen(_filled(branch, artifact, base), device).to(dtype)
+    return _frozen(_filled(branch, artifact, prefix, base), device).to(dtype)
 
 
 def load_controlnet(
     artifact: Artifact, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """A trained ControlNet, as `load_branch`."""
+    """A trained ControlNet, or the control that learned queries were trained with; as `load_branch`."""
+    config, prefix = _part_of(artifact, "control")
     with init_empty_weights():
-        controlnet = controlnet_from_config(_config(artifact))
-    controlnet = _frozen(_filled(controlnet, artifact, {}), device)
+        controlnet = controlnet_from_config(config)
+    controlnet = _frozen(_filled(controlnet, artifact, prefix, {}), device)
     return nn.Module.to(controlnet, dtype)  # diffusers' own `to` warns of modules kept in float32; there are none
 
 
-def _config(artifact: Artifact) -> dict:
+def _part_of(artifact: Artifact, part: str) -> tuple[dict[str, Any], str]:
+    """The config of a part, and what the names of its tensors begin with where an artifact holds two."""
     artifact.check()
-    return read_json(artifact.file("config.json"))
+    config = read_json(artifact.file("config.json"))
+    return (config[part], f"{part}.") if "branch" in config else (config, "")
 
 
-def _filled(module: nn.Module, artifact: Artifact, base: dict[str, torch.Tensor]) -> nn.Module:
+def _filled(module: nn.Module, artifact: Artifact, prefix: str, base: dict[str, torch.Tensor]) -> nn.Module:
     """An empty module with the artifact's weights and those of its base, nothing copied; every tensor that is missing,
     surplus, misshapen, or of whole numbers instead of fractions, is named."""
     path = artifact.file("model.safetensors")
-    weights = {**base, **load_tensors(path)[0]}
+    there = load_tensors(path)[0]
+    weights = {**base, **{name.removeprefix(prefix): there[name] for name in there if name.startswith(prefix)}}
     wanted = module.state_dict()
     troubles = misfits(shapes_of(wanted), shapes_of(weights))
     troubles = troubles or [f"{name} holds {weights[name].dtype}, not {own.dtype}" for name, own in wanted.items()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bifrost_cli.artifacts import Artifact, find, resolve
-from bifrost_cli.errors import ArtifactError
+from bifrost_cli.errors import ArtifactError, RecipeError
 from bifrost_cli.stages.place import BUILTIN
 
 _SHARED = ("encoder", "grid", "channels")
@@ -40,6 +40,8 @@ def choose_pair(branch: Path | str | None, controlnet: Path | str | None, worksp
         require_fit(given_branch, given_controlnet)
         return Pair(given_branch, given_controlnet, _says(given_branch, given_controlnet, "as given"))
     for one in branches:
+        if paints_itself(one) and not given_controlnet:
+            return Pair(one, one, f"{one.id}: learned queries, which hold their own control")
         for other in controlnets:
             if fits(one, other):
                 return Pair(one, other, _says(one, other, f"the newest pair in {workspace} that fits together"))
@@ -65,6 +67,18 @@ def choose_controlnet(
 def builtin(kind: str) -> Artifact:
     """The trained part that ships with the package."""
     return Artifact.open(BUILTIN / kind)
+
+
+def paints_itself(branch: Artifact) -> bool:
+    """True for learned queries, whose artifact holds the control that they were trained with."""
+    return branch.kind == "branch" and "painter" in branch.identity
+
+
+def require_one_step(branch: Artifact, steps: int) -> None:
+    """RecipeError BF-RECIPE-005: learned queries were never trained to read those that are known already."""
+    if paints_itself(branch) and steps != 1:
+        raise RecipeError(f"generate.decode_steps is {steps}; learned queries are decoded in one",
+                          fix="--set generate.decode_steps=1", code="BF-RECIPE-005")  # fmt: skip
 
 
 def fits(branch: Artifact, controlnet: Artifact) -> bool:

@@ -104,9 +104,11 @@ def numbers(*modules: nn.Module, trained: bool = False) -> int:
 def build(recipe: Recipe) -> System:
     """The system of a recipe. RecipeError BF-RECIPE-004: a model whose configuration is not here, or cannot be planned;
     ArtifactError BF-ART-009: an MLLM of no known family."""
-    if (control := recipe.controlnet.control) != "controlnet":
-        raise RecipeError(f"controlnet.control {control} cannot be planned: its memory has not been measured",
-                          fix="plan with --set controlnet.control=controlnet", code="BF-RECIPE-005")  # fmt: skip
+    control, target = recipe.controlnet.control, recipe.branch.target
+    for key, value, usual in (("controlnet.control", control, "controlnet"), ("branch.target", target, "latents")):
+        if value != usual:
+            raise RecipeError(f"{key} {value} cannot be planned: its memory has not been measured",
+                              fix=f"plan with --set {key}={usual}", code="BF-RECIPE-005")  # fmt: skip
     mllm_folder, painter = configs(recipe.models.mllm), configs(recipe.models.painter)
     require_known(read_json(mllm_folder / "config.json").get("model_type"))
     config = AutoConfig.from_pretrained(mllm_folder, trust_remote_code=False)

@@ -16,7 +16,7 @@ import torch
 
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id, newest, resolve
 from bifrost_cli.artifacts.files import make_folder, remove, sweep, write_bytes, write_json
-from bifrost_cli.config import Recipe, Train
+from bifrost_cli.config import Models, Recipe, Train
 from bifrost_cli.data.store import LatentsStore
 from bifrost_cli.data.weights import save_tensors
 from bifrost_cli.errors import ArtifactError, BifrostError, DataError, DiskFull, RecipeError, UsageError, memory_errors
@@ -30,7 +30,7 @@ from bifrost_cli.training.order import picture_of
 # What changes no byte of the result, and what came later and is as it was before where it has this value.
 RUN_ONLY = {"checkpoint_every", "keep", "log_every", "tensorboard", "gradient_checkpointing", "parallel"}
 LATER = {"init": "mllm", "optimizer": "adamw", "tune": "full", "layers": None, "lora_rank": None,
-         "control": "controlnet"}  # fmt: skip
+         "control": "controlnet", "target": "latents"}  # fmt: skip
 RECORDS = ("losses.csv", "validation.csv")
 
 
@@ -93,6 +93,13 @@ def shared_identity(store: LatentsStore, section: Any) -> dict[str, Any]:
 
 def _without_later(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in LATER or value != LATER[name]}
+
+
+def require_precision(section: str, train: Train, models: Models) -> None:
+    """RecipeError BF-RECIPE-005 for fp32 whose gradient passes through frozen weights of another type."""
+    if train.precision == "fp32" and models.dtype != "float32":
+        raise RecipeError(f"{section}.train.precision fp32 cannot run through frozen weights of {models.dtype}",
+                          fix="--set models.dtype=float32, or precision bf16", code="BF-RECIPE-005")  # fmt: skip
 
 
 def run_job(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bifrost_cli.artifacts.files import make_folder, write_bytes
 from bifrost_cli.config import Branch
@@ -49,7 +49,8 @@ class BranchTask:
     """The branch on a store. Text and masks are functions of (seed, step, row); the MLLM is only read."""
 
     def __init__(self, branch: VisualBranch, mllm: Mllm, store: LatentsStore, settings: Branch) -> None:
-        self.module, self._mllm, self._store, self._settings = branch, mllm, store, settings
+        self.module: nn.Module = branch
+        self._branch, self._mllm, self._store, self._settings = branch, mllm, store, settings
         self.train_rows, self.held_rows = held_out(store.keys, settings.train.validation_rows)
         self._closing = mllm.template.closing()
         self._ids = lru_cache(maxsize=100_000)(mllm.template.ids)
@@ -71,7 +72,7 @@ class BranchTask:
         tokens_R = masked_RP.sum(1) if settings.loss_on == "masked" else torch.full((batch.total,), patches)
         mine = slice(batch.first, batch.first + count)
         tokens, all_tokens = int(tokens_R[mine].sum()), int(tokens_R.sum())
-        loss, metrics = self.module.loss(
+        loss, metrics = self._branch.loss(
             batch.latents_BPC,
             batch.prefix,
             masked_RP[mine].to(batch.latents_BPC.device),
@@ -123,9 +124,9 @@ class BranchTask:
             return
         true = self._batch(rows, [self._best_text(row) for row in rows])
         generator = torch.Generator().manual_seed(derive(self._settings.train.seed, "samples"))
-        orders_BP = random_orders(len(rows), self.module.patches, generator)
+        orders_BP = random_orders(len(rows), self._branch.patches, generator)
         noise_BPC = torch.randn(true.latents_BPC.shape, generator=generator)
-        made_BPC = decode(self.module, true.prefix, steps=SHOWN_STEPS, orders_BP=orders_BP, noise_BPC=noise_BPC)
+        made_BPC = decode(self._branch, true.prefix, steps=SHOWN_STEPS, orders_BP=orders_BP, noise_BPC=noise_BPC)
         sheet = latent_sheet(true.latents_BPC.cpu(), made_BPC.cpu(), self._store.grid)
         make_folder(folder)
         write_bytes(folder / f"step-{step:07d}.png", png_bytes(sheet))
@@ -133,7 +134,7 @@ class BranchTask:
     # ---- rows -------------------------------------------------------------------------------------------------------
 
     def _batch(self, rows: list[int], texts: Sequence[str], first: int = 0, total: int | None = None) -> Batch:
-        device = self.module.mask_token.device
+        device = self._branch.mask_token.device
         latents_BPC = torch.from_numpy(self._store.latents(rows)).to(device, torch.float32)
         ids = [self._ids(text) for text in texts]
         length = min(self._settings.max_text_tokens, max(map(len, ids)))

@@ -113,20 +113,12 @@ class ControlNetTask:
 
     def samples(self, folder: Path, step: int) -> None:
         """A sheet of pairs: a held-out picture (its VAE latents decoded) and what is painted from its patch latents."""
-        rows, painter = self.held_rows[:SHOWN], self._painter
+        rows, seed = self.held_rows[:SHOWN], self._settings.train.seed
         if not rows:
             return
         captions = [self._store.captions[row] for row in rows]
         batch, text = self._batch(rows, captions), self._embed(captions, SHOWN_GUIDANCE)
-        pixels = batch.vae_Bchw.shape[-1] * painter.factor
-        generator = torch.Generator().manual_seed(derive(self._settings.train.seed, "samples"))
-        noise_Bchw = torch.cat([painter.noise(pixels, generator) for _ in rows])
-        control = Control(self.module, batch.latents_BPC, SHOWN_SCALE)
-        made_Bchw = painter.denoise(noise_Bchw, text, control=control, steps=SHOWN_STEPS, guidance=SHOWN_GUIDANCE)
-        true, made = painter.decode(batch.vae_Bchw).numpy(), painter.decode(made_Bchw).numpy()
-        make_folder(folder)
-        sheet = contact_sheet([np.concatenate(pair, axis=1) for pair in zip(true, made, strict=True)])
-        write_bytes(folder / f"step-{step:07d}.png", png_bytes(sheet))
+        painted_sheet(self._painter, self.module, batch.vae_Bchw, batch.latents_BPC, text, seed, folder, step)
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
@@ -153,3 +145,25 @@ class ControlNetTask:
     def _text(self, row: int, number: int) -> str:
         dropped = uniform(self._settings.train.seed, number, row, "drop prompt") < self._settings.drop_prompt
         return "" if dropped else self._store.captions[row]
+
+
+def painted_sheet(
+    painter: Painter,
+    control: nn.Module,
+    vae_Bchw: Tensor,
+    control_BPC: Tensor,
+    text: Any,
+    seed: int,
+    folder: Path,
+    step: int,
+) -> None:
+    """`folder`/step-NNNNNNN.png: pairs of a picture (its VAE latents decoded) and one painted from `control_BPC`."""
+    generator = torch.Generator().manual_seed(derive(seed, "samples"))
+    pixels = vae_Bchw.shape[-1] * painter.factor
+    noise_Bchw = torch.cat([painter.noise(pixels, generator) for _ in vae_Bchw])
+    given = Control(control, control_BPC, SHOWN_SCALE)
+    made_Bchw = painter.denoise(noise_Bchw, text, control=given, steps=SHOWN_STEPS, guidance=SHOWN_GUIDANCE)
+    true, made = painter.decode(vae_Bchw).numpy(), painter.decode(made_Bchw).numpy()
+    make_folder(folder)
+    sheet = contact_sheet([np.concatenate(pair, axis=1) for pair in zip(true, made, strict=True)])
+    write_bytes(folder / f"step-{step:07d}.png", png_bytes(sheet))
