@@ -96,21 +96,25 @@ def ablate(
 
 
 def table(measured: Mapping[str, Any]) -> str:
-    """What `measured` gives, as Markdown: mean over seeds with its interval, the values of the seeds, seconds of
-    training a seed."""
-    lines = [f"| `{measured['name']}`: {measured['question']} | right | 95 % over seeds | seeds | trained |",
-             "|---|---|---|---|---|"]  # fmt: skip
+    """What `measured` gives, as Markdown: mean over seeds with its interval, the values of the seeds; of a curve the
+    seconds of training a seed, too."""
+    timed = "seconds" in measured["rows"][0]
+    asked = f"`{measured['name']}`: {measured['question']}"
+    heads = [asked, "right", "95 % over seeds", "seeds", *(["trained"] if timed else [])]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in measured["rows"]:
         low, high = row["interval95"]
         seeds = ", ".join(f"{value:.3f}" for value in row["seeds"])
-        lines.append(f"| {row['name']} | {row['value']:.3f} | {low:.3f} to {high:.3f} | {seeds} | {row['seconds']} s |")
+        last = f" {row['seconds']} s |" if timed else ""
+        lines.append(f"| {row['name']} | {row['value']:.3f} | {low:.3f} to {high:.3f} | {seeds} |{last}")
     return "\n".join(lines) + "\n"
 
 
 def measured(name: str, ablation: Ablation, report: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of an ablation, small enough to ship: `recipes/ablations/measured/NAME.json`."""
     rows = [{"name": row["name"], "value": row["value"], "interval95": row["interval95"],
-             "seeds": [seed["value"] for seed in row["seeds"]], "seconds": round(_seconds(row))}
+             "seeds": [seed["value"] for seed in row["seeds"]],
+             **({"seconds": round(_seconds(row))} if ablation.budgets else {})}
             for row in report["results"][0]["categories"]]  # fmt: skip
     return {"schema": MEASURED, "name": name, "question": ablation.question, "prompts": ablation.prompts, "rows": rows}
 
