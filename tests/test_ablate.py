@@ -122,7 +122,9 @@ def test_reconstructions_need_no_branch_and_a_controlnet_once_serves_all_seeds(t
     made = ablate("again", Ablation(**again), workspace=tmp_path, device="cpu")
     kinds = [path.name.split("-")[0] for path in (tmp_path / "ablations").iterdir()]
     assert kinds.count("branch") == 0 and kinds.count("controlnet") == 4 and kinds.count("samples") == 4
-    rows = json.loads(made.file("report.json").read_text())["results"][0]["categories"]
+    result = json.loads(made.file("report.json").read_text())["results"][0]
+    assert "2 held-out pictures of the built-in world, painted again" in result["sentence"]
+    rows = result["categories"]
     assert all(row["count"] == 6 and "controlnet_seconds" in row["seeds"][0] for row in rows)
 
 

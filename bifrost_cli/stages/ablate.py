@@ -35,6 +35,10 @@ from bifrost_cli.stages.ui import Ui
 SCHEMA, MEASURED = "bifrost.ablation/1", "bifrost.measured/1"
 PROMPT_SEED = 3  # 0 and 1 chose and measured the built-in weights
 SHOWN = 12  # pictures of a variant in the report
+JUDGED = {
+    "pictures": "prompts of the built-in world, one picture each,",
+    "reconstructions": "pictures of the built-in world, painted again from their latents,",
+}
 
 
 @dataclass(frozen=True)
@@ -194,8 +198,8 @@ def _report(name: str, ablation: Ablation, rows: list[dict[str, Any]], cells: Se
         "spread": f"{best['name']}; mean of {len(ablation.seeds)} seeds",
         "details": [],
         "categories": rows,
-        "sentence": f"By the programmatic checker, {ablation.prompts} held-out prompts of the built-in world a seed, "
-        "one picture each. Intervals are Student's over the seeds.",
+        "sentence": f"By the programmatic checker, {ablation.prompts} held-out {JUDGED[ablation.judge]} a seed. "
+        "Intervals are Student's over the seeds.",
     }
     return {
         "schema": SCHEMA,
