@@ -115,7 +115,8 @@ def generate(
     dry_run: bool = False,
     ui: Ui | None = None,
 ) -> Artifact | Path | dict[str, Any]:
-    """Paint `n` pictures of each prompt: one (str), a list, or a file with one a line (Path).
+    """Paint `n` pictures of each prompt: one (str), a list, or a file with one a line (Path). A call loads the models
+    once, so that many prompts belong into one.
 
     `output` FILE.png (one picture) returns that path; a folder, or None (workspace/samples-HASH), returns a samples
     artifact: 00000.png, ..., prompts.jsonl, with `grid` grid.png, with `save_latents` latents/00000.safetensors.
