@@ -8,12 +8,26 @@ from dataclasses import replace
 import pytest
 import torch
 from fixtures_mllm import PATCHES, normal, random_branch, tiny_mllm  # noqa: F401
+from transformers import DynamicCache
 
 from bifrost_cli.maths.masking import draw_masks
 from bifrost_cli.models.branch import VisualBranch
+from bifrost_cli.models.decoder import with_cache
 
 LATENTS = normal(2, PATCHES, 128)
 MASKED = draw_masks(2, PATCHES, torch.Generator().manual_seed(0))
+
+
+class _Before(torch.nn.Module):
+    def forward(self, hidden, past_key_values=None, **kwargs): ...
+
+
+class _Now(torch.nn.Module):
+    def forward(self, hidden, cache=None, **kwargs): ...
+
+
+class _Deaf(torch.nn.Module):
+    def forward(self, hidden, **kwargs): ...
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +97,13 @@ def test_the_prefix_is_read_and_not_extended(tiny_mllm, prefix):  # noqa: F811
     first, second = branch(LATENTS, MASKED, prefix), branch(LATENTS, MASKED, prefix)
     assert torch.equal(first, second)
     assert all(torch.equal(*pair) for pair in zip(before, prefix.keys, strict=True))
+
+
+def test_keys_and_values_have_the_name_that_the_library_gives_them():
+    cache = DynamicCache()
+    assert with_cache(_Before(), cache) == {"past_key_values": cache} and with_cache(_Now(), cache) == {"cache": cache}
+    with pytest.raises(TypeError, match="_Deaf"):  # it would swallow them, and the branch would not hear its text
+        with_cache(_Deaf(), cache)
 
 
 def test_the_loss_is_the_mean_squared_error_over_all_or_masked_patches(tiny_mllm, prefix):  # noqa: F811

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from fixtures_mllm import PATCHES, normal, random_branch, random_mllm, tiny_mllm  # noqa: F401
+from transformers import DynamicCache
 
 from bifrost_cli.maths.masking import draw_masks, random_orders
 from bifrost_cli.models.branch import VisualBranch
 from bifrost_cli.models.decode import decode
+from bifrost_cli.models.decoder import with_cache
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
 
@@ -25,8 +27,8 @@ def test_padding_does_not_change_what_the_branch_sees(tiny_mllm):  # noqa: F811
 
 def test_the_prefix_is_the_stock_models_cache(tiny_mllm):  # noqa: F811
     text = tiny_mllm.layout(["a red circle"], 300)
-    stock = tiny_mllm.model(input_ids=text.input_ids_BT, use_cache=True).past_key_values
-    prefix = tiny_mllm.prefix(text)
+    stock, prefix = DynamicCache(), tiny_mllm.prefix(text)
+    tiny_mllm.model(input_ids=text.input_ids_BT, use_cache=True, **with_cache(tiny_mllm.model, stock))
     for layer, keys, values in zip(stock.layers, prefix.keys, prefix.values, strict=True):
         torch.testing.assert_close(keys, layer.keys, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(values, layer.values, atol=1e-5, rtol=1e-5)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
 from bifrost_cli.maths.draws import Source
-from bifrost_cli.models.decoder import decoder_config, new_decoder
+from bifrost_cli.models.decoder import decoder_config, new_decoder, with_cache
 from bifrost_cli.models.flow_head import FlowHead
 from bifrost_cli.models.linear_head import LinearHead
 from bifrost_cli.models.mllm import Mllm, Prefix
@@ -158,7 +158,7 @@ class VisualBranch(nn.Module):
             inputs_embeds=inputs_BPD,
             attention_mask=additive(image_mask(prefix.attention_BT, patches), inputs_BPD.dtype),
             position_ids=position_ids,
-            past_key_values=PrefixCache(prefix),
+            **with_cache(self.decoder, PrefixCache(prefix)),
             use_cache=False,
         ).last_hidden_state
 

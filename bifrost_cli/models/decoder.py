@@ -7,13 +7,16 @@ between two norms, a final `norm`, one rotary embedding for all layers, and full
 
 from __future__ import annotations
 
+import inspect
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import MODEL_MAPPING, AutoConfig, Cache, PreTrainedConfig
 
 DECODERS = ("llama", "mistral", "qwen2", "qwen2_5_vl_text", "qwen3_vl_text")
+_CACHE = ("cache", "past_key_values")  # transformers from 5.24 on, and before
 
 
 def decoder_config(values: dict[str, Any]) -> PreTrainedConfig:
@@ -34,3 +37,20 @@ def new_decoder(text_config: PreTrainedConfig) -> nn.Module:
         decoder = MODEL_MAPPING[type(config)](config)
     decoder.embed_tokens = None
     return decoder
+
+
+def with_cache(module: nn.Module, cache: Cache) -> dict[str, Cache]:
+    """Keys and values as the argument by which a stock model, or a layer of one, takes them: the library renamed it.
+
+    TypeError: it has no such argument, and would swallow them unheard.
+    """
+    return {_cache_name(type(module)): cache}
+
+
+@lru_cache
+def _cache_name(kind: type[nn.Module]) -> str:
+    taken = inspect.signature(kind.forward).parameters
+    for name in _CACHE:
+        if name in taken:
+            return name
+    raise TypeError(f"{kind.__name__} of this version of transformers takes neither {' nor '.join(_CACHE)}")

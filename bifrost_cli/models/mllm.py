@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from bifrost_cli.data.weights import weights_hash
+from bifrost_cli.models.decoder import with_cache
 from bifrost_cli.models.families.family import family_of
 from bifrost_cli.models.prompt import Layout, Template, additive, harmless, layout, text_mask
 
@@ -99,7 +100,7 @@ class Mllm:
             inputs_embeds=self.decoder.embed_tokens(ids_BT),
             attention_mask=additive(text_mask(attention_BT), self.model.dtype),
             position_ids=text.position_ids_BT.to(self.device),
-            past_key_values=cache,
+            **with_cache(self.decoder, cache),
             use_cache=True,
         )
         keys, values = zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicLayer
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
+from bifrost_cli.models.decoder import with_cache
 from bifrost_cli.models.mllm import Prefix
 from bifrost_cli.models.prompt import additive, image_mask
 
@@ -49,7 +50,7 @@ def hidden_of_some(
     cache, rotary = PrefixCache(prefix), decoder.rotary_emb(inputs_BPD, position_ids_BP)
     hidden_BPD = inputs_BPD
     for layer in decoder.layers[:-1]:
-        hidden_BPD = layer(hidden_BPD, attention_mask=mask, position_embeddings=rotary, past_key_values=cache)
+        hidden_BPD = layer(hidden_BPD, attention_mask=mask, position_embeddings=rotary, **with_cache(layer, cache))
     last = decoder.layers[-1]
     cache.layers[-1] = _PrefixLayer(*_with_patches(last.self_attn, last.input_layernorm(hidden_BPD), rotary, cache))
     # The stock layer adds the wanted patches' own keys once more, at the end: those columns are masked.
@@ -58,7 +59,7 @@ def hidden_of_some(
         _take(hidden_BPD, wanted_Bn),
         attention_mask=torch.cat([mask[:, :, : wanted_Bn.shape[1]], again], dim=-1),
         position_embeddings=tuple(_take(part, wanted_Bn) for part in rotary),
-        past_key_values=cache,
+        **with_cache(last, cache),
     )
     return decoder.norm(hidden_BnD)
 
