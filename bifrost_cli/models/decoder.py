@@ -1,8 +1,9 @@
 """Decoders that can be copied into a branch: stock text models that keep keys and values of every token they read.
 
-In: a stock text configuration, or one as plain JSON values. Out: the stock model without its table of words. Knows no
-weights, no pictures and no family of multimodal LLMs. What a copy needs of a decoder: layers of `self_attn` and `mlp`
-between two norms, a final `norm`, one rotary embedding for all layers, and full attention.
+In: a stock text configuration, or one as plain JSON values. Out: the stock model without its table of words, and the
+name by which it takes keys and values. Knows no weights, no pictures and no family of multimodal LLMs. What a copy
+needs of a decoder: layers of `self_attn` and `mlp` between two norms, a final `norm`, one rotary embedding for all
+layers, and full attention.
 """
 
 from __future__ import annotations
