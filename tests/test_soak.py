@@ -175,8 +175,8 @@ def test_generate_in_one_process_keeps_its_memory_and_its_files(seconds, picture
 def _generate_for(seconds: float, pictures: int, place: Path) -> None:
     """Run after run with the built-in system: after the first ones neither memory nor open files grow.
 
-    Medians, as memory goes up and down. Each run reads the bases anew, which leaves some 40 KB behind: safetensors
-    0.8 (0.6 and 0.7 too) keeps two small objects for every tensor that it reads from a file. Pictures leave nothing.
+    Medians, as memory goes up and down. Each run reads the bases anew, after which some 40 KB more are held: over half
+    are small objects, two for every tensor that safetensors (0.6 to 0.8) reads from a file. Pictures leave nothing.
     """
     from bifrost_cli.recipe_files import load_recipe
 
