@@ -12,12 +12,12 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
-    "extract_latents": "bifrost_cli.stages.extract",
-    "train_branch": "bifrost_cli.stages.branch",
-    "train_controlnet": "bifrost_cli.stages.controlnet",
-    "generate": "bifrost_cli.stages.generate",
-    "evaluate": "bifrost_cli.stages.evaluate",
-    "load_recipe": "bifrost_cli.recipe_files",
+    "extract_latents": "bifrost_cli.extraction.extract",
+    "train_branch": "bifrost_cli.training.train_branch",
+    "train_controlnet": "bifrost_cli.training.train_controlnet",
+    "generate": "bifrost_cli.generation.generate",
+    "evaluate": "bifrost_cli.evaluation.evaluate",
+    "load_recipe": "bifrost_cli.config.load",
 }
 __all__ = ["__version__", *_WHERE]
 

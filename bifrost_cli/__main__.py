@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bifrost_cli.cli.main import main
+from bifrost_cli.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -22,13 +22,13 @@ from fixtures_store import make_store
 from fixtures_training import SmallTask, settings
 
 from bifrost_cli.artifacts import Artifact, Draft
-from bifrost_cli.config import Evaluate, Models, Recipe
+from bifrost_cli.config.schema import Evaluate, Models, Recipe
 from bifrost_cli.data.png import png_bytes
-from bifrost_cli.data.statistics import Statistics, save_statistics
-from bifrost_cli.data.weights import save_tensors
+from bifrost_cli.data.safetensors_io import save_tensors
+from bifrost_cli.evaluation.evaluate import evaluate
+from bifrost_cli.evaluation.feature_statistics import Statistics, save_statistics
 from bifrost_cli.shapes.captions import held_out_prompts, sample_scene
 from bifrost_cli.shapes.draw import draw
-from bifrost_cli.stages.evaluate import evaluate
 from bifrost_cli.training.loop import fit
 
 FORMATS = Path(__file__).parent / "formats"
@@ -42,7 +42,7 @@ def store(path: Path, storage: str) -> None:
 
 
 def samples(path: Path) -> Artifact:
-    recipe = Recipe(name="formats", models=Models(painter="builtin:flux"))
+    recipe = Recipe(name="formats", models=Models(diffusion="builtin:flux"))
     with Draft.open(path, "samples", {"of": "formats"}) as draft:
         lines = []
         for index, prompt in enumerate(held_out_prompts(4)):
@@ -58,8 +58,8 @@ def samples(path: Path) -> Artifact:
 def report(path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         samples(Path("runs") / "samples")
-        recipe = Recipe(name="formats", models=Models(painter="builtin:flux"), evaluate=Evaluate(min_samples=4))
-        made = evaluate(recipe, measures=["shapes"], samples="runs/samples", workspace="runs")
+        recipe = Recipe(name="formats", models=Models(diffusion="builtin:flux"), evaluate=Evaluate(min_samples=4))
+        made = evaluate(recipe, metrics=["shapes"], samples="runs/samples", workspace="runs")
         shutil.copytree(made.path, path)
 
 

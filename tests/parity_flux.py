@@ -15,9 +15,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxControlNetModel, FluxTransformer2DModel
 from safetensors.torch import load_file
 
-from bifrost_cli.models.controlnet import controlnet_from_config, from_published
-from bifrost_cli.models.flux import FluxPainter, Text, pack, unpack
-from bifrost_cli.models.painter import Control
+from bifrost_cli.models.diffusion.base import ControlInput
+from bifrost_cli.models.diffusion.controlnet import controlnet_from_config, from_published
+from bifrost_cli.models.diffusion.flux import FluxModel, FluxPrompt, pack, unpack
 
 Row = tuple[str, float, float]
 CONTROLNET_TOLERANCE = 1e-4
@@ -42,22 +42,22 @@ def check_controlnet(folder: str | Path) -> list[Row]:
 def check_flux_denoise(folder: str | Path) -> list[Row]:
     """The whole loop with and without control, the schedule, and each step's input and prediction."""
     config, weights, inputs, expected = _vectors(folder)
-    painter, controlnet = _painter(config, weights), _controlnet(config, _part(weights, "controlnet."))
+    diffusion, controlnet = _diffusion(config, weights), _controlnet(config, _part(weights, "controlnet."))
     noise = unpack(inputs["latents"], _vae_grid(inputs["latents"].shape[1], config["height"], config["width"]))
-    text = Text(inputs["prompt_embeds"], inputs["pooled_prompt_embeds"])
+    text = FluxPrompt(inputs["prompt_embeds"], inputs["pooled_prompt_embeds"])
     ours: dict[str, torch.Tensor] = {}
     for name, scale in (("latents_no_control", 0.0), ("latents", config["controlnet_conditioning_scale"])):
         steps: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        watch = painter.transformer.register_forward_hook(_recorder(steps), with_kwargs=True)
+        watch = diffusion.transformer.register_forward_hook(_recorder(steps), with_kwargs=True)
         options = {"steps": config["num_inference_steps"], "guidance": config["guidance_scale"]}
-        control = Control(controlnet, inputs["control"], scale)
-        ours[name] = pack(painter.denoise(noise, text, control=control, **options))
+        control = ControlInput(controlnet, inputs["control"], scale)
+        ours[name] = pack(diffusion.denoise(noise, text, control=control, **options))
         watch.remove()
     for index, (latents, _, velocity) in enumerate(steps):
         ours |= {f"latents_in.{index}": latents, f"noise_pred.{index}": velocity}
     sigmas = torch.stack([sigma[0] for _, sigma, _ in steps])
     ours |= {"sigmas": torch.cat([sigmas, sigmas.new_zeros(1)]), "timesteps": 1000 * sigmas}
-    ours["mu"] = torch.tensor([painter.shift_mu(inputs["latents"].shape[1])])
+    ours["mu"] = torch.tensor([diffusion.shift_mu(inputs["latents"].shape[1])])
     return _compare(ours, expected, DENOISE_TOLERANCE)
 
 
@@ -90,11 +90,11 @@ def _controlnet(config: dict, weights: dict[str, torch.Tensor]) -> FluxControlNe
     return model.requires_grad_(False)
 
 
-def _painter(config: dict, weights: dict[str, torch.Tensor]) -> FluxPainter:
+def _diffusion(config: dict, weights: dict[str, torch.Tensor]) -> FluxModel:
     transformer = FluxTransformer2DModel(**config["transformer"]).eval()
     transformer.load_state_dict(_part(weights, "transformer."))
     scheduler = FlowMatchEulerDiscreteScheduler(**config["scheduler"])
-    return FluxPainter(transformer, None, None, None, None, None, scheduler)
+    return FluxModel(transformer, None, None, None, None, None, scheduler)
 
 
 def _temb(model: FluxControlNetModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

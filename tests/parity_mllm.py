@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from bifrost_cli.models.branch import VisualBranch
-from bifrost_cli.models.decode import decode
-from bifrost_cli.models.families.qwen2_5_vl import encode_patches
-from bifrost_cli.models.mllm import Mllm, Prefix
-from bifrost_cli.models.prompt import Layout, image_mask, layout, text_mask
-from bifrost_cli.models.published import branch_name, split_published
+from bifrost_cli.interop.published_names import branch_name, split_published
+from bifrost_cli.models.branch.sampling import sample_masked
+from bifrost_cli.models.branch.visual_branch import VisualBranch
+from bifrost_cli.models.mllm.chat_template import TokenizedPrompts, image_mask, text_mask, tokenize_prompts
+from bifrost_cli.models.mllm.frozen_mllm import Mllm, PromptCache
+from bifrost_cli.models.mllm.qwen2_5_vl import encode_patches
 
 Row = tuple[str, float, float]
 BRANCH = VISUAL = 1e-4
@@ -40,7 +40,7 @@ def check_layout(folder: str | Path) -> list[Row]:
     for name, case in config["cases"].items():
         ids = inputs[f"{name}.text_ids_flat"].split(inputs[f"{name}.text_lengths"].tolist())
         closing = ids[0][-CLOSING_TOKENS:].tolist()
-        text = layout([row.tolist() for row in ids], case["max_seq_length"], closing, config["pad_id"])
+        text = tokenize_prompts([row.tolist() for row in ids], case["max_seq_length"], closing, config["pad_id"])
         ours = _sequence(text, case["num_visual_gen_tokens"], config["image_pad_id"])
         wanted = {key.removeprefix(name + "."): value for key, value in expected.items() if key.startswith(name + ".")}
         rows += [(f"{name}.{key}", error, 0.0) for key, error in _errors(ours, wanted).items()]
@@ -89,7 +89,7 @@ def check_decode(folder: str | Path) -> list[Row]:
 
 
 def check_visual(folder: str | Path) -> list[Row]:
-    """Patch latents of pictures of any sizes packed one after the other, and how many each has."""
+    """Patch latents of images of any sizes packed one after the other, and how many each has."""
     config, inputs, expected = _config(folder), _tensors(folder, "inputs"), _tensors(folder, "outputs")
     vision = config["vision_config"]
     text = {"hidden_size": vision["out_hidden_size"], "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8,
@@ -107,7 +107,7 @@ def check_visual(folder: str | Path) -> list[Row]:
 # ---- pieces ---------------------------------------------------------------------------------------------------------
 
 
-def _sequence(text: Layout, patches: int, image_id: int) -> dict[str, Tensor]:
+def _sequence(text: TokenizedPrompts, patches: int, image_id: int) -> dict[str, Tensor]:
     """The layout with its image tokens, in the form of the vectors."""
     ids_BT, real_BT = text.input_ids_BT, text.attention_BT.bool()
     image_BP = torch.ones(len(ids_BT), patches, dtype=torch.long)
@@ -123,7 +123,7 @@ def _sequence(text: Layout, patches: int, image_id: int) -> dict[str, Tensor]:
 
 
 def _decoded(
-    branch: VisualBranch, prefixes: Sequence[Prefix], steps: int, guidance: float, orders_BP: Tensor, suffix: str
+    branch: VisualBranch, prefixes: Sequence[PromptCache], steps: int, guidance: float, orders_BP: Tensor, suffix: str
 ) -> dict[str, Tensor]:
     """One run, with the trajectory (mask token where masked) and the schedule as the published loop counts it."""
     trajectory, kept = [], []
@@ -133,7 +133,7 @@ def _decoded(
         kept.append(int(masked_BP[0].sum()))
 
     unconditional, conditional = prefixes
-    latents_BPC = decode(
+    latents_BPC = sample_masked(
         branch, conditional, unconditional, steps=steps, guidance=guidance, orders_BP=orders_BP, on_step=record
     )
     masked = torch.tensor([branch.patches, *kept])
@@ -197,10 +197,10 @@ def _mllm(config: dict[str, Any], weights: dict[str, Tensor]) -> Mllm:
     return Mllm(model, SimpleNamespace(), SimpleNamespace())
 
 
-def _layout(input_ids_BS: Tensor, attention_BT: Tensor) -> Layout:
+def _layout(input_ids_BS: Tensor, attention_BT: Tensor) -> TokenizedPrompts:
     length = attention_BT.shape[1]
     rows = [ids[:length][real.bool()].tolist() for ids, real in zip(input_ids_BS, attention_BT, strict=True)]
-    return layout(rows, length, (), pad_id=0)
+    return tokenize_prompts(rows, length, (), pad_id=0)
 
 
 def _config(folder: str | Path) -> dict[str, Any]:

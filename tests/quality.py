@@ -1,6 +1,6 @@
 """Measure the built-in system: `python tests/quality.py [-n 240] [--seed 1]` prints the README's table.
 
-Reconstruction of held-out pictures, the full chain, the chain without the plan, and FLUX with text alone: one picture
+Reconstruction of held-out images, the full chain, the chain without the plan, and FLUX with text alone: one image
 a held-out prompt, no picking, judged by the checker, with Wilson 95 % intervals by category.
 """
 
@@ -14,15 +14,15 @@ from PIL import Image
 
 from bifrost_cli import load_recipe
 from bifrost_cli.artifacts import Artifact
-from bifrost_cli.maths.intervals import wilson
+from bifrost_cli.generation.pipeline import Decoder, Prior
+from bifrost_cli.loading.compatibility import GenerationModels
+from bifrost_cli.loading.loaders import load_encoder
+from bifrost_cli.loading.offload import OffloadPolicy
+from bifrost_cli.loading.resolve import BUILTIN
 from bifrost_cli.shapes.captions import CATEGORIES, held_out_prompts, sample_scene
 from bifrost_cli.shapes.checker import check
 from bifrost_cli.shapes.draw import draw
-from bifrost_cli.stages.loading import load_encoder
-from bifrost_cli.stages.painting import Renderer, Sketcher
-from bifrost_cli.stages.pair import Pair
-from bifrost_cli.stages.place import BUILTIN
-from bifrost_cli.stages.placement import Placement
+from bifrost_cli.stats import wilson
 
 
 def main():
@@ -31,45 +31,47 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="which prompts; the recipe was settled on those of seed 0")
     parser.add_argument("--system", type=Path, default=BUILTIN)
     parser.add_argument("--set", action="append", default=[], dest="sets")
-    parser.add_argument("--grid", type=Path, help="write 32 of the chain's pictures, evenly taken")
+    parser.add_argument("--grid", type=Path, help="write 32 of the chain's images, evenly taken")
     asked = parser.parse_args()
-    bases = [f"models.mllm={asked.system / 'mllm'}", f"models.painter={asked.system / 'flux'}"]
+    bases = [f"models.mllm={asked.system / 'mllm'}", f"models.diffusion={asked.system / 'flux'}"]
     recipe = load_recipe("tiny", [*bases, *asked.sets])
-    pair = Pair(Artifact.open(asked.system / "branch"), Artifact.open(asked.system / "controlnet"), "as given")
-    place, prompts = Placement(torch.device("cpu"), "none"), held_out_prompts(asked.n, asked.seed)
-    halves = Sketcher.load(recipe, pair.branch, place), Renderer.load(recipe, pair.controlnet, place)
-    pictures = chain(*halves, prompts, plan=True)
-    show("full chain: plan, branch, ControlNet", prompts, pictures)
+    pair = GenerationModels(
+        Artifact.open(asked.system / "branch"), Artifact.open(asked.system / "controlnet"), "as given"
+    )
+    place, prompts = OffloadPolicy(torch.device("cpu"), "none"), held_out_prompts(asked.n, asked.seed)
+    halves = Prior.load(recipe, pair.branch, place), Decoder.load(recipe, pair.controlnet, place)
+    images = chain(*halves, prompts, plan=True)
+    show("full chain: plan, branch, ControlNet", prompts, images)
     show("reconstruction of held-out pictures", prompts, reconstructions(halves[1], recipe, prompts))
     show("chain without the plan", prompts, chain(*halves, prompts, plan=False))
     show("FLUX with text alone", prompts, chain(*halves, prompts, plan=False, control_scale=0.0))
     if asked.grid:
-        sheet(pictures[:: len(pictures) // 32][:32]).save(asked.grid)
+        sheet(images[:: len(images) // 32][:32]).save(asked.grid)
 
 
-def chain(sketcher, renderer, prompts, **settings):
-    """One picture a prompt, with these `generate` settings instead of the recipe's."""
-    recipe, place = sketcher.recipe, Placement(torch.device("cpu"), "none")
+def chain(prior, decoder_half, prompts, **settings):
+    """One image a prompt, with these `generate` settings instead of the recipe's."""
+    recipe, place = prior.recipe, OffloadPolicy(torch.device("cpu"), "none")
     changed = recipe.model_copy(update={"generate": recipe.generate.model_copy(update=settings)})
-    sketcher = Sketcher(sketcher.mllm, sketcher.branch, changed, place)
-    renderer = Renderer(renderer.painter, renderer.controlnet, changed, place)
+    prior = Prior(prior.mllm, prior.branch, changed, place)
+    decoder_half = Decoder(decoder_half.diffusion, decoder_half.controlnet, changed, place)
     texts = [prompt.text for prompt in prompts]
-    return [renderer.paint(text, sketcher.sketch(text, 0).latents_PC, 0) for text in texts]
+    return [decoder_half.render(text, prior.predict(text, 0).latents_PC, 0) for text in texts]
 
 
 @torch.no_grad()
-def reconstructions(renderer, recipe, prompts):
-    """Held-out scenes drawn, encoded, and painted again from their latents alone (FLUX reads an empty prompt)."""
+def reconstructions(decoder_half, recipe, prompts):
+    """Held-out scenes drawn, encoded, and reconstructed from their latents alone (FLUX reads an empty prompt)."""
     rng, encoder, made = np.random.default_rng(0), load_encoder(recipe, torch.device("cpu")), []
     for index, prompt in enumerate(prompts):
         latents_BPC = encoder.encode(draw(sample_scene(rng, prompt))[None])
-        made.append(renderer.paint("", latents_BPC[0], index))
+        made.append(decoder_half.render("", latents_BPC[0], index))
     return made
 
 
-def show(title, prompts, pictures):
+def show(title, prompts, images):
     """One line for all and one for each category: right / asked, share and interval."""
-    verdicts = [check(prompt, pixels) for prompt, pixels in zip(prompts, pictures, strict=True)]
+    verdicts = [check(prompt, pixels) for prompt, pixels in zip(prompts, images, strict=True)]
     right, asked = Counter(), Counter(prompt.category for prompt in prompts)
     right.update(prompt.category for prompt, verdict in zip(prompts, verdicts, strict=True) if verdict.right)
     print(f"\n{title}")
@@ -82,8 +84,8 @@ def show(title, prompts, pictures):
             print(f"    wrong: {prompt.text}: {verdict.why}")
 
 
-def sheet(pictures):
-    rows = [np.concatenate(pictures[i : i + 8], axis=1) for i in range(0, len(pictures) - 7, 8)]
+def sheet(images):
+    rows = [np.concatenate(images[i : i + 8], axis=1) for i in range(0, len(images) - 7, 8)]
     return Image.fromarray(np.concatenate(rows, axis=0))
 
 

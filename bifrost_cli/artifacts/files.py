@@ -2,7 +2,7 @@
 
 In: bytes or JSON values and a path. Out: a file under its final name only when it is whole and on the disk: temporary
 name in the same folder, fsync, rename, fsync of the folder. All that Bifrost writes goes through the calls of `os` in
-this one module (tests/faults.py puts a failing disk in their place). Does not know what the files mean.
+this one module (tests/fixtures/faults.py puts a failing disk in their place). Does not know what the files mean.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ import typer
 
 from bifrost_cli.cli.options import AsJson, Debug, Flag, Offline, Quiet, Sets, recipe_option
 from bifrost_cli.errors import BifrostError, Interrupted
-from bifrost_cli.stages.processes import place
-from bifrost_cli.stages.ui import TerminalUi, Ui
+from bifrost_cli.runtime.launch import distributed_env
+from bifrost_cli.runtime.ui import TerminalUi, Ui
 
 _COMMON = {"as_json": AsJson, "quiet": Quiet, "debug": Debug, "offline": Offline}
 
@@ -58,9 +58,9 @@ def command(app: typer.Typer, name: str, flags: Sequence[Flag] = (), default: st
                 if "recipe" in own:
                     given["recipe"] = _load(given, flags)
                 if "ui" in own:
-                    given["ui"] = Ui() if quiet or place().rank else TerminalUi()
+                    given["ui"] = Ui() if quiet or distributed_env().rank else TerminalUi()
                 result = body(**given)
-                if place().rank == 0:  # of several processes the first one speaks
+                if distributed_env().rank == 0:  # of several processes the first one speaks
                     _show(result, as_json, quiet)
             except KeyboardInterrupt as error:
                 again = "give the same command again; finished work is kept"
@@ -98,7 +98,7 @@ def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
 
 
 def _load(given: dict[str, Any], flags: Sequence[Flag]) -> Any:
-    from bifrost_cli.recipe_files import load_recipe
+    from bifrost_cli.config.load import load_recipe
 
     sets = list(given.pop("sets") or ())
     for flag in flags:

@@ -15,7 +15,7 @@ import typer
 from bifrost_cli import __version__
 
 if TYPE_CHECKING:
-    from bifrost_cli.config import Recipe
+    from bifrost_cli.config.schema import Recipe
 else:
     Recipe = Any  # signatures are evaluated when commands are registered; the schema costs 0.3 s that help need not pay
 
@@ -88,30 +88,31 @@ SOURCE = (
     Flag("latents.missing_caption", str, ("--missing-caption",), "stop, skip or empty."),
     Flag("latents.bad_image", str, ("--bad-image",), "stop or skip."),
     Flag("latents.max_bad", float, ("--max-bad",), "With --bad-image skip: the share that stops after all."),
-    Flag("latents.animated", str, ("--animated",), "first (frame) or skip."),
-    Flag("latents.image_column", str, ("--image-column",), "A table's column of pictures or their paths."),
+    Flag("images.animated", str, ("--animated",), "first (frame) or skip."),
+    Flag("latents.image_column", str, ("--image-column",), "A table's column of images or their paths."),
     Flag("latents.caption_column", str, ("--caption-column",), "A table's column of captions."),
     Flag("latents.captions", str, ("--captions",), "files (.txt), or folders: each folder is a class."),
     Flag("latents.class_names", str, ("--class-names",), "A file of lines FOLDER CAPTION: the classes' names."),
 )
 EXTRACT = (
     Flag("latents.encoder", str, ("--encoder",), "mllm, or open_clip:NAME/PRETRAINED."),
-    Flag("latents.background", str, ("--background",), "The colour under transparent pixels."),
+    Flag("images.background", str, ("--background",), "The colour under transparent pixels."),
     *SOURCE,
 )
-PAINT = (
+GENERATE = (
     Flag(
         "generate.plan",
         bool,
         ("--plan/--no-plan",),
-        "The MLLM first writes what the picture shows, then it is painted.",
+        "The MLLM first writes what the image shows, then it is generated.",
     ),
     Flag("generate.decode_steps", int, ("--decode-steps",), "Steps of the branch."),
-    Flag("generate.guidance", float, ("--guidance",), "Weight of the prompt in the branch; 1 is the quickest."),
+    Flag("generate.branch_guidance", float, ("--branch-guidance",), "Prompt weight in the branch; 1 is the quickest."),
     Flag("generate.steps", int, ("--steps",), "Diffusion steps."),
+    Flag("generate.guidance_scale", float, ("--guidance-scale",), "Guidance of the diffusion model."),
     Flag("generate.control_scale", float, ("--control-scale",), "Weight of the ControlNet."),
 )
-RECONSTRUCT = PAINT[3:]
+RECONSTRUCT = GENERATE[3:]
 EVALUATE = (
     Flag("evaluate.min_samples", int, ("--min-samples",), "Fewer images than this are refused."),
     Flag("evaluate.features", str, ("--features",), "inception, builtin:open_clip, or open_clip:NAME/PRETRAINED."),

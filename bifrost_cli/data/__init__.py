@@ -1,1 +1,1 @@
-"""Bytes to arrays and back: pictures, captions, latents stores, weights. Knows no model."""
+"""Bytes to arrays and back: images, captions, latents stores, weights. Knows no model."""

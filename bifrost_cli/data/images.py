@@ -1,6 +1,6 @@
-"""One picture from untrusted bytes: RGB, upright, opaque, 8 bit, or a reason why not.
+"""One image from untrusted bytes: RGB, upright, opaque, 8 bit, or a reason why not.
 
-In: a file or its bytes, and the recipe's rules (`latents`: max_pixels, min_side, background, animated). Out: `Picture`,
+In: a file or its bytes, and the recipe's rules (`images`: max_pixels, min_side, background, animated). Out: `DecodedImage`,
 whose notes tell what had to be done to it, or `BadImage`. Does not know captions, folders or models. Formats are
 decided by content, from a short list; the pixel count is checked before anything is decoded.
 """
@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from bifrost_cli.config import Latents
+from bifrost_cli.config.schema import Images
 from bifrost_cli.data.image_modes import to_rgb
 from bifrost_cli.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_ASPECT = 20
-FILE_BYTES = 1 << 29  # of one picture: more than the largest that is decoded has without compression
+FILE_BYTES = 1 << 29  # of one image: more than the largest that is decoded has without compression
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,7 +44,7 @@ _REFUSED = {
     b"\xc5\xd0\xd3\xc6": "EPS",
 }
 
-# Pillow's own limit only warns at first; ours (latents.max_pixels) refuses, and is checked before decoding.
+# Pillow's own limit only warns at first; ours (images.max_pixels) refuses, and is checked before decoding.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
 
@@ -60,14 +60,14 @@ class Animated(BadImage):
 
 
 @dataclass(frozen=True)
-class Picture:
+class DecodedImage:
     """`rgb` (H, W, 3) uint8; `notes` name what was repaired or converted, one word each."""
 
     rgb: np.ndarray
     notes: tuple[str, ...] = ()
 
 
-def read_image(source: bytes | Path | str, rules: Latents) -> Picture:
+def read_image(source: bytes | Path | str, rules: Images) -> DecodedImage:
     """Read one image: EXIF orientation applied, colours in sRGB, transparency over `rules.background`, first frame.
 
     BadImage says why not: empty, not an image, truncated, damaged, more than `max_pixels`, a side below `min_side`,
@@ -118,7 +118,7 @@ def square(rgb: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
-def _decode(data: bytes, rules: Latents) -> Picture:
+def _decode(data: bytes, rules: Images) -> DecodedImage:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_size(image.size, rules)
         if image.mode in ("I", "F"):  # Pillow would clip the one and blacken the other
@@ -134,25 +134,25 @@ def _is_open_jpeg(data: bytes) -> bool:
     return data.startswith(b"\xff\xd8\xff") and b"\xff\xd9" not in data[max(0, data.rfind(b"\xff\xda")) :]
 
 
-def _decode_open_jpeg(data: bytes, rules: Latents) -> Picture:
-    """Only the end marker is missing when bytes put before a new one change nothing; else picture data is too."""
+def _decode_open_jpeg(data: bytes, rules: Images) -> DecodedImage:
+    """Only the end marker is missing when bytes put before a new one change nothing; else image data is too."""
     scan = data.rstrip(b"\xff")
-    picture, *others = (_decode(scan + filler + b"\xff\xd9", rules) for filler in (b"", b"\xaa" * 128, b"\xfe" * 128))
-    if not all(np.array_equal(picture.rgb, other.rgb) for other in others):
+    image, *others = (_decode(scan + filler + b"\xff\xd9", rules) for filler in (b"", b"\xaa" * 128, b"\xfe" * 128))
+    if not all(np.array_equal(image.rgb, other.rgb) for other in others):
         raise BadImage("truncated")
-    return Picture(picture.rgb, ("minor-damage", *picture.notes))
+    return DecodedImage(image.rgb, ("minor-damage", *image.notes))
 
 
-def _upright(image: Image.Image, data: bytes, rules: Latents, notes: list[str]) -> Picture:
+def _upright(image: Image.Image, data: bytes, rules: Images, notes: list[str]) -> DecodedImage:
     turn, turn_notes = _turn(image)
     rgb, mode_notes = to_rgb(image, rules.background)
     if image.format == "PNG" and data[24] == 16 and "16-bit" not in mode_notes:
         mode_notes = (*mode_notes, "16-bit")
     upright = rgb if turn is None else rgb.transpose(turn)
-    return Picture(np.array(upright), (*notes, *turn_notes, *mode_notes))
+    return DecodedImage(np.array(upright), (*notes, *turn_notes, *mode_notes))
 
 
-def _check_size(size: tuple[int, int], rules: Latents) -> None:
+def _check_size(size: tuple[int, int], rules: Images) -> None:
     width, height = size
     if width * height > rules.max_pixels:
         raise BadImage(f"{width}x{height} pixels, more than max_pixels {rules.max_pixels}")
@@ -162,12 +162,12 @@ def _check_size(size: tuple[int, int], rules: Latents) -> None:
         raise BadImage(f"{width}x{height} pixels, longer than {MAX_ASPECT} to 1")
 
 
-def _frames(image: Image.Image, rules: Latents) -> list[str]:
+def _frames(image: Image.Image, rules: Images) -> list[str]:
     """MPO is what many phones write: one photograph and its preview, not an animation."""
     if image.format == "MPO" or not getattr(image, "is_animated", False):
         return []
     if rules.animated == "skip":
-        raise Animated("several frames (latents.animated is skip)")
+        raise Animated("several frames (images.animated is skip)")
     return ["first-frame"]
 
 
@@ -186,10 +186,10 @@ def _png_ends(data: bytes) -> bool:
 
 
 def _turn(image: Image.Image) -> tuple[Image.Transpose | None, list[str]]:
-    """How to turn the picture upright. Read after decoding: Pillow turns TIFF itself and then drops the tag."""
+    """How to turn the image upright. Read after decoding: Pillow turns TIFF itself and then drops the tag."""
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # EXIF is metadata: garbage in it does not spoil the picture
+    except Exception:  # EXIF is metadata: garbage in it does not spoil the image
         return None, ["exif-ignored"]
     if orientation in _UPRIGHT:
         return _UPRIGHT[orientation], ["exif-rotated"]

@@ -1,4 +1,4 @@
-"""Pictures as PNG bytes with text in them, and contact sheets.
+"""Images as PNG bytes with text in them, and contact sheets.
 
 In: uint8 arrays and text by keyword. Out: bytes, the same for the same input (no time, no host). Does not know what the
 text means.
@@ -19,7 +19,7 @@ PAPER = 255
 
 
 def png_bytes(pixels_HWC: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:
-    """A PNG of one uint8 (H, W, 3) picture; `text` becomes iTXt chunks (UTF-8), in the given order."""
+    """A PNG of one uint8 (H, W, 3) image; `text` becomes iTXt chunks (UTF-8), in the given order."""
     chunks = PngInfo()
     for keyword, value in (text or {}).items():
         chunks.add_itxt(keyword, value)
@@ -36,19 +36,19 @@ def png_text(data: bytes) -> dict[str, str]:
 
 
 def png_pixels(data: bytes) -> np.ndarray:
-    """The picture of a PNG that `png_bytes` made, uint8 (H, W, 3)."""
+    """The image of a PNG that `png_bytes` made, uint8 (H, W, 3)."""
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         return np.asarray(image)
 
 
-def contact_sheet(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Equal-sized uint8 pictures (H, W, 3), row by row on a nearly square sheet with white gutters."""
-    columns = math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
-    height, width = pictures[0].shape[:2]
+def contact_sheet(images: Sequence[np.ndarray]) -> np.ndarray:
+    """Equal-sized uint8 images (H, W, 3), row by row on a nearly square sheet with white gutters."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    height, width = images[0].shape[:2]
     sheet = np.full((rows * (height + GUTTER) + GUTTER, columns * (width + GUTTER) + GUTTER, 3), PAPER, np.uint8)
-    for index, picture in enumerate(pictures):
+    for index, image in enumerate(images):
         row, column = divmod(index, columns)
         top, left = GUTTER + row * (height + GUTTER), GUTTER + column * (width + GUTTER)
-        sheet[top : top + height, left : left + width] = picture
+        sheet[top : top + height, left : left + width] = image
     return sheet

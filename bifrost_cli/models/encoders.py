@@ -1,8 +1,8 @@
-"""Picture encoders: uint8 squares in, patch latents out, and an identity that says which encoder it was.
+"""Image encoders: uint8 squares in, patch latents out, and an identity that says which encoder it was.
 
 In: a loaded model. Out: latents before any pooling, raw. Two encoders are the same exactly when their identities are
 equal: weights, number format, preprocessing, layer and activation (the same weights under another activation give other
-latents without an error). Knows no path, no store and no recipe. Legend: B pictures, H W the patch grid, P = H*W
+latents without an error). Knows no path, no store and no recipe. Legend: B images, H W the patch grid, P = H*W
 patches row by row, C channels, S pixels a side.
 """
 
@@ -16,10 +16,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from bifrost_cli.data.weights import weights_hash
+from bifrost_cli.data.safetensors_io import weights_hash
 from bifrost_cli.errors import RecipeError
-from bifrost_cli.models.mllm import Mllm
-from bifrost_cli.models.painter import vae_encode
+from bifrost_cli.models.diffusion.base import vae_encode
+from bifrost_cli.models.mllm.frozen_mllm import Mllm
 
 VAE_PATCH = 4  # VAE latents a side of a patch: 2x2 of FLUX's packed tokens, the grid the MLLM's encoder has
 RESIZE = "short side to size by bicubic with antialiasing, centre crop, uint8"
@@ -43,18 +43,18 @@ class MllmEncoder:
     """The MLLM's own visual encoder, the tokens its decoder reads: the paper's choice (section 3.1)."""
 
     def __init__(self, mllm: Mllm, image_size: int) -> None:
-        """RecipeError when the MLLM reads no pictures of `image_size`: one side alone, or whole patches only."""
+        """RecipeError when the MLLM reads no images of `image_size`: one side alone, or whole patches only."""
         patch = mllm.pixels_per_patch
         if mllm.image_size not in (None, image_size):
             raise RecipeError(
-                f"latents.image_size is {image_size}, but the MLLM reads {mllm.image_size} pixels",
-                fix=f"--set latents.image_size={mllm.image_size}",
+                f"images.input_size is {image_size}, but the MLLM reads {mllm.image_size} pixels",
+                fix=f"--set images.input_size={mllm.image_size}",
                 code="BF-RECIPE-005",
             )
         if mllm.image_size is None and image_size % patch:
             raise RecipeError(
-                f"latents.image_size {image_size} is not a whole number of the MLLM's patches of {patch} pixels",
-                fix=f"--set latents.image_size={max(patch, image_size // patch * patch)}",
+                f"images.input_size {image_size} is not a whole number of the MLLM's patches of {patch} pixels",
+                fix=f"--set images.input_size={max(patch, image_size // patch * patch)}",
             )
         self._mllm, self.image_size, self.channels = mllm, image_size, mllm.width
         self.grid = (image_size // patch, image_size // patch)
@@ -88,14 +88,14 @@ class OpenClipEncoder:
     """
 
     def __init__(self, model: nn.Module, name: str, image_size: int) -> None:
-        """RecipeError: a tower without patch tokens, or one for another picture size than `image_size`."""
+        """RecipeError: a tower without patch tokens, or one for another image size than `image_size`."""
         self._visual = model.visual.eval().requires_grad_(False)
         own = self._visual.image_size
         self.name, self.image_size = name, own if isinstance(own, int) else own[0]
         if self.image_size != image_size:
             raise RecipeError(
-                f"latents.image_size is {image_size}, but {name} reads {self.image_size} pixels",
-                fix=f"--set latents.image_size={self.image_size}",
+                f"images.input_size is {image_size}, but {name} reads {self.image_size} pixels",
+                fix=f"--set images.input_size={self.image_size}",
                 code="BF-RECIPE-005",
             )
         if not hasattr(self._visual, "forward_intermediates"):
@@ -151,7 +151,7 @@ class OpenClipEncoder:
 
 
 class VaePatchEncoder:
-    """The painter's VAE latents as patch latents, 4x4 of them a patch: the paper's rival of CLIP latents."""
+    """The diffusion model's VAE latents as patch latents, 4x4 of them a patch: the paper's rival of CLIP latents."""
 
     def __init__(self, vae: AutoencoderKL, image_size: int) -> None:
         """RecipeError as `VaeEncoder`, or when the VAE's grid is no whole number of patches."""
@@ -159,8 +159,8 @@ class VaePatchEncoder:
         channels, side, _ = self._vae.shape
         if side % VAE_PATCH:
             raise RecipeError(
-                f"latents.image_size {image_size} gives {side} VAE latents a side, no multiple of {VAE_PATCH}",
-                fix=f"--set latents.image_size={image_size // side * VAE_PATCH * max(1, side // VAE_PATCH)}",
+                f"images.input_size {image_size} gives {side} VAE latents a side, no multiple of {VAE_PATCH}",
+                fix=f"--set images.input_size={image_size // side * VAE_PATCH * max(1, side // VAE_PATCH)}",
                 code="BF-RECIPE-005",
             )
         self.grid, self.channels = (side // VAE_PATCH, side // VAE_PATCH), channels * VAE_PATCH**2
@@ -180,15 +180,15 @@ class VaePatchEncoder:
 
 
 class VaeEncoder:
-    """A painter's VAE alone, for latents the ControlNet is trained on: scaled and shifted as the painter does."""
+    """A diffusion model's VAE alone, for latents the ControlNet is trained on: scaled and shifted as the diffusion model does."""
 
     def __init__(self, vae: AutoencoderKL, image_size: int) -> None:
         """RecipeError when `image_size` is no multiple of what the VAE halves and the transformer joins."""
         unit = 2 ** len(vae.config.block_out_channels)
         if image_size % unit:
             raise RecipeError(
-                f"latents.paint_size {image_size} is not a multiple of {unit}",
-                fix=f"--set latents.paint_size={max(unit, image_size // unit * unit)}",
+                f"images.output_size {image_size} is not a multiple of {unit}",
+                fix=f"--set images.output_size={max(unit, image_size // unit * unit)}",
             )
         self._vae, self.image_size = vae.eval().requires_grad_(False), image_size
         side = 2 * image_size // unit

@@ -1,6 +1,6 @@
 """Prompts of the built-in world: a small grammar over six categories, its reader, its split and its samplers.
 
-Comes in: text or a NumPy generator. Goes out: `Prompt`s with what a picture must show, and scenes that show it.
+Comes in: text or a NumPy generator. Goes out: `Prompt`s with what an image must show, and scenes that show it.
 Knows no pixels. Categories and their names follow GenEval (Ghosh et al. 2023).
 """
 
@@ -45,8 +45,8 @@ _COLOURED_SHARE = 2 / 3  # of position prompts; of counting prompts the rest
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One thing a picture must show; colour None leaves it free."""
+class WantedThing:
+    """One thing an image must show; colour None leaves it free."""
 
     shape: str
     colour: str | None = None
@@ -56,7 +56,7 @@ class Wanted:
 class Spec:
     """Exactly these things; `relation` is how the first lies to the second; `tone` None leaves the background free."""
 
-    things: tuple[Wanted, ...]
+    things: tuple[WantedThing, ...]
     relation: str | None = None
     tone: str | None = None
 
@@ -76,7 +76,7 @@ class _Core:
 
     text: str
     category: str
-    things: tuple[Wanted, ...]
+    things: tuple[WantedThing, ...]
     relation: str | None = None
 
 
@@ -108,19 +108,19 @@ def held_out(text: str) -> bool:
 # ---- the grammar -----------------------------------------------------------------------------------------------------
 
 
-def _pair_core(category: str, first: Wanted, joint: str, second: Wanted) -> _Core:
+def _pair_core(category: str, first: WantedThing, joint: str, second: WantedThing) -> _Core:
     text = f"{phrase(first.shape, first.colour)} {joint} {phrase(second.shape, second.colour)}"
     return _Core(text, category, (first, second), RELATIONS.get(joint))
 
 
 def _counted_core(word: str, shape: str, colour: str | None) -> _Core:
     text = " ".join(filter(None, (word, colour, plural(shape))))
-    return _Core(text, "counting", (Wanted(shape, colour),) * COUNTS[word])
+    return _Core(text, "counting", (WantedThing(shape, colour),) * COUNTS[word])
 
 
 def _cores() -> Iterator[_Core]:
-    plain = [Wanted(shape) for shape in SHAPES]
-    coloured = [Wanted(shape, colour) for colour, shape in product(COLOURS, SHAPES)]
+    plain = [WantedThing(shape) for shape in SHAPES]
+    coloured = [WantedThing(shape, colour) for colour, shape in product(COLOURS, SHAPES)]
     for thing in plain + coloured:
         yield _Core(phrase(thing.shape, thing.colour), "colors" if thing.colour else "single_object", (thing,))
     for word, shape, colour in product(COUNTS, SHAPES, (None, *COLOURS)):

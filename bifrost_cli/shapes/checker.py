@@ -1,4 +1,4 @@
-"""Reading pictures of the built-in world back, and saying whether they show a prompt.
+"""Reading images of the built-in world back, and saying whether they show a prompt.
 
 Comes in: RGB pixels of any size. Goes out: what stands where (`read_scene`) and a verdict with its reason (`check`).
 Uses no learned model: coloured regions, the colour of most of their pixels, and the shape whose sprite fits best.
@@ -21,7 +21,7 @@ from bifrost_cli.shapes.scene import COLOURS, SHAPES, SIZE, TONES
 
 UNCLEAR = "unclear"  # shape or tone that is none of the world's
 _TONE_REACH = 20.0  # RGB distance within which a background counts as a tone
-_LEAST_BACKGROUND = 0.25  # share of the picture
+_LEAST_BACKGROUND = 0.25  # share of the image
 _SOLID = 0.6  # share of a colour over the background from which a pixel belongs to a thing
 _DEPARTURE = 60.0  # RGB distance from the background from which a pixel must belong to something
 _MISFIT = 60.0  # RGB distance a thing's pixel may have from the mix of background and its colour
@@ -33,8 +33,8 @@ _SHIFTS = np.arange(-3.0, 3.5, 0.5)  # px
 
 
 @dataclass(frozen=True)
-class Found:
-    """A region read as a thing; (x, y) is its centre in px of the 64x64 picture, `score` 1 a perfect sprite."""
+class FoundShape:
+    """A region read as a thing; (x, y) is its centre in px of the 64x64 image, `score` 1 a perfect sprite."""
 
     shape: str
     colour: str
@@ -50,15 +50,15 @@ class Found:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows: its tone (or "unclear") and its things from top to bottom."""
+    """What an image shows: its tone (or "unclear") and its things from top to bottom."""
 
     tone: str
-    found: tuple[Found, ...]
+    found: tuple[FoundShape, ...]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a picture shows a prompt, and in a few words why not."""
+    """Whether an image shows a prompt, and in a few words why not."""
 
     right: bool
     why: str
@@ -129,7 +129,7 @@ def _regions(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def read_scene(rgb: np.ndarray) -> Reading:
-    """Read a picture, (H, W, 3) uint8 of any size; regions that are no thing of the world come back as "unclear"."""
+    """Read an image, (H, W, 3) uint8 of any size; regions that are no thing of the world come back as "unclear"."""
     pixels = _square_pixels(rgb)
     tone, background = _background(pixels)
     if background is None:
@@ -140,36 +140,36 @@ def read_scene(rgb: np.ndarray) -> Reading:
     for index, colour in enumerate(COLOURS):
         for region in _regions((nearest == index) & (share[index] > _SOLID) & (rest[index] < _MISFIT)):
             shape, x, y, score = _fit(share[index], region)
-            found.append(Found(shape if score >= _FIT else UNCLEAR, colour, x, y, score))
+            found.append(FoundShape(shape if score >= _FIT else UNCLEAR, colour, x, y, score))
             explained |= ndimage.binary_dilation(region, iterations=2)
     for region in _regions((np.linalg.norm(pixels - background, axis=-1) > _DEPARTURE) & ~explained):
         row, col = ndimage.center_of_mass(region)
-        found.append(Found(UNCLEAR, UNCLEAR, float(col), float(row), 0.0))
+        found.append(FoundShape(UNCLEAR, UNCLEAR, float(col), float(row), 0.0))
     return Reading(tone, tuple(sorted(found, key=lambda it: (it.y, it.x))))
 
 
 # ---- judging ---------------------------------------------------------------------------------------------------------
 
 
-def _lies(first: Found, second: Found, relation: str) -> bool:
+def _lies(first: FoundShape, second: FoundShape, relation: str) -> bool:
     ahead = {"above": second.y - first.y, "below": first.y - second.y}
     ahead |= {"left": second.x - first.x, "right": first.x - second.x}
     return ahead[relation] >= _APART
 
 
-def _shows(things: tuple[Found, ...], spec: Spec) -> bool:
+def _shows(things: tuple[FoundShape, ...], spec: Spec) -> bool:
     """Whether the things, in this order, are the wanted ones in the wanted relation."""
     named = all(f.shape == w.shape and w.colour in (None, f.colour) for f, w in zip(things, spec.things, strict=True))
     return named and (spec.relation is None or _lies(things[0], things[1], spec.relation))
 
 
-def _seen(found: tuple[Found, ...]) -> str:
+def _seen(found: tuple[FoundShape, ...]) -> str:
     counts = Counter(phrase(it.shape, it.colour) if it.clear else "an unclear thing" for it in found)
     return ", ".join(f"{name} x{n}" if n > 1 else name for name, n in sorted(counts.items())) or "nothing"
 
 
 def check(prompt: Prompt | str, rgb: np.ndarray) -> Verdict:
-    """Whether a picture shows exactly what the prompt says: things, counts, relation, named tone, nothing else."""
+    """Whether an image shows exactly what the prompt says: things, counts, relation, named tone, nothing else."""
     spec = (parse(prompt) if isinstance(prompt, str) else prompt).spec
     reading = read_scene(rgb)
     seen = f"the picture shows {_seen(reading.found)}"

@@ -81,7 +81,7 @@ def _patch(shape: str, colour: str, tone: str) -> np.ndarray:
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """The picture of `scene`: (64, 64, 3) uint8 RGB."""
+    """The image of `scene`: (64, 64, 3) uint8 RGB."""
     rgb = np.empty((SIZE, SIZE, 3), np.uint8)
     rgb[:] = TONES[scene.tone]
     for thing in scene.things:
@@ -91,7 +91,7 @@ def draw(scene: Scene) -> np.ndarray:
 
 
 def crowded_scene(rng: np.random.Generator) -> Scene:
-    """A scene of 1 to 16 things, any mix: more to learn from in one picture than captioned scenes have."""
+    """A scene of 1 to 16 things, any mix: more to learn from in one image than captioned scenes have."""
     shapes, colours, tones = list(SHAPES), list(COLOURS), list(TONES)
     cells = rng.permutation(GRID * GRID)[: rng.integers(1, GRID * GRID + 1)].tolist()
     picks = rng.integers(0, (len(shapes), len(colours), 2 * JITTER + 1, 2 * JITTER + 1), (len(cells), 4)).tolist()

@@ -1,4 +1,4 @@
-"""Questions about a picture of the built-in world, with their answers. `Scene` in, two strings out; knows no pixels."""
+"""Questions about an image of the built-in world, with their answers. `Scene` in, two strings out; knows no pixels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TypeVar
 import numpy as np
 
 from bifrost_cli.shapes.captions import phrase, plural
-from bifrost_cli.shapes.plan import cell_words
 from bifrost_cli.shapes.scene import COLOURS, GRID, SHAPES, Scene, Thing
+from bifrost_cli.shapes.scene_plan import cell_words
 
 Option = TypeVar("Option")
 
@@ -18,7 +18,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 
 def describe(scene: Scene) -> str:
-    """Everything in the picture in reading order: "a red circle and a blue square"; "nothing" when it is empty."""
+    """Everything in the image in reading order: "a red circle and a blue square"; "nothing" when it is empty."""
     names = [phrase(thing.shape, thing.colour) for thing in scene.things]
     if len(names) < 2:
         return "".join(names) or "nothing"
@@ -26,7 +26,7 @@ def describe(scene: Scene) -> str:
 
 
 def place(thing: Thing) -> str:
-    """The quarter of the picture a thing stands in: "top left", "bottom right"."""
+    """The quarter of the image a thing stands in: "top left", "bottom right"."""
     return f"{'top' if thing.row < GRID // 2 else 'bottom'} {'left' if thing.col < GRID // 2 else 'right'}"
 
 

@@ -1,4 +1,4 @@
-"""What stands in a picture of the built-in world: a background tone and things on a 4x4 grid of cells.
+"""What stands in an image of the built-in world: a background tone and things on a 4x4 grid of cells.
 
 Comes in: names and cells. Goes out: frozen, checked `Scene` values. Knows nothing of pixels, words or files.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SIZE = 64  # px, side of a picture
+SIZE = 64  # px, side of an image
 GRID = 4  # cells a side
 CELL = SIZE // GRID  # px, side of a cell
 JITTER = 1  # px, largest shift of a thing from its cell's centre
@@ -55,7 +55,7 @@ class Thing:
 
     @property
     def centre(self) -> tuple[int, int]:
-        """Its centre (x, y) in px from the picture's top left corner."""
+        """Its centre (x, y) in px from the image's top left corner."""
         return self.col * CELL + CELL // 2 + self.dx, self.row * CELL + CELL // 2 + self.dy
 
 

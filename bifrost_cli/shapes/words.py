@@ -11,9 +11,9 @@ from collections.abc import Iterable
 import numpy as np
 
 from bifrost_cli.shapes.captions import sample_prompt, sample_scene
-from bifrost_cli.shapes.plan import EMPTY, cell_words, thing_words
 from bifrost_cli.shapes.questions import sample_question
 from bifrost_cli.shapes.scene import TONES
+from bifrost_cli.shapes.scene_plan import EMPTY, cell_words, thing_words
 
 SAMPLES = 4000
 

@@ -27,10 +27,10 @@ from bifrost_cli.artifacts.files import (
     sync,
     write_json,
 )
-from bifrost_cli.data.weights import load_tensors, save_tensors
+from bifrost_cli.data.safetensors_io import load_tensors, save_tensors
 from bifrost_cli.errors import ArtifactError
-from bifrost_cli.training import ranks
-from bifrost_cli.training.shards import read_shards, spread, write_shards
+from bifrost_cli.runtime import distributed
+from bifrost_cli.training.sharded_state import read_shards, spread, write_shards
 
 FORMAT = 1
 SHARDS = "shards"  # the folder of tensors in parts, in the place of one file a group
@@ -72,14 +72,14 @@ class Checkpoints:
         Raises DiskFull, ArtifactError (5), in all processes.
         """
         final = self.path(checkpoint.step)
-        if ranks.first_does(lambda: checkpoint.step in self.steps()):
-            ranks.first_does(lambda: verify(final))
+        if distributed.run_on_main(lambda: checkpoint.step in self.steps()):
+            distributed.run_on_main(lambda: verify(final))
             return
         if parts:
             self._save_parts(checkpoint, final)
         else:
-            ranks.first_does(lambda: self._save_whole(checkpoint, final))
-        ranks.first_does(self._drop_old)
+            distributed.run_on_main(lambda: self._save_whole(checkpoint, final))
+        distributed.run_on_main(self._drop_old)
 
     def _save_whole(self, checkpoint: Checkpoint, final: Path) -> None:
         with new_folder(final) as draft:
@@ -89,35 +89,35 @@ class Checkpoints:
         verify(final)
 
     def _save_parts(self, checkpoint: Checkpoint, final: Path) -> None:
-        with new_folder(final) if ranks.rank() == 0 else nullcontext() as made:
-            draft = Path(ranks.first_does(lambda: str(made)))
+        with new_folder(final) if distributed.rank() == 0 else nullcontext() as made:
+            draft = Path(distributed.run_on_main(lambda: str(made)))
             write_shards(draft / SHARDS, checkpoint.groups)
-            mine = sorted((draft / SHARDS).iterdir())[ranks.rank() :: ranks.world()]
-            with ranks.all_or_none():
+            mine = sorted((draft / SHARDS).iterdir())[distributed.rank() :: distributed.world()]
+            with distributed.raise_together():
                 for path in (*mine, draft / SHARDS):
                     sync(path)
-            digests = ranks.gathered({f"{SHARDS}/{path.name}": sha256_file(path) for path in mine})
-            if ranks.rank() == 0:
+            digests = distributed.all_gather_object({f"{SHARDS}/{path.name}": sha256_file(path) for path in mine})
+            if distributed.rank() == 0:
                 _finish(draft, checkpoint, {name: digest for part in digests for name, digest in part.items()})
-        ranks.agree()  # it has its name
-        verify(final, slice(ranks.rank(), None, ranks.world()))
-        ranks.agree()
+        distributed.raise_if_any_failed()  # it has its name
+        verify(final, slice(distributed.rank(), None, distributed.world()))
+        distributed.raise_if_any_failed()
 
     def _drop_old(self) -> None:
         for step in self.steps()[: -self.keep]:
             remove(self.path(step))
 
-    def newest(self) -> Found | None:
+    def newest(self) -> SavedCheckpoint | None:
         """The newest checkpoint, verified, or None when there is none. Raises ArtifactError when it is damaged."""
         if not self.steps():
             return None
         path = self.path(self.steps()[-1])
         files = tuple(verify(path))
-        return Found(path, self.steps()[-1], read_json(path / "state.json"), files)
+        return SavedCheckpoint(path, self.steps()[-1], read_json(path / "state.json"), files)
 
 
 @dataclass(frozen=True)
-class Found:
+class SavedCheckpoint:
     """A checkpoint on the disk whose bytes are right."""
 
     path: Path
@@ -129,7 +129,7 @@ class Found:
         """Its groups, on the CPU or, where `module` is in parts, in the same parts. All processes call it."""
         if any(name.startswith(SHARDS) for name in self.files):
             return read_shards(self.path / SHARDS, module)
-        if ranks.rank():
+        if distributed.rank():
             return spread(None, module)
         stems = [name.removesuffix(".safetensors") for name in self.files if name.endswith(".safetensors")]
         return spread({stem: load_tensors(self.path / f"{stem}.safetensors")[0] for stem in stems}, module)
@@ -147,9 +147,14 @@ def verify(path: Path, part: slice = slice(None)) -> dict[str, str]:
 
     `part`: of the sorted files, those whose bytes are read.
     """
+
     def damaged(why: str) -> ArtifactError:
-        return ArtifactError(f"checkpoint {path} is damaged: {why}", at=str(path), code="BF-ART-005",
-                             fix=f"restore it from a copy, or remove it to continue from the one before: rm -r {path}")
+        return ArtifactError(
+            f"checkpoint {path} is damaged: {why}",
+            at=str(path),
+            code="BF-ART-005",
+            fix=f"restore it from a copy, or remove it to continue from the one before: rm -r {path}",
+        )
 
     if not (path / "manifest.json").is_file():
         raise damaged("manifest.json is missing")
@@ -187,7 +192,11 @@ def restore_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     own = module_tensors(module)
     wrong = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
     if wrong:
-        raise ArtifactError(f"the checkpoint is of another model: {len(wrong)} tensors differ", at=", ".join(wrong[:5]),
-                            fix="train into a new folder", code="BF-ART-007")
+        raise ArtifactError(
+            f"the checkpoint is of another model: {len(wrong)} tensors differ",
+            at=", ".join(wrong[:5]),
+            fix="train into a new folder",
+            code="BF-ART-007",
+        )
     for name, tensor in own.items():
         tensor.copy_(tensors[name])

@@ -21,18 +21,30 @@ from torch import Tensor, nn
 
 from bifrost_cli.artifacts.files import make_folder, write_json
 from bifrost_cli.errors import ArtifactError, Diverged, Stopped, UsageError
-from bifrost_cli.training import ranks
-from bifrost_cli.training.averaging import Averages
-from bifrost_cli.training.checkpoint import Checkpoint, Checkpoints, Found, module_tensors, restore_module
+from bifrost_cli.runtime import distributed
+from bifrost_cli.runtime.signals import StopFlag
+from bifrost_cli.training.checkpoint import Checkpoint, Checkpoints, SavedCheckpoint, module_tensors, restore_module
+from bifrost_cli.training.data_order import derive
+from bifrost_cli.training.ema import EMA
 from bifrost_cli.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
-from bifrost_cli.training.order import derive
-from bifrost_cli.training.parallel import Parallel, gathered, local
-from bifrost_cli.training.records import NoRecords, Records
-from bifrost_cli.training.signals import StopFlag
+from bifrost_cli.training.parallel import Parallel, all_gather_object, local
+from bifrost_cli.training.train_log import NullLogger, TrainingLogger
 
 # What changes the weights; a checkpoint made under other values of these does not continue.
-SETTINGS = ("steps", "batch_size", "accumulate", "optimizer", "lr", "betas", "weight_decay", "warmup", "clip", "ema",
-            "precision", "seed")
+SETTINGS = (
+    "steps",
+    "batch_size",
+    "accumulate",
+    "optimizer",
+    "lr",
+    "betas",
+    "weight_decay",
+    "warmup",
+    "clip",
+    "ema",
+    "precision",
+    "seed",
+)
 
 
 class Task(Protocol):
@@ -66,15 +78,16 @@ class _State:
     train: Any
     device: torch.device
     parallel: Parallel
-    averages: Averages
+    ema_weights: EMA
     optimizer: torch.optim.Optimizer
     step: int = 0
     seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-def fit(task: Task, train: Any, folder: Path, *, device: str | torch.device = "cpu", ui: Any = None,
-        resume: bool = True) -> FitResult:
+def fit(
+    task: Task, train: Any, folder: Path, *, device: str | torch.device = "cpu", ui: Any = None, resume: bool = True
+) -> FitResult:
     """Train `task.module` in place for `train.steps` steps, continuing from the newest checkpoint in `folder`.
 
     Raises Diverged (7) at the first loss or gradient that is not finite, before the optimizer step; Stopped (75) after
@@ -84,7 +97,7 @@ def fit(task: Task, train: Any, folder: Path, *, device: str | torch.device = "c
     folder = Path(folder)
     make_folder(folder)
     checkpoints = Checkpoints(folder / "checkpoints", train.keep)
-    with StopFlag() as stop, (NoRecords() if ranks.rank() else Records(folder, train, ui)) as records:
+    with StopFlag() as stop, NullLogger() if distributed.rank() else TrainingLogger(folder, train, ui) as records:
         # ---- start, or continue
         state = _start(task, train, torch.device(device))
         _continue(state, checkpoints, records, resume)
@@ -101,11 +114,14 @@ def fit(task: Task, train: Any, folder: Path, *, device: str | torch.device = "c
                 _save(state, checkpoints, digests)
                 records.saved(records.seconds() - state.seconds)
             if stopping and not last:
-                raise Stopped(f"stopped at step {state.step} of {train.steps}; a checkpoint is written",
-                              at=str(checkpoints.path(state.step)), fix="run the same command again to continue",
-                              code="BF-STOP-001")
+                raise Stopped(
+                    f"stopped at step {state.step} of {train.steps}; a checkpoint is written",
+                    at=str(checkpoints.path(state.step)),
+                    fix="run the same command again to continue",
+                    code="BF-STOP-001",
+                )
     seen = state.step * train.batch_size * train.accumulate
-    return FitResult(state.step, state.metrics, state.seconds, seen, state.averages.whole())
+    return FitResult(state.step, state.metrics, state.seconds, seen, state.ema_weights.whole())
 
 
 # ---- start and resume --------------------------------------------------------------------------------------------
@@ -115,27 +131,31 @@ def _start(task: Task, train: Any, device: torch.device) -> _State:
     module = task.module.to(device)
     parallel = Parallel(module, train.parallel, device)
     module.train()
-    return _State(task, train, device, parallel, Averages(module, train.ema), make_optimizer(module, train))
+    return _State(task, train, device, parallel, EMA(module, train.ema), make_optimizer(module, train))
 
 
-def _continue(state: _State, checkpoints: Checkpoints, records: Records, resume: bool) -> None:
+def _continue(state: _State, checkpoints: Checkpoints, records: TrainingLogger, resume: bool) -> None:
     # 1. leftovers of a killed save go; 2. the newest checkpoint must verify; 3. its settings must be ours;
     # 4. the tables are cut back to its step; 5. weights, EMA, optimizer. Step 0 is reached only with no checkpoint.
-    found = ranks.first_does(lambda: _find(state.train, checkpoints, records, resume))
+    found = distributed.run_on_main(lambda: _find(state.train, checkpoints, records, resume))
     if found is None:
         return
     module, groups = state.task.module, found.read(state.task.module)
     restore_module(module, groups["model"])
-    state.averages.restore(groups.get("ema", {}))
+    state.ema_weights.restore(groups.get("ema", {}))
     restore_optimizer(state.optimizer, module, groups["optimizer"])
     state.step, state.seconds, state.metrics = found.step, found.state["seconds"], found.state["metrics"]
 
 
-def _find(train: Any, checkpoints: Checkpoints, records: Records, resume: bool) -> Found | None:
+def _find(train: Any, checkpoints: Checkpoints, records: TrainingLogger, resume: bool) -> SavedCheckpoint | None:
     checkpoints.prepare()
     if not resume and checkpoints.steps():
-        raise UsageError(f"{checkpoints.folder} already holds checkpoints", at=f"steps {checkpoints.steps()}",
-                         fix="let it resume, or train into a new folder", code="BF-USE-002")
+        raise UsageError(
+            f"{checkpoints.folder} already holds checkpoints",
+            at=f"steps {checkpoints.steps()}",
+            fix="let it resume, or train into a new folder",
+            code="BF-USE-002",
+        )
     found = checkpoints.newest()
     if found is not None:
         _same_settings(found.state.get("train", {}), _settings(train), found.path)
@@ -151,8 +171,12 @@ def _same_settings(before: dict, now: dict, path: Path) -> None:
     before = {"optimizer": "adamw", **before}  # checkpoints from before there was a choice
     changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
     if changed:
-        raise ArtifactError(f"checkpoint {path} was made with other training settings", at="; ".join(changed),
-                            fix="set them back, or train into a new folder", code="BF-ART-003")
+        raise ArtifactError(
+            f"checkpoint {path} was made with other training settings",
+            at="; ".join(changed),
+            fix="set them back, or train into a new folder",
+            code="BF-ART-003",
+        )
 
 
 # ---- one step ----------------------------------------------------------------------------------------------------
@@ -177,9 +201,9 @@ def _step(state: _State, folder: Path, stop: StopFlag) -> tuple[dict[str, float]
             value = torch.as_tensor(value, dtype=torch.float32, device=state.device).detach()
             totals[name] = totals[name] + value if name in totals else value
     # ---- a bad number stops here, before any weight changes; this is the only wait for the device in a step
-    norm = gathered(nn.utils.clip_grad_norm_(module.parameters(), train.clip or math.inf, foreach=True))
+    norm = all_gather_object(nn.utils.clip_grad_norm_(module.parameters(), train.clip or math.inf, foreach=True))
     asked = torch.full((), float(stop.requested), device=state.device)
-    told = ranks.mean_of_all(torch.stack([*totals.values(), asked]))
+    told = distributed.all_reduce_mean(torch.stack([*totals.values(), asked]))
     loss, *rest, asked, norm = torch.cat([told, norm[None]]).tolist()
     mean = [value / train.accumulate for value in (loss, *rest)]
     if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -189,7 +213,7 @@ def _step(state: _State, folder: Path, stop: StopFlag) -> tuple[dict[str, float]
         group["lr"] = rate
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    state.averages.update(state.step)
+    state.ema_weights.update(state.step)
     state.step += 1
     names = list(totals)
     row = {"loss": mean[0], "grad_norm": norm, "lr": rate, **dict(zip(names[1:], mean[1:], strict=True))}
@@ -197,7 +221,7 @@ def _step(state: _State, folder: Path, stop: StopFlag) -> tuple[dict[str, float]
 
 
 def _micro(state: _State, micro: int) -> tuple[Tensor, dict[str, Tensor | float]]:
-    seed, rank = derive(state.train.seed, state.step, micro), ranks.rank()
+    seed, rank = derive(state.train.seed, state.step, micro), distributed.rank()
     torch.manual_seed(derive(seed, rank) if rank else seed)  # dropout draws from the global generator
     generator = torch.Generator().manual_seed(seed)  # equal in all processes: each takes its part of a draw for all
     batch = state.task.batch(state.step, micro)
@@ -212,12 +236,15 @@ def _autocast(state: _State) -> torch.autocast:
 def _diverged(state: _State, folder: Path, loss: float, norm: float) -> None:
     keys = getattr(state.task, "keys", lambda batch: [])
     batches = [keys(state.task.batch(state.step, micro)) for micro in range(state.train.accumulate)]
-    batches = sum(ranks.gathered(batches), [])
+    batches = sum(distributed.all_gather_object(batches), [])
     report = {"step": state.step + 1, "loss": str(loss), "grad_norm": str(norm), "keys": sum(batches, [])}
-    ranks.first_does(lambda: write_json(folder / "nonfinite.json", report))
-    raise Diverged(f"loss {loss} or gradient norm {norm} is not finite at step {state.step + 1}", code="BF-NAN-001",
-                   at=f"batch keys in {folder / 'nonfinite.json'}; the last checkpoint is intact",
-                   fix="look at those rows, or lower the learning rate (lr) and train into a new folder")
+    distributed.run_on_main(lambda: write_json(folder / "nonfinite.json", report))
+    raise Diverged(
+        f"loss {loss} or gradient norm {norm} is not finite at step {state.step + 1}",
+        code="BF-NAN-001",
+        at=f"batch keys in {folder / 'nonfinite.json'}; the last checkpoint is intact",
+        fix="look at those rows, or lower the learning rate (lr) and train into a new folder",
+    )
 
 
 # ---- between steps -----------------------------------------------------------------------------------------------
@@ -227,7 +254,7 @@ def _due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _examine(state: _State, folder: Path, records: Records) -> None:
+def _examine(state: _State, folder: Path, records: TrainingLogger) -> None:
     """Validation and sample grids. All processes compute the same, because what is in parts needs all of them in step;
     the first writes."""
     train, task, last = state.train, state.task, state.step == state.train.steps
@@ -235,8 +262,11 @@ def _examine(state: _State, folder: Path, records: Records) -> None:
         with _averaged(state):
             found = {name: float(value) for name, value in state.parallel.run(task.validate).items()}
         if not all(map(math.isfinite, found.values())):
-            raise Diverged(f"a validation number is not finite at step {state.step}: {found}", code="BF-NAN-001",
-                           fix="check the held-out rows, or lower the learning rate (lr) and train into a new folder")
+            raise Diverged(
+                f"a validation number is not finite at step {state.step}: {found}",
+                code="BF-NAN-001",
+                fix="check the held-out rows, or lower the learning rate (lr) and train into a new folder",
+            )
         state.metrics = found
         records.validation(state.step, found)
     if hasattr(task, "samples") and train.sample_every and (last or _due(state.step, train.sample_every)):
@@ -245,35 +275,37 @@ def _examine(state: _State, folder: Path, records: Records) -> None:
 
 
 def _place_of(folder: Path) -> AbstractContextManager[Any]:
-    return tempfile.TemporaryDirectory(prefix="bifrost-") if ranks.rank() else nullcontext(folder)
+    return tempfile.TemporaryDirectory(prefix="bifrost-") if distributed.rank() else nullcontext(folder)
 
 
 @contextmanager
 def _averaged(state: _State) -> Iterator[None]:
     """EMA weights inside the trained module, eval mode, no gradients, seeded by the step; all undone at the end."""
     torch.manual_seed(derive(state.train.seed, state.step, "examine"))
-    state.averages.exchange()
+    state.ema_weights.exchange()
     state.task.module.eval()
     try:
         with torch.no_grad(), _autocast(state), state.parallel.whole():
             yield
     finally:
         state.task.module.train()
-        state.averages.exchange()
+        state.ema_weights.exchange()
 
 
 def _save(state: _State, checkpoints: Checkpoints, digests: dict[str, str | None]) -> None:
     module = state.task.module
     groups = {"model": module_tensors(module), "optimizer": optimizer_tensors(state.optimizer, module)}
-    if state.averages.tensors:
-        groups["ema"] = {**groups["model"], **state.averages.tensors}
+    if state.ema_weights.tensors:
+        groups["ema"] = {**groups["model"], **state.ema_weights.tensors}
     bad = [name for tensors in groups.values() for name, t in tensors.items() if not torch.isfinite(local(t)).all()]
-    ranks.agree(_not_finite(bad[0], state.step) if bad else None)
-    told = {"train": _settings(state.train), "seconds": state.seconds, "metrics": state.metrics,
-            "records": digests}
+    distributed.raise_if_any_failed(_not_finite(bad[0], state.step) if bad else None)
+    told = {"train": _settings(state.train), "seconds": state.seconds, "metrics": state.metrics, "records": digests}
     checkpoints.save(Checkpoint(state.step, groups, told), parts=state.parallel.sharded)
 
 
 def _not_finite(name: str, step: int) -> Diverged:
-    return Diverged(f"{name} is not finite after step {step}; no checkpoint was written of it",
-                    fix="lower the learning rate (lr) and train into a new folder", code="BF-NAN-001")
+    return Diverged(
+        f"{name} is not finite after step {step}; no checkpoint was written of it",
+        fix="lower the learning rate (lr) and train into a new folder",
+        code="BF-NAN-001",
+    )

@@ -34,8 +34,11 @@ def _eight_bit() -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:
-        raise EnvironmentProblem("the recipe asks for adamw8bit, and bitsandbytes is not installed", code="BF-ENV-002",
-                                 fix="pip install 'bifrost-cli[quant]', or set optimizer: adamw") from None
+        raise EnvironmentProblem(
+            "the recipe asks for adamw8bit, and bitsandbytes is not installed",
+            code="BF-ENV-002",
+            fix="pip install 'bifrost-cli[quant]', or set optimizer: adamw",
+        ) from None
     return AdamW8bit
 
 

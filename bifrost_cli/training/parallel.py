@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.distributed.tensor import DTensor
 
-from bifrost_cli.training import ranks
+from bifrost_cli.runtime import distributed
 
 
 class Parallel:
@@ -26,7 +26,7 @@ class Parallel:
     def __init__(self, module: nn.Module, kind: str, device: torch.device) -> None:
         self._around: nn.Module | None = None
         self._sharded: list[Any] = []
-        if ranks.world() == 1:
+        if distributed.world() == 1:
             return
         _share_statistics(module)
         self._around = _Call(module)
@@ -70,7 +70,7 @@ class Parallel:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh(device.type, (ranks.world(),))
+        mesh = init_device_mesh(device.type, (distributed.world(),))
         _spread_weights(module)
         layers = [layer for layer in _layers(module) if any(True for _ in layer.parameters())]
         for layer in layers:
@@ -111,7 +111,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(tensor: Tensor) -> Tensor:
+def all_gather_object(tensor: Tensor) -> Tensor:
     """The whole of it, in every process; all must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
@@ -135,7 +135,7 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         along = [d for d in range(value.ndim) if d != 1]
         shape = [1, -1, *[1] * (value.ndim - 2)]
         wide = value.float()
-        count = ranks.world() * value.numel() // value.shape[1]
+        count = distributed.world() * value.numel() // value.shape[1]
         mean_C = all_reduce(wide.sum(along)) / count
         centred = wide - mean_C.view(shape)
         variance_C = all_reduce(centred.square().sum(along)) / count

@@ -1,0 +1,157 @@
+"""`bifrost`: the tree of commands, and the one place where an exception becomes a message and an exit code.
+
+In: the command line. Out: an exit code (0 ok, 1 bug, 2 usage or recipe, 3 environment, 4 data, 5 artifact, 6 memory,
+7 diverged, 8 findings, 75 stopped, 130 interrupted). Imports no stage and no torch: each command imports its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import gc
+import logging
+import os
+import sys
+from pathlib import Path
+
+import typer
+
+from bifrost_cli.artifacts.files import disk_errors
+from bifrost_cli.cli import (
+    ablate_commands,
+    artifact_commands,
+    data_commands,
+    eval_commands,
+    geneval_commands,
+    interop_commands,
+    planning_commands,
+    recipe_commands,
+    report_commands,
+    shapes_commands,
+    stage_commands,
+)
+from bifrost_cli.cli.options import Version
+from bifrost_cli.errors import (
+    BifrostError,
+    EnvironmentProblem,
+    Interrupted,
+    OutOfMemory,
+    UsageError,
+    is_out_of_memory,
+    render,
+)
+from bifrost_cli.runtime.launch import leave_status
+
+app = typer.Typer(
+    name="bifrost",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def root(context: typer.Context, version: Version = False) -> None:
+    """A frozen multimodal LLM and a frozen diffusion model, joined by patch-level CLIP latents.
+
+    Everything works with no argument on a tiny system that ships with the package; --recipe leaves it.
+
+    First image: bifrost generate "a red circle above a blue square" -o out.png
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+app.add_typer(stage_commands.app)
+app.add_typer(eval_commands.app)
+app.add_typer(report_commands.app)
+app.add_typer(geneval_commands.app, name="geneval")
+app.add_typer(interop_commands.app)
+app.add_typer(ablate_commands.app)
+app.add_typer(data_commands.app, name="data")
+app.add_typer(planning_commands.app)
+app.add_typer(artifact_commands.app, name="artifacts")
+app.add_typer(recipe_commands.app, name="recipes")
+app.add_typer(shapes_commands.app, name="shapes")
+
+
+def main() -> None:
+    """The console script."""
+    gc.set_threshold(100_000, 50, 1000)  # else the collector spends a second on what importing diffusers makes
+    code = run()
+    leave_status(code)
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # everything is written; taking half a million objects apart would cost another second
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command line and return its exit code; every error has been printed."""
+    _prepare_environment()
+    try:
+        return int(app(arguments, prog_name="bifrost", standalone_mode=False) or 0)
+    except BaseException as error:  # noqa: B036 the last line of defence: nothing reaches the user as a traceback
+        if isinstance(error, SystemExit):
+            return error.code if isinstance(error.code, int) else 1
+        if hasattr(error, "format_message") and not error.format_message():
+            return 2  # a group without a command: its help has been printed
+        told = explain(error)
+        if not told.elsewhere:
+            print(render(told), file=sys.stderr)
+        return told.exit_code
+
+
+def _prepare_environment() -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # diffusers imports bitsandbytes where it is installed, which then warns of kernels that nothing here asks for
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if "WORLD_SIZE" in os.environ:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each process warns that it used all parameters
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the hub's and the loaders' own bars: only on a terminal
+
+
+def explain(error: BaseException) -> BifrostError:
+    """Any exception as one of ours."""
+    if isinstance(error, BifrostError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return Interrupted("interrupted before anything could be saved", fix="give the same command again")
+    if hasattr(error, "format_message"):  # Typer's own usage errors; their class lives in a module that moves
+        return _usage(error)
+    if is_out_of_memory(error):
+        return OutOfMemory(
+            "out of memory",
+            at=str(error).splitlines()[0] if str(error) else None,
+            fix="smaller batches: --set SECTION.batch_size=1",
+        )
+    if isinstance(error, OSError) and (told := _disk(error)):
+        return told
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("bifrost_cli"):
+        return EnvironmentProblem(
+            f"the package {error.name} is not installed", fix=f"pip install {error.name}", code="BF-ENV-002"
+        )
+    what = f"{type(error).__name__}: {error}".splitlines()[0]
+    return BifrostError(
+        f"this is a bug: {what}", fix="run it with --debug and report what it prints", code="BF-BUG-001"
+    )
+
+
+def _usage(error: BaseException) -> UsageError:
+    context = getattr(error, "ctx", None)
+    place = context.command_path if context is not None else "bifrost"
+    return UsageError(error.format_message().rstrip("."), fix=f"see {place} --help")  # type: ignore[attr-defined]
+
+
+def _disk(error: OSError) -> BifrostError | None:
+    try:
+        with disk_errors(Path(error.filename or ".")):
+            raise error
+    except BifrostError as told:
+        return told
+    except OSError:
+        if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR):
+            return UsageError(f"{str(error.filename)[:80]} cannot be a path: {error.strerror}", fix="choose another -o")
+        return None

@@ -1,0 +1,231 @@
+"""From a reference and `--set` values to a checked Recipe.
+
+In: nothing (the tiny recipe), the name of a shipped recipe, a YAML file, or an artifact folder, whose manifest keeps
+the resolved recipe. Out: a Recipe, or RecipeError with file:line:column and, for an unknown key, the nearest known
+one. Does not know what the keys mean.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ValidationError
+
+from bifrost_cli.artifacts.manifest import MANIFEST, Artifact
+from bifrost_cli.config.strict_yaml import Document, parse, parse_file
+from bifrost_cli.errors import RecipeError
+
+if TYPE_CHECKING:
+    from bifrost_cli.config.schema import Recipe
+
+DEFAULT = "tiny"
+# What keys were called before each format: a recipe or an artifact of that format is read with the new names.
+RENAMED: dict[int, dict[tuple[str, str], tuple[tuple[str, str], ...]]] = {
+    2: {
+        ("models", "flux"): (("models", "painter"),),
+        ("generate", "flux_guidance"): (("generate", "painter_guidance"),),
+        ("generate", "max_flux_tokens"): (("generate", "painter_tokens"),),
+    },
+    3: {
+        ("models", "painter"): (("models", "diffusion"),),
+        ("models", "revision"): (("models", "mllm_revision"), ("models", "diffusion_revision")),
+        ("latents", "image_size"): (("images", "input_size"),),
+        ("latents", "paint_size"): (("images", "output_size"),),
+        ("latents", "background"): (("images", "background"),),
+        ("latents", "max_pixels"): (("images", "max_pixels"),),
+        ("latents", "min_side"): (("images", "min_side"),),
+        ("latents", "animated"): (("images", "animated"),),
+        ("generate", "guidance"): (("generate", "branch_guidance"),),
+        ("generate", "painter_guidance"): (("generate", "guidance_scale"),),
+        ("generate", "painter_tokens"): (("models", "diffusion_text_tokens"),),
+    },
+}
+_SHOWN = 5
+
+
+def recipes_folder() -> Path:
+    """Where the shipped recipes are: in the wheel beside this file, in a checkout one folder up."""
+    inside = Path(__file__).parents[1] / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def recipe_names() -> list[str]:
+    """The names of the shipped recipes."""
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a shipped recipe. RecipeError naming what exists when there is none."""
+    if name not in recipe_names():
+        raise RecipeError(
+            f"there is no recipe {name}{_did_you_mean(name, recipe_names())}",
+            at=f"shipped: {', '.join(recipe_names())}",
+            fix="give one of these, a YAML file, or an artifact folder",
+            code="BF-RECIPE-004",
+        )
+    return recipes_folder() / f"{name}.yaml"
+
+
+def load_recipe(ref: str | Path | None = None, sets: Sequence[str] = ()) -> Recipe:
+    """The recipe that `ref` means, each `section.key=value` of `sets` on top; RecipeError when it cannot be used."""
+    from bifrost_cli.config.schema import Recipe  # the schema imports this file for its readers' convenience
+
+    document = _read(ref)
+    if not isinstance(document.data, dict):
+        raise RecipeError(
+            "a recipe consists of sections, each with key: value lines", at=document.place(()), code="BF-RECIPE-001"
+        )
+    _upgrade(document)
+    for entry in sets:
+        _apply(document, entry)
+    return validate(Recipe, document)
+
+
+def validate(schema: type[BaseModel], document: Document) -> Any:
+    """The document as `schema`; RecipeError for the first problems, each with its place."""
+    try:
+        return schema.model_validate(document.data)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        raise _recipe_error(schema, document, problems) from error
+
+
+def _read(ref: str | Path | None) -> Document:
+    if ref is None or str(ref) in recipe_names():
+        path = recipe_path(str(ref or DEFAULT))
+    else:
+        path = Path(ref)
+    if path.is_dir() and (path / MANIFEST).exists():
+        return _of_artifact(path)
+    if path.is_file():
+        return parse_file(path)
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise RecipeError(
+            f"there is no recipe file {path}", fix="see the shipped ones: bifrost recipes ls", code="BF-RECIPE-004"
+        )
+    return parse(recipe_path(str(ref)).read_bytes(), str(ref))
+
+
+def _of_artifact(path: Path) -> Document:
+    artifact = Artifact.open(path)
+    if not isinstance(artifact.info.get("recipe"), dict):
+        raise RecipeError(f"{path} ({artifact.kind}) keeps no recipe", fix="give a recipe", code="BF-RECIPE-004")
+    return Document(str(path / MANIFEST), artifact.info["recipe"])
+
+
+def _upgrade(document: Document) -> None:
+    """Give the keys of an older format their names of today, in place; a recipe that names no format is of today."""
+    written = document.data.get("format")
+    for format_, names in RENAMED.items():
+        if type(written) is not int or not 1 <= written < format_:
+            continue
+        for (section, old), now in names.items():
+            values = document.data.get(section)
+            if isinstance(values, dict) and old in values:
+                _rename(document, section, old, now)
+        document.data["format"] = written = format_
+
+
+def _rename(document: Document, section: str, old: str, now: tuple[tuple[str, str], ...]) -> None:
+    value, place = document.data[section].pop(old), document.place((section, old))
+    for other, new in now:
+        if document.data.get(other) is None:
+            document.data[other] = {}
+            document.places[other,] = place
+        if new not in document.data[other]:
+            document.data[other][new] = value
+            document.places[other, new] = place
+
+
+def _apply(document: Document, entry: str) -> None:
+    name = f"--set {entry}"
+    key, equals, text = entry.partition("=")
+    path = tuple(key.strip().split("."))
+    if not equals or not all(path) or not text.strip():
+        raise RecipeError(f"{entry!r} is not key=value", at=name, fix="for example --set branch.train.lr=1e-4")
+    section = document.data
+    for depth, part in enumerate(path[:-1], start=1):
+        if section.get(part) is None:
+            section[part] = {}
+            document.places[path[:depth]] = name
+        section = section[part]
+        if not isinstance(section, dict):
+            raise RecipeError(f"{part} is not a section", at=name, code="BF-RECIPE-002")
+    section[path[-1]] = parse(text.encode(), name).data
+    document.places[path] = name
+
+
+def _recipe_error(schema: type[BaseModel], document: Document, problems: list[Any]) -> RecipeError:
+    problems.sort(key=lambda problem: problem["type"] != "extra_forbidden")
+    lines = [_sentence(schema, problem) for problem in problems[:_SHOWN]]
+    places = [document.place(problem["loc"]) for problem in problems[:_SHOWN]]
+    kind = problems[0]["type"]
+    code = {"extra_forbidden": "BF-RECIPE-002", "value_error": "BF-RECIPE-005"}.get(kind, "BF-RECIPE-003")
+    if problems[0]["loc"] == ("format",) and kind == "less_than_equal":
+        return RecipeError("the recipe is of a newer format", at=places[0], fix="update bifrost", code="BF-RECIPE-006")
+    rest = [f"{place}  {line}" for place, line in zip(places[1:], lines[1:], strict=True)]
+    more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    fix = "see every key and its meaning: bifrost recipes show --keys"
+    return RecipeError(lines[0], at="\n".join([places[0], *rest, *more]), fix=fix, code=code)
+
+
+def _sentence(schema: type[BaseModel], problem: Any) -> str:
+    path = [str(part) for part in problem["loc"]]
+    name = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {name}{_hint(schema, path)}"
+    if problem["type"] == "value_error":
+        return f"{name}: {problem['ctx']['error']}" if name else str(problem["ctx"]["error"])
+    if problem["type"] == "model_type":
+        return f"{name} is a section; it needs keys under it"
+    if problem["type"] == "string_pattern_mismatch":
+        return f"{name} is {problem['input']!r}; it should be {_meaning(schema, path)}"
+    wanted = problem["msg"].removeprefix("Input should be ")
+    return f"{name} is {json.dumps(problem['input'], default=str)[:60]}; it should be {wanted}"
+
+
+def _meaning(schema: type[BaseModel], path: list[str]) -> str:
+    return next(str(info.description) for key, info in all_keys(schema) if key == ".".join(path))
+
+
+def _hint(schema: type[BaseModel], path: list[str]) -> str:
+    """The nearest key of the same section, else the same key in another section."""
+    here = section_keys(schema, path[:-1])
+    if near := difflib.get_close_matches(path[-1], here, n=1):
+        return f"; did you mean {'.'.join([*path[:-1], near[0]])}?"
+    elsewhere = [key for key, _ in all_keys(schema) if key.rpartition(".")[2] == path[-1]]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]}?"
+    return _did_you_mean(".".join(path), [key for key, _ in all_keys(schema)]) or f"; known here: {', '.join(here)}"
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def section_keys(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
+    """The keys of the section at `path`."""
+    for part in path:
+        inner = schema.model_fields[part].annotation if part in schema.model_fields else None
+        if not _is_section(inner):
+            return []
+        schema = inner
+    return list(schema.model_fields)
+
+
+def all_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf key, dotted, with its pydantic field (meaning, default)."""
+    for name, info in schema.model_fields.items():
+        if _is_section(info.annotation):
+            yield from all_keys(info.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)

@@ -1,0 +1,321 @@
+"""The recipe: one frozen schema behind the YAML files, `--set` and the Python API.
+
+In: values. Out: a `Recipe`, or a pydantic ValidationError that `recipe_files` turns into file:line:column. Every
+field has a default, and the defaults are the paper's scale; `recipes/tiny.yaml` is what commands use when nothing is
+said. Unknown keys are refused at every level. Does not know torch, nor where models or data are.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+FORMAT = 3  # `load` reads the older ones: see RENAMED there
+RUN_ONLY: dict[str, Any] = {"identity": False}  # a key that changes no byte of a result
+Count = Annotated[int, Field(ge=1)]
+Every = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """What all sections share: no unknown key, no change after loading, no silent conversion, no infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def since(default: Any) -> dict[str, Any]:
+    """For a key that came later: at `default` a result is what it was before, so identities leave it out."""
+    return {"absent": default}
+
+
+def recorded_as(name: str) -> dict[str, Any]:
+    """For a key that was renamed: identities keep the name that it had, so that a rename makes no new artifact."""
+    return {"identity": name}
+
+
+def identity_of(section: Section) -> dict[str, Any]:
+    """What of a section decides a result, as JSON values under the names that identities record."""
+    values, identity = section.model_dump(mode="json"), {}
+    for name, info in type(section).model_fields.items():
+        facts = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            identity[name] = identity_of(value)
+        elif facts.get("identity") is not False and not ("absent" in facts and values[name] == facts["absent"]):
+            identity[str(facts.get("identity", name))] = values[name]
+    return identity
+
+
+class Models(Section):
+    """The frozen bases. `builtin:NAME` is a folder of this package; anything else a hub id or a local folder."""
+
+    mllm: str = Field("Qwen/Qwen2.5-VL-7B-Instruct", description="the multimodal LLM")
+    mllm_revision: str | None = Field(None, description="its commit on the hub; null is the newest")
+    diffusion: str = Field("black-forest-labs/FLUX.1-dev", description="the diffusion model")
+    diffusion_revision: str | None = Field(None, description="its commit on the hub; null is the newest")
+    diffusion_text_tokens: Count = Field(512, description="prompt tokens that the diffusion model reads")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="number format of the frozen weights")
+    weights: Literal["dtype", "int8", "nf4"] = Field(
+        "dtype", description="frozen layers in dtype, or in 8 or 4 bits (the quant extra; not to train a branch)"
+    )
+
+
+class Images(Section):
+    """What every reading of an image obeys, and the two sizes."""
+
+    input_size: Count = Field(448, description="pixels a side, square, into the encoder")
+    output_size: Count = Field(512, description="pixels a side of generated images")
+    background: str = Field("white", description="the colour under transparent pixels")
+    max_pixels: Count = Field(50_000_000, description="images with more pixels are refused before decoding")
+    min_side: Count = Field(32, description="images with a shorter side are refused")
+    animated: Literal["first", "skip"] = Field("first", description="animated images: their first frame, or skip")
+
+
+class Latents(Section):
+    """extract-latents: images and captions into a store."""
+
+    encoder: str = Field(
+        "mllm",
+        pattern=r"^(mllm|vae|builtin:open_clip|open_clip:.+/.+)$",
+        description="mllm (its own visual encoder), open_clip:NAME/PRETRAINED, or vae (the diffusion model's own latents)",
+    )
+    vae: bool = Field(True, description="store its VAE latents too, so that ControlNet training needs no pixels")
+    shard_rows: Count = Field(1024, description="rows of a shard, the unit of writing and of resuming")
+    chunk_rows: Count = Field(16, description="rows of a chunk, the unit of reading; divides shard_rows")
+    storage: Literal["float16", "int8"] = Field(
+        "float16", description="number format of the stored latents; int8 halves them, at a cosine above 0.999"
+    )
+    batch_size: Count = Field(32, description="pictures encoded at once")
+    missing_caption: Literal["stop", "skip", "empty"] = Field("stop", description="what a missing caption does")
+    bad_image: Literal["stop", "skip"] = Field("stop", description="what an unreadable image does")
+    max_bad: Share = Field(0.01, description="with bad_image skip: the share of bad images that stops after all")
+    recursive: bool = Field(False, description="look for images in the source's folders too")
+    allow_outside: bool = Field(False, description="accept links and paths that leave the source folder")
+    image_column: str | None = Field(None, description="a table's column of images or their paths; null guesses it")
+    caption_column: str | None = Field(None, description="a table's column of captions; null guesses it")
+    flip: bool = Field(False, description="a second row for every image, flipped left to right, caption unchanged")
+    captions: Literal["files", "folders"] = Field(
+        "files", description="where a folder's captions are: .txt files, or the name of each image's folder"
+    )
+    class_names: str | None = Field(
+        None, description="file of lines FOLDER CAPTION, for captions: folders and for archives' .cls"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Latents:
+        if self.shard_rows % self.chunk_rows:
+            raise ValueError(f"shard_rows ({self.shard_rows}) is not a multiple of chunk_rows ({self.chunk_rows})")
+        return self
+
+
+class Train(Section):
+    """One training: AdamW, warm-up, cosine, clipping, averaging, checkpoints."""
+
+    steps: Count = Field(50_000, description="optimizer steps")
+    batch_size: Count = Field(32, description="rows of one forward pass, of all processes together")
+    accumulate: Count = Field(1, description="forward passes summed into one step")
+    optimizer: Literal["adamw", "adamw8bit"] = Field(
+        "adamw",
+        description="adamw, or with its averages in 8 bits: a quarter of their memory (the quant extra)",
+        json_schema_extra=since("adamw"),
+    )
+    lr: Positive = Field(5e-4, description="highest learning rate")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), strict=False, description="AdamW's two averaging factors")
+    weight_decay: NotNegative = Field(0.0, description="AdamW's weight decay")
+    warmup: Every = Field(5_000, description="steps from 0 to lr")
+    clip: NotNegative = Field(1.0, description="largest gradient norm; 0 is no clipping")
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the averaged weights; 0 is none")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of the forward pass")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="keep only the inputs of layers and compute them again for the gradient: less memory, slower",
+        json_schema_extra=RUN_ONLY,
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="several processes: each holds what is trained (ddp), or a part of it (fsdp)",
+        json_schema_extra=RUN_ONLY,
+    )
+    seed: Every = Field(0, description="decides order, masks and noise")
+    checkpoint_every: Count = Field(1_000, description="steps between checkpoints", json_schema_extra=RUN_ONLY)
+    keep: Count = Field(2, description="checkpoints kept", json_schema_extra=RUN_ONLY)
+    log_every: Count = Field(
+        20, description="steps between progress lines (losses.csv has every step)", json_schema_extra=RUN_ONLY
+    )
+    validate_every: Every = Field(1_000, description="steps between validations; 0 is never")
+    validation_rows: Every = Field(64, description="rows held out for validation, never trained on")
+    sample_every: Every = Field(2_000, description="steps between sample grids; 0 is never")
+    tensorboard: bool = Field(
+        False, description="also write TensorBoard events (the tensorboard extra)", json_schema_extra=RUN_ONLY
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Train:
+        if self.validate_every and not self.validation_rows:
+            raise ValueError(f"validate_every ({self.validate_every}) needs validation_rows, which is 0")
+        if self.parallel == "fsdp" and self.optimizer == "adamw8bit":
+            raise ValueError("optimizer adamw8bit keeps blocks that parallel fsdp would cut; use ddp, or adamw")
+        return self
+
+
+class Branch(Section):
+    """The visual generation branch and its training."""
+
+    target: Literal["latents", "queries"] = Field(
+        "latents",
+        description="latents of images (paper), or learned queries, trained with a control by the diffusion model's loss",
+        json_schema_extra=since("latents"),
+    )
+    init: Literal["mllm", "random"] = Field(
+        "mllm", description="the decoder's start: the MLLM's weights, or random", json_schema_extra=since("mllm")
+    )
+    head: Literal["linear", "flow"] = Field("linear", description="linear (paper), or a sampling head for every token")
+    normalize: bool = Field(
+        False, description="predict latents scaled to mean 0, deviation 1 by the store's statistics"
+    )
+    loss_on: Literal["all", "masked"] = Field("all", description="tokens in the loss")
+    mask_mean: Share = Field(1.0, description="mean of the mask ratio's truncated normal")
+    mask_sd: Positive = Field(0.25, description="its standard deviation")
+    mask_low: Share = Field(0.7, description="its lower end")
+    mask_high: Share = Field(1.0, description="its upper end")
+    max_text_tokens: Count = Field(300, description="prompt tokens; longer prompts are cut, and counted")
+    drop_prompt: Share = Field(0.1, description="share of rows trained on the empty prompt, for guidance")
+    plan_share: Share = Field(
+        0.0, description="share of rows that see their plan after the caption, where they have one"
+    )
+    tune: Literal["full", "layers", "lora"] = Field(
+        "full",
+        description="what is trained: all, or the new parts with the decoder's last layers, or with LoRA",
+        json_schema_extra=since("full"),
+    )
+    layers: Every | None = Field(
+        None,
+        description="with tune layers: how many of the last; 0 trains the new parts",
+        json_schema_extra=since(None),
+    )
+    lora_rank: Count | None = Field(
+        None,
+        description="with tune lora: its rank in every linear layer (the lora extra)",
+        json_schema_extra=since(None),
+    )
+    train: Train = Train()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Branch:
+        for tune, key in (("layers", "layers"), ("lora", "lora_rank")):
+            value = getattr(self, key)
+            if (self.tune == tune) != (value is not None):
+                raise ValueError(f"tune {tune} and {key} belong together; here they are {self.tune} and {value}")
+        for key, usual in (("head", "linear"), ("loss_on", "all"), ("tune", "full")):
+            if self.target == "queries" and (value := getattr(self, key)) != usual:
+                raise ValueError(f"{key} {value} is not for target queries, which knows {usual} alone")
+        if self.mask_low > self.mask_high:
+            raise ValueError(f"mask_low ({self.mask_low}) is above mask_high ({self.mask_high})")
+        return self
+
+
+class ControlNet(Section):
+    """The latent ControlNet and its training."""
+
+    control: Literal["controlnet", "cross_attention", "concat"] = Field(
+        "controlnet",
+        description="how FLUX hears the latents: by a ControlNet, as tokens beside its text, or added to its input",
+        json_schema_extra=since("controlnet"),
+    )
+    double_blocks: Count = Field(4, description="the diffusion model's double blocks copied")
+    single_blocks: Every = Field(1, description="its single blocks copied; SD3 has none, and wants 0")
+    latent_noise: NotNegative = Field(0.0, description="largest noise on the latents, in channel deviations")
+    drop_prompt: Share = Field(0.0, description="share of rows trained without their caption")
+    train: Train = Train(lr=1e-4)
+
+
+class Generate(Section):
+    """generate: prompts into images. Options of the command win over these."""
+
+    plan: bool = Field(False, description="the MLLM first writes a dense description, then the branch generates it")
+    plan_instruction: str = Field(
+        "Describe a picture of {prompt} in one dense paragraph: every object, its colour, size and place.",
+        description="what the MLLM is asked; {prompt} stands for the prompt",
+    )
+    plan_tokens: Count = Field(200, description="longest plan, in tokens")
+    decode_steps: Count = Field(64, description="steps of the branch")
+    decode_order: Literal["random", "raster"] = Field(
+        "random",
+        description="which patches are revealed first: a random order of each image, or row by row",
+        json_schema_extra=since("random"),
+    )
+    branch_guidance: NotNegative = Field(
+        1.0,
+        description="weight of the prompt in the branch; 1 runs no unconditional half",
+        json_schema_extra=recorded_as("guidance"),
+    )
+    steps: Count = Field(28, description="diffusion steps")
+    guidance_scale: NotNegative = Field(
+        3.5, description="the diffusion model's guidance", json_schema_extra=recorded_as("painter_guidance")
+    )
+    control_scale: NotNegative = Field(0.7, description="weight of the ControlNet")
+    offload: Literal["none", "model", "sequential"] = Field(
+        "none",
+        description="keep weights in main memory until a part (model) or layer (sequential) needs them; same bytes",
+        json_schema_extra=RUN_ONLY,
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Generate:
+        if "{prompt}" not in self.plan_instruction:
+            raise ValueError("plan_instruction does not contain {prompt}, so the plan could not know the prompt")
+        return self
+
+
+class Evaluate(Section):
+    """eval: samples against a reference."""
+
+    features: str = Field(
+        "inception",
+        pattern=r"^(inception|builtin:open_clip|open_clip:.+|dinov2:.+)$",
+        description="the feature network: inception, open_clip:NAME/PRETRAINED, or dinov2:MODEL",
+    )
+    clip: str = Field(
+        "open_clip:ViT-L-14/openai",
+        pattern=r"^(builtin:open_clip|open_clip:.+)$",
+        description="the CLIP of --clipscore",
+    )
+    inception_weights: str | None = Field(None, description="file of FID's weights; null is torch-fidelity's cache")
+    lpips_weights: str | None = Field(None, description="file of AlexNet's weights; null is torchvision's cache")
+    min_samples: Annotated[int, Field(ge=2)] = Field(2048, description="fewer images than this are refused")
+
+
+class Shapes(Section):
+    """The built-in world of shapes, and how the bases that ship with the package are made."""
+
+    rows: Count = Field(2048, description="rows of the store that extract-latents makes when no source is given")
+    seed: Every = Field(0, description="which scenes")
+    vae: Train = Field(Train(), description="pretraining of the tiny VAE")
+    mllm: Train = Field(Train(), description="pretraining of the tiny MLLM")
+    open_clip: Train = Field(Train(), description="pretraining of the tiny open_clip model")
+    flux: Train = Field(Train(), description="pretraining of the tiny FLUX and its text encoders")
+
+
+class Recipe(Section):
+    """Everything that decides what is computed."""
+
+    format: Annotated[int, Field(ge=1, le=FORMAT)] = Field(FORMAT, description="version of this schema")
+    name: str = Field("paper", description="a short name, for lists")
+    claim: str = Field("", description="what it makes, on what machine, how long, which number to expect")
+    models: Models = Models()
+    images: Images = Images()
+    latents: Latents = Latents()
+    branch: Branch = Branch()
+    controlnet: ControlNet = ControlNet()
+    generate: Generate = Generate()
+    evaluate: Evaluate = Evaluate()
+    shapes: Shapes = Shapes()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.models.weights != "dtype" and self.generate.offload == "sequential":
+            raise ValueError(f"generate.offload sequential cannot move weights in {self.models.weights}; model can")
+        return self

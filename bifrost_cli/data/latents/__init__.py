@@ -1,0 +1,1 @@
+"""The latents store: a Zarr v3 group with an index."""

@@ -1,0 +1,1 @@
+"""Sources of captioned images: folders, tables, Parquet, WebDataset archives, data sets of the hub."""

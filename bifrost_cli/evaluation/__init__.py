@@ -1,0 +1,1 @@
+"""Evaluation: metrics over a set of images, against a reference, with gates and a report."""

@@ -1,0 +1,99 @@
+"""geneval: samples -> the folder that GenEval's own scorer reads, and its results -> a report.
+
+In: a samples artifact and the benchmark's file of prompts; a results.jsonl. Out: a folder of the benchmark's layout; a
+report artifact labelled as the original scorer's. Judges nothing itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id, resolve
+from bifrost_cli.artifacts.files import make_folder, new_folder, write_bytes, write_json
+from bifrost_cli.config.load import load_recipe
+from bifrost_cli.data.image_sets import from_samples
+from bifrost_cli.errors import UsageError
+from bifrost_cli.evaluation.benchmarks.geneval_files import (
+    METADATA,
+    SAMPLES,
+    asked_of,
+    plan_of_result,
+    read_asked,
+    read_results,
+)
+from bifrost_cli.evaluation.image_selection import require_one_kind, require_one_source
+from bifrost_cli.evaluation.metrics.geneval import geneval_result
+from bifrost_cli.evaluation.metrics.metric import generated_from, plan_warnings
+from bifrost_cli.evaluation.report_facts import SCHEMA
+from bifrost_cli.reports.evaluation_page import report_html
+from bifrost_cli.runtime.ui import Ui
+
+ORIGINAL = "by the original scorer"
+
+
+def export_geneval(
+    ref: Path | str, metadata: Path | str, output: Path | str, *, workspace: Path | str = "runs", ui: Ui | None = None
+) -> Path:
+    """Write `output/00000/{metadata.jsonl,samples/0000.png}` for every prompt, whole or not at all; returns `output`.
+
+    A plan stands in its prompt's line, which the scorer copies into its results. DataError: images that are missing,
+    generated from other prompts, or some of them from a plan. UsageError: the folder exists.
+    """
+    artifact, folder = resolve(workspace, ref, "samples"), Path(output)
+    if folder.exists():
+        raise UsageError(f"{folder} exists already", fix="choose another name with -o", code="BF-USE-002")
+    images = from_samples(artifact, load_recipe(str(artifact.path)).images)
+    lines = read_asked(Path(metadata))
+    asked_of(images, lines, Path(metadata))
+    require_one_kind(images)
+    copies = len(images.entries) // len(lines)
+    make_folder(folder.parent)
+    with new_folder(folder) as draft:
+        for index, entry in enumerate(images.entries):
+            place = draft / f"{index // copies:05d}"
+            if index % copies == 0:
+                planned = {} if entry.plan is None else {"plan": entry.plan}
+                make_folder(place / SAMPLES)
+                write_bytes(place / METADATA, (json.dumps(lines[index // copies] | planned) + "\n").encode("utf-8"))
+            write_bytes(place / SAMPLES / f"{index % copies:04d}.png", artifact.file(entry.name).read_bytes())
+    (ui or Ui()).say(f"{folder}: {len(lines)} prompts, {copies} images each, for GenEval's evaluate_images.py")
+    return folder
+
+
+def import_geneval(
+    results: Path | str, *, output: Path | str | None = None, workspace: Path | str = "runs", ui: Ui | None = None
+) -> Artifact:
+    """The original scorer's results.jsonl as a report artifact, with intervals. DataError: `read_results`."""
+    ui, path = ui or Ui(), Path(results)
+    lines = [{"name": one["filename"], "prompt": one["prompt"], "plan": plan_of_result(one), "seed": None,
+              "category": one["tag"], "right": one["correct"], "why": str(one.get("reason") or "")}
+             for one in read_results(path)]  # fmt: skip
+    plans = [line["plan"] for line in lines]
+    require_one_source(plans, str(path))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    identity = {"schema": SCHEMA, "geneval": digest}
+    place = Path(output) if output else default_path(workspace, "report", identity_id("report", identity, []))
+    with Draft.open(place, "report", identity) as draft:
+        if draft.complete:
+            ui.say(f"{place} holds these results already")
+            return draft.complete
+        result = {**geneval_result(lines, ORIGINAL), "painted_from": generated_from(plans, known=False)}
+        result["sentence"] = (
+            f"Read from {path.name} (sha256 {digest[:12]}), which GenEval's own evaluate_images.py wrote: mean of the "
+            f"tasks' means over {len(lines)} images. Painted from {result['painted_from']}."
+        )
+        report = {
+            "schema": SCHEMA, "title": "GenEval, by the original scorer", "summary": f"{len(lines)} pictures",
+            "gen": None, "ref": None, "n_gen": len(lines), "n_ref": None, "seeds": [], "results": [result],
+            "pictures": lines, "plots": [], "skipped": {"unreadable": 0}, "warnings": plan_warnings(plans),
+            "settings": {"results": path.name, "results, sha256": digest}, "lineage": [], "env": {},
+            "command": f"bifrost geneval import {path}",
+        }  # fmt: skip
+        write_json(draft.path / "report.json", report)
+        write_bytes(draft.path / "report.html", report_html(report, {}).encode("utf-8"))
+        headline = f"{result['label']}: {result['value']:.1%} ({result['spread']})"
+        artifact = draft.commit({"geneval": result["value"], "headline": [headline]}, cost={"samples": len(lines)})
+    ui.say(headline)
+    return artifact

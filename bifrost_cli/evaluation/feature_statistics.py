@@ -1,0 +1,98 @@
+"""Saved statistics: mean and covariance of a feature network's layer over a set of images, and the features.
+
+Comes in: arrays, a count and the identity of what they describe. Goes out: one safetensors file, named by that
+identity, never by a name a user chose; ADM's published npz files are read too. Does not know network or images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bifrost_cli.artifacts.files import canonical_json, make_folder
+from bifrost_cli.data.safetensors_io import load_tensors, save_tensors, weights_hash
+from bifrost_cli.errors import ArtifactError
+
+FORMAT = "bifrost.statistics/3"
+READABLE = ("bifrost.statistics/1", "bifrost.statistics/2", FORMAT)  # 1 and 2 had no checksum, 1 no features
+_NAME, _, _NUMBER = FORMAT.rpartition("/")
+_ADM = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """`mean_D` and `covariance_DD` float64 of `count` images; `identity` names images, network and layer.
+
+    `features_ND` float32 in the order of the images' digests, None where only the moments were published. `checked`:
+    the file that they were read from has a checksum, and it is theirs.
+    """
+
+    mean_D: np.ndarray
+    covariance_DD: np.ndarray
+    count: int
+    identity: dict[str, Any]
+    features_ND: np.ndarray | None = None
+    checked: bool = True
+
+
+def statistics_path(folder: Path, identity: dict[str, Any]) -> Path:
+    """Where statistics of this identity are kept below `folder`."""
+    return Path(folder) / f"{hashlib.sha256(canonical_json(identity)).hexdigest()[:24]}.safetensors"
+
+
+def save_statistics(path: Path, statistics: Statistics) -> None:
+    """Write the file whole or not at all. Errors: DiskFull."""
+    make_folder(path.parent)
+    tensors = {"mu": statistics.mean_D.astype(np.float64), "sigma": statistics.covariance_DD.astype(np.float64)}
+    if statistics.features_ND is not None:
+        tensors["features"] = statistics.features_ND.astype(np.float32)
+    described = {"format": FORMAT, "n": statistics.count, "identity": statistics.identity}
+    save_tensors(path, tensors, {**described, "digest": _digest(described, tensors)})
+
+
+def load_statistics(path: Path) -> Statistics:
+    """Read a file of `save_statistics`, of this format or an earlier one.
+
+    ArtifactError: a later format (BF-ART-002); another one, missing tensors, another precision, or one bit that is not
+    as it was written (BF-ART-005).
+    """
+    tensors, meta = load_tensors(path)
+    name, _, number = str(meta.get("format")).rpartition("/")
+    if name == _NAME and number.isdecimal() and int(number) > int(_NUMBER):
+        raise ArtifactError.newer(f"{path} holds statistics", number, int(_NUMBER))
+    arrays = {name: value.numpy() for name, value in tensors.items()}
+    whole = {"mu", "sigma"} <= set(arrays) <= {"mu", "sigma", "features"} and isinstance(meta.get("n"), int)
+    if meta.get("format") not in READABLE or not whole or not isinstance(meta.get("identity"), dict):
+        raise ArtifactError(f"{path} holds no reference statistics ({FORMAT})", code="BF-ART-005")
+    if {arrays["mu"].dtype, arrays["sigma"].dtype} != {np.dtype(np.float64)}:
+        raise ArtifactError(f"{path} holds statistics in another precision than float64", code="BF-ART-005")
+    checked, digest = meta["format"] == FORMAT, meta.pop("digest", None)
+    if checked and digest != _digest(meta, arrays):
+        raise ArtifactError(f"{path} is damaged: its checksum is another", fix="delete it", code="BF-ART-005")
+    return Statistics(arrays["mu"], arrays["sigma"], meta["n"], meta["identity"], arrays.get("features"), checked)
+
+
+def _digest(described: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
+    return hashlib.sha256(canonical_json([described, weights_hash(tensors)])).hexdigest()
+
+
+def load_adm(path: Path, layer: str) -> Statistics:
+    """The moments in an npz of ADM's evaluator (`mu`, `sigma`; `mu_s`, `sigma_s` for the spatial layer), no pickle.
+
+    Such a file says neither its network nor how many images: the count is 0. ArtifactError BF-ART-005, or 008 when
+    it holds objects instead of numbers.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            mean_D, covariance_DD = (np.asarray(arrays[name], np.float64) for name in _ADM[layer])
+    except KeyError as error:
+        message = f"{path} has no statistics of the {layer} layer"
+        raise ArtifactError(message, at=str(error), code="BF-ART-005") from error
+    except Exception as error:  # the archive's bytes decide what is raised
+        code = "BF-ART-008" if "pickle" in str(error) else "BF-ART-005"
+        raise ArtifactError(f"{path} is not an npz of statistics", at=str(error)[:200], code=code) from error
+    return Statistics(mean_D, covariance_DD, 0, {"published": path.name, "layer": layer})

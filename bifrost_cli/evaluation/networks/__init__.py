@@ -1,0 +1,1 @@
+"""Networks that metrics use: feature networks, LPIPS, a detector, a VQA judge."""

@@ -1,0 +1,135 @@
+"""What samples are compared with: a folder, samples, a latents store's images, statistics, or the built-in world.
+
+Comes in: the user's reference and a feature network. Goes out: statistics by layer. Does not know the samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from bifrost_cli.artifacts import resolve
+from bifrost_cli.artifacts.files import sha256_file
+from bifrost_cli.config.schema import Recipe
+from bifrost_cli.data.image_sets import ImageSet, drawn, from_folder, from_samples, squared
+from bifrost_cli.errors import ArtifactError, DataError, UsageError
+from bifrost_cli.evaluation.feature_cache import statistics_of
+from bifrost_cli.evaluation.feature_statistics import Statistics, load_adm, load_statistics
+from bifrost_cli.evaluation.networks.feature_network import FeatureNetwork
+from bifrost_cli.extraction.choose_source import images_of_store
+from bifrost_cli.runtime.ui import Ui
+
+WORLD_SEED, FLOOR_SEED = 1, 2  # 0 is the seed of the prompts a default set is made from
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Images, or a file of statistics. `world`: drawings of the built-in world, of which any other are as good;
+    `originals`: the images that the samples are reconstructions of, one by one."""
+
+    what: str
+    digest: str
+    count: int
+    images: ImageSet | None = None
+    file: Path | None = None
+    world: bool = False
+    originals: bool = False
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        return {"digest": self.digest, "n": self.count, "saved": self.file is not None}
+
+    def statistics(
+        self, network: FeatureNetwork, layers: Sequence[str], workspace: Path, ui: Ui
+    ) -> dict[str, Statistics]:
+        """By layer. ArtifactError BF-ART-004: saved statistics of another network or layer, with both identities."""
+        if self.images is not None:
+            return statistics_of(self.images, network, layers, workspace, ui, "features of the reference")
+        if self.file.suffix == ".npz":
+            _require_inception(self.what, network)
+            return {layer: load_adm(self.file, layer) for layer in layers}
+        saved = load_statistics(self.file)
+        _require_same_features(self.what, saved.identity.get("features"), network.identity)
+        if unlike := [layer for layer in layers if saved.identity.get("layer", "pool") != layer]:
+            raise ArtifactError(
+                f"{self.what} are of the layer {saved.identity.get('layer', 'pool')}, not {', '.join(unlike)}",
+                fix="give the images themselves as --reference; their statistics are computed and kept",
+                code="BF-ART-004",
+            )
+        return {layer: saved for layer in layers}
+
+
+def reference_for(recipe: Recipe, ref: Path | str | None, count: int, workspace: Path | str) -> Reference:
+    """Find out what `ref` is. None: `count` drawings of the built-in world.
+
+    DataError: fewer than 4 images. UsageError: None, with a recipe of another world.
+    """
+    if ref is not None and Path(ref).suffix in (".safetensors", ".npz"):
+        published = Path(ref).suffix == ".npz"
+        count = (load_adm(Path(ref), "pool") if published else load_statistics(Path(ref))).count
+        return Reference(f"saved statistics {ref}", sha256_file(Path(ref)), count, file=Path(ref))
+    images = images_for(recipe, ref, count, workspace)
+    if len(images.entries) < 4:
+        raise DataError(
+            f"the reference, {images.what}, has {len(images.entries)} images; a covariance needs more",
+            fix="give a folder with at least as many images as there are samples",
+            code="BF-DATA-008",
+        )
+    return Reference(images.what, images.content, len(images.entries), images=images, world=ref is None)
+
+
+def images_for(recipe: Recipe, ref: Path | str | None, count: int, workspace: Path | str) -> ImageSet:
+    """The images that `ref` means; None: `count` drawings of the built-in world. Errors as `reference_for`."""
+    if ref is None:
+        _require_world(recipe)
+        return drawn(count, seed=WORLD_SEED)
+    if Path(ref).is_dir() and not (Path(ref) / "manifest.json").exists():
+        return from_folder(Path(ref), recipe.images)
+    artifact = resolve(workspace, ref)
+    if artifact.kind == "latents":
+        return images_of_store(artifact)
+    return from_samples(resolve(workspace, ref, "samples"), recipe.images)
+
+
+def originals_for(recipe: Recipe, ref: Path | str | None, count: int, workspace: Path | str) -> Reference:
+    """The same as squares of `images.output_size`, to be reconstructed and compared with one by one.
+
+    UsageError: statistics, which hold no images.
+    """
+    if ref is not None and Path(ref).suffix in (".safetensors", ".npz"):
+        raise UsageError(f"{ref} holds statistics, and a reconstruction needs the pictures", fix="--reference FOLDER")
+    images = squared(images_for(recipe, ref, count, workspace), recipe.images.output_size)
+    return Reference(images.what, images.content, len(images.entries), images=images, originals=True)
+
+
+def _require_world(recipe: Recipe) -> None:
+    if not recipe.models.diffusion.startswith("builtin:"):
+        raise UsageError(
+            f"recipe {recipe.name} does not generate the built-in world, so there is no default reference",
+            fix="give --reference FOLDER, a samples artifact, or a saved statistics file",
+        )
+
+
+def _require_inception(what: str, network: FeatureNetwork) -> None:
+    if network.identity["name"] != "inception":
+        raise ArtifactError(
+            f"{what} are of the Inception network, not {network.identity['name']}",
+            fix="--features inception, or give the images themselves as --reference",
+            code="BF-ART-004",
+        )
+
+
+def _require_same_features(what: str, saved: Any, wanted: dict[str, Any]) -> None:
+    if saved == wanted:
+        return
+    saved = saved if isinstance(saved, dict) else {}
+    changed = [f"{key}: {saved.get(key)} -> {value}" for key, value in wanted.items() if saved.get(key) != value]
+    raise ArtifactError(
+        f"{what} were made with other features",
+        at="; ".join(changed),
+        fix="give the images themselves as --reference; their statistics are computed and kept",
+        code="BF-ART-004",
+    )

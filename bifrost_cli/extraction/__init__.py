@@ -1,0 +1,1 @@
+"""extract-latents: captioned images into a latents store."""

@@ -1,0 +1,47 @@
+"""data check: everything that is wrong with a source, before any model is loaded.
+
+In: a recipe and a source. Out: the funnel, every problem, and the error with which an extraction would stop, if any.
+Runs the scan of extract-latents and nothing else; writes nothing. Knows no encoder and no store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from bifrost_cli.config.schema import Recipe
+from bifrost_cli.data.sources.problems import Problem, SourceError
+from bifrost_cli.data.sources.scan import refuse_problems, scan
+from bifrost_cli.errors import DataError
+from bifrost_cli.runtime.ui import Ui
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a source gives: the funnel and other counts ({} when it cannot be listed), and what is wrong with it."""
+
+    problems: tuple[Problem, ...]
+    stops: DataError | None
+    funnel: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+def check_source(recipe: Recipe, source: str, *, ui: Ui | None = None) -> Checked:
+    """Scan `source` under the recipe's rules, going on where an extraction stops. Errors that are not the data's own
+    (2, 3) are raised."""
+    ui, rules = ui or Ui(), recipe.latents
+    milder = {"bad_image": "skip", "max_bad": 1.0}
+    if rules.missing_caption == "stop":
+        milder["missing_caption"] = "skip"
+    try:
+        found = scan(source, rules.model_copy(update=milder), recipe.images, ui.progress)
+    except DataError as error:
+        return Checked(error.problems if isinstance(error, SourceError) else (), error)
+    for line in found.said:
+        ui.say(line)
+    stops = None
+    try:
+        refuse_problems(found, source, rules)
+    except SourceError as error:
+        stops = error
+    return Checked(found.events, stops, found.funnel, found.counts)

@@ -1,0 +1,42 @@
+"""ask: the frozen MLLM answers a question about an image. Nothing that Bifrost trains has a part in it.
+
+In: a recipe, an image, a question. Out: the answer as text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from bifrost_cli.config.schema import Recipe
+from bifrost_cli.data.images import read_image
+from bifrost_cli.errors import UsageError
+from bifrost_cli.loading.loaders import load_mllm
+from bifrost_cli.loading.offload import OffloadPolicy
+from bifrost_cli.loading.resolve import resolve_device
+from bifrost_cli.runtime.ui import Ui
+
+
+def ask(
+    recipe: Recipe,
+    image: Path | str,
+    question: str,
+    *,
+    max_tokens: int = 64,
+    device: str = "auto",
+    ui: Ui | None = None,
+) -> str:
+    """The MLLM's greedy answer, at most `max_tokens` tokens. BadImage (4), UsageError (2) for an empty question."""
+    ui = ui or Ui()
+    if not question.strip():
+        raise UsageError("the question is empty", fix='bifrost ask IMAGE "what is in the image?"')
+    decoded = read_image(Path(image), recipe.images)
+    for note in decoded.notes:
+        ui.say(f"{image}: {note}")
+    models = recipe.models
+    offload_policy = OffloadPolicy(resolve_device(device), recipe.generate.offload, models.weights)
+    mllm = load_mllm(models.mllm, offload_policy.home, getattr(torch, models.dtype), revision=models.mllm_revision)
+    offload_policy.settle(mllm.model, frozen=[mllm.decoder])
+    with offload_policy.on(mllm.model):
+        return mllm.answer(decoded.rgb.copy(), question, max_tokens)  # Pillow lends a read-only array

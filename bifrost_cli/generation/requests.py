@@ -1,0 +1,142 @@
+"""What is to be generated: prompts from the command line or a file, and where each image goes.
+
+In: prompts, a file of prompts, an output name. Out: `ImageRequest`s (one an image) and a `Destination`; UsageError for what
+cannot be generated or would be overwritten. Does not know models; reads no image.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bifrost_cli.errors import UsageError
+from bifrost_cli.runtime.ui import Ui
+
+MAX_BYTES = 64 * 1024
+FILE_BYTES = 1 << 28  # of a file of prompts
+OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """One image to generate. The same (prompt, seed) is the same image, alone or among others."""
+
+    index: int
+    prompt: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """File name: the number alone, since a prompt may hold anything."""
+        return f"{self.index:05d}.png"
+
+
+def image_requests(prompts: Sequence[str], copies: int, seed: int) -> Iterator[ImageRequest]:
+    """`copies` images of each prompt, seeds counting up from `seed`; a prompt that comes again goes on counting."""
+    rendered: Counter[str] = Counter()
+    for index in range(len(prompts) * copies):
+        prompt = prompts[index // copies]
+        yield ImageRequest(index, prompt, seed + rendered[prompt])
+        rendered[prompt] += 1
+
+
+def read_prompts(prompts: str | Path | Sequence[str], ui: Ui) -> list[str]:
+    """One prompt (str), a file with one a line (Path), or a list of them; each checked.
+
+    In a file blank lines are skipped and counted; a line that begins with `#` is a prompt like any other; the lines of
+    a .jsonl file are objects with a "prompt", as GenEval's are. UsageError (2): no prompt, an empty one, one that is no
+    text, over 64 kB, or holds a NUL; the file's name and line are given.
+    """
+    if isinstance(prompts, Path):
+        return _prompt_file(prompts, ui)
+    given = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not given:
+        raise UsageError("there is no prompt", fix=_EXAMPLE)
+    for number, prompt in enumerate(given, start=1):
+        _check(prompt, f"prompt {number}" if len(given) > 1 else "the prompt")
+    return given
+
+
+def destination(output: Path | str | None, images: int) -> Path | None:
+    """The one PNG file that is asked for, or None when the images go into a samples folder.
+
+    UsageError (2): the file exists, several images for one file, a format other than PNG, a folder name that is a
+    file.
+    """
+    if output is None:
+        return None
+    path = Path(output)
+    suffix = path.suffix.lower()
+    if suffix in OTHER_FORMATS:
+        raise UsageError(f"{path} would not be a PNG", at="pictures are written as PNG alone",
+                         fix=f"-o {path.with_suffix('.png')}")  # fmt: skip
+    if suffix != ".png":
+        if path.exists() and not path.is_dir():
+            raise _exists(path, f"{path}-2")
+        return None
+    if images != 1:
+        raise UsageError(f"{images} images do not fit into {path}", fix=f"give a folder: -o {path.with_suffix('')}")
+    if path.exists() or path.is_symlink():
+        raise _exists(path, str(path.with_name(f"{path.stem}-2.png")))
+    return path
+
+
+_EXAMPLE = 'bifrost generate "a red circle above a blue square" -o out.png'
+
+
+def _exists(path: Path, other: str) -> UsageError:
+    return UsageError(f"{path} exists already", at="nothing is overwritten", fix=f"-o {other}, or remove {path}",
+                      code="BF-USE-002")  # fmt: skip
+
+
+def _prompt_file(path: Path, ui: Ui) -> list[str]:
+    lines = _text(path).removesuffix("\n").split("\n")  # not splitlines: U+2028 may stand in a prompt
+    found = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not found:
+        raise UsageError(f"{path} holds no prompt", fix="write one prompt a line")
+    if path.suffix == ".jsonl":
+        found = [(number, _of_json(line, f"{path}:{number}")) for number, line in found]
+    for number, prompt in found:
+        _check(prompt, f"{path}:{number}")
+    if blank := len(lines) - len(found):
+        ui.say(f"{path}: {len(found)} prompts; {blank} blank lines skipped")
+    return [prompt for _, prompt in found]
+
+
+def _of_json(line: str, where: str) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is no JSON: {error}", fix='a line is an object: {"prompt": "a star"}') from error
+    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        raise UsageError(f"{where} has no prompt", fix='a line is an object: {"prompt": "a star"}')
+    return value["prompt"]
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:  # a file, or what a shell gives for <(...)
+            data = stream.read(FILE_BYTES + 1)
+        if len(data) > FILE_BYTES:
+            raise UsageError(f"{path} has more than {FILE_BYTES} bytes", fix="give a file with one prompt a line")
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text", at=f"byte {error.start}", fix="save it as UTF-8") from error
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}", fix="give a text file") from error
+
+
+def _check(prompt: str, where: str) -> None:
+    if not prompt.strip():
+        raise UsageError(f"{where} is empty", fix=_EXAMPLE)
+    if "\0" in prompt:
+        raise UsageError(f"{where} holds a NUL character", at=repr(prompt[:60]), fix="remove it")
+    try:
+        size = len(prompt.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise UsageError(f"{where} is not valid text", at=f"character {error.start}", fix="type it as UTF-8") from error
+    if size > MAX_BYTES:
+        raise UsageError(f"{where} has {size} bytes; at most {MAX_BYTES} are read", fix="shorten it")

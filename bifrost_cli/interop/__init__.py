@@ -1,0 +1,1 @@
+"""Other programs' layouts: import and export of published checkpoints."""

@@ -1,0 +1,88 @@
+"""export-mllm: the frozen MLLM of a recipe as a folder of its own, for programs that measure understanding.
+
+In: a recipe. Out: a new folder: the base's own files, byte for byte, and README.md with the hash of its weights and the
+command of lmms-eval. What generates and what is measured are then one model by its hash. Does not know the branch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from bifrost_cli.artifacts.files import make_folder, new_file, new_folder, write_bytes
+from bifrost_cli.config.schema import Recipe
+from bifrost_cli.errors import ArtifactError, UsageError
+from bifrost_cli.loading.loaders import load_mllm
+from bifrost_cli.loading.resolve import MODEL_FILES, resolve_model
+from bifrost_cli.models.mllm.frozen_mllm import Mllm
+from bifrost_cli.runtime.ui import Ui
+
+BLOCK = 16 * 2**20
+_LMMS_EVAL = {"qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl"}  # model_type -> its model; the LLaVAs have one
+
+
+def export_mllm(recipe: Recipe, output: Path | str, *, ui: Ui | None = None) -> Path:
+    """Copy the recipe's frozen MLLM into the new folder `output`, load the copy and compare hashes; returns the folder.
+
+    The folder appears whole or not at all. UsageError (2): it exists. EnvironmentProblem (3): no such model here.
+    ArtifactError (5): damaged weights, or a copy whose weights have another hash.
+    """
+    ui, folder, models = ui or Ui(), Path(output), recipe.models
+    if folder.exists() or folder.is_symlink():
+        raise UsageError(f"{folder} exists already", fix="choose another place with -o", code="BF-USE-002")
+    dtype, cpu = getattr(torch, models.dtype), torch.device("cpu")
+    base = load_mllm(models.mllm, cpu, dtype, revision=models.mllm_revision)
+    kind, wanted = base.model.config.model_type, base.weights_hash()
+    del base  # the copy is loaded next, and there may be room for one
+    source = Path(resolve_model(models.mllm, revision=models.mllm_revision))
+    make_folder(folder.parent)
+    with new_folder(folder) as draft:
+        for path in sorted({path for pattern in MODEL_FILES for path in source.glob(pattern)}):
+            _copy(path, draft / path.name)
+        _require_same(load_mllm(str(draft), cpu, dtype), wanted, models.mllm)
+        write_bytes(draft / "README.md", _card(recipe, folder.name, kind, wanted).encode())
+    ui.say(f"{folder}: the MLLM as it is, weights {wanted[:12]}; {_command(str(folder), kind)}")
+    return folder
+
+
+def _copy(source: Path, target: Path) -> None:
+    with new_file(target, source.stat().st_size) as write:
+        for block in _blocks(source):
+            write(block)
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            yield block
+
+
+def _require_same(copy: Mllm, wanted: str, name: str) -> None:
+    if (found := copy.weights_hash()) != wanted:
+        raise ArtifactError(f"the copy of {name} has other weights", at=f"sha256 {wanted[:12]} -> {found[:12]}",
+                            fix="give the command again; if it stays, check the disk", code="BF-ART-008")  # fmt: skip
+
+
+def _command(folder: str, kind: str) -> str:
+    name = _LMMS_EVAL.get(kind, "llava_hf")
+    return f"python -m lmms_eval --model {name} --model_args pretrained={folder} --tasks mme --batch_size 1"
+
+
+def _card(recipe: Recipe, folder: str, kind: str, weights: str) -> str:
+    revision = f" at revision {recipe.models.mllm_revision}" if recipe.models.mllm_revision else ""
+    return f"""# The frozen MLLM of recipe {recipe.name}
+
+These are the files of {recipe.models.mllm}{revision}, byte for byte; Bifrost trains a branch beside this model and
+never changes it. sha256 over its tensors in {recipe.models.dtype}: `{weights}`. The manifest of every branch that was
+trained beside it names the same hash (`bifrost artifacts show BRANCH`, identity.mllm).
+
+Its understanding, measured by lmms-eval (a package of its own environment):
+
+```sh
+{_command(folder, kind)}
+```
+
+The licence is that of the base model.
+"""

@@ -1,0 +1,1 @@
+"""Model references to loaded, frozen models: the hub, offloading, quantization, fingerprints."""

@@ -1,0 +1,208 @@
+"""Names -> folders -> models: the only place where weights are read for use.
+
+In: `builtin:NAME`, a folder, a hub id, or an artifact; a device and a number format. Out: models in eval mode, frozen
+and whole: a tensor that is missing or of another shape is an error. Does not know what the models are used for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, ModelMixin
+from diffusers.utils import logging as diffusers_logging
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.utils import logging as hub_logging
+
+from bifrost_cli.artifacts import Artifact
+from bifrost_cli.artifacts.files import read_json
+from bifrost_cli.config.schema import Recipe
+from bifrost_cli.data.safetensors_io import load_tensors, misfits, shapes_of
+from bifrost_cli.data.sharded_checkpoint import ShardedCheckpoint
+from bifrost_cli.errors import ArtifactError
+from bifrost_cli.loading.diffusion_families import PARTS, diffusion_family, require_part
+from bifrost_cli.loading.open_clip_models import features_name, load_open_clip
+from bifrost_cli.loading.resolve import MODEL_FILES, model_errors, resolve_model
+from bifrost_cli.models.branch.visual_branch import VisualBranch
+from bifrost_cli.models.diffusion.base import DiffusionModel
+from bifrost_cli.models.diffusion.controlnet import controlnet_from_config
+from bifrost_cli.models.diffusion.flux import FluxModel
+from bifrost_cli.models.diffusion.sd3 import Sd3Model
+from bifrost_cli.models.encoders import Encoder, MllmEncoder, OpenClipEncoder, VaePatchEncoder
+from bifrost_cli.models.mllm.adapters import adapter_of, require_known
+from bifrost_cli.models.mllm.frozen_mllm import Mllm
+
+_FAMILY_FILES = ("model_index.json", "*/config.json")
+_DIFFUSION_MODELS = {diffusion.family: diffusion for diffusion in (FluxModel, Sd3Model)}
+_CONFIG = "config.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_SHOWN = 5
+
+for library in (hub_logging, diffusers_logging):  # a bar for every part of a model, terminal or not; ours counts
+    library.disable_progress_bar()
+
+
+# ---- the frozen bases -----------------------------------------------------------------------------------------------
+
+
+def load_mllm(
+    ref: str, device: torch.device, dtype: torch.dtype = torch.float32, *, revision: str | None = None
+) -> Mllm:
+    """The frozen multimodal LLM, of the family that its config.json names (`models.families`).
+
+    EnvironmentProblem or ArtifactError when it is not there, not whole, or of no known family.
+    """
+    config = Path(resolve_model(ref, revision=revision, patterns=(_CONFIG,))) / _CONFIG
+    if config.is_file():  # before gigabytes are fetched that could not be used
+        values = read_json(config)
+        require_known(values.get("model_type") if isinstance(values, dict) else None)
+    folder = resolve_model(ref, revision=revision)
+    with model_errors(ref):
+        adapter_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        if not any((Path(folder) / name).is_file() for name in _TOKENIZERS):
+            # The library would make an empty one.
+            raise ValueError(f"it has no tokenizer: none of {', '.join(_TOKENIZERS)}")
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        if ShardedCheckpoint.open(folder, pickles_too=True) is None:
+            ShardedCheckpoint.open(folder)  # says so if pickles are all there is
+        model = _whole(AutoModelForImageTextToText, folder, dtype=dtype, trust_remote_code=False)
+        return Mllm(model.to(device), _tokenizer(processor), processor.image_processor)
+
+
+def _tokenizer(processor: ProcessorMixin) -> PreTrainedTokenizerBase:
+    """The processor's tokenizer, as a batch of prompts needs it: padded on the left, and with the chat template."""
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side, tokenizer.chat_template = "left", processor.chat_template or tokenizer.chat_template
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if not tokenizer.chat_template:
+        raise ValueError("it has no chat template (chat_template.jinja, or in tokenizer_config.json)")
+    return tokenizer
+
+
+def load_diffusion(
+    ref: str, device: torch.device, dtype: torch.dtype = torch.float32, *, revision: str | None = None
+) -> DiffusionModel:
+    """A frozen FLUX or SD3 from a diffusers pipeline folder. EnvironmentProblem or ArtifactError as `load_mllm`."""
+    family = diffusion_family(
+        resolve_model(ref, revision=revision, patterns=_FAMILY_FILES)
+    )  # before gigabytes are fetched
+    patterns = ["model_index.json", *(f"{part}/{name}" for part in PARTS[family] for name in MODEL_FILES)]
+    folder = resolve_model(ref, revision=revision, patterns=patterns)
+    for part, kind in PARTS[family].items():
+        require_part(folder, part, kind)
+    parts = {part: _part(kind, folder, part, device, dtype) for part, kind in PARTS[family].items()}
+    return _DIFFUSION_MODELS[family](**parts)
+
+
+def load_vae(
+    ref: str, device: torch.device, dtype: torch.dtype = torch.float32, *, revision: str | None = None
+) -> AutoencoderKL:
+    """The VAE of a diffusion model alone, a hundredth of the whole. Errors as `load_diffusion`."""
+    patterns = ["model_index.json", *(f"vae/{name}" for name in MODEL_FILES)]
+    folder = resolve_model(ref, revision=revision, patterns=patterns)
+    require_part(folder, "vae", AutoencoderKL)
+    return _part(AutoencoderKL, folder, "vae", device, dtype)
+
+
+def _part(kind: Any, folder: str, part: str, device: torch.device, dtype: torch.dtype) -> Any:
+    with model_errors(f"{folder}/{part}"):
+        if not issubclass(kind, nn.Module):
+            return kind.from_pretrained(folder, subfolder=part)
+        named = {"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype}
+        return _frozen(_whole(kind, folder, subfolder=part, **named), device)
+
+
+def load_encoder(recipe: Recipe, device: torch.device) -> Encoder:
+    """The image encoder of `latents.encoder`. RecipeError (2) when its sizes and `images.input_size` do not fit."""
+    wanted, size, models = recipe.latents, recipe.images.input_size, recipe.models
+    if wanted.encoder == "mllm":
+        mllm = load_mllm(models.mllm, device, getattr(torch, models.dtype), revision=models.mllm_revision)
+        return MllmEncoder(mllm, size)
+    if wanted.encoder == "vae":
+        vae = load_vae(models.diffusion, device, getattr(torch, models.dtype), revision=models.diffusion_revision)
+        return VaePatchEncoder(vae, size)
+    model = load_open_clip(wanted.encoder, device)
+    return OpenClipEncoder(model, features_name(wanted.encoder), size)
+
+
+def _whole(kind: Any, folder: str, **options: Any) -> Any:
+    """`from_pretrained`, which would fill what is missing with random numbers and a warning: here that stops."""
+    loud = hub_logging.get_verbosity()
+    hub_logging.set_verbosity_error()  # the library prints a table of what our error says
+    try:
+        model, told = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
+                                           ignore_mismatched_sizes=True, **options)  # fmt: skip
+    finally:
+        hub_logging.set_verbosity(loud)
+    lost = [*told["missing_keys"], *(f"{name} is {(*found,)}, not {(*wanted,)}"
+                                     for name, found, wanted in told["mismatched_keys"])]  # fmt: skip
+    if lost:
+        name, shown = type(model).__name__, "; ".join(sorted(lost)[:_SHOWN])
+        raise ArtifactError(f"{folder} lacks {len(lost)} tensors of {name}, or has them in another shape",
+                            at=shown, fix="fetch the model again", code="BF-ART-007")  # fmt: skip
+    return model
+
+
+# ---- what was trained -----------------------------------------------------------------------------------------------
+
+
+def load_branch(
+    artifact: Artifact, device: torch.device, dtype: torch.dtype = torch.float32, *, mllm: Mllm | None = None
+) -> VisualBranch:
+    """A trained branch; every payload file is checked first. ArtifactError BF-ART-005, 007 or 008.
+
+    mllm: whose tensors a branch takes that was trained in part; its weights must be those of the training.
+    """
+    config, prefix = _part_of(artifact, "branch")
+    with init_empty_weights():
+        branch = VisualBranch.from_config(config)
+    base = branch.from_base(mllm) if branch.tune and mllm is not None else {}
+    return _frozen(_filled(branch, artifact, prefix, base), device).to(dtype)
+
+
+def load_controlnet(artifact: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A trained ControlNet, or the control that learned queries were trained with; as `load_branch`."""
+    config, prefix = _part_of(artifact, "control")
+    with init_empty_weights():
+        controlnet = controlnet_from_config(config)
+    controlnet = _frozen(_filled(controlnet, artifact, prefix, {}), device)
+    return nn.Module.to(controlnet, dtype)  # diffusers' own `to` warns of modules kept in float32; there are none
+
+
+def _part_of(artifact: Artifact, part: str) -> tuple[dict[str, Any], str]:
+    """The config of a part, and what the names of its tensors begin with where an artifact holds two."""
+    artifact.check()
+    config = read_json(artifact.file("config.json"))
+    return (config[part], f"{part}.") if "branch" in config else (config, "")
+
+
+def _filled(module: nn.Module, artifact: Artifact, prefix: str, base: dict[str, torch.Tensor]) -> nn.Module:
+    """An empty module with the artifact's weights and those of its base, nothing copied; every tensor that is missing,
+    surplus, misshapen, or of whole numbers instead of fractions, is named."""
+    path = artifact.file("model.safetensors")
+    there = load_tensors(path)[0]
+    weights = {**base, **{name.removeprefix(prefix): there[name] for name in there if name.startswith(prefix)}}
+    wanted = module.state_dict()
+    troubles = misfits(shapes_of(wanted), shapes_of(weights))
+    troubles = troubles or [f"{name} holds {weights[name].dtype}, not {own.dtype}" for name, own in wanted.items()
+                            if weights[name].is_floating_point() != own.is_floating_point()]  # fmt: skip
+    if troubles:
+        more = [f"and {len(troubles) - _SHOWN} more"] if len(troubles) > _SHOWN else []
+        shown = "; ".join(troubles[:_SHOWN] + more)
+        raise ArtifactError(f"the weights of {path} do not fit its config.json", at=shown, fix="train it again",
+                            code="BF-ART-007")  # fmt: skip
+    module.load_state_dict(weights, assign=True)
+    return module
+
+
+def _frozen(module: nn.Module, device: torch.device) -> nn.Module:
+    return module.eval().requires_grad_(False).to(device)

@@ -1,1 +1,0 @@
-"""Pure functions in the paper's letters: orders, schedules, flow, Frechet. They know torch and numpy, and no model."""

@@ -1,0 +1,1 @@
+"""The visual generation branch: decoder copy, heads, masking and masked sampling."""

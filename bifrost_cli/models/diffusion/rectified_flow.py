@@ -1,0 +1,56 @@
+"""Rectified flow as FLUX uses it: the straight path, its target, the resolution shift, the training noise levels.
+
+In: tensors and plain numbers. Out: tensors and plain numbers. Knows no model, no scheduler object and no file.
+Letters: x0 clean, e noise, s (sigma) noise level in [0, 1] with 1 = pure noise. B images in a batch, C D H W N free.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from bifrost_cli.models.row_noise import NoiseSource, normal
+
+
+def noisy(clean: torch.Tensor, noise: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
+    """The point at noise level s on the straight path: x_s = (1 - s) x0 + s e (SD3, arXiv 2403.03206, eq. 13)."""
+    sigma = sigma_B.to(clean.dtype).reshape(-1, *[1] * (clean.ndim - 1))
+    return (1 - sigma) * clean + sigma * noise
+
+
+def flow_target(clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The velocity dx_s/ds = e - x0, which the model learns; the same at every noise level."""
+    return noise - clean
+
+
+def logit_normal(count: int, generator: NoiseSource, mean: float = 0.0, sd: float = 1.0) -> torch.Tensor:
+    """`count` noise levels s = sigmoid(u), u ~ N(mean, sd) (SD3, section 3.1; the draw of diffusers' FLUX trainers)."""
+    return torch.sigmoid(mean + sd * normal((count,), generator))
+
+
+def shift_mu(
+    image_tokens: int,
+    base_tokens: int = 256,
+    max_tokens: int = 4096,
+    base_shift: float = 0.5,
+    max_shift: float = 1.15,
+) -> float:
+    """FLUX's shift exponent: the line through (base_tokens, base_shift) and (max_tokens, max_shift)."""
+    slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+    return image_tokens * slope + (base_shift - slope * base_tokens)
+
+
+def shift_exponential(sigma: torch.Tensor, mu: float) -> torch.Tensor:
+    """s' = e^mu / (e^mu + 1/s - 1): more noise for larger images (FLUX.1-dev, dynamic shifting)."""
+    return math.exp(mu) / (math.exp(mu) + (1 / sigma - 1))
+
+
+def shift_constant(sigma: torch.Tensor, shift: float) -> torch.Tensor:
+    """s' = k s / (1 + (k - 1) s), the same at every size (SD3, eq. 23; FLUX.1-schnell has k = 1)."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def sampling_sigmas(steps: int) -> list[float]:
+    """The unshifted noise levels of a sampler: 1, ..., 1/steps, evenly spaced (the scheduler appends the 0)."""
+    return torch.linspace(1.0, 1.0 / steps, steps, dtype=torch.float64).tolist()

@@ -1,0 +1,175 @@
+"""Stable Diffusion 3 and 3.5 as a diffusion model, with the latent ControlNet's residuals.
+
+In: prompts, noise, patch latents. Out: VAE latents, flow-matching losses. Stock diffusers and transformers classes
+throughout; only the denoising loop is ours, because the stock pipeline would VAE-encode the control. What all diffusion models
+share, and where images are encoded and decoded, is in `diffusion.py`.
+Legend: B images, T text tokens (77 of CLIP, then T5's), D text width, c VAE channels, h w VAE grid, P patches and C
+channels of the patch latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Transformer2DModel
+from torch import nn
+
+from bifrost_cli.models.diffusion.base import ControlInput, DiffusionModel, is_cut, token_ids
+from bifrost_cli.models.diffusion.controlnet import latent_sd3_controlnet
+from bifrost_cli.models.row_noise import NoiseSource
+
+
+class Sd3Prompt(NamedTuple):
+    """What SD3 reads of prompts; `empty` is the same of the empty prompt, where guidance needs it."""
+
+    sequence_BTD: torch.Tensor
+    pooled_BD: torch.Tensor
+    empty: Sd3Prompt | None = None
+
+
+@dataclass(frozen=True)
+class Sd3Model(DiffusionModel):
+    """SD3 in parts, as `DiffusionModel`. Its guidance is classifier-free: a second pass without the prompt, unless it is 1."""
+
+    family: ClassVar[str] = "SD3"
+    frozen_parts: ClassVar[tuple[str, ...]] = (
+        "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3",
+    )  # fmt: skip
+    transformer: SD3Transformer2DModel
+    vae: AutoencoderKL
+    text_encoder: nn.Module
+    text_encoder_2: nn.Module
+    text_encoder_3: nn.Module
+    tokenizer: Any
+    tokenizer_2: Any
+    tokenizer_3: Any
+    scheduler: FlowMatchEulerDiscreteScheduler
+
+    @property
+    def latent_channels(self) -> int:
+        return self.transformer.config.in_channels
+
+    @property
+    def most_tokens(self) -> int:
+        return 256
+
+    @property
+    def reads_guidance(self) -> bool:
+        return True
+
+    # ---- text -------------------------------------------------------------------------------------------------------
+
+    def too_long(self, prompt: str, max_tokens: int) -> bool:
+        return is_cut(self.tokenizer_3, prompt, max_tokens)
+
+    def embed(self, prompts: Sequence[str], max_tokens: int, guidance: float = 1.0) -> Sd3Prompt:
+        """Prompts -> Text((B, 77 + max_tokens, D), (B, pooled width)), with the empty prompt's unless guidance is 1."""
+        text = self._embed(prompts, max_tokens)
+        if guidance == 1.0:
+            return text
+        empty = self._embed([""], max_tokens)
+        wide = (part.expand(len(prompts), *part.shape[1:]) for part in empty[:2])
+        return text._replace(empty=Sd3Prompt(*wide))
+
+    def _embed(self, prompts: Sequence[str], max_tokens: int) -> Sd3Prompt:
+        """As stock SD3: both CLIPs side by side, widened with zeros to T5's width, then T5; no attention masks."""
+        clips = ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2))
+        outputs = []
+        for tokenizer, encoder in clips:
+            ids_BT = token_ids(tokenizer, prompts, encoder.config.max_position_embeddings).to(encoder.device)
+            outputs.append(encoder(ids_BT, output_hidden_states=True))
+        t5_ids_BT = token_ids(self.tokenizer_3, prompts, max_tokens).to(self.text_encoder_3.device)
+        t5_BTD = self.text_encoder_3(t5_ids_BT)[0]
+        clip_BTD = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        clip_BTD = nn.functional.pad(clip_BTD, (0, t5_BTD.shape[-1] - clip_BTD.shape[-1]))
+        pooled_BD = torch.cat([output.text_embeds for output in outputs], dim=-1)
+        place = {"device": self.device, "dtype": self.transformer.dtype}
+        return Sd3Prompt(torch.cat([clip_BTD, t5_BTD], dim=1).to(**place), pooled_BD.to(**place))
+
+    # ---- generating ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def denoise(
+        self,
+        noise_Bchw: torch.Tensor,
+        text: Sd3Prompt,
+        *,
+        control: ControlInput | None = None,
+        steps: int = 28,
+        guidance: float = 3.5,
+    ) -> torch.Tensor:
+        """Noise -> VAE latents (B, c, h, w) in `steps` Euler steps, as the stock SD3 (ControlNet) pipeline.
+
+        `text` must come from `embed` with the same `guidance`. Unlike FLUX's, the noise levels begin and end at the
+        scheduler's own extremes, which are shifted twice: stock does so, and the models are used so.
+        """
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
+        shift = {"mu": self.shift_mu(_tokens(noise_Bchw))} if scheduler.config.use_dynamic_shifting else {}
+        scheduler.set_timesteps(steps, device=noise_Bchw.device, **shift)
+        guided = guidance != 1.0
+        if guided:
+            text, control = _doubled(text, control)
+        latents_Bchw = noise_Bchw
+        for timestep in scheduler.timesteps:
+            inputs_Bchw = torch.cat([latents_Bchw] * 2) if guided else latents_Bchw
+            velocity_Bchw = self.velocity(inputs_Bchw, timestep.expand(len(inputs_Bchw)), text, control)
+            if guided:
+                empty_Bchw, told_Bchw = velocity_Bchw.chunk(2)
+                velocity_Bchw = empty_Bchw + guidance * (told_Bchw - empty_Bchw)
+            latents_Bchw = scheduler.step(velocity_Bchw, timestep, latents_Bchw, return_dict=False)[0]
+        return latents_Bchw
+
+    # ---- the model and its losses -----------------------------------------------------------------------------------
+
+    def velocity(
+        self, latents_Bchw: torch.Tensor, timestep_B: torch.Tensor, text: Sd3Prompt, control: ControlInput | None
+    ) -> torch.Tensor:
+        """SD3's prediction of noise - clean at timesteps 0 to 1000, with the ControlNet's residuals spread by the stock
+        rule."""
+        inputs = {
+            "hidden_states": latents_Bchw,
+            "timestep": timestep_B,
+            "encoder_hidden_states": text.sequence_BTD,
+            "pooled_projections": text.pooled_BD,
+            "return_dict": False,
+        }
+        residuals = None
+        if control is not None:
+            latents_BPC = control.latents_BPC.to(latents_Bchw)
+            (residuals,) = control.model(**inputs, controlnet_cond=latents_BPC, conditioning_scale=control.scale)
+        return self.transformer(**inputs, block_controlnet_hidden_states=residuals)[0]
+
+    def new_controlnet(
+        self, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2
+    ) -> SD3ControlNetModel:
+        return latent_sd3_controlnet(self.transformer, double_blocks, single_blocks, channels, ratio)
+
+    def control_loss(
+        self,
+        controlnet: SD3ControlNetModel,
+        vae_latents_Bchw: torch.Tensor,
+        control_BPC: torch.Tensor,
+        text: Sd3Prompt,
+        generator: NoiseSource,
+    ) -> torch.Tensor:
+        control = ControlInput(controlnet, control_BPC)
+
+        def velocity(noisy_Bchw: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
+            return self.velocity(noisy_Bchw, 1000 * sigma_B, text, control)
+
+        return self._flow_loss(vae_latents_Bchw, _tokens(vae_latents_Bchw), generator, velocity)
+
+
+def _doubled(text: Sd3Prompt, control: ControlInput | None) -> tuple[Sd3Prompt, ControlInput | None]:
+    """The empty prompt's half before the prompt's, both under the same control."""
+    if text.empty is None:
+        raise ValueError("guidance needs the empty prompt: embed with the same guidance")
+    both = Sd3Prompt(*(torch.cat(pair) for pair in zip(text.empty[:2], text[:2], strict=True)))
+    return both, control and control._replace(latents_BPC=torch.cat([control.latents_BPC] * 2))
+
+
+def _tokens(latents_Bchw: torch.Tensor) -> int:
+    return latents_Bchw.shape[-2] * latents_Bchw.shape[-1] // 4

@@ -1,0 +1,1 @@
+"""The frozen multimodal LLM, its chat template, and one adapter for each model family."""

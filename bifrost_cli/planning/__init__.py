@@ -1,0 +1,1 @@
+"""plan and doctor: parameters, memory, disk and time before anything is loaded."""

@@ -1,0 +1,1 @@
+"""Reports: artifacts and evaluations as pages that open from disk."""

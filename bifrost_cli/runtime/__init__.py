@@ -1,0 +1,1 @@
+"""The running process: user interface, distributed ranks, launching, signals."""

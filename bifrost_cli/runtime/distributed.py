@@ -1,0 +1,245 @@
+"""The processes of one job, as torchrun or srun started them: which this is, and what they must agree on.
+
+In: torch.distributed, once `join` was called; without it there is one process, and nothing here does anything. Out:
+this process's share of a batch, values from the first process, errors that end all. Knows no training and no files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bifrost_cli import errors
+from bifrost_cli.errors import BifrostError, EnvironmentProblem, RecipeError
+
+# A dead process is noticed by its closed connection, or by what started it; a long wait is no sign of one: the first
+# process may check a million images while the others have nothing to do.
+TIMEOUT = timedelta(hours=24)
+_HEARD = timedelta(seconds=3)  # how long another process's last words may take
+_store: dist.Store | None = None
+_round = 0  # how many times all have worked alone
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """0 is the first process: it alone prints and writes, but for its own share of shards."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """How many processes the job has."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share(count: int, what: str) -> slice:
+    """This process's part of `count` rows, all of the same length. RecipeError when they cannot be shared equally."""
+    if count % world():
+        below = count - count % world() or world()
+        raise RecipeError(
+            f"{what} {count} cannot be shared equally by {world()} processes",
+            code="BF-RECIPE-005",
+            fix=f"--set {what}={below}, or another number of processes",
+        )
+    return slice(rank() * count // world(), (rank() + 1) * count // world())
+
+
+# ---- beginning -------------------------------------------------------------------------------------------------------
+
+
+def join(number: int, of: int, local: int, device: str) -> None:
+    """Meet the other processes (MASTER_ADDR, MASTER_PORT). On a GPU each takes the one of its number on this machine.
+
+    EnvironmentProblem BF-ENV-032 when the port is taken or nobody answers, BF-ENV-001 when there are too few GPUs.
+    """
+    global _store
+    if dist.is_initialized():
+        return
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        if local >= torch.cuda.device_count():
+            raise EnvironmentProblem(
+                f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}",
+                fix="start fewer processes",
+                code="BF-ENV-001",
+            )
+        torch.cuda.set_device(local)
+    try:
+        _store, _, _ = next(dist.rendezvous("env://", number, of, timeout=timedelta(minutes=5)))
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=_store, rank=number, world_size=of, timeout=TIMEOUT
+        )
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        problem = EnvironmentProblem(
+            f"the {of} processes of this job cannot meet at {where}",
+            code="BF-ENV-032",
+            at=str(error).splitlines()[0][:200],
+            fix="if the address is in use, export another MASTER_PORT",
+        )
+        raise problem from error
+
+
+# ---- agreeing --------------------------------------------------------------------------------------------------------
+
+
+def run_on_main(work: Callable[[], T]) -> T:
+    """What `work` gives in the first process; the others wait for it. Its error is raised in all of them."""
+    if world() == 1:
+        return work()
+    found: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            found = [work(), None]
+        except Exception as error:
+            dist.broadcast_object_list([None, _portable(error)])
+            raise
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+@contextmanager
+def main_context(make: Callable[[], AbstractContextManager[T]]) -> Iterator[T | None]:
+    """`with make() as it`, in the first process; None in the others. What goes wrong in making it is raised in all."""
+    made: list[AbstractContextManager[T]] = []
+    run_on_main(lambda: made.append(make()))
+    with made[0] if made else nullcontext() as it:
+        yield it
+
+
+def raise_if_any_failed(error: BaseException | None = None) -> None:
+    """Wait for all; when some bring an error, all raise the first of them."""
+    if world() == 1:
+        if error is not None:
+            raise error
+        return
+    found = all_gather_object(None if error is None else _portable(error))
+    first = next((number for number, problem in enumerate(found) if problem is not None), None)
+    if first is not None:
+        raise error if first == rank() else found[first]
+
+
+def all_gather_object(value: T) -> list[T]:
+    """Every process's value, in order."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def all_reduce_mean(values: Tensor) -> Tensor:
+    """The mean over the processes, in place."""
+    if world() > 1:
+        dist.all_reduce(values)
+        values /= world()
+    return values
+
+
+def _portable(error: BaseException) -> BifrostError:
+    if isinstance(error, BifrostError):
+        return _again(error.exit_code, error.code, error.message, error.at, error.fix)
+    return BifrostError(f"{type(error).__name__}: {error}")
+
+
+def _again(exit_code: int, code: str, message: str, at: str | None, fix: str | None) -> BifrostError:
+    """An error of another process, as one of its kind."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, BifrostError)]
+    kinds = [kind for kind in kinds if kind.exit_code == exit_code] or [BifrostError]
+    kind = max(kinds, key=lambda kind: (kind.code == code, kind.code[:-4] == code[:-4]))
+    told = kind(message, at=at, fix=fix, code=code)
+    told.exit_code = exit_code
+    return told
+
+
+# ---- ending ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """Around all that a job does: its processes end together, and one of them says why.
+
+    EnvironmentProblem BF-ENV-031 when another process was killed or lost; when it left a last word, that error.
+    """
+    try:
+        yield
+    except BifrostError as error:
+        _last_word(error)
+        raise
+    except RuntimeError as error:
+        if not _is_loss(error):
+            raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what started us is ending all by now; first say why
+        told = _why_lost()
+        _last_word(told)
+        raise told from error
+
+
+@contextmanager
+def raise_together() -> Iterator[None]:
+    """Work that each process does alone: at its end they wait for each other, and an error of one is that of all."""
+    global _round
+    _round, error = _round + 1, None
+    try:
+        yield
+    except Exception as problem:
+        error = problem
+        if _store is not None:
+            _store.set(f"trouble/{_round}", "")
+    raise_if_any_failed(error)
+
+
+def other_process_failed() -> bool:
+    """True when another process has met an error in its part of `raise_together`."""
+    return world() > 1 and _store.check([f"trouble/{_round}"])
+
+
+def _last_word(error: BifrostError) -> None:
+    """Leave it for the others; `error.elsewhere` becomes True when the first process says the same."""
+    if world() == 1 or _store is None:
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    words = json.dumps([error.code, error.message])
+    try:
+        _store.set(f"word/{rank()}", json.dumps([error.exit_code, error.code, error.message, error.at, error.fix]))
+        if rank() == 0:
+            return
+        _store.wait(["word/0"], _HEARD)
+        error.elsewhere = json.dumps(json.loads(_store.get("word/0"))[1:3]) == words
+    except RuntimeError:  # the first process is gone, and the store with it
+        pass
+    if not error.elsewhere:
+        error.at = f"process {rank()} of {world()}" + (f": {error.at}" if error.at else "")
+
+
+def _word_of(number: int) -> list[Any] | None:
+    try:
+        return json.loads(_store.get(f"word/{number}")) if _store.check([f"word/{number}"]) else None
+    except RuntimeError:
+        return None
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    text = str(error)
+    return isinstance(error, dist.DistError) or "gloo" in text or "onnection" in text and "peer" in text
+
+
+def _why_lost() -> BifrostError:
+    for number in range(world()):
+        if number != rank() and (word := _word_of(number)):
+            return _again(*word)
+    return EnvironmentProblem(
+        "another process of this job was killed or lost",
+        code="BF-ENV-031",
+        at="finished work and checkpoints are intact",
+        fix="see whether memory ran out (dmesg), then give the same command again to continue",
+    )

@@ -1,0 +1,1 @@
+"""The built-in tiny system: its models, and how they are trained from nothing."""

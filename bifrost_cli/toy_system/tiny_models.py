@@ -1,0 +1,182 @@
+"""The built-in tiny system: stock classes of transformers, diffusers and open_clip at sizes a laptop trains.
+
+In: nothing, or a list of words. Out: freshly initialised modules and tokenizers. Every one is what `from_pretrained`
+of its library reads back, so that the rest of the code cannot tell a tiny system from a large one. This file does not
+know where they are stored, how they are trained, or what the shapes world looks like beyond its words.
+
+A 64 px image is 8x8 patches of 8 px; the 2x2 merge leaves 4x4 latents, one for each 16 px cell of the shapes world.
+FLUX generates an 8x8 packed grid (VAE factor 4, packed by 2), twice as fine as the latents, as at paper scale.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+WIDTH = 128
+VISION_PATCH = 8
+TEXT_TOKENS = 32
+
+CHAT_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QWEN_SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+                "<|image_pad|>", "<|video_pad|>")  # fmt: skip
+
+
+def _bpe(words: Iterable[str], **options: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Byte-level merges that make every given word one token; any other text falls apart into bytes."""
+    backend = Tokenizer(BPE(**options))
+    backend.pre_tokenizer = pre_tokenizers.Split("\x00", "removed")
+    byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    mapped = ["".join(piece for piece, _ in byte.pre_tokenize_str(word)) for word in words]
+    trainer = BpeTrainer(
+        vocab_size=100_000, min_frequency=1, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), **options,
+    )  # fmt: skip
+    backend.train_from_iterator(mapped, trainer)
+    model = json.loads(backend.to_str())["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
+
+
+def qwen_tokenizer(words: Iterable[str]) -> Qwen2Tokenizer:
+    """Qwen2-format tokenizer in which each word, alone and after a space, is one token."""
+    words = sorted(set(words) | {"system", "user", "assistant", "You", "are", "a", "helpful"})
+    vocab, merges = _bpe([*words, *(" " + word for word in words)])
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(QWEN_SPECIAL)})
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def image_processor() -> Qwen2VLImageProcessor:
+    """Stock Qwen2-VL preprocessing for 64 px pictures."""
+    return Qwen2VLImageProcessor(
+        patch_size=VISION_PATCH, temporal_patch_size=2, merge_size=2, min_pixels=64 * 64, max_pixels=64 * 64
+    )
+
+
+def mllm(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL of about 1.5 M parameters: a 3-layer visual encoder and a 4-layer decoder, both 128 wide."""
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+           for name in ("vision_start", "vision_end", "image_pad", "video_pad", "im_end", "endoftext")}  # fmt: skip
+    text = dict(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"],
+    )  # fmt: skip
+    vision = dict(
+        depth=3, hidden_size=96, intermediate_size=288, num_heads=3, patch_size=VISION_PATCH, window_size=32,
+        out_hidden_size=WIDTH, fullatt_block_indexes=[0, 1, 2],
+    )  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+    )  # fmt: skip
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = [ids["im_end"], ids["endoftext"]]
+    model.generation_config.pad_token_id = ids["endoftext"]
+    return model
+
+
+def vae() -> AutoencoderKL:
+    """A factor-4 autoencoder with FLUX's 16 latent channels."""
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[16, 32, 64], layers_per_block=1, norm_num_groups=8, latent_channels=16,
+        use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False, sample_size=64,
+        scaling_factor=1.0, shift_factor=0.0,
+    )  # fmt: skip
+
+
+def flux_transformer() -> FluxTransformer2DModel:
+    """FLUX at width 128: 2 double and 4 single blocks, no guidance embedding (as FLUX.1-schnell)."""
+    return FluxTransformer2DModel(
+        in_channels=64, num_layers=2, num_single_layers=4, attention_head_dim=32, num_attention_heads=4,
+        joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=False, axes_dims_rope=(8, 12, 12),
+    )  # fmt: skip
+
+
+def scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """FLUX.1-dev's scheduler settings; the shift follows from the number of image tokens."""
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1000, shift=3.0, use_dynamic_shifting=True,
+        base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
+    )  # fmt: skip
+
+
+def clip_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
+    """CLIP-format tokenizer; the end token has the highest id, which CLIP's pooling relies on."""
+    vocab, merges = _bpe(sorted({word.lower() for word in words}), end_of_word_suffix="</w>")
+    vocab = {**vocab, **{token + "</w>": len(vocab) + i for i, token in enumerate(
+        token for token in sorted(pre_tokenizers.ByteLevel.alphabet()) if token + "</w>" not in vocab)}}  # fmt: skip
+    vocab = {**vocab, "<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_TOKENS)
+
+
+def clip_text(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """FLUX's first text encoder, of which only the pooled vector is used."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=TEXT_TOKENS, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return CLIPTextModel(config)
+
+
+def t5_tokenizer(words: Iterable[str]) -> T5Tokenizer:
+    """T5-format (Unigram) tokenizer over the words and the printable characters."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
+    pieces += [("▁" + word, -2.0) for word in sorted(set(words))]
+    known = {piece for piece, _ in pieces}
+    pieces += [(chr(code), -10.0) for code in range(33, 127) if chr(code) not in known]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
+
+
+def t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
+    """FLUX's second text encoder, which gives the token sequence."""
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=192, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return T5EncoderModel(config)
+
+
+def open_clip_config(vocabulary: int) -> dict:
+    """An open_clip model card: a 3-layer image tower on 4x4 patches of 16 px, and a 2-layer text tower."""
+    return {
+        "model_cfg": {
+            "embed_dim": 64,
+            "vision_cfg": {"image_size": 64, "layers": 3, "width": 96, "head_width": 32, "patch_size": 16},
+            "text_cfg": {"context_length": TEXT_TOKENS, "vocab_size": vocabulary, "width": 64, "heads": 2, "layers": 2,
+                         "hf_tokenizer_name": "."},
+        },
+        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic"},
+    }  # fmt: skip

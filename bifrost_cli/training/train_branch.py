@@ -1,0 +1,146 @@
+"""train branch: latents -> branch. A trainable copy of the MLLM's decoder learns to predict patch latents from text.
+
+In: a recipe and a latents artifact (given, or the newest). Out: a branch artifact. The MLLM is read and hashed before
+and after, never changed. Does not know FLUX.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bifrost_cli.artifacts import Artifact
+from bifrost_cli.artifacts.identity import differences
+from bifrost_cli.config.schema import Recipe
+from bifrost_cli.data.latents.reader import LatentsStore
+from bifrost_cli.data.safetensors_io import weights_hash
+from bifrost_cli.errors import RecipeError
+from bifrost_cli.loading.fingerprints import mllm_fingerprint
+from bifrost_cli.loading.loaders import load_encoder, load_mllm
+from bifrost_cli.loading.resolve import resolve_device
+from bifrost_cli.models.branch.visual_branch import VisualBranch
+from bifrost_cli.models.encoders import MllmEncoder
+from bifrost_cli.models.mllm.frozen_mllm import Mllm
+from bifrost_cli.runtime.launch import together
+from bifrost_cli.runtime.ui import Ui
+from bifrost_cli.training.branch_task import BranchTask
+from bifrost_cli.training.data_order import derive
+from bifrost_cli.training.train_queries import train_with_conditioner
+from bifrost_cli.training.training_run import (
+    TrainingRun,
+    choose_store,
+    other_encoder,
+    require_precision,
+    run_training,
+    shared_identity,
+)
+
+LOOKED_AT = 2000  # rows whose texts are measured before the training; a store may have millions
+
+
+@together
+def train_branch(
+    recipe: Recipe,
+    *,
+    latents: Path | str | None = None,
+    output: Path | str | None = None,
+    workspace: Path | str = "runs",
+    resume: Path | str = "auto",
+    device: str = "auto",
+    dry_run: bool = False,
+    ui: Ui | None = None,
+) -> Artifact | dict[str, Any]:
+    """Train the branch of `recipe` on a latents store; the same call continues an interrupted training to the bit.
+
+    Returns the branch artifact, or with `dry_run` the plan. Errors: ArtifactError BF-ART-004 when the latents are not
+    of the recipe's encoder, 5 for a damaged store or checkpoint, RecipeError 2, Diverged 7, Stopped 75, DiskFull 3.
+    """
+    ui, settings = ui or Ui(), recipe.branch
+    if recipe.models.weights != "dtype":
+        raise RecipeError(f"the branch is made of the MLLM's own weights, which {recipe.models.weights} has rounded",
+                          fix="--set models.weights=dtype for this training", code="BF-RECIPE-005")  # fmt: skip
+    if settings.tune != "full" or settings.target == "queries":
+        require_precision("branch", settings.train, recipe.models)
+    store, place = choose_store(recipe, latents, workspace, ui), resolve_device(device)
+    mllm = load_mllm(
+        recipe.models.mllm, place, getattr(torch, recipe.models.dtype), revision=recipe.models.mllm_revision
+    )
+    _require_encoder(recipe, store, mllm, place)
+    _require_sense(recipe, mllm)
+    branch = build_branch(recipe, store, mllm)
+    if settings.train.gradient_checkpointing:
+        branch.enable_gradient_checkpointing()
+    task = BranchTask(branch, mllm, store, settings)
+    looked_at = min(store.rows, LOOKED_AT)
+    if cut := task.too_long(looked_at):
+        ui.say(f"{cut} of the first {looked_at} texts are longer than {settings.max_text_tokens} tokens and are cut")
+    identity = {**shared_identity(store, settings), "mllm": mllm_fingerprint(recipe.models, mllm)}
+    job = TrainingRun(
+        kind="branch",
+        recipe=recipe,
+        train=settings.train,
+        store=store,
+        identity=identity,
+        task=task,
+        config=branch.config,
+        frozen=lambda: weights_hash(mllm.model.state_dict()),
+        frozen_hash=identity["mllm"],
+        device=place,
+    )
+    if settings.target == "queries":
+        job = train_with_conditioner(job, branch, mllm, ui)
+    made = run_training(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
+    if isinstance(made, Artifact):
+        ui.say(f"branch: {made.path} ({_health(made)})")
+    return made
+
+
+def build_branch(recipe: Recipe, store: LatentsStore, mllm: Mllm) -> VisualBranch:
+    """The untrained branch: copied from the MLLM, sized for the store, its new layers drawn from the recipe's seed."""
+    settings = recipe.branch
+    branch = VisualBranch.from_mllm(
+        mllm,
+        store.grid[0] * store.grid[1],
+        store.channels,
+        head=settings.head,
+        normalize=settings.normalize,
+        tune=tuned(recipe),
+        random_start=settings.init == "random",
+        generator=torch.Generator().manual_seed(derive(settings.train.seed, "init")),
+    )
+    if settings.normalize:
+        branch.set_statistics(torch.from_numpy(store.mean_C), torch.from_numpy(store.std_C))
+    return branch
+
+
+def tuned(recipe: Recipe) -> dict[str, int] | None:
+    """What the branch is told of `branch.tune`: None is all of it."""
+    settings = recipe.branch
+    return {"full": None, "layers": {"layers": settings.layers}, "lora": {"rank": settings.lora_rank}}[settings.tune]
+
+
+def _require_sense(recipe: Recipe, mllm: Mllm) -> None:
+    """RecipeError for settings of `branch.tune` that this MLLM cannot have."""
+    settings, count = recipe.branch, mllm.text_config.num_hidden_layers
+    if settings.tune != "full" and settings.init == "random":
+        raise RecipeError(f"branch.init random with tune {settings.tune} would freeze random layers",
+                          fix="--set branch.tune=full, or init mllm", code="BF-RECIPE-005")  # fmt: skip
+    if settings.tune == "layers" and settings.layers > count:
+        raise RecipeError(f"branch.layers is {settings.layers}; the MLLM has {count} layers", code="BF-RECIPE-005",
+                          fix=f"--set branch.layers={count}, or tune full")  # fmt: skip
+
+
+def _require_encoder(recipe: Recipe, store: LatentsStore, mllm: Mllm, device: torch.device) -> None:
+    """The encoder of the same name must have the same weights and preprocessing, too."""
+    own = recipe.latents.encoder == "mllm"
+    encoder = MllmEncoder(mllm, recipe.images.input_size) if own else load_encoder(recipe, device)
+    if store.encoder != encoder.identity:
+        sides = ({"kind": "latents", "parents": [], "identity": side} for side in (store.encoder, encoder.identity))
+        raise other_encoder(store, recipe, differences(*sides))
+
+
+def _health(artifact: Artifact) -> str:
+    metrics = artifact.info["metrics"]
+    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()) or "no validation"

@@ -1,0 +1,144 @@
+"""train controlnet: latents -> controlnet. A few of the diffusion model's blocks learn to generate what patch latents say.
+
+In: a recipe and a latents artifact with VAE latents (given, or the newest). Out: a controlnet artifact. The diffusion model is
+read and hashed before and after, never changed; no image is opened. Does not know the MLLM.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bifrost_cli.artifacts import Artifact
+from bifrost_cli.artifacts.identity import differences
+from bifrost_cli.config.schema import Recipe
+from bifrost_cli.data.latents.reader import LatentsStore
+from bifrost_cli.errors import ArtifactError
+from bifrost_cli.loading.diffusion_families import check_settings
+from bifrost_cli.loading.fingerprints import diffusion_fingerprint
+from bifrost_cli.loading.loaders import load_diffusion
+from bifrost_cli.loading.offload import OffloadPolicy
+from bifrost_cli.loading.resolve import resolve_device
+from bifrost_cli.models.diffusion.base import DiffusionModel
+from bifrost_cli.models.diffusion.controlnet import controlnet_config
+from bifrost_cli.models.encoders import VaeEncoder
+from bifrost_cli.runtime.launch import together
+from bifrost_cli.runtime.ui import Ui
+from bifrost_cli.training.controlnet_task import ControlNetTask
+from bifrost_cli.training.data_order import derive
+from bifrost_cli.training.training_run import (
+    TrainingRun,
+    choose_store,
+    require_precision,
+    run_training,
+    shared_identity,
+)
+
+
+@together
+def train_controlnet(
+    recipe: Recipe,
+    *,
+    latents: Path | str | None = None,
+    output: Path | str | None = None,
+    workspace: Path | str = "runs",
+    resume: Path | str = "auto",
+    device: str = "auto",
+    dry_run: bool = False,
+    ui: Ui | None = None,
+) -> Artifact | dict[str, Any]:
+    """Train the ControlNet of `recipe` on a latents store; the same call continues an interrupted training to the bit.
+
+    Returns the controlnet artifact, or with `dry_run` the plan. Errors: StoreError 5 for a store without VAE latents or
+    with damage, ArtifactError BF-ART-004 for VAE latents of another diffusion model or size, RecipeError 2, Diverged 7,
+    Stopped 75, DiskFull 3.
+    """
+    ui, settings, models = ui or Ui(), recipe.controlnet, recipe.models
+    require_precision("controlnet", settings.train, models)
+    store, place = choose_store(recipe, latents, workspace, ui), resolve_device(device)
+    store.vae([0])  # a store without VAE latents is refused before anything is loaded
+    offload_policy = OffloadPolicy(place, weights=models.weights)
+    diffusion = diffusion_of(recipe, store, offload_policy, ui)
+    controlnet = new_control(recipe, store, diffusion, settings.train.seed)
+    if settings.train.gradient_checkpointing:
+        save_memory(controlnet, diffusion.transformer)  # the gradient passes through the frozen diffusion model, too
+    base, small = diffusion_fingerprint(models, diffusion), {}
+    offload_policy.settle(*diffusion.frozen_modules(), frozen=diffusion.frozen_modules(but=("vae",)))
+    if models.weights != "dtype":
+        small = {"weights": models.weights}
+    tokens = recipe.models.diffusion_text_tokens
+    job = TrainingRun(
+        kind="controlnet",
+        recipe=recipe,
+        train=settings.train,
+        store=store,
+        identity={**shared_identity(store, settings), "painter": base, "painter_tokens": tokens, **small},
+        task=ControlNetTask(controlnet.float(), diffusion, store, settings, tokens),
+        config=controlnet_config(controlnet),
+        frozen=diffusion.weights_hash,
+        frozen_hash=diffusion.weights_hash() if small else base,
+        device=place,
+    )
+    made = run_training(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
+    if isinstance(made, Artifact):
+        ui.say(f"controlnet: {made.path}")
+    return made
+
+
+def diffusion_of(recipe: Recipe, store: LatentsStore, offload_policy: OffloadPolicy, ui: Ui) -> DiffusionModel:
+    """The recipe's diffusion model, loaded to where `offload_policy` says; the store's VAE latents are its own."""
+    models = recipe.models
+    diffusion = load_diffusion(
+        models.diffusion, offload_policy.home, getattr(torch, models.dtype), revision=models.diffusion_revision
+    )
+    check_settings(recipe, diffusion, ui)
+    _require_diffusion(recipe, store, diffusion)
+    return diffusion
+
+
+def save_memory(*modules: nn.Module) -> None:
+    """Keep only the inputs of layers for the gradient; the small controls have no layers to forget."""
+    for module in modules:
+        if hasattr(module, "enable_gradient_checkpointing"):
+            module.enable_gradient_checkpointing()
+
+
+def new_control(recipe: Recipe, store: LatentsStore, diffusion: DiffusionModel, seed: int) -> nn.Module:
+    """The untrained control of the recipe's kind, sized for the store; its new layers drawn from the seed."""
+    settings, patches = recipe.controlnet, store.grid[0] * store.grid[1]
+    ratio = _ratio(store, diffusion)
+    torch.manual_seed(derive(seed, "init"))
+    if settings.control != "controlnet":
+        return diffusion.new_control(settings.control, store.channels, patches, ratio).to(diffusion.device)
+    return diffusion.new_controlnet(settings.double_blocks, settings.single_blocks, store.channels, ratio)
+
+
+def _require_diffusion(recipe: Recipe, store: LatentsStore, diffusion: DiffusionModel) -> None:
+    """The VAE latents must be those of this diffusion model, at the recipe's size."""
+    now, then = VaeEncoder(diffusion.vae, recipe.images.output_size).identity, store.attributes["painter"]
+    if now != then:
+        sides = ({"kind": "latents", "parents": [], "identity": side} for side in (then or {}, now))
+        raise ArtifactError(
+            f"the VAE latents of {store.artifact.path} are not of the diffusion model of recipe {recipe.name}",
+            at=differences(*sides),
+            fix=f"give the recipe that the store was made with: --recipe {store.artifact.path}, or extract again",
+            code="BF-ART-004",
+        )
+
+
+def _ratio(store: LatentsStore, diffusion: DiffusionModel) -> int:
+    """Image tokens a side for each patch: 2 in the paper. ArtifactError BF-ART-004 when that is no whole number."""
+    (channels, height, width), (rows, columns) = store.vae_shape, store.grid
+    ratio = height // (2 * rows)
+    if ratio and (channels, height, width) == (diffusion.latent_channels, 2 * ratio * rows, 2 * ratio * columns):
+        return ratio
+    raise ArtifactError(
+        f"the VAE latents of {store.artifact.path} do not fit its patch latents in this diffusion model",
+        at=f"they are {tuple(store.vae_shape)}; a {rows}x{columns} grid needs "
+        f"{(diffusion.latent_channels, 4 * rows, 4 * columns)}, or another whole number of image tokens for each patch",
+        fix=f"extract again with --set images.output_size={4 * rows * diffusion.factor}",
+        code="BF-ART-004",
+    )

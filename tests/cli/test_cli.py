@@ -1,0 +1,320 @@
+"""The command line: what a command hands to its stage, what it prints where, and how every error leaves."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+import bifrost_cli.cli.stage_commands as stage_commands
+from bifrost_cli import errors
+from bifrost_cli.artifacts import Artifact, Draft
+from bifrost_cli.cli.app import run
+
+ROOT = Path(__file__).parents[2]
+STAGES = {
+    "extract_latents": ("extract", ["extract-latents"]),
+    "train_branch": ("branch", ["train", "branch"]),
+    "train_controlnet": ("controlnet", ["train", "controlnet"]),
+    "generate": ("generate", ["generate", "a red circle"]),
+    "evaluate": ("evaluate", ["eval"]),
+    "reconstruct": ("reconstruct", ["reconstruct", "a.png"]),
+    "ask": ("ask", ["ask", "a.png", "what?"]),
+    "bench_decode": ("bench", ["bench", "decode"]),
+    "import_checkpoint": ("import_checkpoint", ["import", "folder"]),
+    "export": ("export", ["export", "builtin:branch"]),
+    "render_shapes": ("shapes", ["shapes", "render"]),
+    "pretrain": ("pretrain", ["shapes", "pretrain"]),
+}
+
+
+@pytest.fixture(autouse=True)
+def clean(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, "")  # so that whatever the command sets is undone
+
+
+@pytest.fixture
+def stage(monkeypatch, tmp_path):
+    """Put a stand-in where a stage is; it records its call and returns, or raises, what it is told to."""
+
+    def replace(name: str, result=None):
+        calls: list[dict] = []
+
+        def stand_in(*args, **options):
+            calls.append({"args": args, **options})
+            if isinstance(result, BaseException):
+                raise result
+            return result if result is not None else made(tmp_path / "made")
+
+        module = types.ModuleType(f"bifrost_cli.stages.{STAGES[name][0]}")
+        setattr(module, name, stand_in)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return calls
+
+    return replace
+
+
+def made(path: Path, kind: str = "latents") -> Artifact:
+    with Draft.open(path, kind, {"x": 1}) as draft:
+        return draft.complete or draft.commit({"rows": 3, "recipe": {"name": "tiny"}})
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_result_goes_to_stdout_and_the_hint_to_stderr(stage, capsys):
+    stage("extract_latents")
+    assert run(["extract-latents"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("latents-") and out.count("\n") == 1
+    assert err == "next: bifrost train branch\n"
+
+
+def test_json_is_exactly_one_object_and_quiet_is_the_path_alone(stage, capsys, tmp_path):
+    stage("extract_latents")
+    assert run(["extract-latents", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["kind"] == "latents" and found["info"] == {"rows": 3} and found["path"] == str(tmp_path / "made")
+    assert run(["extract-latents", "-q"]) == 0
+    assert capsys.readouterr() == (f"{tmp_path / 'made'}\n", "")
+
+
+def test_a_picture_and_a_plan_are_results_too(stage, capsys):
+    stage("generate", Path("out.png"))
+    assert run(["generate", "a red circle", "-o", "out.png"]) == 0
+    assert capsys.readouterr().out == "out.png\n"
+    stage("train_branch", {"steps": 3})
+    assert run(["train", "branch", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"steps": 3}
+
+
+def test_flags_set_recipe_keys_and_only_when_given(stage):
+    calls = stage("generate", Path("x"))
+    assert (
+        run(["generate", "p", "--no-plan", "--decode-steps", "3", "--guidance", "2", "--set", "generate.steps=5"]) == 0
+    )
+    settings = calls[0]["args"][0].generate
+    assert (settings.plan, settings.decode_steps, settings.guidance, settings.steps) == (False, 3, 2.0, 5)
+    assert run(["generate", "p", "--recipe", "bifrost1-7b"]) == 0
+    assert calls[1]["args"][0].name == "bifrost1-7b" and calls[1]["args"][1] == "p"
+
+
+def test_generate_takes_one_prompt_or_a_file_and_has_a_default(stage, capsys):
+    calls = stage("generate", Path("x"))
+    assert run(["generate", "--prompts", "list.txt", "-o", "d", "-n", "2", "--seed", "7", "--grid"]) == 0
+    assert calls[0]["args"][1] == Path("list.txt")
+    assert (calls[0]["output"], calls[0]["n"], calls[0]["seed"], calls[0]["grid"]) == (Path("d"), 2, 7, True)
+    assert run(["generate", "p", "--prompts", "list.txt"]) == 2
+    assert run(["generate"]) == 0
+    assert "a red circle above a blue square" in capsys.readouterr().err
+    assert run(["generate", ""]) == 0 and calls[-1]["args"][1] == ""  # the stage judges prompts
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [([], (["fid"], [])), (["--shapes"], (["shapes"], [])), (["--kid", "--fid", "--is"], (["fid", "kid", "is"], [])),
+     (["--fd", "dinov2:x"], ([], ["dinov2:x"]))],
+)  # fmt: skip
+def test_eval_measures_the_distance_unless_told_otherwise(stage, flags, wanted):
+    calls = stage("evaluate")
+    assert run(["eval", *flags]) == 0
+    assert (calls[0]["metrics"], calls[0]["fd"]) == wanted
+
+
+def test_offline_is_set_before_the_stage_is_imported(stage, monkeypatch):
+    stage("ask", "an answer")
+    assert run(["ask", "a.png", "what?", "--offline"]) == 0
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_the_answer_and_nothing_else(stage, capsys):
+    stage("ask", "a blue square")
+    assert run(["ask", "a.png", "what?"]) == 0
+    assert capsys.readouterr().out == "a blue square\n"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_option_a_command_hands_over_exists_in_the_stage(stage, name):
+    results = {"ask": "x", "bench_decode": [], "render_shapes": Path("x"), "pretrain": Path("x"),
+               "import_checkpoint": {}, "export": Path(".")}  # fmt: skip
+    calls = stage(name, results.get(name))
+    assert run(STAGES[name][1]) == 0
+    path = ROOT / "bifrost_cli" / "stages" / f"{STAGES[name][0]}.py"
+    functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+    arguments = next(node for node in functions if node.name == name).args
+    known = {argument.arg for argument in (*arguments.args, *arguments.kwonlyargs)}
+    assert set(calls[0]) - {"args"} <= known
+    assert len(calls[0]["args"]) <= len(arguments.args)
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+LEAVE = [
+    (errors.UsageError("u"), 2, "BF-USE-001"),
+    (errors.EnvironmentProblem("e", code="BF-ENV-021"), 3, "BF-ENV-021"),
+    (errors.DataError("d"), 4, "BF-DATA-001"),
+    (errors.StoreError("s", code="BF-STORE-005"), 5, "BF-STORE-005"),
+    (errors.OutOfMemory("m"), 6, "BF-MEM-001"),
+    (errors.Diverged("n"), 7, "BF-NAN-001"),
+    (errors.Findings("f"), 8, "BF-FIND-001"),
+    (errors.Stopped("s", fix="again"), 75, "BF-STOP-001"),
+    (errors.Interrupted("i"), 130, "BF-STOP-002"),
+    (KeyboardInterrupt(), 130, "BF-STOP-002"),
+    (MemoryError(), 6, "BF-MEM-001"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 6, "BF-MEM-001"),
+    (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 6, "BF-MEM-001"),
+    (OSError(errno.ENOSPC, "No space left on device", "runs/x"), 3, "BF-ENV-010"),
+    (OSError(errno.EROFS, "Read-only file system", "runs/x"), 3, "BF-ENV-011"),
+    (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 300), 2, "BF-USE-001"),
+    (ModuleNotFoundError("No module named 'tensorboard'", name="tensorboard"), 3, "BF-ENV-002"),
+    (RuntimeError("a surprise\nin two lines"), 1, "BF-BUG-001"),
+    (EOFError(), 1, "BF-BUG-001"),
+]
+
+
+@pytest.mark.parametrize(("error", "code", "name"), LEAVE, ids=lambda value: type(value).__name__)
+def test_every_error_leaves_as_one_message_and_its_exit_code(stage, capsys, error, code, name):
+    stage("extract_latents", error)
+    assert run(["extract-latents"]) == code
+    out, err = capsys.readouterr()
+    assert out == "" and f"error[{name}]: " in err and "Traceback" not in err
+
+
+def test_debug_shows_the_traceback_and_a_bug_asks_for_it(stage, capsys):
+    stage("extract_latents", RuntimeError("a surprise"))
+    assert run(["extract-latents"]) == 1
+    assert "run it with --debug" in capsys.readouterr().err
+    assert run(["extract-latents", "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["paint"], ["generate", "--stesp", "3"], ["generate", "p", "-n", "0"], ["generate", "p", "--seed", "x"],
+     ["extract-latents", "--device", "tpu"], ["ask"], ["generate", "a", "b"], ["eval", "--samples"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_wrong_usage_is_2_in_our_form(capsys, arguments):
+    assert run(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error[BF-USE-001]: ") and "--help" in err
+
+
+def test_a_recipe_error_has_file_line_column_and_a_hint(capsys, tmp_path):
+    (tmp_path / "my.yaml").write_text("branch:\n  train:\n    stesp: 3\n")
+    assert run(["train", "branch", "--recipe", "my.yaml"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error[BF-RECIPE-002]: unknown key branch.train.stesp; did you mean branch.train.steps?\n")
+    assert "  at:  my.yaml:3:5\n" in err
+
+
+def test_groups_print_their_help(capsys):
+    assert run([]) == 0
+    assert "generate" in capsys.readouterr().out
+    assert run(["train"]) == 2
+    assert "controlnet" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out == "bifrost 0.1.0\n"
+
+
+def test_python_m(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "bifrost_cli", "recipes", "ls"], env=_env(), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "\nbifrost1-7b " in done.stdout
+
+
+def test_ctrl_c_in_a_real_process(tmp_path):
+    script = (
+        "import signal, sys, time, types\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
+        "module = types.ModuleType('bifrost_cli.extraction.extract')\n"
+        "def wait(*args, **options):\n    print('ready', file=sys.stderr, flush=True)\n    time.sleep(30)\n"
+        "module.extract_latents = wait\n"
+        "sys.modules[module.__name__] = module\n"
+        "from bifrost_cli.cli.app import main\n"
+        "sys.argv = ['bifrost', 'extract-latents']\n"
+        "main()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], env=_env(), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None and process.stderr.readline() == "ready\n"
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130 and time.monotonic() - began < 10
+    assert "BF-STOP-002" in process.stderr.read()
+
+
+def _env() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+# ---- artifacts and recipes -------------------------------------------------------------------------------------------
+
+
+def test_artifacts_of_an_empty_place(capsys):
+    assert run(["artifacts"]) == 0
+    assert "bifrost extract-latents" in capsys.readouterr().out
+    assert run(["artifacts", "show"]) == 5
+    assert run(["artifacts", "lineage", "nothing"]) == 5
+    assert run(["artifacts", "verify"]) == 0
+
+
+def test_artifacts_ls_show_and_lineage(capsys, tmp_path):
+    latents = made(tmp_path / "runs" / "l")
+    with Draft.open(tmp_path / "runs" / "b", "branch", {"y": 1}, [latents]) as draft:
+        branch = draft.commit()
+    assert run(["artifacts", "ls"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [branch.id, latents.id]
+    assert run(["artifacts", "show", latents.id]) == 0
+    assert "x: 1" in capsys.readouterr().out
+    assert run(["artifacts", "lineage", "--json"]) == 0
+    assert [line["id"] for line in json.loads(capsys.readouterr().out)["lineage"]] == [branch.id, latents.id]
+
+
+def test_verify_finds_damage_and_leaves_with_8(capsys, tmp_path):
+    found = made(tmp_path / "runs" / "a")
+    (tmp_path / "runs" / "a" / "stray.txt").write_text("x")
+    assert run(["artifacts", "verify"]) == 0
+    assert "stray.txt" in capsys.readouterr().err
+    manifest = found.path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"rows": 3', '"rows": 4'))
+    for arguments in (["verify"], ["verify", str(found.path)]):
+        assert run(["artifacts", *arguments, "--json"]) == 8
+        out, err = capsys.readouterr()
+        assert list(json.loads(out)["damaged"]) and "BF-FIND-001" in err
+    assert run(["artifacts", "ls"]) == 0
+    assert "(damaged)" in capsys.readouterr().out
+    assert run(["artifacts", "show", str(found.path)]) == 5
+
+
+def test_recipes_ls_show_and_check(capsys, tmp_path):
+    assert run(["recipes"]) == 0
+    assert "tiny" in capsys.readouterr().out
+    assert run(["recipes", "show", "--set", "branch.train.lr=1e-4"]) == 0
+    (tmp_path / "shown.yaml").write_text(capsys.readouterr().out)
+    assert run(["recipes", "check", "shown.yaml"]) == 0
+    assert run(["recipes", "show", "--keys"]) == 0
+    assert "branch.head = " in capsys.readouterr().out
+    assert run(["recipes", "check"]) == 0
+    assert run(["recipes", "check", "none.yaml"]) == 2
+
+
+def test_commands_are_short():
+    for name, body in inspect.getmembers(stage_commands, inspect.isfunction):
+        if body.__module__ == stage_commands.__name__:
+            assert len(inspect.getsource(body).splitlines()) < 50, name

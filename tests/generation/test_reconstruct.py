@@ -1,0 +1,72 @@
+"""reconstruct and ask: an image through the latents and back, and the frozen MLLM's answer about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fixtures_flux import System, save_part, save_system
+from torch import nn
+
+from bifrost_cli.data.images import BadImage
+from bifrost_cli.data.png import png_bytes, png_pixels, png_text
+from bifrost_cli.errors import ArtifactError, UsageError
+from bifrost_cli.generation.ask import ask
+from bifrost_cli.generation.reconstruct import reconstruct
+from bifrost_cli.loading import compatibility
+from bifrost_cli.loading.loaders import load_mllm
+from bifrost_cli.loading.resolve import resolve_device
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> System:
+    return save_system(tmp_path_factory.mktemp("system"))
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    (tmp_path / "image.png").write_bytes(png_bytes(pixels))
+    return tmp_path / "image.png"
+
+
+def test_the_latents_decide_the_picture(system: System, image: Path, tmp_path: Path) -> None:
+    options = {"controlnet": system.controlnet.path, "device": "cpu", "workspace": tmp_path / "runs"}
+    first, again = (
+        reconstruct(system.recipe, image, output=tmp_path / "new" / f"{name}.png", **options).read_bytes()
+        for name in "ab"
+    )
+    assert first == again and png_pixels(first).shape == (64, 64, 3)
+    assert png_text(first)["reconstruction"] == "yes" and system.controlnet.id in png_text(first)["artifacts"]
+    image.write_bytes(png_bytes(np.zeros((64, 64, 3), np.uint8)))
+    other = reconstruct(system.recipe, image, output=tmp_path / "c.png", **options).read_bytes()
+    assert not np.array_equal(png_pixels(other), png_pixels(first))
+
+
+def test_the_controlnet_is_found_and_must_fit(system: System, image: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(compatibility, "BUILTIN", system.branch.path.parent)
+    assert compatibility.choose_controlnet(None, system.encoder, tmp_path)[0].id == system.controlnet.id
+    identity = {**system.controlnet.identity, "encoder": {**system.encoder, "weights": "f" * 64}}
+    stranger = save_part(tmp_path / "runs" / "controlnet-x", "controlnet", nn.Linear(1, 1), {}, identity)
+    assert compatibility.choose_controlnet(None, system.encoder, tmp_path / "runs")[0].id == system.controlnet.id
+    with pytest.raises(ArtifactError, match="another encoder") as caught:
+        reconstruct(system.recipe, image, output=tmp_path / "o.png", controlnet=stranger.path, device="cpu")
+    assert caught.value.code == "BF-ART-004" and "ffffffffffff" in str(caught.value)
+
+
+def test_bad_places_and_pictures(system: System, image: Path, tmp_path: Path) -> None:
+    for output in (image, tmp_path / "folder", tmp_path / "out.jpg"):
+        with pytest.raises(UsageError):
+            reconstruct(system.recipe, image, output=output)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(BadImage):
+        reconstruct(system.recipe, tmp_path / "text.png", output=tmp_path / "out.png")
+
+
+def test_ask_is_the_frozen_mllm(system: System, image: Path) -> None:
+    answer = ask(system.recipe, image, "What is above?", max_tokens=4, device="cpu")
+    mllm = load_mllm(system.recipe.models.mllm, resolve_device("cpu"))
+    assert answer == mllm.answer(png_pixels(image.read_bytes()), "What is above?", 4)
+    with pytest.raises(UsageError, match="empty"):
+        ask(system.recipe, image, " ")
