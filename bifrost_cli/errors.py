@@ -26,10 +26,12 @@ Codes in use (a number keeps its meaning for ever):
 
     BF-BUG-001     anything unforeseen
     BF-USE-001     wrong argument              BF-USE-002     the output exists already
+    BF-USE-003     unknown plug-in
     BF-RECIPE-001  not valid YAML              BF-RECIPE-002  unknown key
     BF-RECIPE-003  wrong value                 BF-RECIPE-004  no such recipe
     BF-RECIPE-005  keys contradict each other  BF-RECIPE-006  newer recipe format
     BF-ENV-001     no such device              BF-ENV-002     a package is missing
+    BF-ENV-003     two plug-ins of one name    BF-ENV-004     a plug-in that does not load
     BF-ENV-010     disk full                   BF-ENV-011     not writable
     BF-ENV-012     the disk fails
     BF-ENV-020     model not reachable         BF-ENV-021     gated, no token
