@@ -299,7 +299,7 @@ def test_a_controlnet_of_another_flux_or_less_a_key(system, copy, tmp_path):
 
 def test_a_base_that_is_not_here_says_so(system, checkpoint, tmp_path):
     models = system.recipe.models
-    for name in ("mllm", "painter"):
+    for name in ("mllm", "diffusion"):
         recipe = system.recipe.model_copy(update={"models": models.model_copy(update={name: "./nowhere"})})
         error = refused(recipe, checkpoint, tmp_path, EnvironmentProblem)
         assert "nowhere" in error.message and error.exit_code == 3

@@ -105,10 +105,10 @@ class Measured:
         return estimates(self.system, self.recipe)[stage].peak
 
     def extraction(self) -> int:
-        wanted = self.recipe.latents
-        sides = (wanted.image_size, wanted.output_size)
-        squares = [np.zeros((wanted.batch_size, side, side, 3), np.uint8) for side in sides]
-        encoders = MllmEncoder(self.mllm, wanted.image_size), VaeEncoder(self.diffusion.vae, wanted.output_size)
+        images, batch = self.recipe.images, self.recipe.latents.batch_size
+        sides = (images.input_size, images.output_size)
+        squares = [np.zeros((batch, side, side, 3), np.uint8) for side in sides]
+        encoders = MllmEncoder(self.mllm, images.input_size), VaeEncoder(self.diffusion.vae, images.output_size)
         work = [peak_bytes(lambda e=e, s=s: e.encode(s)) for e, s in zip(encoders, squares, strict=True)]
         return max(work) + weight_bytes(self.mllm.model, self.diffusion.vae)
 
