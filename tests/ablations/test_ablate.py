@@ -129,7 +129,7 @@ def test_reconstructions_need_no_branch_and_a_controlnet_once_serves_all_seeds(t
 
 
 def test_the_readme_has_the_tables_that_were_measured(capsys):
-    readme = (ROOT / "README.md").read_text("utf-8")
+    readme = (ROOT / "recipes" / "README.md").read_text("utf-8")
     shown = readme.split("<!-- measured -->\n")[1].split("<!-- /measured -->")[0]
     assert run(["ablate", "--tables"]) == 0
     assert shown == "".join(table(one) + "\n" for one in measured_values())
