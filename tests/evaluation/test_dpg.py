@@ -215,7 +215,7 @@ def grids(folder: Path) -> Path:
 
 
 def test_grids_are_cut_into_their_own_pictures(tmp_path):
-    images = quartered(from_folder(grids(tmp_path / "grids"), load_recipe("tiny").latents))
+    images = quartered(from_folder(grids(tmp_path / "grids"), load_recipe("tiny").images))
     assert [entry.name for entry in images.entries[:5]] == ["1/a", "2/a", "3/a", "4/a", "1/b"]
     for entry, colour in zip(images.entries, ("red", "red", "blue", "red"), strict=False):
         assert np.array_equal(entry.load(), image("circle", colour))
@@ -232,7 +232,7 @@ def test_a_grid_that_cannot_be_cut_exactly_is_refused(shape):
 def test_pictures_without_prompts_are_known_by_the_items_they_are_called_after(tmp_path):
     path, recipe = table(tmp_path / "dpg.csv"), load_recipe("tiny")
     folder = grids(tmp_path / "grids")
-    images, items = quartered(from_folder(folder, recipe.latents)), read_questions(path)
+    images, items = quartered(from_folder(folder, recipe.images)), read_questions(path)
     lines = [{"name": entry.name, "prompt": entry.prompt} for entry in images.entries]
     measure = DpgMetric(Oracle(), questions_of(images, items, path))
     (result,) = measure.results(images, lines, Ui())
@@ -241,7 +241,7 @@ def test_pictures_without_prompts_are_known_by_the_items_they_are_called_after(t
     assert "not known" in result["painted_from"] and {line["prompt"] for line in lines} == set(items)
     (folder / "b.png").rename(folder / "c.png")
     with pytest.raises(DataError, match="c is not called as one of the items"):
-        questions_of(from_folder(folder, recipe.latents), items, path)
+        questions_of(from_folder(folder, recipe.images), items, path)
 
 
 def test_grids_run_end_to_end_and_the_command_says_so(tmp_path, capsys):

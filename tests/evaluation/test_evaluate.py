@@ -147,7 +147,7 @@ def test_kept_statistics_are_a_reference(recipe, workspace, tmp_path):
     samples = make_samples(workspace, right_pictures(COUNT))
     folder = save_folder(tmp_path / "ref", right_pictures(2 * COUNT)[COUNT:])
     from_folder = evaluate(recipe, samples=samples.id, reference=folder, workspace=workspace)
-    kept = kept_of(workspace, pictures_of(folder, recipe.latents))
+    kept = kept_of(workspace, pictures_of(folder, recipe.images))
     from_file = evaluate(recipe, samples=samples.id, reference=kept, workspace=workspace)
     assert result(from_file)["raw"] == result(from_folder)["raw"] and result(from_file)["n_ref"] == COUNT
 

@@ -305,17 +305,17 @@ def test_a_folder_of_the_benchmarks_layout_needs_no_metadata(recipe, samples, me
 def test_what_is_missing_is_an_error_not_a_smaller_number(recipe, samples, metadata, detector, tmp_path):
     folder = export_geneval(samples.path, metadata, tmp_path / "out", workspace=tmp_path / "runs")
     (folder / "00002" / "samples" / "0001.png").unlink()
-    with pytest.raises(DataError, match="not as many pictures"):
-        from_layout(folder, recipe.latents)
+    with pytest.raises(DataError, match="not as many images"):
+        from_layout(folder, recipe.images)
     shutil.rmtree(folder / "00002")
     with pytest.raises(DataError, match="without a gap"):
-        from_layout(folder, recipe.latents)
+        from_layout(folder, recipe.images)
     short = tmp_path / "short.jsonl"
     short.write_text("".join(json.dumps(line) + "\n" for line in ASKED[:5]))
     options = {"metrics": ["geneval"], "detector": str(detector), "workspace": tmp_path / "runs", "device": "cpu"}
     with pytest.raises(DataError, match="12 images for 5 prompts"):
         evaluate(recipe, samples=samples.path, metadata=short, **options)
-    with pytest.raises(UsageError, match="what each picture"):
+    with pytest.raises(UsageError, match="what each image"):
         evaluate(recipe, samples=samples.path, **options)
 
 
@@ -341,7 +341,7 @@ def result_of(report: Artifact) -> dict:
 def test_a_plan_goes_out_with_the_folder_and_comes_back_with_the_results(recipe, metadata, tmp_path):
     planned = rendered(tmp_path / "runs" / "samples-p", [line["prompt"] for line in ASKED], plan="a dog, left")
     folder = export_geneval(planned.path, metadata, tmp_path / "out", workspace=tmp_path / "runs")
-    images, asked = from_layout(folder, recipe.latents)
+    images, asked = from_layout(folder, recipe.images)
     assert {entry.plan for entry in images.entries} == {"a dog, left"}
     assert asked[-1] == {**ASKED[5], "plan": "a dog, left"}
     scored = [{**line, "metadata": json.dumps(asked[i])} for i, line in enumerate(RESULTS)]  # as the scorer copies it
@@ -407,7 +407,7 @@ def test_results_of_the_original_scorer_come_in_under_its_name(tmp_path):
 
 @pytest.mark.parametrize(
     ("lines", "why"),
-    [([*RESULTS, RESULTS[0]], "more than once"), (RESULTS[:-1], "not as many pictures"), ([], "no result"),
+    [([*RESULTS, RESULTS[0]], "more than once"), (RESULTS[:-1], "not as many images"), ([], "no result"),
      ([line for line in RESULTS if "00003" not in line["filename"]], "without a gap"),
      ([{**RESULTS[0], "filename": "0000.png"}], "no result of"),
      ([{**RESULTS[0], "correct": "yes"}], "no result of"), ([{**RESULTS[0], "tag": "x"}], "no result of")],

@@ -203,7 +203,7 @@ def test_a_latents_store_is_its_pictures(recipe, tmp_path):
     assert [entry.prompt for entry in found.entries] == [entry.prompt for entry in drawn(5).entries]
     assert np.array_equal(found.entries[0].load(), drawn(5).entries[0].load())
     (folder / "0.txt").write_text("something else")
-    with pytest.raises(DataError, match="other pictures"):
+    with pytest.raises(DataError, match="other images"):
         images_for(recipe, store.path, COUNT, tmp_path / "runs")
 
 
