@@ -23,18 +23,18 @@ from bifrost_cli.cli.app import run
 
 ROOT = Path(__file__).parents[2]
 STAGES = {
-    "extract_latents": ("extract", ["extract-latents"]),
-    "train_branch": ("branch", ["train", "branch"]),
-    "train_controlnet": ("controlnet", ["train", "controlnet"]),
-    "generate": ("generate", ["generate", "a red circle"]),
-    "evaluate": ("evaluate", ["eval"]),
-    "reconstruct": ("reconstruct", ["reconstruct", "a.png"]),
-    "ask": ("ask", ["ask", "a.png", "what?"]),
-    "bench_decode": ("bench", ["bench", "decode"]),
-    "import_checkpoint": ("import_checkpoint", ["import", "folder"]),
-    "export": ("export", ["export", "builtin:branch"]),
-    "render_shapes": ("shapes", ["shapes", "render"]),
-    "pretrain": ("pretrain", ["shapes", "pretrain"]),
+    "extract_latents": ("extraction.extract", ["extract-latents"]),
+    "train_branch": ("training.train_branch", ["train", "branch"]),
+    "train_controlnet": ("training.train_controlnet", ["train", "controlnet"]),
+    "generate": ("generation.generate", ["generate", "a red circle"]),
+    "evaluate": ("evaluation.evaluate", ["eval"]),
+    "reconstruct": ("generation.reconstruct", ["reconstruct", "a.png"]),
+    "ask": ("generation.ask", ["ask", "a.png", "what?"]),
+    "bench_decode": ("planning.bench", ["bench", "decode"]),
+    "import_checkpoint": ("interop.import_checkpoint", ["import", "folder"]),
+    "export": ("interop.export", ["export", "builtin:branch"]),
+    "render_shapes": ("toy_system.render", ["shapes", "render"]),
+    "pretrain": ("toy_system.pretrain", ["shapes", "pretrain"]),
 }
 
 
@@ -58,7 +58,7 @@ def stage(monkeypatch, tmp_path):
                 raise result
             return result if result is not None else made(tmp_path / "made")
 
-        module = types.ModuleType(f"bifrost_cli.stages.{STAGES[name][0]}")
+        module = types.ModuleType(f"bifrost_cli.{STAGES[name][0]}")
         setattr(module, name, stand_in)
         monkeypatch.setitem(sys.modules, module.__name__, module)
         return calls
@@ -103,10 +103,10 @@ def test_a_picture_and_a_plan_are_results_too(stage, capsys):
 def test_flags_set_recipe_keys_and_only_when_given(stage):
     calls = stage("generate", Path("x"))
     assert (
-        run(["generate", "p", "--no-plan", "--decode-steps", "3", "--guidance", "2", "--set", "generate.steps=5"]) == 0
+        run(["generate", "p", "--no-plan", "--decode-steps", "3", "--branch-guidance", "2", "--set", "generate.steps=5"]) == 0
     )
     settings = calls[0]["args"][0].generate
-    assert (settings.plan, settings.decode_steps, settings.guidance, settings.steps) == (False, 3, 2.0, 5)
+    assert (settings.plan, settings.decode_steps, settings.branch_guidance, settings.steps) == (False, 3, 2.0, 5)
     assert run(["generate", "p", "--recipe", "bifrost1-7b"]) == 0
     assert calls[1]["args"][0].name == "bifrost1-7b" and calls[1]["args"][1] == "p"
 
@@ -151,7 +151,7 @@ def test_every_option_a_command_hands_over_exists_in_the_stage(stage, name):
                "import_checkpoint": {}, "export": Path(".")}  # fmt: skip
     calls = stage(name, results.get(name))
     assert run(STAGES[name][1]) == 0
-    path = ROOT / "bifrost_cli" / "stages" / f"{STAGES[name][0]}.py"
+    path = ROOT.joinpath("bifrost_cli", *STAGES[name][0].split(".")).with_suffix(".py")
     functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
     arguments = next(node for node in functions if node.name == name).args
     known = {argument.arg for argument in (*arguments.args, *arguments.kwonlyargs)}
