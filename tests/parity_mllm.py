@@ -128,13 +128,13 @@ def _decoded(
     """One run, with the trajectory (mask token where masked) and the schedule as the published loop counts it."""
     trajectory, kept = [], []
 
-    def record(latents_BPC: Tensor, masked_BP: Tensor) -> None:
+    def record(_step: int, latents_BPC: Tensor, masked_BP: Tensor) -> None:
         trajectory.append(torch.where(masked_BP[..., None], branch.mask_token.detach(), latents_BPC))
         kept.append(int(masked_BP[0].sum()))
 
     unconditional, conditional = prefixes
     latents_BPC = sample_masked(
-        branch, conditional, unconditional, steps=steps, guidance=guidance, orders_BP=orders_BP, on_step=record
+        branch, conditional, unconditional, steps=steps, guidance=guidance, orders_BP=orders_BP, callback=record
     )
     masked = torch.tensor([branch.patches, *kept])
     return {

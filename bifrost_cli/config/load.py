@@ -16,32 +16,34 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from bifrost_cli.artifacts.manifest import MANIFEST, Artifact
-from bifrost_cli.config.strict_yaml import Document, parse, parse_file
+from bifrost_cli.config.strict_yaml import Document, Key, parse, parse_file
 from bifrost_cli.errors import RecipeError
 
 if TYPE_CHECKING:
     from bifrost_cli.config.schema import Recipe
 
 DEFAULT = "tiny"
-# What keys were called before each format: a recipe or an artifact of that format is read with the new names.
-RENAMED: dict[int, dict[tuple[str, str], tuple[tuple[str, str], ...]]] = {
+_TRAININGS = ("branch.train", "controlnet.train", *(f"shapes.{part}" for part in ("vae", "mllm", "open_clip", "flux")))
+# Format -> key of the format before -> what it is called since (more than one: the value goes to each).
+RENAMED: dict[int, dict[str, tuple[str, ...]]] = {
     2: {
-        ("models", "flux"): (("models", "painter"),),
-        ("generate", "flux_guidance"): (("generate", "painter_guidance"),),
-        ("generate", "max_flux_tokens"): (("generate", "painter_tokens"),),
+        "models.flux": ("models.painter",),
+        "generate.flux_guidance": ("generate.painter_guidance",),
+        "generate.max_flux_tokens": ("generate.painter_tokens",),
     },
     3: {
-        ("models", "painter"): (("models", "diffusion"),),
-        ("models", "revision"): (("models", "mllm_revision"), ("models", "diffusion_revision")),
-        ("latents", "image_size"): (("images", "input_size"),),
-        ("latents", "paint_size"): (("images", "output_size"),),
-        ("latents", "background"): (("images", "background"),),
-        ("latents", "max_pixels"): (("images", "max_pixels"),),
-        ("latents", "min_side"): (("images", "min_side"),),
-        ("latents", "animated"): (("images", "animated"),),
-        ("generate", "guidance"): (("generate", "branch_guidance"),),
-        ("generate", "painter_guidance"): (("generate", "guidance_scale"),),
-        ("generate", "painter_tokens"): (("models", "diffusion_text_tokens"),),
+        "models.painter": ("models.diffusion",),
+        "models.revision": ("models.mllm_revision", "models.diffusion_revision"),
+        "latents.image_size": ("images.input_size",),
+        "latents.paint_size": ("images.output_size",),
+        "latents.background": ("images.background",),
+        "latents.max_pixels": ("images.max_pixels",),
+        "latents.min_side": ("images.min_side",),
+        "latents.animated": ("images.animated",),
+        "generate.guidance": ("generate.branch_guidance",),
+        "generate.painter_guidance": ("generate.guidance_scale",),
+        "generate.painter_tokens": ("models.diffusion_text_tokens",),
+        **{f"{section}.tensorboard": (f"{section}.report_to",) for section in _TRAININGS},
     },
 }
 _SHOWN = 5
@@ -123,22 +125,40 @@ def _upgrade(document: Document) -> None:
     for format_, names in RENAMED.items():
         if type(written) is not int or not 1 <= written < format_:
             continue
-        for (section, old), now in names.items():
-            values = document.data.get(section)
-            if isinstance(values, dict) and old in values:
-                _rename(document, section, old, now)
+        for old, now in names.items():
+            _rename(document, tuple(old.split(".")), [tuple(key.split(".")) for key in now])
         document.data["format"] = written = format_
 
 
-def _rename(document: Document, section: str, old: str, now: tuple[tuple[str, str], ...]) -> None:
-    value, place = document.data[section].pop(old), document.place((section, old))
-    for other, new in now:
-        if document.data.get(other) is None:
-            document.data[other] = {}
-            document.places[other,] = place
-        if new not in document.data[other]:
-            document.data[other][new] = value
-            document.places[other, new] = place
+def _rename(document: Document, old: Key, now: list[Key]) -> None:
+    section = document.data
+    for part in old[:-1]:
+        section = section.get(part) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or old[-1] not in section:
+        return
+    value, place = section.pop(old[-1]), document.place(old)
+    if old[-1] == "tensorboard" and isinstance(value, bool):
+        value = ["tensorboard"] if value else []
+    for key in now:
+        section = document.data
+        for depth, part in enumerate(key[:-1], start=1):
+            if isinstance(section, dict) and section.get(part) is None:
+                section[part] = {}
+                document.places[key[:depth]] = place
+            section = section[part] if isinstance(section, dict) else None
+        if isinstance(section, dict) and key[-1] not in section:
+            section[key[-1]] = value
+            document.places[key] = place
+
+
+def _todays(key: str) -> tuple[int, tuple[str, ...]] | None:
+    """The format since which a key has other names, and these; None for a key that was never renamed."""
+    since = 0
+    names: tuple[str, ...] = (key,)
+    for format_, renamed in RENAMED.items():
+        following = tuple(new for name in names for new in renamed.get(name, (name,)))
+        since, names = (format_ if following != names else since), following
+    return (since, names) if since else None
 
 
 def _apply(document: Document, entry: str) -> None:
@@ -193,7 +213,9 @@ def _meaning(schema: type[BaseModel], path: list[str]) -> str:
 
 
 def _hint(schema: type[BaseModel], path: list[str]) -> str:
-    """The nearest key of the same section, else the same key in another section."""
+    """Today's name of an old key; else the nearest key of the same section; else the same key in another section."""
+    if renamed := _todays(".".join(path)):
+        return f"; since format {renamed[0]} it is {' and '.join(renamed[1])}"
     here = section_keys(schema, path[:-1])
     if near := difflib.get_close_matches(path[-1], here, n=1):
         return f"; did you mean {'.'.join([*path[:-1], near[0]])}?"

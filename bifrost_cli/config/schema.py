@@ -148,8 +148,11 @@ class Train(Section):
     validate_every: Every = Field(1_000, description="steps between validations; 0 is never")
     validation_rows: Every = Field(64, description="rows held out for validation, never trained on")
     sample_every: Every = Field(2_000, description="steps between sample grids; 0 is never")
-    tensorboard: bool = Field(
-        False, description="also write TensorBoard events (the tensorboard extra)", json_schema_extra=RUN_ONLY
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        (),
+        strict=False,
+        description="trackers beside the CSV files: tensorboard, wandb, trackio, mlflow (each to be installed)",
+        json_schema_extra=RUN_ONLY,
     )
 
     @model_validator(mode="after")

@@ -78,7 +78,7 @@ class Journal:
         self._train, self._say = train, ui.say if ui is not None else lambda line: None
         self._path = folder / "train.log"
         append(self._path, "")  # there from the start, for who follows it
-        self._board = _tensorboard(folder / "tensorboard") if train.tensorboard else None
+        self._board = _tensorboard(folder / "tensorboard") if "tensorboard" in train.report_to else None
         self._warned = False
 
     def __enter__(self) -> Journal:
@@ -207,6 +207,6 @@ def _tensorboard(folder: Path) -> Any:
         raise EnvironmentProblem(
             "the recipe asks for TensorBoard, which is not installed",
             code="BF-ENV-002",
-            fix="pip install 'bifrost-cli[tensorboard]', or set tensorboard: false",
+            fix="pip install 'bifrost-cli[tensorboard]', or leave it out of train.report_to",
         ) from None
     return SummaryWriter(str(folder))

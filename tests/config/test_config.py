@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import operator
 import os
 import subprocess
 import sys
@@ -13,8 +15,8 @@ from hypothesis import strategies as st
 from timing import within
 
 from bifrost_cli.artifacts import Draft
-from bifrost_cli.config.load import all_keys, load_recipe, recipe_names, recipe_path
-from bifrost_cli.config.schema import Recipe
+from bifrost_cli.config.load import RENAMED, all_keys, load_recipe, recipe_names, recipe_path
+from bifrost_cli.config.schema import Recipe, identity_of
 from bifrost_cli.config.strict_yaml import parse
 from bifrost_cli.errors import RecipeError
 
@@ -189,19 +191,86 @@ def test_hash_seed_and_locale_do_not_matter():
     assert len(outputs) == 1
 
 
-def test_a_recipe_of_format_1_is_read_with_todays_names(tmp_path: Path) -> None:
-    old = tmp_path / "old.yaml"
-    old.write_text("format: 1\nmodels: {flux: some/folder}\ngenerate: {max_flux_tokens: 7, flux_guidance: 2.5}\n")
-    recipe = load_recipe(old)
-    assert (recipe.models.diffusion, recipe.models.diffusion_text_tokens, recipe.generate.guidance_scale) == (
-        "some/folder",
-        7,
-        2.5,
-    )
-    assert recipe.format == 3
-    old.write_text("format: 2\nmodels: {flux: some/folder}\n")
-    with pytest.raises(RecipeError, match="models.flux"):
-        load_recipe(old)
+# The format that wrote a key last, the key, its value there, and the keys and the value that it is read as.
+OLD_KEYS = [
+    (1, "models.flux", "some/folder", ["models.diffusion"], "some/folder"),
+    (1, "generate.flux_guidance", 2.5, ["generate.guidance_scale"], 2.5),
+    (1, "generate.max_flux_tokens", 7, ["models.diffusion_text_tokens"], 7),
+    (2, "models.painter", "some/folder", ["models.diffusion"], "some/folder"),
+    (2, "models.revision", "abc", ["models.mllm_revision", "models.diffusion_revision"], "abc"),
+    (2, "latents.image_size", 28, ["images.input_size"], 28),
+    (2, "latents.paint_size", 32, ["images.output_size"], 32),
+    (2, "latents.background", "black", ["images.background"], "black"),
+    (2, "latents.max_pixels", 99, ["images.max_pixels"], 99),
+    (2, "latents.min_side", 9, ["images.min_side"], 9),
+    (2, "latents.animated", "skip", ["images.animated"], "skip"),
+    (2, "generate.guidance", 1.5, ["generate.branch_guidance"], 1.5),
+    (2, "generate.painter_guidance", 2.5, ["generate.guidance_scale"], 2.5),
+    (2, "generate.painter_tokens", 7, ["models.diffusion_text_tokens"], 7),
+    *(
+        (2, f"{section}.tensorboard", value, [f"{section}.report_to"], read)
+        for section in (
+            "branch.train",
+            "controlnet.train",
+            "shapes.vae",
+            "shapes.mllm",
+            "shapes.open_clip",
+            "shapes.flux",
+        )
+        for value, read in ((True, ("tensorboard",)), (False, ()))
+    ),
+]
+
+
+def test_the_list_of_old_keys_is_whole() -> None:
+    assert {(format_ - 1, old) for format_, names in RENAMED.items() for old in names} == {
+        (format_, old) for format_, old, *_ in OLD_KEYS if (format_ + 1) in RENAMED and old in RENAMED[format_ + 1]
+    }
+    assert {now for names in RENAMED[max(RENAMED)].values() for now in names} <= {key for key, _ in all_keys(Recipe)}
+
+
+@pytest.mark.parametrize(("written", "old", "value", "now", "read"), OLD_KEYS)
+def test_an_old_key_is_read_and_a_new_recipe_says_what_it_is_called(tmp_path, written, old, value, now, read) -> None:
+    text = json.dumps(value)
+    for part in reversed(old.split(".")):
+        text = f"{{{part}: {text}}}"
+    path = tmp_path / "old.yaml"
+    for format_ in range(1, written + 1):
+        if written == 1 or old not in ("models.painter", "generate.painter_guidance", "generate.painter_tokens"):
+            path.write_text(f"{{format: {format_}, {text[1:]}")
+            recipe = load_recipe(path)
+            assert recipe.format == 3
+            assert all(operator.attrgetter(key)(recipe) == read for key in now)
+    path.write_text(text)
+    for refused in (lambda: load_recipe(path), lambda: load_recipe("tiny", [f"{old}={json.dumps(value)}"])):
+        with pytest.raises(RecipeError) as caught:
+            refused()
+        assert caught.value.code == "BF-RECIPE-002"
+        assert f"unknown key {old}; since format 3 it is {' and '.join(now)}" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{format: 2, latents: {image_size: 28}, images: 3}", "images is a section"),
+        ("{format: 2, latents: 3}", "latents is a section"),
+        ("{format: 2, branch: {train: {tensorboard: 1}}}", "branch.train.report_to is 1"),
+        ("{format: 2, models: {flux: x}}", "unknown key models.flux"),
+        ("{branch: {train: {report_to: [excel]}}}", "'tensorboard', 'wandb', 'trackio' or 'mlflow'"),
+    ],
+)
+def test_a_broken_recipe_of_an_older_format_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path)
+    assert words in caught.value.message
+
+
+def test_where_results_are_tracked_changes_no_identity() -> None:
+    plain, tracked = (load_recipe("tiny", [f"branch.train.report_to={value}"]) for value in ("[]", "[wandb, mlflow]"))
+    assert tracked.branch.train.report_to == ("wandb", "mlflow")
+    assert identity_of(plain.branch) == identity_of(tracked.branch)
 
 
 def test_the_built_in_artifacts_recipe_is_read(tmp_path: Path) -> None:

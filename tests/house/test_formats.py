@@ -103,6 +103,7 @@ READ = {
     ("statistics", 3): ("statistics-3.safetensors", saved_statistics),
     ("recipe", 1): ("recipe-1.yaml", recipe),
     ("recipe", 2): ("recipe-2.yaml", recipe),
+    ("recipe", 3): ("recipe-3.yaml", recipe),
 }
 
 

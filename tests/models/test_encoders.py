@@ -150,14 +150,14 @@ def test_the_activation_is_part_of_the_identity(clip_folder, tmp_path):
 
 
 def test_a_setting_that_would_be_ignored_is_refused(clip_folder):
-    with pytest.raises(RecipeError, match="image_size is 448, but .* reads 32") as caught:
+    with pytest.raises(RecipeError, match="input_size is 448, but .* reads 32") as caught:
         load_encoder(clip_recipe(clip_folder, 448), CPU)
     assert caught.value.fix == "--set images.input_size=32"
     with pytest.raises(ValueError, match="32"):
         load_encoder(clip_recipe(clip_folder), CPU).encode(images(1, 16))
 
 
-# ---- the diffusion model's VAE ---------------------------------------------------------------------------------------------
+# ---- the diffusion model's VAE ----
 
 
 def test_the_vae_alone_gives_the_painters_latents(tmp_path):

@@ -82,6 +82,14 @@ def test_control_changes_the_picture_and_scale_weighs_it(diffusion: FluxModel) -
     assert shifts[0] < 1e-5 < shifts[1] < shifts[2]
 
 
+def test_every_step_is_reported(diffusion: FluxModel) -> None:
+    text, noise = diffusion.embed(["a star"], 8), diffusion.noise(64, torch.Generator().manual_seed(0))
+    seen: list[tuple[int, float, torch.Tensor]] = []
+    last = diffusion.denoise(noise, text, steps=3, callback=lambda step, t, x: seen.append((step, float(t), x)))
+    assert [step for step, _, _ in seen] == [0, 1, 2] and seen[0][1] == 1000 > seen[1][1] > seen[2][1] > 0
+    assert all(x.shape == noise.shape for _, _, x in seen) and torch.equal(seen[-1][2], last)
+
+
 def test_gradients_reach_the_controlnet_alone(diffusion: FluxModel) -> None:
     controlnet = tiny_controlnet(diffusion).requires_grad_(True).train()
     text = diffusion.embed(["a red circle", ""], 8)

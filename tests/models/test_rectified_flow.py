@@ -32,6 +32,31 @@ def test_shifts_are_the_schedulers() -> None:
     torch.testing.assert_close(constant.sigmas[:-1], ours)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_euler_is_the_stock_scheduler_bit_for_bit(dtype: torch.dtype) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(sigmas=rectified_flow.sampling_sigmas(7))
+    x = stock = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    seen: list[tuple[int, float]] = []
+    for timestep in scheduler.timesteps:
+        stock = scheduler.step(torch.sin(3 * stock), timestep, stock, return_dict=False)[0]
+    ours = rectified_flow.euler(
+        lambda x, _sigma: torch.sin(3 * x),
+        x,
+        scheduler.sigmas,
+        lambda step, sigma, _x: seen.append((step, float(sigma))),
+    )
+    assert ours.dtype == dtype and torch.equal(ours, stock)
+    assert seen == list(enumerate(scheduler.sigmas[:-1].tolist()))
+
+
+def test_the_loss_is_zero_at_the_true_velocity_alone() -> None:
+    clean, noise = torch.zeros(2, 3), torch.ones(2, 3)
+    sigma_B = torch.tensor([0.25, 0.75])
+    assert rectified_flow.flow_matching_loss(lambda x, _sigma: torch.ones_like(x), clean, noise, sigma_B) == 0
+    assert rectified_flow.flow_matching_loss(lambda x, _sigma: x, clean, noise, sigma_B) == (0.75**2 + 0.25**2) / 2
+
+
 def test_logit_normal_is_seeded_and_centred() -> None:
     draw = rectified_flow.logit_normal(20_000, torch.Generator().manual_seed(3))
     assert torch.equal(draw, rectified_flow.logit_normal(20_000, torch.Generator().manual_seed(3)))

@@ -31,9 +31,14 @@ def test_it_is_the_plain_loop(tiny_mllm, prefixes, steps, guidance):  # noqa: F8
 
 def test_patches_are_revealed_from_the_end_of_the_order_and_then_kept(tiny_mllm, prefixes):  # noqa: F811
     trail = []
-    sample_masked(
-        random_branch(tiny_mllm), prefixes[0], steps=6, orders_BP=ORDERS, on_step=lambda *step: trail.append(step)
-    )
+    branch, steps = random_branch(tiny_mllm), []
+
+    def record(step: int, *state: torch.Tensor) -> None:
+        steps.append(step)
+        trail.append(state)
+
+    last = sample_masked(branch, prefixes[0], steps=6, orders_BP=ORDERS, callback=record)
+    assert steps == list(range(6)) and torch.equal(trail[-1][0], last)
     assert [int(masked[0].sum()) for _, masked in trail] == mask_schedule(PATCHES, 6)
     for (before, masked_before), (after, masked) in zip(trail, trail[1:], strict=False):
         assert torch.equal(before[~masked_before], after[~masked_before])

@@ -55,7 +55,12 @@ def test_without_control_it_is_the_stock_pipeline(diffusion: Sd3Model, noise: to
     options = {"num_inference_steps": 3, "height": 64, "width": 64, "max_sequence_length": 16}
     expected = stock(PROMPT, latents=noise, guidance_scale=guidance, output_type="latent", **options).images
     text = diffusion.embed([PROMPT], 16, guidance)
-    ours = diffusion.denoise(noise, text, steps=3, guidance=guidance)
+    seen: list[tuple[int, float, torch.Tensor]] = []
+    ours = diffusion.denoise(
+        noise, text, steps=3, guidance=guidance, callback=lambda step, t, x: seen.append((step, float(t), x))
+    )
+    assert [step for step, _, _ in seen] == [0, 1, 2] and 1000 >= seen[0][1] > seen[2][1] > 0
+    assert torch.equal(seen[-1][2], ours)
     assert ours.shape == noise.shape and (ours - noise).abs().max() > 0.1
     assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
     pixels = stock(PROMPT, latents=noise, guidance_scale=guidance, output_type="np", **options).images

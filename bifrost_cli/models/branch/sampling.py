@@ -27,13 +27,14 @@ def sample_masked(
     orders_BP: Tensor,
     guidance: float = 1.0,
     noise_BPC: Tensor | None = None,
-    on_step: Callable[[Tensor, Tensor], None] | None = None,
+    callback: Callable[[int, Tensor, Tensor], object] | None = None,
 ) -> Tensor:
     """Latents_BPC float32 in the encoder's own scale, from a fully masked start.
 
     The first entries of an order are revealed last. guidance w: u + w * (c - u) with u from `uncond_prefix`; at w = 1
-    that half is not run. noise_BPC: what a flow head starts each patch from. on_step(latents_BPC, masked_BP) is called
-    after every step. ValueError: guidance without an unconditional prefix, orders of another size.
+    that half is not run. noise_BPC: what a flow head starts each patch from. callback(step, latents_BPC, masked_BP) is
+    called after every step, counted from 0; masked_BP is what is still to be predicted, and what it raises ends the
+    loop. ValueError: guidance without an unconditional prefix, orders of another size.
     """
     if guidance != 1.0 and uncond_prefix is None:
         raise ValueError(f"guidance {guidance} needs the prefix of the empty prompt")
@@ -44,15 +45,15 @@ def sample_masked(
     latents_BPC = torch.zeros(batch, patches, branch.channels, device=orders_BP.device)
     prefixes = [prefix] if guidance == 1.0 else [prefix, uncond_prefix]
     masked_BP, masked = torch.ones_like(orders_BP, dtype=torch.bool), patches
-    for kept in mask_schedule(patches, steps):
+    for step, kept in enumerate(mask_schedule(patches, steps)):
         revealed_Bn = orders_BP[:, kept:masked]
         if revealed_Bn.shape[1]:
             new_BnC = _predict(branch, prefixes, latents_BPC, masked_BP, revealed_Bn, guidance, noise_BPC)
             latents_BPC = latents_BPC.scatter(1, _across(revealed_Bn, branch.channels), new_BnC)
         masked_BP = mask_from_orders(orders_BP, torch.full_like(orders_BP[:, 0], kept))
         masked = kept
-        if on_step is not None:
-            on_step(latents_BPC, masked_BP)
+        if callback is not None:
+            callback(step, latents_BPC, masked_BP)
     return latents_BPC
 
 

@@ -17,15 +17,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
 from bifrost_cli.models.branch.decoder_adapters import decoder_config, new_decoder, with_cache
-from bifrost_cli.models.branch.flow_head import FlowHead
+from bifrost_cli.models.branch.heads import HEADS
 from bifrost_cli.models.branch.kv_prefix import FrozenCache, forward_subset
-from bifrost_cli.models.branch.linear_head import LinearHead
 from bifrost_cli.models.branch.tuning import frozen_names, start_low_rank, stock_name, tune_decoder
 from bifrost_cli.models.mllm.chat_template import additive, image_mask
 from bifrost_cli.models.mllm.frozen_mllm import Mllm, PromptCache
 from bifrost_cli.models.row_noise import NoiseSource
 
-HEADS = {"linear": LinearHead, "flow": FlowHead}
 LOSS_ON = ("all", "masked")
 
 

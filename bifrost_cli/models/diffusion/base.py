@@ -22,6 +22,8 @@ from bifrost_cli.errors import RecipeError
 from bifrost_cli.models.diffusion import rectified_flow
 from bifrost_cli.models.row_noise import NoiseSource, normal
 
+StepCallback = Callable[[int, torch.Tensor, torch.Tensor], object]
+
 
 class ControlInput(NamedTuple):
     """A latent ControlNet, the patch latents it reads and the weight of its residuals."""
@@ -129,8 +131,22 @@ class DiffusionModel(ABC):
         control: ControlInput | None = None,
         steps: int = 28,
         guidance: float = 3.5,
+        callback: StepCallback | None = None,
     ) -> torch.Tensor:
-        """Noise -> VAE latents (B, c, h, w) in `steps` Euler steps, as the family's stock (ControlNet) pipeline."""
+        """Noise to VAE latents by Euler steps, as the family's stock (ControlNet) pipeline.
+
+        Args:
+            noise_Bchw: starting noise, stacked from `noise`.
+            text: from `embed`, with the same `guidance`.
+            control: the latent ControlNet and its patch latents; None generates from text alone.
+            steps: number of Euler steps.
+            guidance: weight of the prompt; ignored unless `reads_guidance`.
+            callback: called after each step with its index from 0, its timestep (1000 is pure noise) and the latents
+                (B, c, h, w) it ended with. What it raises ends the loop.
+
+        Returns:
+            VAE latents (B, c, h, w), for `decode`.
+        """
 
     # ---- the ControlNet and its loss --------------------------------------------------------------------------------
 
@@ -180,8 +196,7 @@ class DiffusionModel(ABC):
         clean = clean.to(self.device, self.transformer.dtype)
         noise = normal(clean.shape, generator).to(clean)
         sigma_B = self.training_sigmas(len(clean), image_tokens, generator).to(clean)
-        predicted = velocity(rectified_flow.noisy(clean, noise, sigma_B), sigma_B)
-        return nn.functional.mse_loss(predicted.float(), rectified_flow.flow_target(clean, noise).float())
+        return rectified_flow.flow_matching_loss(velocity, clean, noise, sigma_B)
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:

@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxContro
 from torch import nn
 
 from bifrost_cli.models.diffusion import rectified_flow
-from bifrost_cli.models.diffusion.base import ControlInput, DiffusionModel, is_cut, token_ids
+from bifrost_cli.models.diffusion.base import ControlInput, DiffusionModel, StepCallback, is_cut, token_ids
 from bifrost_cli.models.diffusion.conditioners import ConcatConditioner, TokenConditioner
 from bifrost_cli.models.diffusion.controlnet import latent_controlnet
 from bifrost_cli.models.row_noise import NoiseSource
@@ -93,6 +93,7 @@ class FluxModel(DiffusionModel):
         control: ControlInput | None = None,
         steps: int = 28,
         guidance: float = 3.5,
+        callback: StepCallback | None = None,
     ) -> torch.Tensor:
         """Noise -> VAE latents (B, c, h, w) in `steps` Euler steps, as the stock FLUX (ControlNet) pipeline.
 
@@ -103,11 +104,17 @@ class FluxModel(DiffusionModel):
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
         mu = self.shift_mu(latents_BNc.shape[1])
         scheduler.set_timesteps(sigmas=rectified_flow.sampling_sigmas(steps), mu=mu, device=latents_BNc.device)
-        scheduler.set_begin_index(0)
-        for timestep in scheduler.timesteps:
-            sigma_B = timestep.expand(len(latents_BNc)).to(latents_BNc.dtype) / 1000
-            velocity_BNc = self.velocity(latents_BNc, sigma_B, text, ids_N3, control=control, guidance=guidance)
-            latents_BNc = scheduler.step(velocity_BNc, timestep, latents_BNc, return_dict=False)[0]
+
+        def velocity(latents_BNc: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            # Stock multiplies and divides by 1000, in these types: the rounding is part of what the model reads.
+            sigma_B = (1000 * sigma).expand(len(latents_BNc)).to(latents_BNc.dtype) / 1000
+            return self.velocity(latents_BNc, sigma_B, text, ids_N3, control=control, guidance=guidance)
+
+        def on_step(step: int, sigma: torch.Tensor, latents_BNc: torch.Tensor) -> None:
+            if callback is not None:
+                callback(step, 1000 * sigma, unpack(latents_BNc, noise_Bchw.shape[-2:]))
+
+        latents_BNc = rectified_flow.euler(velocity, latents_BNc, scheduler.sigmas, on_step)
         return unpack(latents_BNc, noise_Bchw.shape[-2:])
 
     # ---- the model and its losses -----------------------------------------------------------------------------------

@@ -1,12 +1,15 @@
-"""Rectified flow as FLUX uses it: the straight path, its target, the resolution shift, the training noise levels.
+"""Rectified flow: the straight path from data to noise, its loss, its Euler sampler, noise levels and their shifts.
 
-In: tensors and plain numbers. Out: tensors and plain numbers. Knows no model, no scheduler object and no file.
-Letters: x0 clean, e noise, s (sigma) noise level in [0, 1] with 1 = pure noise. B images in a batch, C D H W N free.
+FLUX, Stable Diffusion 3 and the branch's flow head train and sample with these functions; a model comes in as its
+velocity. Letters: x0 clean, e noise, s (sigma) noise level in [0, 1] with 1 = pure noise. B images, other axes free.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
+from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -22,6 +25,56 @@ def noisy(clean: torch.Tensor, noise: torch.Tensor, sigma_B: torch.Tensor) -> to
 def flow_target(clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """The velocity dx_s/ds = e - x0, which the model learns; the same at every noise level."""
     return noise - clean
+
+
+def flow_matching_loss(
+    velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    sigma_B: torch.Tensor,
+) -> torch.Tensor:
+    """Conditional flow matching (SD3, arXiv 2403.03206, section 2).
+
+    Args:
+        velocity: the model, called with x_s of `clean`'s shape and `sigma_B`.
+        clean: x0, (B, ...).
+        noise: e, of the same shape.
+        sigma_B: noise levels in [0, 1], one for each entry of the batch, (B,) or (B, 1, ...).
+
+    Returns:
+        The mean squared error to e - x0, a float32 scalar with the model's graph.
+    """
+    predicted = velocity(noisy(clean, noise, sigma_B), sigma_B)
+    return torch.nn.functional.mse_loss(predicted.float(), flow_target(clean, noise).float())
+
+
+def euler(
+    velocity: Callable[[torch.Tensor, Any], torch.Tensor],
+    x: torch.Tensor,
+    sigmas: Iterable[Any],
+    callback: Callable[[int, Any, torch.Tensor], object] | None = None,
+) -> torch.Tensor:
+    """Integrate dx/ds = v from the first to the last of `sigmas` by Euler's method.
+
+    The sum is taken in float32 and rounded to the velocity's type at every step: bit for bit what `step` of diffusers'
+    FlowMatchEulerDiscreteScheduler does.
+
+    Args:
+        velocity: the model, called with x and one entry of `sigmas`.
+        x: the starting point, usually noise.
+        sigmas: noise levels, falling; one more than there are steps. Numbers, or a tensor (n + 1,).
+        callback: called after each step with its index from 0, the noise level it started at, and the new x. What it
+            raises ends the loop.
+
+    Returns:
+        x at the last noise level.
+    """
+    for step, (sigma, following) in enumerate(pairwise(sigmas)):
+        slope = velocity(x, sigma)
+        x = (x.float() + (following - sigma) * slope).to(slope.dtype)
+        if callback is not None:
+            callback(step, sigma, x)
+    return x
 
 
 def logit_normal(count: int, generator: NoiseSource, mean: float = 0.0, sd: float = 1.0) -> torch.Tensor:

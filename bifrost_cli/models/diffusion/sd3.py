@@ -17,7 +17,8 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Transformer2DModel
 from torch import nn
 
-from bifrost_cli.models.diffusion.base import ControlInput, DiffusionModel, is_cut, token_ids
+from bifrost_cli.models.diffusion import rectified_flow
+from bifrost_cli.models.diffusion.base import ControlInput, DiffusionModel, StepCallback, is_cut, token_ids
 from bifrost_cli.models.diffusion.controlnet import latent_sd3_controlnet
 from bifrost_cli.models.row_noise import NoiseSource
 
@@ -100,6 +101,7 @@ class Sd3Model(DiffusionModel):
         control: ControlInput | None = None,
         steps: int = 28,
         guidance: float = 3.5,
+        callback: StepCallback | None = None,
     ) -> torch.Tensor:
         """Noise -> VAE latents (B, c, h, w) in `steps` Euler steps, as the stock SD3 (ControlNet) pipeline.
 
@@ -112,15 +114,20 @@ class Sd3Model(DiffusionModel):
         guided = guidance != 1.0
         if guided:
             text, control = _doubled(text, control)
-        latents_Bchw = noise_Bchw
-        for timestep in scheduler.timesteps:
+
+        def velocity(latents_Bchw: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
             inputs_Bchw = torch.cat([latents_Bchw] * 2) if guided else latents_Bchw
-            velocity_Bchw = self.velocity(inputs_Bchw, timestep.expand(len(inputs_Bchw)), text, control)
-            if guided:
-                empty_Bchw, told_Bchw = velocity_Bchw.chunk(2)
-                velocity_Bchw = empty_Bchw + guidance * (told_Bchw - empty_Bchw)
-            latents_Bchw = scheduler.step(velocity_Bchw, timestep, latents_Bchw, return_dict=False)[0]
-        return latents_Bchw
+            velocity_Bchw = self.velocity(inputs_Bchw, (1000 * sigma).expand(len(inputs_Bchw)), text, control)
+            if not guided:
+                return velocity_Bchw
+            uncond_Bchw, cond_Bchw = velocity_Bchw.chunk(2)
+            return uncond_Bchw + guidance * (cond_Bchw - uncond_Bchw)
+
+        def on_step(step: int, sigma: torch.Tensor, latents_Bchw: torch.Tensor) -> None:
+            if callback is not None:
+                callback(step, 1000 * sigma, latents_Bchw)
+
+        return rectified_flow.euler(velocity, noise_Bchw, scheduler.sigmas, on_step)
 
     # ---- the model and its losses -----------------------------------------------------------------------------------
 

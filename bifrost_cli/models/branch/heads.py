@@ -1,20 +1,42 @@
-"""A sampling head: a small velocity network on each hidden state, trained with flow matching.
+"""The vision heads, from a hidden state to a patch latent: a linear layer as published, and one that samples.
 
-In: hidden states (..., D). Out: sampled latents (..., C), their mean, or a loss. Knows no masks, prompts or decode
-steps. After the per-token diffusion head of MAR (arXiv 2406.11838, section 3); not part of the Bifrost-1 paper, whose
-linear head averages what a prompt leaves free.
+The linear head (Bifrost-1, arXiv 2508.05954) is trained with mean squared error, and so predicts the mean of what a
+prompt leaves free. The flow head, after the per-token diffusion head of MAR (arXiv 2406.11838, section 3), samples from
+it; it is not part of the paper. Legend: D decoder width, C latent channels, N tokens, ... any leading axes.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from bifrost_cli.models.diffusion.rectified_flow import euler, flow_matching_loss
 from bifrost_cli.models.row_noise import NoiseSource, normal
 
 EULER_STEPS = 25
+
+
+class LinearHead(nn.Linear):
+    """Predicts the mean of the latents that a hidden state allows."""
+
+    def mean(self, hidden_D: Tensor) -> Tensor:
+        """Predicted latents (..., C)."""
+        return self(hidden_D)
+
+    def loss(self, hidden_ND: Tensor, target_NC: Tensor, generator: NoiseSource | None = None) -> Tensor:
+        """Mean squared error over all entries, in float32. The generator is not needed."""
+        return nn.functional.mse_loss(self(hidden_ND).float(), target_NC.float())
+
+    def guided(self, hidden_D: Tensor, uncond_D: Tensor | None, guidance: float, noise_C: Tensor | None) -> Tensor:
+        """u + w * (c - u), or c when there is no unconditional half. The noise is not needed."""
+        conditional_C = self(hidden_D)
+        if uncond_D is None:
+            return conditional_C
+        unconditional_C = self(uncond_D)
+        return unconditional_C + guidance * (conditional_C - unconditional_C)
 
 
 class FlowHead(nn.Module):
@@ -41,9 +63,7 @@ class FlowHead(nn.Module):
         """Flow matching: || v(x_s, s | h) - (noise - clean) ||^2 in float32, s = sigmoid of a unit normal."""
         noise_NC = _normal(target_NC, target_NC.shape, generator)
         sigma_N1 = _normal(target_NC, (len(target_NC), 1), generator).sigmoid()
-        x_NC = (1 - sigma_N1) * target_NC + sigma_N1 * noise_NC
-        velocity_NC = self.velocity(x_NC, sigma_N1, hidden_ND)
-        return nn.functional.mse_loss(velocity_NC.float(), (noise_NC - target_NC).float())
+        return flow_matching_loss(partial(self.velocity, hidden_D=hidden_ND), target_NC, noise_NC, sigma_N1)
 
     def mean(self, hidden_D: Tensor) -> Tensor:
         """The mean of what could be sampled: at s = 1 the best velocity is noise - E[clean | h], here with noise 0."""
@@ -54,15 +74,20 @@ class FlowHead(nn.Module):
         """Samples by Euler steps from the given noise; guidance acts on the velocities: u + w * (c - u)."""
         if noise_C is None:
             raise ValueError("a flow head samples: give it noise")
-        x_C = noise_C.to(hidden_D.dtype)
-        for step in range(EULER_STEPS):
-            sigma_1 = torch.full_like(x_C[..., :1], 1 - step / EULER_STEPS)
+
+        def velocity(x_C: Tensor, steps_left: int) -> Tensor:
+            # Time is counted in steps, so that one of them is exactly a 25th of the velocity.
+            sigma_1 = torch.full_like(x_C[..., :1], 1 - (EULER_STEPS - steps_left) / EULER_STEPS)
             velocity_C = self.velocity(x_C, sigma_1, hidden_D)
             if uncond_D is not None:
-                without_C = self.velocity(x_C, sigma_1, uncond_D)
-                velocity_C = without_C + guidance * (velocity_C - without_C)
-            x_C = x_C - velocity_C / EULER_STEPS
-        return x_C
+                uncond_C = self.velocity(x_C, sigma_1, uncond_D)
+                velocity_C = uncond_C + guidance * (velocity_C - uncond_C)
+            return (velocity_C / EULER_STEPS).to(x_C.dtype)
+
+        return euler(velocity, noise_C.to(hidden_D.dtype), range(EULER_STEPS, -1, -1))
+
+
+HEADS: dict[str, type[LinearHead | FlowHead]] = {"linear": LinearHead, "flow": FlowHead}
 
 
 class _Block(nn.Module):
