@@ -178,4 +178,7 @@ class Draft:
 
     def _hint(self, parent: Path) -> str:
         """Where the parent was, from here: it survives a move of both, and tells nothing of the machine."""
-        return os.path.relpath(parent.resolve(), self.path.resolve())
+        try:
+            return Path(os.path.relpath(parent.resolve(), self.path.resolve())).as_posix()
+        except ValueError:  # Windows: another drive
+            return parent.resolve().as_posix()

@@ -26,6 +26,8 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 _BROKEN = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE}
 _counter = itertools.count()
+# No child process inherits a descriptor, and Windows writes the bytes that it is given.
+OPEN_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 # ---- whole files and folders -----------------------------------------------------------------------------------------
@@ -123,15 +125,18 @@ def sweep(folder: Path) -> int:
 
 
 def sync(path: Path) -> None:
-    """Force a file's bytes, or a folder's names, to the disk."""
-    with disk_errors(path), open_file(path, os.O_RDONLY) as descriptor:
+    """Force a file's bytes, or a folder's names, to the disk. Windows opens no folder."""
+    windows = os.name == "nt"
+    if windows and path.is_dir():
+        return
+    with disk_errors(path), open_file(path, os.O_RDWR if windows else os.O_RDONLY) as descriptor:
         os.fsync(descriptor)
 
 
 @contextlib.contextmanager
 def open_file(path: Path, flags: int) -> Iterator[int]:
     """A descriptor, closed at the end."""
-    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(path, flags | OPEN_FLAGS, 0o666)
     try:
         yield descriptor
     finally:

@@ -1,49 +1,54 @@
-"""One writer per folder.
+"""One writer per folder, on POSIX and on Windows.
 
-In: a folder. Out: an exclusive `flock` on `<folder>/.lock`, which the kernel releases even after kill -9, so a stale
-lock never has to be deleted. The file says who holds it. Does not know what is written.
+A `Lock` holds `<folder>/.lock` by the operating system's own file lock, which ends with its process even after kill -9,
+so that a stale lock never has to be deleted. The file names the process that holds it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import json
 import os
 import shlex
 import socket
+import stat
 import sys
 import time
 from pathlib import Path
 from types import TracebackType
 
-from bifrost_cli.artifacts.files import disk_errors, make_folder, write_all
+from bifrost_cli.artifacts.files import OPEN_FLAGS, disk_errors, make_folder, write_all
 from bifrost_cli.errors import ArtifactError
 
 LOCK_NAME = ".lock"
+_FAR = 1 << 30  # Windows: the byte that is locked, far behind the text, since a locked byte cannot be read by others
 
 
 class Lock:
-    """Hold a folder for writing. ArtifactError at once when another process holds it, naming that process."""
+    """An exclusive lock on a folder, as a context manager or by `acquire` and `release`."""
 
     def __init__(self, folder: Path) -> None:
         self.path = Path(folder) / LOCK_NAME
         self._descriptor: int | None = None
 
     def acquire(self) -> Lock:
+        """Lock the folder, creating it where it is missing.
+
+        Raises:
+            ArtifactError: BF-ART-006, another process holds it (it is named), or `.lock` is not a regular file.
+        """
         make_folder(self.path.parent)
-        with disk_errors(self.path):
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        descriptor = self._open()
+        if not _try_lock(descriptor):
             owner = os.read(descriptor, 4096)
             os.close(descriptor)
-            raise _held(self.path.parent, owner) from error
+            raise _held(self.path.parent, owner)
         self._descriptor = descriptor
         try:
             with disk_errors(self.path):
                 os.ftruncate(descriptor, 0)
+                os.lseek(descriptor, 0, os.SEEK_SET)
                 write_all(descriptor, _self_description())
         except BaseException:
             self.release()
@@ -51,13 +56,27 @@ class Lock:
         return self
 
     def release(self) -> None:
+        """Unlock; does nothing when the lock is not held."""
         if self._descriptor is None:
             return
         with contextlib.suppress(OSError):
             os.ftruncate(self._descriptor, 0)  # a released lock leaves the same bytes behind, whoever held it
-        fcntl.flock(self._descriptor, fcntl.LOCK_UN)  # closing alone is not enough while a forked child has it open
+        _unlock(self._descriptor)  # closing alone is not enough while a forked child has it open
         os.close(self._descriptor)
         self._descriptor = None
+
+    def _open(self) -> int:
+        """The file's descriptor; a link is not followed, since what it points to would be emptied."""
+        flags = os.O_RDWR | os.O_CREAT | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0)
+        if self.path.is_symlink() or (self.path.exists() and not stat.S_ISREG(self.path.stat().st_mode)):
+            raise _no_file(self.path)
+        with disk_errors(self.path):
+            try:
+                return os.open(self.path, flags, 0o644)
+            except OSError as error:
+                if error.errno in (errno.ELOOP, errno.EISDIR):
+                    raise _no_file(self.path) from error
+                raise
 
     def __enter__(self) -> Lock:
         return self.acquire()
@@ -66,6 +85,63 @@ class Lock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """True when a process writes the folder now; changes nothing."""
+    path = Path(folder) / LOCK_NAME
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        descriptor = os.open(path, os.O_RDWR | OPEN_FLAGS)
+    except OSError:
+        return True  # not ours to write, so not ours to judge
+    try:
+        free = _try_lock(descriptor)
+        if free:
+            _unlock(descriptor)
+        return not free
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Take the lock of an open file unless another process has it."""
+    try:
+        import fcntl
+    except ImportError:
+        return _try_lock_windows(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _try_lock_windows(descriptor: int) -> bool:
+    import msvcrt
+
+    try:
+        os.lseek(descriptor, _FAR, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+    except OSError as error:
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        if error.errno in (errno.EACCES, errno.EDEADLK):
+            return False
+        raise
+    return True
+
+
+def _unlock(descriptor: int) -> None:
+    try:
+        import fcntl
+    except ImportError:
+        import msvcrt
+
+        os.lseek(descriptor, _FAR, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _self_description() -> bytes:
@@ -91,3 +167,8 @@ def _held(folder: Path, owner: bytes) -> ArtifactError:
         fix="wait for it to end, or write elsewhere with -o",
         code="BF-ART-006",
     )
+
+
+def _no_file(path: Path) -> ArtifactError:
+    return ArtifactError(f"{path.parent} cannot be locked: {path.name} is not a regular file", at=str(path),
+                         fix=f"remove {path}", code="BF-ART-006")  # fmt: skip

@@ -7,8 +7,9 @@ stays quick. Does not know what the options do.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -44,6 +45,12 @@ def _go_offline(value: bool) -> None:
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
 
 
+def _check_device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|(cuda|xpu)(:\d{1,3})?", value):
+        raise typer.BadParameter(f"{value!r} is not a device; they are auto, cpu, cuda, cuda:1, mps, xpu")
+    return value
+
+
 def _show_version(value: bool) -> None:
     if value:
         print(f"bifrost {__version__}")
@@ -63,7 +70,13 @@ Output = Annotated[
     ),
 ]
 Device = Annotated[
-    Literal["auto", "cpu", "cuda"], typer.Option("--device", help="auto takes a GPU where there is one.")
+    str,
+    typer.Option(
+        "--device",
+        metavar="[auto|cpu|cuda|cuda:N|mps|xpu]",
+        callback=_check_device,
+        help="auto takes a CUDA GPU where there is one.",
+    ),
 ]
 Gpus = Annotated[
     int,

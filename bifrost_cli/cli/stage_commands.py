@@ -75,7 +75,7 @@ def extract_latents(
 
     Example: bifrost extract-latents photos/ -o runs/photos
     """
-    _in_processes(gpus, dry_run)
+    _in_processes(gpus, device, dry_run)
     from bifrost_cli.extraction.extract import extract_latents
 
     return made(
@@ -103,7 +103,7 @@ def train_branch(
 
     Example: bifrost train branch --set branch.train.steps=2000
     """
-    _in_processes(gpus, dry_run)
+    _in_processes(gpus, device, dry_run)
     from bifrost_cli.training.train_branch import train_branch
 
     options = {"output": output, "workspace": workspace, "resume": resume, "device": device, "dry_run": dry_run}
@@ -128,7 +128,7 @@ def train_controlnet(
 
     Example: bifrost train controlnet --latents runs/photos
     """
-    _in_processes(gpus, dry_run)
+    _in_processes(gpus, device, dry_run)
     from bifrost_cli.training.train_controlnet import train_controlnet
 
     options = {"output": output, "workspace": workspace, "resume": resume, "device": device, "dry_run": dry_run}
@@ -239,8 +239,9 @@ def bench_decode(
     return Result([str(row) for row in rows], {"rows": [{**asdict(row), "ratio": row.ratio} for row in rows]})
 
 
-def _in_processes(count: int, dry_run: bool) -> None:
+def _in_processes(count: int, device: str, dry_run: bool) -> None:
     """With --gpus N this command line goes to N processes, and this one ends as they do; a plan needs only one."""
+    launch.require_shared_device(device, count)
     if count > 1 and not dry_run:
         launch.start(count, sys.argv[1:])
 

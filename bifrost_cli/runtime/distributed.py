@@ -63,7 +63,7 @@ def join(number: int, of: int, local: int, device: str) -> None:
     global _store
     if dist.is_initialized():
         return
-    cuda = device != "cpu" and torch.cuda.is_available()
+    cuda = device in ("auto", "cuda") and torch.cuda.is_available()
     if cuda:
         if local >= torch.cuda.device_count():
             raise EnvironmentProblem(

@@ -61,6 +61,7 @@ def together(stage: Callable[..., Any]) -> Callable[..., Any]:
         here = distributed_env()
         if here.world == 1:
             return stage(*args, **options)
+        require_shared_device(options.get("device", "auto"), here.world)
         from bifrost_cli.runtime import distributed
 
         distributed.join(*here, options.get("device", "auto"))
@@ -70,6 +71,21 @@ def together(stage: Callable[..., Any]) -> Callable[..., Any]:
             return stage(*args, **options)
 
     return run
+
+
+def require_shared_device(device: str, processes: int) -> None:
+    """Refuse a single device for several processes, which each take the GPU of their own number.
+
+    Raises:
+        UsageError: `device` is one such as cuda:1 or mps, and `processes` is more than one.
+    """
+    if processes > 1 and device not in ("auto", "cpu", "cuda"):
+        error = UsageError(
+            f"--device {device} is one device, and there are {processes} processes",
+            fix="--device cuda: each process takes the GPU of its own number; CUDA_VISIBLE_DEVICES chooses among them",
+        )
+        error.elsewhere = distributed_env().rank > 0
+        raise error
 
 
 # ---- --gpus N --------------------------------------------------------------------------------------------------------

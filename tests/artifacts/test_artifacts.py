@@ -25,6 +25,7 @@ from bifrost_cli.artifacts import (
     newest,
     resolve,
 )
+from bifrost_cli.artifacts.lock import is_locked
 from bifrost_cli.artifacts.workspace import survey
 from bifrost_cli.errors import ArtifactError, BifrostError, StoreError, UsageError
 
@@ -336,3 +337,22 @@ def test_lineage_follows_ids_and_survives_a_move(tmp_path):
     (tmp_path / "w").rename(tmp_path / "moved")
     assert [line.artifact is None for line in lineage(samples)] == [False, True]
     assert [line.artifact is None for line in lineage(samples, tmp_path / "moved")] == [False, False, False]
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+def test_a_lock_that_is_no_file_is_refused_and_left_as_it_is(tmp_path, kind):
+    (tmp_path / "precious").write_text("kept")
+    lock = tmp_path / "a" / ".lock"
+    (tmp_path / "a").mkdir()
+    lock.symlink_to(tmp_path / "precious") if kind == "link" else lock.mkdir()
+    with pytest.raises(ArtifactError, match="not a regular file") as caught:
+        Draft.open(tmp_path / "a", "branch", IDENTITY)
+    assert caught.value.code == "BF-ART-006"
+    assert (tmp_path / "precious").read_text() == "kept" and not (tmp_path / "a" / "draft.json").exists()
+
+
+def test_whether_a_folder_is_being_written_can_be_seen(tmp_path):
+    assert not is_locked(tmp_path)
+    with Lock(tmp_path):
+        assert is_locked(tmp_path) and f'"pid": {os.getpid()}' in (tmp_path / ".lock").read_text()
+    assert not is_locked(tmp_path)

@@ -103,7 +103,10 @@ def test_a_picture_and_a_plan_are_results_too(stage, capsys):
 def test_flags_set_recipe_keys_and_only_when_given(stage):
     calls = stage("generate", Path("x"))
     assert (
-        run(["generate", "p", "--no-plan", "--decode-steps", "3", "--branch-guidance", "2", "--set", "generate.steps=5"]) == 0
+        run(
+            ["generate", "p", "--no-plan", "--decode-steps", "3", "--branch-guidance", "2", "--set", "generate.steps=5"]
+        )
+        == 0
     )
     settings = calls[0]["args"][0].generate
     assert (settings.plan, settings.decode_steps, settings.branch_guidance, settings.steps) == (False, 3, 2.0, 5)
@@ -210,6 +213,24 @@ def test_wrong_usage_is_2_in_our_form(capsys, arguments):
     assert run(arguments) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error[BF-USE-001]: ") and "--help" in err
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:1", "mps", "xpu", "xpu:2"])
+def test_devices_reach_the_stage_as_they_are_given(stage, device):
+    calls = stage("generate", Path("x"))
+    assert run(["generate", "p", "--device", device]) == 0
+    assert calls[0]["device"] == device
+
+
+@pytest.mark.parametrize("device", ["cuda:", "cuda:x", "cpu:1", "CUDA", "", "cuda:1,2"])
+def test_what_is_no_device_is_refused_with_the_list(capsys, device):
+    assert run(["generate", "p", "--device", device]) == 2
+    assert "auto, cpu, cuda, cuda:1, mps, xpu" in capsys.readouterr().err
+
+
+def test_one_device_for_several_processes_is_refused_before_they_start(capsys):
+    assert run(["train", "branch", "--device", "cuda:0", "--gpus", "8"]) == 2
+    assert "--device cuda:0 is one device, and there are 8 processes" in capsys.readouterr().err
 
 
 def test_a_recipe_error_has_file_line_column_and_a_hint(capsys, tmp_path):

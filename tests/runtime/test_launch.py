@@ -95,6 +95,24 @@ def test_gpus_inside_a_job_is_refused(monkeypatch):
         launch.start(2, [])
 
 
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1", "mps", "xpu", "xpu:0"])
+def test_one_device_for_several_processes_is_refused(device, monkeypatch):
+    with pytest.raises(UsageError, match=f"--device {device} is one device, and there are 8 processes"):
+        launch.require_shared_device(device, 8)
+    launch.require_shared_device(device, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (0, 1):  # refused before the processes meet, and said by one of them
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(UsageError, match="2 processes") as caught:
+            launch.together(lambda **options: pytest.fail("the stage ran"))(device=device)
+        assert caught.value.elsewhere == (rank == 1)
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
+def test_each_process_takes_its_own_device(device):
+    launch.require_shared_device(device, 8)
+
+
 # ---- whole jobs ------------------------------------------------------------------------------------------------------
 
 
