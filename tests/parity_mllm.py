@@ -54,7 +54,7 @@ def check_branch(folder: str | Path) -> list[Row]:
     text = _layout(inputs["input_ids"], inputs["attention_mask_text"])
     masked_BP, latents_BPC = inputs["ar_mask"].bool(), inputs["clip_latents"]
     seen = _watch(mllm.model.model.language_model), _watch(branch.decoder)
-    prefix = mllm.prefix(text)
+    prefix = mllm.encode_prompts(text)
     ours = {"vision_pred": branch(latents_BPC, masked_BP, prefix)}
     real_BS = torch.cat([text.attention_BT, torch.ones_like(inputs["ar_mask"])], dim=1).bool()
     ours |= {name: torch.cat([part[name] for part in seen], dim=1) for name in seen[0]}
@@ -75,7 +75,7 @@ def check_decode(folder: str | Path) -> list[Row]:
     config, inputs, expected = _config(folder), _tensors(folder, "inputs"), _tensors(folder, "outputs")
     mllm, branch = _models(config, folder)
     prefixes = [
-        mllm.prefix(_layout(ids, attention))
+        mllm.encode_prompts(_layout(ids, attention))
         for ids, attention in zip(inputs["input_ids"].chunk(2), inputs["attention_mask_text"].chunk(2), strict=True)
     ]
     ours: dict[str, Tensor] = {}

@@ -109,11 +109,11 @@ class Prior:
                 self._unconditional  # noqa: B018 while the MLLM is there
             with timed(self.seconds, "prompt"):
                 layout = self.mllm.tokenize_prompts([join_plan(prompt, plan)], self.recipe.branch.max_text_tokens)
-                return plan, layout.truncated[0], self.mllm.prefix(layout)
+                return plan, layout.truncated[0], self.mllm.encode_prompts(layout)
 
     @cached_property
     def _unconditional(self) -> PromptCache:
-        return self.mllm.prefix(self.mllm.tokenize_prompts([""], self.recipe.branch.max_text_tokens))
+        return self.mllm.encode_prompts(self.mllm.tokenize_prompts([""], self.recipe.branch.max_text_tokens))
 
 
 class Decoder:

@@ -61,13 +61,13 @@ class MllmEncoder:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        family, model, processor = self._mllm.family, self._mllm.model, self._mllm.image_processor
-        visual = family.visual(model)
+        adapter, model, processor = self._mllm.adapter, self._mllm.model, self._mllm.image_processor
+        visual = adapter.visual(model)
         return {
             "name": "mllm",
             "weights": weights_hash(visual.state_dict()),
             "dtype": str(next(visual.parameters()).dtype).removeprefix("torch."),
-            **family.encoder_identity(model),
+            **adapter.encoder_identity(model),
             "image_size": self.image_size,
             "grid": list(self.grid),
             "channels": self.channels,
@@ -127,9 +127,7 @@ class OpenClipEncoder:
         """uint8 (B, S, S, 3) -> float32 (B, P, C). ValueError on another size."""
         pixels = torch.as_tensor(pixels_BSS3)
         if pixels.shape[1:] != (self.image_size, self.image_size, 3):
-            raise ValueError(
-                f"pictures must be (B, {self.image_size}, {self.image_size}, 3), not {tuple(pixels.shape)}"
-            )
+            raise ValueError(f"images must be (B, {self.image_size}, {self.image_size}, 3), not {tuple(pixels.shape)}")
         return self._maps(pixels).flatten(2).transpose(1, 2).float()
 
     @torch.no_grad()

@@ -147,8 +147,8 @@ def _both_passes(mllm: Mllm, branch: VisualBranch, x_BSD: Tensor, positions_BS: 
 
 
 def _decode(mllm: Mllm, branch: VisualBranch, text: TokenizedPrompts, uncond_text: TokenizedPrompts, **run) -> Tensor:
-    unconditional = mllm.prefix(uncond_text) if run["guidance"] != 1.0 else None
-    return sample_masked(branch, mllm.prefix(text), unconditional, **run)
+    unconditional = mllm.encode_prompts(uncond_text) if run["guidance"] != 1.0 else None
+    return sample_masked(branch, mllm.encode_prompts(text), unconditional, **run)
 
 
 def _random_models(hidden: int, layers: int, tokens: int, device: torch.device) -> tuple[Mllm, VisualBranch]:

@@ -166,7 +166,7 @@ def test_the_exported_mllm_is_the_one_that_generates(tmp_path, monkeypatch, caps
     theirs, ours = load_mllm("understanding", cpu), load_mllm("builtin:mllm", cpu)
     assert theirs.weights_hash() == builtin("branch").identity["mllm"]
     assert theirs.weights_hash() in Path("understanding/README.md").read_text()
-    prefix = ours.prefix(ours.tokenize_prompts(["a red circle"], 96))
+    prefix = ours.encode_prompts(ours.tokenize_prompts(["a red circle"], 96))
     branch = load_branch(builtin("branch"), cpu)
     order_BP = torch.arange(branch.patches)[None]
     sample_masked(branch, prefix, prefix, steps=2, guidance=2.0, orders_BP=order_BP)

@@ -57,7 +57,7 @@ def test_layers_shrink_and_compute_nearly_the_same(weights: str, share: float) -
     planned = bytes_of(full.decoder, weights, 4) - bytes_of(full.decoder, "dtype", 4)
     assert planned == pytest.approx(linear_bytes(small.decoder) - linear_bytes(full.decoder), rel=0.01)
     assert torch.equal(small.decoder.embed_tokens.weight, full.decoder.embed_tokens.weight)
-    prefixes = [mllm.prefix(mllm.tokenize_prompts(["a red circle"], 100)) for mllm in (full, small)]
+    prefixes = [mllm.encode_prompts(mllm.tokenize_prompts(["a red circle"], 100)) for mllm in (full, small)]
     assert 0.9 < NEAR[weights] - 0.02 < cosine(prefixes[0].keys[1], prefixes[1].keys[1]) < 1.0
 
 

@@ -32,7 +32,7 @@ class _Deaf(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def prefix(tiny_mllm):  # noqa: F811
-    return tiny_mllm.prefix(tiny_mllm.tokenize_prompts(["red", "a red circle above a blue square"], 300))
+    return tiny_mllm.encode_prompts(tiny_mllm.tokenize_prompts(["red", "a red circle above a blue square"], 300))
 
 
 def test_a_new_branch_is_the_decoder_copied(tiny_mllm):  # noqa: F811

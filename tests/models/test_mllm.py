@@ -18,8 +18,8 @@ PIXELS = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
 
 def test_padding_does_not_change_what_the_branch_sees(tiny_mllm):  # noqa: F811
     short, long = "red", "a red circle above a blue square"
-    alone = tiny_mllm.prefix(tiny_mllm.tokenize_prompts([short], 300))
-    beside = tiny_mllm.prefix(tiny_mllm.tokenize_prompts([short, long], 300))
+    alone = tiny_mllm.encode_prompts(tiny_mllm.tokenize_prompts([short], 300))
+    beside = tiny_mllm.encode_prompts(tiny_mllm.tokenize_prompts([short, long], 300))
     length = alone.attention_BT.shape[1]
     for single, batch in zip(alone.keys + alone.values, beside.keys + beside.values, strict=True):
         torch.testing.assert_close(batch[:1, :, -length:], single, atol=1e-5, rtol=1e-5)
@@ -27,7 +27,7 @@ def test_padding_does_not_change_what_the_branch_sees(tiny_mllm):  # noqa: F811
 
 def test_the_prefix_is_the_stock_models_cache(tiny_mllm):  # noqa: F811
     text = tiny_mllm.tokenize_prompts(["a red circle"], 300)
-    stock, prefix = DynamicCache(), tiny_mllm.prefix(text)
+    stock, prefix = DynamicCache(), tiny_mllm.encode_prompts(text)
     tiny_mllm.model(input_ids=text.input_ids_BT, use_cache=True, **with_cache(tiny_mllm.model, stock))
     for layer, keys, values in zip(stock.layers, prefix.keys, prefix.values, strict=True):
         torch.testing.assert_close(keys, layer.keys, atol=1e-5, rtol=1e-5)
@@ -59,8 +59,8 @@ def _patch_embeddings(mllm, pixels_BHWC):
 
 
 @pytest.mark.parametrize("pixels", [PIXELS[:, :60], PIXELS.astype(np.float32), PIXELS[..., :1]])
-def test_pictures_of_the_wrong_form_are_refused(tiny_mllm, pixels):  # noqa: F811
-    with pytest.raises(ValueError, match="pi"):
+def test_images_of_the_wrong_shape_are_refused(tiny_mllm, pixels):  # noqa: F811
+    with pytest.raises(ValueError, match="images"):
         tiny_mllm.encode(pixels)
 
 
@@ -94,7 +94,7 @@ def test_understanding_is_bit_identical_with_the_branch_built_trained_and_decodi
     state = {name: value.clone() for name, value in mllm.model.state_dict().items()}
 
     branch = VisualBranch.from_mllm(mllm, PATCHES)
-    prefix = mllm.prefix(mllm.tokenize_prompts(["a red circle", "blue"], 300))
+    prefix = mllm.encode_prompts(mllm.tokenize_prompts(["a red circle", "blue"], 300))
     optimizer = torch.optim.AdamW(branch.parameters(), lr=1e-2)
     for step in range(3):
         masked_BP = draw_masks(2, PATCHES, torch.Generator().manual_seed(step))
@@ -117,5 +117,7 @@ def test_eager_and_sdpa_attention_agree():
     predicted = []
     for attention in ("eager", "sdpa"):
         mllm = random_mllm(attention=attention)
-        predicted.append(random_branch(mllm)(latents_BPC, masked_BP, mllm.prefix(mllm.tokenize_prompts(layouts, 300))))
+        predicted.append(
+            random_branch(mllm)(latents_BPC, masked_BP, mllm.encode_prompts(mllm.tokenize_prompts(layouts, 300)))
+        )
     torch.testing.assert_close(*predicted, atol=1e-4, rtol=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,13 @@ import torch
 from fixtures_families import BUILDERS, SIDE, TOWER, WIDTH, llava, save_family
 from fixtures_mllm import normal, random_branch, randomize
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 from bifrost_cli.errors import BifrostError, RecipeError
 from bifrost_cli.loading.loaders import load_mllm
@@ -23,7 +30,7 @@ from bifrost_cli.models.branch.masking import draw_masks, random_orders
 from bifrost_cli.models.branch.sampling import sample_masked
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.encoders import MllmEncoder
-from bifrost_cli.models.mllm.adapters import FAMILIES
+from bifrost_cli.models.mllm.adapters import FAMILIES, adapter_of
 from bifrost_cli.models.mllm.chat_template import additive, chat_text, image_mask, text_mask
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
 
@@ -119,7 +126,7 @@ def test_the_encoder_says_what_it_is(mllm):
         next(other.decoder.parameters()).add_(1)
     assert MllmEncoder(other, SIDE).identity == encoder.identity
     with torch.no_grad():
-        list(other.family.visual(other.model).parameters())[-1].add_(1)
+        list(other.adapter.visual(other.model).parameters())[-1].add_(1)
     assert MllmEncoder(other, SIDE).identity["weights"] != encoder.identity["weights"]
     with pytest.raises(RecipeError):
         MllmEncoder(mllm, SIDE + 4)
@@ -129,7 +136,7 @@ def test_the_encoder_says_what_it_is(mllm):
         assert caught.value.fix == f"--set images.input_size={SIDE}"
     else:
         assert MllmEncoder(mllm, 2 * SIDE).grid == (8, 8)
-    with pytest.raises(ValueError, match="pictures of 32x28 pixels"):
+    with pytest.raises(ValueError, match="images of 32x28 pixels"):
         mllm.encode(PIXELS[:, :, :28])
 
 
@@ -175,7 +182,7 @@ def _as_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def test_the_prefix_is_the_stock_models_cache(mllm):
     text = mllm.tokenize_prompts(PROMPTS[1:], 300)
-    stock, prefix = DynamicCache(), mllm.prefix(text)
+    stock, prefix = DynamicCache(), mllm.encode_prompts(text)
     mllm.model(input_ids=text.input_ids_BT, use_cache=True, **with_cache(mllm.model, stock))
     for layer, keys, values in zip(stock.layers, prefix.keys, prefix.values, strict=True):
         torch.testing.assert_close(keys, layer.keys, atol=1e-5, rtol=1e-5)
@@ -192,7 +199,7 @@ def test_one_image_token_is_the_stock_decoders_next_token(mllm):
         words_BTD = torch.cat([mllm.decoder.embed_tokens(text.input_ids_BT), word_11D], dim=1)
         expected = mllm.decoder(inputs_embeds=words_BTD, position_ids=positions_BS).last_hidden_state[:, -1:]
         for wanted in (None, torch.zeros(1, 1, dtype=torch.long)):
-            hidden = branch.hidden(word_11D, torch.zeros(1, 1, dtype=torch.bool), mllm.prefix(text), wanted)
+            hidden = branch.hidden(word_11D, torch.zeros(1, 1, dtype=torch.bool), mllm.encode_prompts(text), wanted)
             torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -208,7 +215,7 @@ def test_image_tokens_are_the_stock_decoder_under_the_published_mask(mllm):
             position_ids=torch.nn.functional.pad(text.position_ids_BT, (0, PATCHES)),
             attention_mask=additive(mask, torch.float32),
         ).last_hidden_state[:, -PATCHES:]
-        shown_BP, prefix = torch.zeros(2, PATCHES, dtype=torch.bool), mllm.prefix(text)
+        shown_BP, prefix = torch.zeros(2, PATCHES, dtype=torch.bool), mllm.encode_prompts(text)
         torch.testing.assert_close(branch.hidden(words_BPD, shown_BP, prefix), stock, atol=1e-5, rtol=1e-5)
         some_Bn = torch.tensor([[3, 11, 0], [5, 2, 15]])
         expected = stock.gather(1, some_Bn[..., None].expand(-1, -1, WIDTH))
@@ -226,7 +233,7 @@ def test_the_frozen_model_is_bit_identical_with_the_branch_trained_and_decoding(
     before = understanding()
     state = {name: value.clone() for name, value in mllm.model.state_dict().items()}
 
-    branch, prefix = VisualBranch.from_mllm(mllm, PATCHES), mllm.prefix(mllm.tokenize_prompts(PROMPTS, 300))
+    branch, prefix = VisualBranch.from_mllm(mllm, PATCHES), mllm.encode_prompts(mllm.tokenize_prompts(PROMPTS, 300))
     masked_BP = draw_masks(2, PATCHES, torch.Generator().manual_seed(0))
     loss, metrics = branch.loss(mllm.encode(PIXELS), prefix, masked_BP)
     loss.backward()
@@ -246,7 +253,7 @@ def test_the_logits_are_the_plain_stock_models(mllm, folders):
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     image = mllm.question(PIXELS[0], "What is above?")
     random_branch(mllm)(normal(1, PATCHES, WIDTH), torch.ones(1, PATCHES, dtype=torch.bool),
-                        mllm.prefix(mllm.tokenize_prompts(["red"], 300)))  # fmt: skip
+                        mllm.encode_prompts(mllm.tokenize_prompts(["red"], 300)))  # fmt: skip
     with torch.no_grad():
         assert torch.equal(mllm.logits(**image), plain(**image, use_cache=False).logits)
 
@@ -259,7 +266,7 @@ def test_a_branchs_config_names_its_decoder_and_builds_it_again(mllm):
     again.load_state_dict(branch.state_dict())
     assert type(again.decoder) is type(mllm.decoder) and again.config == branch.config
     known, masked_BP = normal(1, PATCHES, WIDTH), torch.zeros(1, PATCHES, dtype=torch.bool)
-    prefix = mllm.prefix(mllm.tokenize_prompts(["red"], 300))
+    prefix = mllm.encode_prompts(mllm.tokenize_prompts(["red"], 300))
     assert torch.equal(again(known, masked_BP, prefix), branch(known, masked_BP, prefix))
 
 
@@ -270,7 +277,7 @@ def test_a_branch_trained_in_part_starts_as_the_copy(mllm, tune):
     branches = [VisualBranch.from_mllm(mllm, PATCHES, tune=part) for part in (None, tune)]
     branches[1].enable_gradient_checkpointing()
     prefix, masked_BP = (
-        mllm.prefix(mllm.tokenize_prompts(PROMPTS, 300)),
+        mllm.encode_prompts(mllm.tokenize_prompts(PROMPTS, 300)),
         draw_masks(2, PATCHES, torch.Generator().manual_seed(0)),
     )
     losses = [branch.loss(normal(2, PATCHES, WIDTH), prefix, masked_BP)[0] for branch in branches]
@@ -336,7 +343,7 @@ def test_a_pickle_beside_the_weights_is_left_alone(folders, tmp_path):
     assert load_mllm(str(folder), CPU).width == WIDTH
 
 
-@pytest.mark.parametrize(("kind", "why"), [("qwen2_vl", "another network"), ("qwen3_5", "no keys and values"),
+@pytest.mark.parametrize(("kind", "why"), [("qwen2_vl", "another network"), ("qwen3_5", "instead of keys and values"),
                                            ("qwen3_vl_moe", "every expert"), ("internvl", "no adapter")])  # fmt: skip
 def test_another_family_is_refused_with_the_reason_before_it_is_fetched(tmp_path, kind, why, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
@@ -347,7 +354,7 @@ def test_another_family_is_refused_with_the_reason_before_it_is_fetched(tmp_path
         return str(tmp_path)
 
     monkeypatch.setattr("bifrost_cli.loading.resolve.snapshot_download", fetch)
-    with pytest.raises(BifrostError, match=f"model_type {kind} is not one that Bifrost reads: .*{why}") as caught:
+    with pytest.raises(BifrostError, match=f"model_type {kind} is not supported: .*{why}") as caught:
         load_mllm("someone/model", CPU)
     assert caught.value.code == "BF-ART-009" and "qwen2_5_vl, qwen3_vl, llava" in caught.value.at
     assert asked == [["config.json"]]
@@ -374,7 +381,7 @@ def test_parts_that_are_not_known_are_refused(folders, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     for part, kind in (("text_config", "gemma"), ("vision_config", "pixtral")):
         _config(folder, **{**config, part: {**config[part], "model_type": kind}})
-        with pytest.raises(BifrostError, match=f"of type {kind}, which Bifrost does not read") as caught:
+        with pytest.raises(BifrostError, match=f"of type {kind}, which is not supported") as caught:
             load_mllm(str(folder), CPU)
         assert caught.value.code == "BF-ART-009"
     with pytest.raises(ValueError, match="'gemma' cannot be copied"):
@@ -413,3 +420,60 @@ def test_branches_of_published_sizes_are_built_without_memory(name):
     counted = [sum(parameter.numel() for parameter in part.parameters()) for part in (branch.decoder, branch)]
     assert counted == [depth * layer + width, depth * layer + width + new]
     assert abs(counted[0] / 1e9 - billions) < 0.006
+
+
+# ---- families of other packages -------------------------------------------------------------------------------------
+
+
+def _install(site: Path, package: str, model_type: str, code: str) -> None:
+    (site / f"{package}.py").write_text(code)
+    metadata = site / f"{package}-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[bifrost.mllm_families]\n{model_type} = {package}:Adapter\n")
+
+
+LOUD = """
+from bifrost_cli.models.mllm.qwen2_5_vl import Qwen25VLAdapter
+
+class Adapter(Qwen25VLAdapter):
+    def encoder_identity(self, model):
+        return {**super().encoder_identity(model), "layer": "of another package"}
+"""
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    for name in [name for name in sys.modules if name.startswith("family_")]:
+        del sys.modules[name]
+
+
+def test_another_package_adds_a_family(folders, site):
+    _install(site, "family_loud", "loud_vl", LOUD)
+    config = AutoConfig.from_pretrained(folders["qwen2_5_vl"])
+    config.model_type = "loud_vl"
+    adapter = adapter_of(config)
+    assert type(adapter).__module__ == "family_loud" and "loud_vl" in FAMILIES
+    mllm = load_mllm(str(folders["qwen2_5_vl"]), CPU)
+    assert adapter.encoder_identity(mllm.model)["layer"] == "of another package"
+
+
+@pytest.mark.parametrize(
+    ("packages", "code", "words"),
+    [
+        ({"family_one": LOUD, "family_two": LOUD}, "BF-ENV-003", "2 plug-ins are called loud_vl"),
+        ({"family_broken": "import no_such_module"}, "BF-ENV-004", "No module named 'no_such_module'"),
+        ({"family_other": "class Adapter:\n    pass"}, "BF-ENV-004", "not a MllmAdapter"),
+    ],
+)
+def test_a_family_that_cannot_be_used_is_refused(folders, site, packages, code, words):
+    for package, source in packages.items():
+        _install(site, package, "loud_vl", source)
+    config = AutoConfig.from_pretrained(folders["qwen2_5_vl"])
+    config.model_type = "loud_vl"
+    with pytest.raises(BifrostError) as caught:
+        adapter_of(config)
+    assert caught.value.code == code and words in f"{caught.value.message}\n{caught.value.at}"
+    assert load_mllm(str(folders["qwen2_5_vl"]), CPU).width == WIDTH

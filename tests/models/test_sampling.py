@@ -17,7 +17,7 @@ PROMPTS = ["red", "a red circle above a blue square"]
 
 @pytest.fixture(scope="module")
 def prefixes(tiny_mllm):  # noqa: F811
-    return [tiny_mllm.prefix(tiny_mllm.tokenize_prompts(prompts, 300)) for prompts in (PROMPTS, ["", ""])]
+    return [tiny_mllm.encode_prompts(tiny_mllm.tokenize_prompts(prompts, 300)) for prompts in (PROMPTS, ["", ""])]
 
 
 @pytest.mark.parametrize(("steps", "guidance"), [(16, 3.0), (5, 1.0), (1, 2.0), (5, 0.0), (40, 1.5)])
@@ -77,7 +77,7 @@ def test_one_prompt_alone_or_in_a_batch(tiny_mllm, prefixes):  # noqa: F811
     branch = random_branch(tiny_mllm)
     batch = sample_masked(branch, prefixes[0], steps=8, orders_BP=ORDERS)
     for row, prompt in enumerate(PROMPTS):
-        prefix = tiny_mllm.prefix(tiny_mllm.tokenize_prompts([prompt], 300))
+        prefix = tiny_mllm.encode_prompts(tiny_mllm.tokenize_prompts([prompt], 300))
         alone = sample_masked(branch, prefix, steps=8, orders_BP=ORDERS[row : row + 1])
         torch.testing.assert_close(alone[0], batch[row], atol=1e-3, rtol=1e-4)
 

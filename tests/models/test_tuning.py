@@ -50,7 +50,7 @@ def train(folders, output=None, **changes):
 @pytest.mark.parametrize("tune", [{"rank": 4}, {"layers": 2}])
 def test_a_new_branch_computes_what_a_full_one_does_and_copies_nothing_frozen(tiny_mllm, tune):  # noqa: F811
     full, part = (VisualBranch.from_mllm(tiny_mllm, PATCHES, tune=wanted) for wanted in (None, tune))
-    prefix = tiny_mllm.prefix(tiny_mllm.tokenize_prompts(["red", "a red circle above a blue square"], 300))
+    prefix = tiny_mllm.encode_prompts(tiny_mllm.tokenize_prompts(["red", "a red circle above a blue square"], 300))
     known, masked = normal(2, PATCHES, 128), torch.ones(2, PATCHES, dtype=torch.bool)
     assert torch.equal(full.hidden(known, masked, prefix), part.hidden(known, masked, prefix))
     stock = {value.data_ptr() for value in tiny_mllm.model.state_dict().values()}

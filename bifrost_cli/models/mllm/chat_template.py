@@ -1,7 +1,7 @@
-"""The prompt as the branch reads it: chat template, left padding, truncation, positions and masks.
+"""Prompts as the branch reads them: chat template, left padding, truncation, positions and attention masks.
 
-In: prompts as strings or token ids. Out: `StoreLayout` tensors and the two attention masks. Knows no model and no weights.
-B batch, T text tokens, P patches. Semantics as published (Bifrost-1, arXiv 2508.05954), pinned by tests/vectors.
+As published (Bifrost-1, arXiv 2508.05954), and pinned by tests/vectors. Knows no model and no weights.
+Legend: B batch, T text tokens, P patches.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start
 REQUEST = "Generate an image of "
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 OPENING = "<|vision_start|>"
-_MARK = "(the prompt)"
+_PLACEHOLDER = "(the prompt)"
 
-# The published list has 19 openers, of which two could be read ("The image shows", "This is an image of").
-# The other 17 are the ones that captioning models write most; longer ones stand first so that they win.
+# The published list has 19 openers. Not all of them are known here: the others are those that captioning models write
+# most. Longer ones stand first, so that they match before their beginnings do.
 CAPTION_OPENERS = (
     "The image you sent shows",
     "The image prominently features",
@@ -48,9 +48,13 @@ CAPTION_OPENERS = (
 
 @dataclass(frozen=True)
 class TokenizedPrompts:
-    """Left-padded prompts: input_ids_BT, attention_BT (1 = real) and position_ids_BT, int64; `truncated` rows.
+    """Left-padded prompts, int64 tensors.
 
-    One rotary axis: where a decoder has three (M-RoPE), text stands at the same place on each of them.
+    Attributes:
+        input_ids_BT: token ids.
+        attention_BT: 1 at real tokens, 0 at padding.
+        position_ids_BT: positions on one rotary axis; where a decoder has three (M-RoPE), they are equal for text.
+        truncated: for each row, whether it was cut.
     """
 
     input_ids_BT: Tensor
@@ -61,10 +65,11 @@ class TokenizedPrompts:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Turns prompts into ids of a chat: `head`, then `lead` + text + `trail`, then `tail` and, to generate, `opening`.
+    """Turns prompts into ids of a chat: `head`, `lead` + text + `trail`, `tail` and, to generate, `opening`.
 
-    Head, tail and opening are read with their special tokens. What stands between is read in one piece and as ordinary
-    characters, so that no prompt can open or close a turn. Defaults: as published, cut right after `<|vision_start|>`.
+    Head, tail and opening are tokenized with their special tokens; what stands between is tokenized in one piece as
+    ordinary characters, so that no prompt can open or close a turn. The defaults are as published: the text ends right
+    after `<|vision_start|>`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -76,29 +81,34 @@ class ChatTemplate:
 
     @classmethod
     def of_chat(cls, tokenizer: PreTrainedTokenizerBase, opening: str) -> ChatTemplate:
-        """The tokenizer's own chat template around a user's turn, up to where the assistant's words begin."""
-        asked = [{"role": "user", "content": [{"type": "text", "text": _MARK}]}]
-        text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+        """The tokenizer's own chat template around a user turn, up to where the assistant's text begins.
+
+        Args:
+            tokenizer: a stock tokenizer with a chat template.
+            opening: what stands before the first image token that the branch generates.
+        """
+        chat = [{"role": "user", "content": [{"type": "text", "text": _PLACEHOLDER}]}]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         start = tokenizer.decode(tokenizer("")["input_ids"])  # what the tokenizer puts before every text
-        before, after = (text if text.startswith(start) else start + text).split(_MARK)
-        known = "|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
-        into = max((found.end() for found in re.finditer(known, before)), default=0)
-        out = min((found.start() for found in re.finditer(known, after)), default=len(after))
-        return cls(tokenizer, before[:into], before[into:], after[:out], after[out:], opening)
+        before, after = (text if text.startswith(start) else start + text).split(_PLACEHOLDER)
+        special = "|".join(map(re.escape, sorted(tokenizer.get_added_vocab(), key=len, reverse=True)))
+        last = max((match.end() for match in re.finditer(special, before)), default=0)
+        first = min((match.start() for match in re.finditer(special, after)), default=len(after))
+        return cls(tokenizer, before[:last], before[last:], after[:first], after[first:], opening)
 
     def ids(self, prompt: str) -> list[int]:
         """Ids of the whole template text around one prompt; the empty prompt gives the unconditional text."""
         return self._around(REQUEST + prompt, self.tail + self.opening)
 
     def turn(self, text: str) -> list[int]:
-        """Ids of a user's turn, up to where the assistant's words begin."""
+        """Ids of a user turn, up to where the assistant's text begins."""
         return self._around(text, self.tail)
 
     def closing(self) -> list[int]:
-        """Ids that end every prompt, truncated or not."""
-        one, other = self.ids("a")[::-1], self.ids("b")[::-1]
-        same = next(place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1])
-        return one[:same][::-1]
+        """Ids at the end of every prompt, truncated or not."""
+        first, second = self.ids("a")[::-1], self.ids("b")[::-1]
+        common = next(index for index, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1])
+        return first[:common][::-1]
 
     def _around(self, text: str, tail: str) -> list[int]:
         # The pieces meet at special tokens or where the pre-tokenizer splits anyway: the ids are those of one text.
@@ -110,22 +120,22 @@ class ChatTemplate:
 
 
 def chat_text(prompt: str) -> str:
-    """The template text around one prompt, as a reader sees it."""
+    """The published template text around one prompt."""
     return SYSTEM + REQUEST + prompt + ANSWER + OPENING
 
 
 def user_turn(text: str) -> str:
-    """A user's turn as a reader sees it, up to where the assistant's words begin."""
+    """The published template text of a user turn, up to where the assistant's text begins."""
     return SYSTEM + text + ANSWER
 
 
 def join_plan(prompt: str, plan: str | None) -> str:
-    """What the branch reads when the MLLM has written a plan: the prompt, a line break, the plan."""
+    """The prompt and the plan that the MLLM wrote for it, as the branch reads them."""
     return f"{prompt}\n{plan}" if plan else prompt
 
 
 def harmless(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text with a space inside whatever the tokenizer would read as one of its added tokens."""
+    """The text with a space inside everything that the tokenizer would read as one of its added tokens."""
     for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True):
         text = text.replace(token, f"{token[:1]} {token[1:]}")
     return text
@@ -134,50 +144,59 @@ def harmless(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def tokenize_prompts(
     ids: Sequence[Sequence[int]], text_length: int, closing: Sequence[int], pad_id: int
 ) -> TokenizedPrompts:
-    """Rows of ids, left-padded to text_length; longer ones cut on the right, their last ids replaced by `closing`.
+    """Left-pad and truncate rows of ids.
 
-    Text positions count 0, 1, ... from the first real token; padding holds position 1.
+    Args:
+        ids: B rows of token ids.
+        text_length: T. Longer rows are cut on the right, and their last ids replaced by `closing`.
+        closing: ids at the end of every prompt.
+        pad_id: the padding token.
+
+    Returns:
+        Positions count from 0 at the first real token; padding has position 1.
+
+    Raises:
+        ValueError: `closing` is longer than `text_length`.
     """
     if text_length < len(closing):
         raise ValueError(f"{text_length} text tokens cannot hold the {len(closing)} closing tokens of the template")
     rows = [_fit(list(row), text_length, list(closing)) for row in ids]
-    missing = [text_length - len(row) for row in rows]
-    positions = [[PADDING_POSITION] * gap + list(range(len(row))) for gap, row in zip(missing, rows, strict=True)]
+    padded = [(text_length - len(row), row) for row in rows]
     return TokenizedPrompts(
-        input_ids_BT=torch.tensor([[pad_id] * gap + row for gap, row in zip(missing, rows, strict=True)]),
-        attention_BT=torch.tensor([[0] * gap + [1] * (text_length - gap) for gap in missing]),
-        position_ids_BT=torch.tensor(positions),
+        input_ids_BT=torch.tensor([[pad_id] * padding + row for padding, row in padded]),
+        attention_BT=torch.tensor([[0] * padding + [1] * len(row) for padding, row in padded]),
+        position_ids_BT=torch.tensor([[PADDING_POSITION] * padding + list(range(len(row))) for padding, row in padded]),
         truncated=tuple(len(row) > text_length for row in ids),
     )
 
 
 def text_mask(attention_BT: Tensor) -> Tensor:
-    """allowed_BTT bool: text sees real text up to itself; rows of padding see nothing."""
+    """allowed_BTT bool: text attends to real text up to itself; padding attends to nothing."""
     real_BT = attention_BT.bool()
     causal_TT = torch.ones(real_BT.shape[1], real_BT.shape[1], dtype=torch.bool, device=real_BT.device).tril()
     return causal_TT & real_BT[:, None, :] & real_BT[:, :, None]
 
 
 def image_mask(attention_BT: Tensor, patches: int) -> Tensor:
-    """allowed_BPS bool, S = T + P: image tokens see all real text and all image tokens."""
+    """allowed_BPS bool, S = T + P: image tokens attend to all real text and all image tokens."""
     real_BT = attention_BT.bool()
     columns_BS = torch.cat([real_BT, real_BT.new_ones(real_BT.shape[0], patches)], dim=1)
     return columns_BS[:, None, :].expand(-1, patches, -1)
 
 
 def additive(allowed_BQK: Tensor, dtype: torch.dtype) -> Tensor:
-    """The 4-D additive mask (B, 1, Q, K) that stock attention takes: 0 where allowed, else the lowest finite number.
+    """The additive mask (B, 1, Q, K) of stock attention: 0 where allowed, else the lowest finite number of `dtype`.
 
-    Additive on purpose: transformers' eager attention adds a boolean mask as if it were numbers, silently.
+    Additive on purpose: transformers' eager attention silently adds a boolean mask as if it were numbers.
     """
     zeros = torch.zeros(allowed_BQK.shape, dtype=dtype, device=allowed_BQK.device)
     return zeros.masked_fill(~allowed_BQK, torch.finfo(dtype).min)[:, None]
 
 
 def clean_caption(caption: str) -> str:
-    """The published cleaning of captions: a known opener is cut, and then the rest is capitalised.
+    """The published cleaning of training captions: a known opener is removed, and the rest capitalised.
 
-    `str.capitalize` also lower-cases all but the first letter, names included. For training captions only.
+    `str.capitalize` also lower-cases all but the first letter, including names.
     """
     for opener in CAPTION_OPENERS:
         if caption.startswith(opener):

@@ -1,20 +1,19 @@
-"""The frozen multimodal LLM, stock transformers classes: reads prompts, encodes images, writes plans, answers.
+"""The frozen multimodal LLM: caches prompts, encodes images, writes plans, answers questions.
 
-In: strings and pixels. Out: prompt prefixes (keys and values), patch latents, text. Nothing here trains or changes a
-weight, and nothing here knows of the branch.
-B batch, T text tokens, h key-value heads, d head width, P patches, C latent channels (= the MLLM's width D).
+Stock transformers classes; nothing here trains or changes a weight, and nothing here knows of the branch.
+Legend: B batch, T text tokens, h key-value heads, d head width, P patches, C latent channels (the MLLM's width D).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from bifrost_cli.data.safetensors_io import weights_hash
@@ -32,7 +31,7 @@ from bifrost_cli.models.mllm.chat_template import (
 
 @dataclass(frozen=True)
 class PromptCache:
-    """What the branch sees of a prompt: keys and values of every layer, each (B, h, T, d), and which text is real."""
+    """Prompts as the branch reads them: keys and values of every layer, each (B, h, T, d), and the real tokens."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -40,24 +39,27 @@ class PromptCache:
 
 
 class Mllm:
-    """A frozen multimodal LLM of any family in `models.families`, with its tokenizer and image processor.
+    """A frozen multimodal LLM of any family in `adapters.FAMILIES`, with its tokenizer and image processor.
 
-    Sums of floats can differ in the last bit between batch sizes; call with one row where bytes must repeat.
+    Floating-point sums can differ in the last bit between batch sizes: call with one row where bytes must repeat.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: Any) -> None:
-        """ArtifactError BF-ART-009 for a model of no known family."""
-        self.model, self.family = model.eval().requires_grad_(False), adapter_of(model.config)
-        self.tokenizer, self.image_processor = tokenizer, image_processor
+        """Wrap stock parts, in eval mode and without gradients. ArtifactError BF-ART-009: an unsupported family."""
+        self.model: Any = model.eval().requires_grad_(False)
+        self.adapter = adapter_of(model.config)
+        # transformers' stubs do not know attributes that depend on the checkpoint
+        self.tokenizer: Any = tokenizer
+        self.image_processor = image_processor
         self._hash: str | None = None
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """How this family's prompts are written."""
-        return self.family.template(self.tokenizer)
+        """The family's chat template."""
+        return self.adapter.template(self.tokenizer)
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """The stock text model, without its language head."""
         return self.model.model.language_model
 
@@ -68,25 +70,26 @@ class Mllm:
 
     @property
     def width(self) -> int:
-        """D: width of the decoder and channels of the patch latents."""
+        """D: width of the decoder, and channels of the patch latents."""
         return self.text_config.hidden_size
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are."""
         return self.model.device
 
     @property
     def pixels_per_patch(self) -> int:
-        """Pixels on the side of one patch latent (28 for Qwen2.5-VL: 14-pixel patches, merged 2x2)."""
-        return self.family.pixels_per_patch(self.model.config)
+        """Pixels on a side of one patch latent (28 for Qwen2.5-VL: 14-pixel patches, merged 2x2)."""
+        return self.adapter.pixels_per_patch(self.model.config)
 
     @property
     def image_size(self) -> int | None:
-        """The one image side that the visual encoder reads; None: any whole number of patches."""
-        return self.family.image_size(self.model.config)
+        """The only image side that the visual encoder reads; None: any whole number of patches."""
+        return self.adapter.image_size(self.model.config)
 
     def weights_hash(self) -> str:
-        """sha256 over all weights. Kept after the first call: nothing in this class changes a weight."""
+        """sha256 over all weights, computed once: nothing in this class changes a weight."""
         self._hash = self._hash or weights_hash(self.model.state_dict())
         return self._hash
 
@@ -95,81 +98,97 @@ class Mllm:
     def tokenize_prompts(
         self, prompts: Sequence[str], max_tokens: int, *, text_length: int | None = None
     ) -> TokenizedPrompts:
-        """Template ids of the prompts, left-padded to text_length (None: to the longest), cut to max_tokens."""
+        """Prompts in the chat template, left-padded.
+
+        Args:
+            prompts: B strings; the empty one gives the unconditional text.
+            max_tokens: longer rows are truncated to so many tokens, the template's end kept.
+            text_length: T to pad to; None pads to the longest row.
+        """
         ids = [self.template.ids(prompt) for prompt in prompts]
         length = min(max_tokens, max(map(len, ids))) if text_length is None else text_length
         return tokenize_prompts(ids, length, self.template.closing(), self.tokenizer.pad_token_id)
 
     @torch.no_grad()
-    def prefix(self, text: TokenizedPrompts) -> PromptCache:
+    def encode_prompts(self, prompts: TokenizedPrompts) -> PromptCache:
         """One causal pass of the decoder over the prompts; its cache is all that the branch needs of the text."""
-        ids_BT, attention_BT = text.input_ids_BT.to(self.device), text.attention_BT.to(self.device)
+        ids_BT, attention_BT = prompts.input_ids_BT.to(self.device), prompts.attention_BT.to(self.device)
         cache = DynamicCache()
         self.decoder(
             inputs_embeds=self.decoder.embed_tokens(ids_BT),
             attention_mask=additive(text_mask(attention_BT), self.model.dtype),
-            position_ids=text.position_ids_BT.to(self.device),
+            position_ids=prompts.position_ids_BT.to(self.device),
             **with_cache(self.decoder, cache),
             use_cache=True,
         )
-        keys, values = zip(*((layer.keys, layer.values) for layer in cache.layers), strict=True)
-        return PromptCache(keys, values, attention_BT)
+        layers: list[Any] = list(cache.layers)
+        return PromptCache(tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers), attention_BT)
 
-    # ---- images ---------------------------------------------------------------------------------------------------
+    prefix = encode_prompts
+
+    # ---- images -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def encode(self, pixels_BHWC: np.ndarray | Tensor) -> Tensor:
-        """uint8 images of a side that the visual encoder reads -> latents_BPC float32, patches row by row.
+        """Patch latents: the image tokens that the decoder would read, unscaled.
 
-        What the decoder would see of the image, raw; nothing is resized. ValueError: images of another form.
+        Args:
+            pixels_BHWC: uint8 images of a side that the visual encoder reads; nothing is resized.
+
+        Returns:
+            latents_BPC float32, patches row by row.
+
+        Raises:
+            ValueError: images of another shape or type.
         """
         pixels_BCHW = _channels_first(pixels_BHWC)
         sides, patch, only = pixels_BCHW.shape[2:], self.pixels_per_patch, self.image_size
         if any(side != only if only else side % patch for side in sides):
-            wanted = f"{only}x{only} pixels" if only else f"whole patches of {patch} pixels"
-            raise ValueError(f"pictures of {sides[0]}x{sides[1]} pixels are not {wanted}")
-        return self.family.latents(self.model, self.image_processor, pixels_BCHW).float()
+            expected = f"{only}x{only} pixels" if only else f"whole patches of {patch} pixels"
+            raise ValueError(f"images of {sides[0]}x{sides[1]} pixels are not {expected}")
+        return self.adapter.latents(self.model, self.image_processor, pixels_BCHW).float()
 
-    # ---- words ------------------------------------------------------------------------------------------------------
+    # ---- text generation --------------------------------------------------------------------------------------------
 
     def write(self, texts: Sequence[str], instruction: str, max_new_tokens: int) -> list[str]:
-        """Greedy answers to `instruction` with each text put in place of `{prompt}`; special tokens left out."""
+        """Greedy answers to `instruction`, with each text in place of its `{prompt}`; special tokens are left out."""
         ids = [self.template.turn(instruction.replace("{prompt}", text)) for text in texts]
         rows = tokenize_prompts(ids, max(map(len, ids)), (), self.tokenizer.pad_token_id)
         inputs = {"input_ids": rows.input_ids_BT, "attention_mask": rows.attention_BT}
         return self._generate(inputs, max_new_tokens)
 
     def answer(self, pixels_HWC: np.ndarray, question: str, max_new_tokens: int = 64) -> str:
-        """What the frozen MLLM says about one uint8 image, greedily, through the stock processor (which resizes)."""
+        """The greedy answer to a question about one uint8 image, through the stock processor (which resizes)."""
         return self._generate(self.question(pixels_HWC, question), max_new_tokens)[0]
 
     def question(self, pixels_HWC: np.ndarray, question: str) -> dict[str, Tensor]:
         """Stock inputs (ids, masks, pixel values) for one image and one question."""
         # The stock processor reads special tokens anywhere in the text: a question must not open or close a turn.
         parts = [{"type": "image"}, {"type": "text", "text": harmless(question, self.tokenizer)}]
-        processor = self.family.processor(self.model.config, self.tokenizer, self.image_processor)
+        processor: Any = self.adapter.processor(self.model.config, self.tokenizer, self.image_processor)
         text = processor.apply_chat_template(
             [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
         )
         image = _channels_first(pixels_HWC[None])[0]
         # Some chat templates write the first token themselves.
-        begun = text.startswith(self.tokenizer.bos_token or "\0")
-        return dict(processor(text=[text], images=[image], add_special_tokens=not begun, return_tensors="pt"))
+        has_bos = text.startswith(self.tokenizer.bos_token or "\0")
+        return dict(processor(text=[text], images=[image], add_special_tokens=not has_bos, return_tensors="pt"))
 
     @torch.no_grad()
     def logits(self, **inputs: Tensor) -> Tensor:
         """The stock model's logits (B, T, vocabulary) on stock inputs, e.g. those of `question`."""
-        return self.model(**self._placed(inputs), use_cache=False).logits
+        return self.model(**self._on_device(inputs), use_cache=False).logits
 
     @torch.no_grad()
     def _generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> list[str]:
-        asked = inputs["input_ids"].shape[1]
+        prompt_tokens = inputs["input_ids"].shape[1]
         # Greedy: the sampling settings that checkpoints ship would only raise warnings.
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        ids_BT = self.model.generate(**self._placed(inputs), max_new_tokens=max_new_tokens, **greedy)
-        return [text.strip() for text in self.tokenizer.batch_decode(ids_BT[:, asked:], skip_special_tokens=True)]
+        ids_BT = self.model.generate(**self._on_device(inputs), max_new_tokens=max_new_tokens, **greedy)
+        texts = self.tokenizer.batch_decode(ids_BT[:, prompt_tokens:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
-    def _placed(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
             name: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
             for name, value in inputs.items()
@@ -179,5 +198,5 @@ class Mllm:
 def _channels_first(pixels_BHWC: np.ndarray | Tensor) -> Tensor:
     pixels_BHWC = torch.as_tensor(pixels_BHWC)
     if pixels_BHWC.dtype != torch.uint8 or pixels_BHWC.ndim != 4 or pixels_BHWC.shape[-1] != 3:
-        raise ValueError(f"pictures are uint8 (B, H, W, 3), not {pixels_BHWC.dtype} {tuple(pixels_BHWC.shape)}")
+        raise ValueError(f"images are uint8 (B, H, W, 3), not {pixels_BHWC.dtype} {tuple(pixels_BHWC.shape)}")
     return pixels_BHWC.permute(0, 3, 1, 2)

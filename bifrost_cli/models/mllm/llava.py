@@ -1,20 +1,19 @@
 """LLaVA, LLaVA-NeXT and LLaVA-OneVision: a CLIP or SigLIP tower, a projector, and a Llama, Mistral or Qwen2 decoder.
 
-In and out as family.py says. The patch latents are what the projector makes of the tower's patches, at the decoder's
-width: they are the tokens that this MLLM reads, as the merged tokens are for Qwen2.5-VL, so that the branch needs no
-projection of its own. The tower's own features, without a projector, are what an `open_clip` encoder gives.
+Patch latents are the projector's outputs for the tower's patches, at the decoder's width: the image tokens this MLLM
+reads, like Qwen2.5-VL's merged tokens, so that the branch needs no input projection. (The tower's features before the
+projector are what an `open_clip` encoder gives.)
 
-* The tower's layer is the checkpoint's `vision_feature_layer`; its class token is no patch and is left out, whatever
+* The tower's layer is the checkpoint's `vision_feature_layer`; its class token is not a patch and is dropped, whatever
   the checkpoint's select strategy.
-* A tower reads one image size. NeXT and OneVision also cut large images into tiles when they read (`ask` does); a
-  latent grid is of the whole image at the tower's size, which is the first of their tiles.
-* The decoder's one rotary axis is all that any of our positions need (see prompt.py).
-* Nothing opens an image in these templates: the branch's tokens follow `ASSISTANT:`, or what the checkpoint has there.
+* A tower reads one image size. NeXT and OneVision also cut large images into tiles when they answer questions; a latent
+  grid is of the whole image at the tower's size, the first of their tiles.
+* The decoder's one rotary axis is all that our positions need (see `chat_template`).
+* No special token opens an image in these templates: the branch's tokens follow `ASSISTANT:`, or the checkpoint's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,25 +29,33 @@ from transformers import (
     ProcessorMixin,
 )
 
+from bifrost_cli.models.mllm.adapters import MllmAdapter
 from bifrost_cli.models.mllm.chat_template import ChatTemplate
 
 _WITH_CLASS_TOKEN = "clip_vision_model"
 
 
-class LlavaAdapter:
-    """The adapter of one LLaVA architecture; `kind` makes its stock processor of settings in the configuration."""
+class LlavaAdapter(MllmAdapter):
+    """LLaVA: one image, one tile."""
 
-    towers: tuple[str, ...] = (_WITH_CLASS_TOKEN, "siglip_vision_model")
-
-    def __init__(self, kind: Callable[..., ProcessorMixin]) -> None:
-        self._kind = kind
+    towers = (_WITH_CLASS_TOKEN, "siglip_vision_model")
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
         return ChatTemplate.of_chat(tokenizer, "")
 
     def processor(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, images: Any) -> ProcessorMixin:
-        return self._kind(config, image_processor=images, tokenizer=tokenizer, chat_template=tokenizer.chat_template,
-                          vision_feature_select_strategy=config.vision_feature_select_strategy)  # fmt: skip
+        return self._processor(
+            config,
+            image_processor=images,
+            tokenizer=tokenizer,
+            chat_template=tokenizer.chat_template,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+        )
+
+    def _processor(self, config: PreTrainedConfig, **parts: Any) -> ProcessorMixin:
+        return LlavaProcessor(
+            patch_size=config.vision_config.patch_size, num_additional_image_tokens=_class_tokens(config), **parts
+        )
 
     def pixels_per_patch(self, config: PreTrainedConfig) -> int:
         return config.vision_config.patch_size
@@ -59,9 +66,10 @@ class LlavaAdapter:
     def latents(self, model: PreTrainedModel, images: Any, pixels_BCHW: Tensor) -> Tensor:
         mean_C11, std_C11 = (torch.tensor(value).view(-1, 1, 1) for value in (images.image_mean, images.image_std))
         pixels_BCHW = ((pixels_BCHW / 255 - mean_C11) / std_C11).to(model.device, model.dtype)
-        seen = model.model.vision_tower(pixels_BCHW, output_hidden_states=True).hidden_states
+        hidden_states = model.model.vision_tower(pixels_BCHW, output_hidden_states=True).hidden_states
         layers = model.config.vision_feature_layer
-        tower_BNc = torch.cat([seen[layer] for layer in ([layers] if isinstance(layers, int) else layers)], dim=-1)
+        layers = [layers] if isinstance(layers, int) else layers
+        tower_BNc = torch.cat([hidden_states[layer] for layer in layers], dim=-1)
         patches_BPc = tower_BNc[:, _class_tokens(model.config) :]
         return model.model.multi_modal_projector(patches_BPc)
 
@@ -77,23 +85,26 @@ class LlavaAdapter:
         }
 
 
-def plain(config: PreTrainedConfig, **parts: Any) -> LlavaProcessor:
-    """The processor of LLaVA: one image, one tile."""
-    return LlavaProcessor(patch_size=config.vision_config.patch_size,
-                          num_additional_image_tokens=_class_tokens(config), **parts)  # fmt: skip
+class LlavaNextAdapter(LlavaAdapter):
+    """LLaVA-NeXT."""
+
+    def _processor(self, config: PreTrainedConfig, **parts: Any) -> ProcessorMixin:
+        return LlavaNextProcessor(
+            patch_size=config.vision_config.patch_size, num_additional_image_tokens=_class_tokens(config), **parts
+        )
 
 
-def tiled(config: PreTrainedConfig, **parts: Any) -> LlavaNextProcessor:
-    """The processor of LLaVA-NeXT."""
-    return LlavaNextProcessor(patch_size=config.vision_config.patch_size,
-                              num_additional_image_tokens=_class_tokens(config), **parts)  # fmt: skip
+class LlavaOnevisionAdapter(LlavaAdapter):
+    """LLaVA-OneVision."""
 
-
-def onevision(config: PreTrainedConfig, **parts: Any) -> LlavaOnevisionProcessor:
-    """The processor of LLaVA-OneVision."""
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    return LlavaOnevisionProcessor(video_processor=LlavaOnevisionVideoProcessor(), num_image_tokens=side**2,
-                                   vision_aspect_ratio=config.vision_aspect_ratio, **parts)  # fmt: skip
+    def _processor(self, config: PreTrainedConfig, **parts: Any) -> ProcessorMixin:
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        return LlavaOnevisionProcessor(
+            video_processor=LlavaOnevisionVideoProcessor(),
+            num_image_tokens=side**2,
+            vision_aspect_ratio=config.vision_aspect_ratio,
+            **parts,
+        )
 
 
 def _class_tokens(config: PreTrainedConfig) -> int:

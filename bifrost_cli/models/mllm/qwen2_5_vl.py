@@ -1,7 +1,6 @@
-"""Qwen2.5-VL, the paper's MLLM: the published prompt, and the visual encoder after its 2x2 merge as patch latents.
+"""Qwen2.5-VL (3B to 72B), the paper's MLLM: the published prompt; patch latents are the merged visual tokens.
 
-In: stock tokenizer, image processor and model. Out: what `family.MllmAdapter` asks for, for any size from 3B to 72B.
-N patches of all images, before the merge; otherwise the legend of family.py.
+Legend as in `adapters`; N patches of all images, before the 2x2 merge.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
+from bifrost_cli.models.mllm.adapters import MllmAdapter
 from bifrost_cli.models.mllm.chat_template import ChatTemplate
 
 
-class Qwen25VLAdapter:
+class Qwen25VLAdapter(MllmAdapter):
     """The adapter of Qwen2.5-VL."""
 
-    towers: tuple[str, ...] = ("qwen2_5_vl_vision",)
+    towers = ("qwen2_5_vl_vision",)
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
         """The published text, pinned by tests/vectors, whatever chat template lies beside the weights."""
@@ -43,9 +43,8 @@ class Qwen25VLAdapter:
 
     def latents(self, model: PreTrainedModel, images: Any, pixels_BCHW: Tensor) -> Tensor:
         inputs = images(images=list(pixels_BCHW), do_resize=False, return_tensors="pt")
-        return encode_patches(model, inputs["pixel_values"], inputs["image_grid_thw"]).unflatten(
-            0, (len(pixels_BCHW), -1)
-        )
+        tokens_NC = encode_patches(model, inputs["pixel_values"], inputs["image_grid_thw"])
+        return tokens_NC.unflatten(0, (len(pixels_BCHW), -1))
 
     def visual(self, model: PreTrainedModel) -> nn.Module:
         return model.model.visual
@@ -59,6 +58,15 @@ class Qwen25VLAdapter:
 
 @torch.no_grad()
 def encode_patches(model: PreTrainedModel, pixel_rows: Tensor, grid_N3: Tensor) -> Tensor:
-    """Stock inputs (pixel rows in Qwen order; frames, rows, columns of every image) -> latents (all patches, C)."""
+    """Stock inputs to merged visual tokens.
+
+    Args:
+        model: a stock Qwen2.5-VL or Qwen3-VL.
+        pixel_rows: `pixel_values` of the stock image processor, a row for each patch, (N, pixels of a patch).
+        grid_N3: `image_grid_thw`: frames, rows and columns of patches of every image.
+
+    Returns:
+        Latents of all images, one below the other, (N / 4, C).
+    """
     visual = model.model.visual
     return visual(pixel_rows.to(visual.device, visual.dtype), grid_thw=grid_N3.to(visual.device)).pooler_output

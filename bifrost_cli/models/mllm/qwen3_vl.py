@@ -1,19 +1,16 @@
-"""Qwen3-VL: the visual encoder and decoder of Qwen2.5-VL grown up, read through the same code.
+"""Qwen3-VL: like Qwen2.5-VL, with these differences.
 
-In and out as qwen2_5_vl.py. What is new in this family, and what becomes of it here:
+* Keys are normed in every head before they are rotated. The copied decoder does it too, and so does `kv_prefix` where
+  it computes the last layer's keys itself.
+* The three rotary axes are interleaved over the head's width. Text has one position on all three and image tokens have
+  0, so any interleaving gives the same angles.
+* DeepStack: while the frozen model reads an image, features of three earlier layers of the visual encoder are added to
+  its first hidden states at image positions. The branch predicts only the merged tokens, which are what the ControlNet
+  reads; a predicted token enters the next pass without that addition. `ask` uses the stock model, with DeepStack.
+* There is no system turn, and a Thinking checkpoint opens `<think>` before the image: the template is the checkpoint's
+  own, followed by `<|vision_start|>`.
 
-* Keys are normed in every head before they turn. The copied decoder does it too, and prefix_pass.py where it computes
-  the last layer's keys itself.
-* The three rotary axes are interleaved over the head's width. Text stands at one place on all three and image tokens at
-  0, so that any mixing of the axes gives the same angles.
-* DeepStack: while the frozen model reads an image, three earlier layers of the visual encoder are added to its first
-  hidden states, at image positions. That only helps reading: an image must be there to take them from. The branch
-  predicts the merged tokens alone, which are what the ControlNet gets, and a token that it has predicted enters its
-  next pass without that help. `ask` is the stock model and keeps DeepStack whole.
-* No system turn stands before a prompt; a Thinking checkpoint opens `<think>` before the image. The template is the
-  checkpoint's own, followed by `<|vision_start|>`.
-
-The mixture-of-experts sizes have another model_type (see family.py).
+The mixture-of-experts sizes have another model_type (see `adapters`).
 """
 
 from __future__ import annotations
@@ -35,7 +32,7 @@ from bifrost_cli.models.mllm.qwen2_5_vl import Qwen25VLAdapter
 class Qwen3VLAdapter(Qwen25VLAdapter):
     """The adapter of Qwen3-VL."""
 
-    towers: tuple[str, ...] = ("qwen3_vl_vision",)
+    towers = ("qwen3_vl_vision",)
 
     def template(self, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
         return ChatTemplate.of_chat(tokenizer, OPENING)
