@@ -16,7 +16,7 @@ from bifrost_cli import load_recipe
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.generation.pipeline import Decoder, Prior
 from bifrost_cli.loading.compatibility import GenerationModels
-from bifrost_cli.loading.loaders import load_encoder
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.loading.offload import OffloadPolicy
 from bifrost_cli.loading.resolve import BUILTIN
 from bifrost_cli.shapes.captions import CATEGORIES, held_out_prompts, sample_scene
@@ -62,7 +62,7 @@ def chain(prior, decoder_half, prompts, **settings):
 @torch.no_grad()
 def reconstructions(decoder_half, recipe, prompts):
     """Held-out scenes drawn, encoded, and reconstructed from their latents alone (FLUX reads an empty prompt)."""
-    rng, encoder, made = np.random.default_rng(0), load_encoder(recipe, torch.device("cpu")), []
+    rng, encoder, made = np.random.default_rng(0), ModelLoader(recipe.models).encoder(recipe.latents, recipe.images), []
     for index, prompt in enumerate(prompts):
         latents_BPC = encoder.encode(draw(sample_scene(rng, prompt))[None])
         made.append(decoder_half.render("", latents_BPC[0], index))

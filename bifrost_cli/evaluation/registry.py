@@ -8,8 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from bifrost_cli.config.schema import Evaluate, Recipe
 from bifrost_cli.data.image_sets import ImageSet
 from bifrost_cli.errors import EnvironmentProblem, UsageError
@@ -25,7 +23,6 @@ from bifrost_cli.evaluation.networks.load_networks import load_detector, load_fe
 from bifrost_cli.evaluation.reference import Reference
 from bifrost_cli.evaluation.request import EvalRequest
 from bifrost_cli.loading.open_clip_models import features_name, load_open_clip, load_tokenizer
-from bifrost_cli.loading.resolve import resolve_device
 
 if TYPE_CHECKING:
     from bifrost_cli.evaluation.networks.lpips import Lpips
@@ -46,9 +43,9 @@ def load_metrics(
     if "clipscore" in names:
         found.append(ClipScoreMetric(_scorer(rules.clip, device)))
     if request.again:
-        from bifrost_cli.loading.loaders import load_encoder
+        from bifrost_cli.loading.loaders import ModelLoader
 
-        encoder = load_encoder(recipe, resolve_device(device))
+        encoder = ModelLoader(recipe.models, device).encoder(recipe.latents, recipe.images)
         found.append(ReconstructionMetric(compared.images, encoder, _lpips(rules, device)))
     if distances := [name for name in LAYERS if name in names]:
         found.append(DistanceMetric(load_features(rules.features, rules, device), distances, compared, workspace))
@@ -77,12 +74,13 @@ def _dpg(recipe: Recipe, request: EvalRequest, images: ImageSet, device: str) ->
     from bifrost_cli.evaluation.benchmarks.dpg_files import questions_of, read_questions
     from bifrost_cli.evaluation.metrics.dpg import DpgMetric
     from bifrost_cli.evaluation.networks.vqa import VqaJudge
-    from bifrost_cli.loading.loaders import load_mllm
+    from bifrost_cli.loading.loaders import ModelLoader
 
     items = questions_of(images, read_questions(Path(request.questions)), Path(request.questions))
     models, name = recipe.models, request.judge or recipe.models.mllm
     revision = None if request.judge else models.mllm_revision
-    mllm = load_mllm(name, resolve_device(device), getattr(torch, models.dtype), revision=revision)
+    judge = models.model_copy(update={"mllm": name, "mllm_revision": revision, "weights": "dtype"})
+    mllm = ModelLoader(judge, device).mllm()
     return DpgMetric(VqaJudge(mllm, name if name.startswith("builtin:") else Path(name).name), items)
 
 

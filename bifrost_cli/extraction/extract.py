@@ -24,8 +24,7 @@ from bifrost_cli.data.sources.scan import Sample, Scan, refuse_too_many
 from bifrost_cli.errors import DiskFull, Stopped
 from bifrost_cli.extraction.choose_source import choose_source, digest, listed, refuse_output, scan_source, write_events
 from bifrost_cli.extraction.encode import ShardRows, encode_shard
-from bifrost_cli.loading.loaders import load_encoder, load_vae
-from bifrost_cli.loading.resolve import resolve_device
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.models.encoders import Encoder, VaeEncoder
 from bifrost_cli.runtime import distributed
 from bifrost_cli.runtime.launch import together
@@ -58,15 +57,10 @@ def extract_latents(
     found = distributed.run_on_main(
         lambda: scan_source(chosen, recipe, Path(workspace), ui)
     )  # every image is read once
-    place, models = resolve_device(device), recipe.models
-    encoder = load_encoder(recipe, place)
-    vae = None
-    if recipe.latents.vae:
-        dtype = getattr(torch, models.dtype)
-        vae = VaeEncoder(
-            load_vae(models.diffusion, place, dtype, revision=models.diffusion_revision), recipe.images.output_size
-        )
-    job = ExtractionRun(recipe, chosen, found, encoder, vae, place, ui)
+    loader = ModelLoader(recipe.models, device)
+    encoder = loader.encoder(recipe.latents, recipe.images)
+    vae = VaeEncoder(loader.vae(), recipe.images.output_size) if recipe.latents.vae else None
+    job = ExtractionRun(recipe, chosen, found, encoder, vae, loader.device, ui)
     path = Path(output or default_path(workspace, "latents", identity_id("latents", job.identity)))
     return job.plan(path) if dry_run else job.run(path)
 

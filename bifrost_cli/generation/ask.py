@@ -7,14 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.images import read_image
 from bifrost_cli.errors import UsageError
-from bifrost_cli.loading.loaders import load_mllm
-from bifrost_cli.loading.offload import OffloadPolicy
-from bifrost_cli.loading.resolve import resolve_device
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.runtime.ui import Ui
 
 
@@ -34,9 +30,8 @@ def ask(
     decoded = read_image(Path(image), recipe.images)
     for note in decoded.notes:
         ui.say(f"{image}: {note}")
-    models = recipe.models
-    offload_policy = OffloadPolicy(resolve_device(device), recipe.generate.offload, models.weights)
-    mllm = load_mllm(models.mllm, offload_policy.home, getattr(torch, models.dtype), revision=models.mllm_revision)
-    offload_policy.settle(mllm.model, frozen=[mllm.decoder])
-    with offload_policy.on(mllm.model):
+    loader = ModelLoader(recipe.models, device, recipe.generate.offload)
+    mllm = loader.mllm()
+    loader.policy.settle(mllm.model, frozen=[mllm.decoder])
+    with loader.policy.on(mllm.model):
         return mllm.answer(decoded.rgb.copy(), question, max_tokens)  # Pillow lends a read-only array

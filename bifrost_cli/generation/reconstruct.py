@@ -21,7 +21,7 @@ from bifrost_cli.errors import UsageError
 from bifrost_cli.generation.pipeline import Decoder
 from bifrost_cli.generation.requests import destination
 from bifrost_cli.loading.compatibility import choose_controlnet
-from bifrost_cli.loading.loaders import load_encoder
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.loading.offload import OffloadPolicy, deciding, forget
 from bifrost_cli.loading.resolve import resolve_device
 from bifrost_cli.runtime.ui import Ui
@@ -51,7 +51,7 @@ def reconstruct(
     for note in decoded.notes:
         ui.say(f"{image}: {note}")
     place = resolve_device(device)
-    encoder = load_encoder(recipe, place)
+    encoder = ModelLoader(recipe.models, place).encoder(recipe.latents, recipe.images)
     chosen, why = choose_controlnet(controlnet, encoder.identity, workspace)
     ui.say(why)
     pixels_BHWC = square(decoded.rgb, recipe.images.input_size)[None]

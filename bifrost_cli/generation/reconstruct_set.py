@@ -24,7 +24,7 @@ from bifrost_cli.generation.pipeline import Decoder, PredictedLatents
 from bifrost_cli.generation.requests import ImageRequest
 from bifrost_cli.generation.resume_log import ResumeLog, stopped, tidy
 from bifrost_cli.loading.compatibility import choose_controlnet
-from bifrost_cli.loading.loaders import load_encoder
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.loading.offload import OffloadPolicy, deciding, forget
 from bifrost_cli.loading.resolve import resolve_device
 from bifrost_cli.models.encoders import Encoder
@@ -86,7 +86,8 @@ class _Chain:
         if self._encoder is None:
             self._decoder = None
             forget()
-            self._encoder = load_encoder(self._recipe, self._place)
+            loader = ModelLoader(self._recipe.models, self._place)
+            self._encoder = loader.encoder(self._recipe.latents, self._recipe.images)
         return self._encoder
 
     def settings(self) -> dict[str, Any]:

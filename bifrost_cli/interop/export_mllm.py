@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from bifrost_cli.artifacts.files import make_folder, new_file, new_folder, write_bytes
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.errors import ArtifactError, UsageError
-from bifrost_cli.loading.loaders import load_mllm
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.loading.resolve import MODEL_FILES, resolve_model
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
 from bifrost_cli.runtime.ui import Ui
@@ -32,8 +30,7 @@ def export_mllm(recipe: Recipe, output: Path | str, *, ui: Ui | None = None) -> 
     ui, folder, models = ui or Ui(), Path(output), recipe.models
     if folder.exists() or folder.is_symlink():
         raise UsageError(f"{folder} exists already", fix="choose another place with -o", code="BF-USE-002")
-    dtype, cpu = getattr(torch, models.dtype), torch.device("cpu")
-    base = load_mllm(models.mllm, cpu, dtype, revision=models.mllm_revision)
+    base = ModelLoader(models).mllm()
     kind, wanted = base.model.config.model_type, base.weights_hash()
     del base  # the copy is loaded next, and there may be room for one
     source = Path(resolve_model(models.mllm, revision=models.mllm_revision))
@@ -41,7 +38,8 @@ def export_mllm(recipe: Recipe, output: Path | str, *, ui: Ui | None = None) -> 
     with new_folder(folder) as draft:
         for path in sorted({path for pattern in MODEL_FILES for path in source.glob(pattern)}):
             _copy(path, draft / path.name)
-        _require_same(load_mllm(str(draft), cpu, dtype), wanted, models.mllm)
+        copy = models.model_copy(update={"mllm": str(draft), "mllm_revision": None})
+        _require_same(ModelLoader(copy).mllm(), wanted, models.mllm)
         write_bytes(draft / "README.md", _card(recipe, folder.name, kind, wanted).encode())
     ui.say(f"{folder}: the MLLM as it is, weights {wanted[:12]}; {_command(str(folder), kind)}")
     return folder

@@ -17,12 +17,11 @@ from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.sharded_checkpoint import ShardedCheckpoint, few
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.interop.published_names import Names
-from bifrost_cli.loading.loaders import load_encoder, load_mllm
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.models.encoders import MllmEncoder
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
 from bifrost_cli.runtime.ui import Ui
 
-CPU = torch.device("cpu")
 _WIDTHS = {  # of the two sizes that the published code handles
     3584: ": --recipe bifrost1-7b",
     2048: ": --recipe bifrost1-7b --set models.mllm=Qwen/Qwen2.5-VL-3B-Instruct",
@@ -49,13 +48,14 @@ def load_base(recipe: Recipe, root: ShardedCheckpoint | None, names: Names, ui: 
     """
     models = recipe.models
     ui.say(f"base: {models.mllm}; what is imported is tied to the weights it will be used with")
-    mllm = load_mllm(models.mllm, CPU, getattr(torch, models.dtype), revision=models.mllm_revision)
+    loader = ModelLoader(models)
+    mllm = loader.mllm()
     if mllm.model.config.model_type != "qwen2_5_vl":
         raise other_family(models.mllm, "Qwen2.5-VL")
     if root:
         _require_width(root, mllm, models.mllm)
     own = recipe.latents.encoder == "mllm"
-    encoder = MllmEncoder(mllm, recipe.images.input_size) if own else load_encoder(recipe, CPU)
+    encoder = MllmEncoder(mllm, recipe.images.input_size) if own else loader.encoder(recipe.latents, recipe.images)
     latents = {"encoder": encoder.identity, "grid": list(encoder.grid), "channels": encoder.channels}
     frozen = compared(names.mllm, root, mllm.model.state_dict(), ui) if root else {}
     if different := frozen.get("different"):

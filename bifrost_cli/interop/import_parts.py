@@ -10,7 +10,6 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 
@@ -19,9 +18,9 @@ from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.safetensors_io import misfits, shapes_of, weights_hash
 from bifrost_cli.data.sharded_checkpoint import ShardedCheckpoint, few
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem
-from bifrost_cli.interop.import_base import CPU, Base, other_family
+from bifrost_cli.interop.import_base import Base, other_family
 from bifrost_cli.interop.published_names import OWN, Names, published_name
-from bifrost_cli.loading.loaders import load_diffusion
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.diffusion.controlnet import (
     config_from_published,
@@ -135,9 +134,7 @@ def _depth(blocks: dict[str, Any]) -> str:
 def _diffusion(recipe: Recipe) -> FluxModel:
     models = recipe.models
     try:
-        diffusion = load_diffusion(
-            models.diffusion, CPU, getattr(torch, models.dtype), revision=models.diffusion_revision
-        )
+        diffusion = ModelLoader(models).diffusion()
     except EnvironmentProblem as error:
         error.fix = f"{error.fix}; for the branch alone, give a folder without {CONTROLNET}/"
         raise

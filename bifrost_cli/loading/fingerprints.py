@@ -15,30 +15,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bifrost_cli.artifacts.files import make_folder, read_json, write_json
 from bifrost_cli.artifacts.identity import digest_of, provenance
 from bifrost_cli.config.schema import Models
 from bifrost_cli.errors import BifrostError
-from bifrost_cli.loading.loaders import load_diffusion, load_mllm
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.loading.resolve import resolve_model
 from bifrost_cli.models.diffusion.base import DiffusionModel
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
 
 SETTLED = 2.0  # seconds: files touched later than this before hashing could change again within one tick of the clock
 _LIBRARIES = ("torch", "transformers", "diffusers", "bifrost-cli")
-_CPU = torch.device("cpu")
 
 
 def mllm_fingerprint(models: Models, loaded: Mllm | None = None) -> str:
     """Of the MLLM; `loaded` in full saves loading it when the hash is not kept."""
-    return _cached("mllm", models, models.mllm, models.mllm_revision, load_mllm, loaded)
+    return _cached("mllm", models, models.mllm, models.mllm_revision, ModelLoader(models).mllm, loaded)
 
 
 def diffusion_fingerprint(models: Models, loaded: DiffusionModel | None = None) -> str:
     """Of the diffusion model, as `mllm_fingerprint`."""
-    return _cached("painter", models, models.diffusion, models.diffusion_revision, load_diffusion, loaded)
+    return _cached(
+        "painter", models, models.diffusion, models.diffusion_revision, ModelLoader(models).diffusion, loaded
+    )
 
 
 def _cached(what: str, models: Models, ref: str, revision: str | None, load: Callable[..., Any], loaded: Any) -> str:
@@ -51,8 +50,7 @@ def _cached(what: str, models: Models, ref: str, revision: str | None, load: Cal
         return found
     newest = max((max(times) for _, _, _, *times in facts), default=0) / 1e9
     settled = time.time() - newest > SETTLED
-    base = loaded or load(ref, _CPU, getattr(torch, models.dtype), revision=revision)
-    computed = base.weights_hash()
+    computed = (loaded or load()).weights_hash()
     if settled and _facts(folder) == facts:
         _write(place, computed)
     return computed

@@ -25,13 +25,14 @@ from transformers.utils import logging as hub_logging
 
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.files import read_json
-from bifrost_cli.config.schema import Recipe
+from bifrost_cli.config.schema import Images, Latents, Models
 from bifrost_cli.data.safetensors_io import load_tensors, misfits, shapes_of
 from bifrost_cli.data.sharded_checkpoint import ShardedCheckpoint
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.loading.diffusion_families import PARTS, diffusion_family, require_part
+from bifrost_cli.loading.offload import OffloadPolicy
 from bifrost_cli.loading.open_clip_models import features_name, load_open_clip
-from bifrost_cli.loading.resolve import MODEL_FILES, model_errors, resolve_model
+from bifrost_cli.loading.resolve import MODEL_FILES, model_errors, resolve_device, resolve_model
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.diffusion.base import DiffusionModel
 from bifrost_cli.models.diffusion.controlnet import controlnet_from_config
@@ -51,7 +52,57 @@ for library in (hub_logging, diffusers_logging):  # a bar for every part of a mo
     library.disable_progress_bar()
 
 
-# ---- the frozen bases -----------------------------------------------------------------------------------------------
+class ModelLoader:
+    """Loads what a recipe's `models` section names, all of it in one number format and for one device.
+
+    Args:
+        models: names, revisions, number format and quantization of the frozen models.
+        device: where they compute: a name as `resolve_device` takes it, or a device.
+        offload: `generate.offload`. What is loaded lies where `policy.home` says until `policy.settle` makes it ready.
+    """
+
+    def __init__(self, models: Models, device: torch.device | str = "cpu", offload: str = "none") -> None:
+        self.models, self.dtype = models, getattr(torch, models.dtype)
+        self.device = resolve_device(device) if isinstance(device, str) else device
+        self.policy = OffloadPolicy(self.device, offload, models.weights)
+
+    def mllm(self) -> Mllm:
+        """The multimodal LLM. Raises what `load_mllm` does."""
+        models = self.models
+        return load_mllm(models.mllm, self.policy.home, self.dtype, revision=models.mllm_revision)
+
+    def diffusion(self) -> DiffusionModel:
+        """The diffusion model, whole. Raises what `load_diffusion` does."""
+        models = self.models
+        return load_diffusion(models.diffusion, self.policy.home, self.dtype, revision=models.diffusion_revision)
+
+    def vae(self) -> AutoencoderKL:
+        """The diffusion model's VAE alone, on the device. Raises what `load_diffusion` does."""
+        return load_vae(self.models.diffusion, self.device, self.dtype, revision=self.models.diffusion_revision)
+
+    def encoder(self, latents: Latents, images: Images) -> Encoder:
+        """The image encoder that `latents.encoder` names, on the device.
+
+        Raises:
+            RecipeError: its sizes and `images.input_size` do not fit.
+        """
+        name, size, models = latents.encoder, images.input_size, self.models
+        if name == "mllm":
+            return MllmEncoder(load_mllm(models.mllm, self.device, self.dtype, revision=models.mllm_revision), size)
+        if name == "vae":
+            return VaePatchEncoder(self.vae(), size)
+        return OpenClipEncoder(load_open_clip(name, self.device), features_name(name), size)
+
+    def branch(self, artifact: Artifact, mllm: Mllm) -> VisualBranch:
+        """A trained branch of this MLLM. Raises what `load_branch` does."""
+        return load_branch(artifact, self.policy.home, self.dtype, mllm=mllm)
+
+    def controlnet(self, artifact: Artifact) -> nn.Module:
+        """A trained ControlNet. Raises what `load_controlnet` does."""
+        return load_controlnet(artifact, self.policy.home, self.dtype)
+
+
+# ---- the frozen models ----------------------------------------------------------------------------------------------
 
 
 def load_mllm(
@@ -119,19 +170,6 @@ def _part(kind: Any, folder: str, part: str, device: torch.device, dtype: torch.
             return kind.from_pretrained(folder, subfolder=part)
         named = {"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype}
         return _frozen(_whole(kind, folder, subfolder=part, **named), device)
-
-
-def load_encoder(recipe: Recipe, device: torch.device) -> Encoder:
-    """The image encoder of `latents.encoder`. RecipeError (2) when its sizes and `images.input_size` do not fit."""
-    wanted, size, models = recipe.latents, recipe.images.input_size, recipe.models
-    if wanted.encoder == "mllm":
-        mllm = load_mllm(models.mllm, device, getattr(torch, models.dtype), revision=models.mllm_revision)
-        return MllmEncoder(mllm, size)
-    if wanted.encoder == "vae":
-        vae = load_vae(models.diffusion, device, getattr(torch, models.dtype), revision=models.diffusion_revision)
-        return VaePatchEncoder(vae, size)
-    model = load_open_clip(wanted.encoder, device)
-    return OpenClipEncoder(model, features_name(wanted.encoder), size)
 
 
 def _whole(kind: Any, folder: str, **options: Any) -> Any:

@@ -19,7 +19,6 @@ from bifrost_cli.data.image_sets import from_samples
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.png import png_bytes, png_pixels
 from bifrost_cli.errors import BifrostError
-from bifrost_cli.loading.resolve import resolve_device
 from bifrost_cli.reports import page
 from bifrost_cli.reports.evaluation_page import plots
 from bifrost_cli.reports.facts import flat, image_lines, lineage_lines, thumbnails
@@ -98,11 +97,11 @@ def _decoded(store: LatentsStore, rows: list[int], recipe: Recipe, device: str, 
     """The images of rows from their VAE latents, uint8 (H, W, 3); None each where that is not possible here."""
     if store.vae_shape is None:
         return [None] * len(rows)
-    from bifrost_cli.loading.loaders import load_vae
+    from bifrost_cli.loading.loaders import ModelLoader
     from bifrost_cli.models.diffusion.base import vae_decode  # seconds of imports, which other pages do without
 
     try:
-        vae = load_vae(recipe.models.diffusion, resolve_device(device), revision=recipe.models.diffusion_revision)
+        vae = ModelLoader(recipe.models.model_copy(update={"dtype": "float32"}), device).vae()
     except BifrostError as error:
         ui.say(f"the images are not shown: {error.message}")
         return [None] * len(rows)

@@ -18,8 +18,7 @@ from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.safetensors_io import weights_hash
 from bifrost_cli.errors import RecipeError
 from bifrost_cli.loading.fingerprints import mllm_fingerprint
-from bifrost_cli.loading.loaders import load_encoder, load_mllm
-from bifrost_cli.loading.resolve import resolve_device
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.encoders import MllmEncoder
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
@@ -63,11 +62,9 @@ def train_branch(
                           fix="--set models.weights=dtype for this training", code="BF-RECIPE-005")  # fmt: skip
     if settings.tune != "full" or settings.target == "queries":
         require_precision("branch", settings.train, recipe.models)
-    store, place = choose_store(recipe, latents, workspace, ui), resolve_device(device)
-    mllm = load_mllm(
-        recipe.models.mllm, place, getattr(torch, recipe.models.dtype), revision=recipe.models.mllm_revision
-    )
-    _require_encoder(recipe, store, mllm, place)
+    store, loader = choose_store(recipe, latents, workspace, ui), ModelLoader(recipe.models, device)
+    mllm = loader.mllm()
+    _require_encoder(recipe, store, mllm, loader)
     _require_sense(recipe, mllm)
     branch = build_branch(recipe, store, mllm)
     if settings.train.gradient_checkpointing:
@@ -87,7 +84,7 @@ def train_branch(
         config=branch.config,
         frozen=lambda: weights_hash(mllm.model.state_dict()),
         frozen_hash=identity["mllm"],
-        device=place,
+        device=loader.device,
     )
     if settings.target == "queries":
         job = train_with_conditioner(job, branch, mllm, ui)
@@ -132,10 +129,11 @@ def _require_sense(recipe: Recipe, mllm: Mllm) -> None:
                           fix=f"--set branch.layers={count}, or tune full")  # fmt: skip
 
 
-def _require_encoder(recipe: Recipe, store: LatentsStore, mllm: Mllm, device: torch.device) -> None:
+def _require_encoder(recipe: Recipe, store: LatentsStore, mllm: Mllm, loader: ModelLoader) -> None:
     """The encoder of the same name must have the same weights and preprocessing, too."""
     own = recipe.latents.encoder == "mllm"
-    encoder = MllmEncoder(mllm, recipe.images.input_size) if own else load_encoder(recipe, device)
+    size, images = recipe.images.input_size, recipe.images
+    encoder = MllmEncoder(mllm, size) if own else loader.encoder(recipe.latents, images)
     if store.encoder != encoder.identity:
         sides = ({"kind": "latents", "parents": [], "identity": side} for side in (store.encoder, encoder.identity))
         raise other_encoder(store, recipe, differences(*sides))

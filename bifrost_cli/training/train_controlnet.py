@@ -19,9 +19,7 @@ from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.loading.diffusion_families import check_settings
 from bifrost_cli.loading.fingerprints import diffusion_fingerprint
-from bifrost_cli.loading.loaders import load_diffusion
-from bifrost_cli.loading.offload import OffloadPolicy
-from bifrost_cli.loading.resolve import resolve_device
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.models.diffusion.base import DiffusionModel
 from bifrost_cli.models.diffusion.controlnet import controlnet_config
 from bifrost_cli.models.encoders import VaeEncoder
@@ -58,15 +56,14 @@ def train_controlnet(
     """
     ui, settings, models = ui or Ui(), recipe.controlnet, recipe.models
     require_precision("controlnet", settings.train, models)
-    store, place = choose_store(recipe, latents, workspace, ui), resolve_device(device)
+    store, loader = choose_store(recipe, latents, workspace, ui), ModelLoader(models, device)
     store.vae([0])  # a store without VAE latents is refused before anything is loaded
-    offload_policy = OffloadPolicy(place, weights=models.weights)
-    diffusion = diffusion_of(recipe, store, offload_policy, ui)
+    diffusion = diffusion_of(recipe, store, loader, ui)
     controlnet = new_control(recipe, store, diffusion, settings.train.seed)
     if settings.train.gradient_checkpointing:
         save_memory(controlnet, diffusion.transformer)  # the gradient passes through the frozen diffusion model, too
     base, small = diffusion_fingerprint(models, diffusion), {}
-    offload_policy.settle(*diffusion.frozen_modules(), frozen=diffusion.frozen_modules(but=("vae",)))
+    loader.policy.settle(*diffusion.frozen_modules(), frozen=diffusion.frozen_modules(but=("vae",)))
     if models.weights != "dtype":
         small = {"weights": models.weights}
     tokens = recipe.models.diffusion_text_tokens
@@ -80,7 +77,7 @@ def train_controlnet(
         config=controlnet_config(controlnet),
         frozen=diffusion.weights_hash,
         frozen_hash=diffusion.weights_hash() if small else base,
-        device=place,
+        device=loader.device,
     )
     made = run_training(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
     if isinstance(made, Artifact):
@@ -88,12 +85,9 @@ def train_controlnet(
     return made
 
 
-def diffusion_of(recipe: Recipe, store: LatentsStore, offload_policy: OffloadPolicy, ui: Ui) -> DiffusionModel:
-    """The recipe's diffusion model, loaded to where `offload_policy` says; the store's VAE latents are its own."""
-    models = recipe.models
-    diffusion = load_diffusion(
-        models.diffusion, offload_policy.home, getattr(torch, models.dtype), revision=models.diffusion_revision
-    )
+def diffusion_of(recipe: Recipe, store: LatentsStore, loader: ModelLoader, ui: Ui) -> DiffusionModel:
+    """The recipe's diffusion model; the store's VAE latents are its own."""
+    diffusion = loader.diffusion()
     check_settings(recipe, diffusion, ui)
     _require_diffusion(recipe, store, diffusion)
     return diffusion

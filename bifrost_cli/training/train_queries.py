@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bifrost_cli.loading.fingerprints import diffusion_fingerprint
-from bifrost_cli.loading.offload import OffloadPolicy
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.diffusion.controlnet import controlnet_config
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
@@ -28,7 +28,7 @@ def train_with_conditioner(job: TrainingRun, branch: VisualBranch, mllm: Mllm, u
     """
     recipe, store = job.recipe, job.store
     store.vae([0])  # a store without VAE latents is refused before the diffusion model is loaded
-    diffusion = diffusion_of(recipe, store, OffloadPolicy(job.device), ui)
+    diffusion = diffusion_of(recipe, store, ModelLoader(recipe.models, job.device), ui)
     control = new_control(recipe, store, diffusion, job.train.seed).float()
     if job.train.gradient_checkpointing:
         save_memory(control, diffusion.transformer)

@@ -28,7 +28,7 @@ from bifrost_cli.evaluation.networks.load_networks import load_lpips
 from bifrost_cli.evaluation.reference import images_for
 from bifrost_cli.extraction.extract import extract_latents
 from bifrost_cli.generation.reconstruct_set import reconstruct_set
-from bifrost_cli.loading.loaders import load_encoder
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.runtime.ui import Ui
 
 COUNT = 6
@@ -102,7 +102,10 @@ def test_pictures_equal_to_the_last_bit_have_no_psnr(recipe, tmp_path, equal):
     true = drawn(3)
     other = [EvalImage(e.name, e.digest, lambda e=e: 255 - e.load(), e.prompt) for e in true.entries]
     made = ImageSet("again", (*true.entries[:equal], *other[equal:]))
-    measure, lines = ReconstructionMetric(true, load_encoder(recipe, torch.device("cpu")), "not here"), [{}, {}, {}]
+    measure, lines = (
+        ReconstructionMetric(true, ModelLoader(recipe.models).encoder(recipe.latents, recipe.images), "not here"),
+        [{}, {}, {}],
+    )
     found = {one["metric"]: one for one in measure.results(made, lines, Ui())}
     write_json(tmp_path / "report.json", [found, lines])
     told = " ".join(measure.warnings(made, lines))

@@ -33,7 +33,7 @@ from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.sources.scan import scan
 from bifrost_cli.errors import BifrostError, Diverged, Interrupted, Stopped
 from bifrost_cli.extraction import extract
-from bifrost_cli.loading.loaders import load_encoder, load_vae
+from bifrost_cli.loading.loaders import ModelLoader, load_vae
 from bifrost_cli.runtime.ui import Ui
 
 ROWS = "shapes:90:3"  # 6 shards, 12 batches
@@ -73,7 +73,7 @@ def ema_weights(monkeypatch: pytest.MonkeyPatch) -> Callable[[EMA], None]:
     """Put this encoder in the place of the recipe's."""
 
     def use(encoder: EMA) -> None:
-        monkeypatch.setattr(extract, "load_encoder", lambda recipe, device: encoder)
+        monkeypatch.setattr(ModelLoader, "encoder", lambda *_: encoder)
 
     use(EMA())
     return use
@@ -196,7 +196,8 @@ def test_photographs_go_through_the_real_encoders(photographs: Path, tmp_path: P
     store = LatentsStore.open(artifact)
     assert store.rows == 36 and store.captions[7] == "a texture with number 7" and store.keys[7] == "IMG_0007"
     assert any("exif-rotated 9" in line for line in ui.lines)
-    encoder, cpu = load_encoder(wanted, torch.device("cpu")), torch.device("cpu")
+    encoder = ModelLoader(wanted.models).encoder(wanted.latents, wanted.images)
+    cpu = torch.device("cpu")
     assert store.encoder == encoder.identity and store.grid == (4, 4)
     files = sorted(photographs.glob("*.JPG"))[:8]
     pixels = np.stack([square(np.asarray(ImageOps.exif_transpose(Image.open(file))), 64) for file in files])

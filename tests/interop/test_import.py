@@ -24,11 +24,10 @@ from bifrost_cli.cli.app import run
 from bifrost_cli.config.schema import Generate, Images, Models, Recipe
 from bifrost_cli.data.png import png_pixels, png_text
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem
-from bifrost_cli.interop import import_base, import_parts
 from bifrost_cli.interop import import_checkpoint as stage
 from bifrost_cli.interop.import_checkpoint import import_checkpoint
 from bifrost_cli.interop.published_names import split_published
-from bifrost_cli.loading.loaders import load_branch, load_controlnet, load_mllm
+from bifrost_cli.loading.loaders import ModelLoader, load_branch, load_controlnet, load_mllm
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.toy_system import tiny_models
 
@@ -307,10 +306,10 @@ def test_a_base_that_is_not_here_says_so(system, checkpoint, tmp_path):
 
 
 def test_other_families_of_models_are_refused(system, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(import_parts, "load_diffusion", lambda *a, **k: SimpleNamespace(family="SD3"))
+    monkeypatch.setattr(ModelLoader, "diffusion", lambda *a, **k: SimpleNamespace(family="SD3"))
     assert "not of FLUX" in refused(system.recipe, checkpoint, tmp_path).message
     other = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(model_type="qwen3_vl")))
-    monkeypatch.setattr(import_base, "load_mllm", lambda *a, **k: other)
+    monkeypatch.setattr(ModelLoader, "mllm", lambda *a, **k: other)
     error = refused(system.recipe, checkpoint, tmp_path)
     assert "not of Qwen2.5-VL" in error.message and error.code == "BF-ART-009"
 

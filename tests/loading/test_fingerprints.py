@@ -11,7 +11,7 @@ from fixtures_flux import save_mllm, save_painter, tiny_painter
 from fixtures_mllm import random_mllm
 
 from bifrost_cli.config.schema import Models
-from bifrost_cli.loading import fingerprints
+from bifrost_cli.loading import fingerprints, loaders
 from bifrost_cli.loading.fingerprints import diffusion_fingerprint, mllm_fingerprint
 from bifrost_cli.loading.loaders import load_mllm
 
@@ -32,7 +32,7 @@ def loads(monkeypatch) -> list[str]:
         made.append(ref)
         return load_mllm(ref, *args, **options)
 
-    monkeypatch.setattr(fingerprints, "load_mllm", load)
+    monkeypatch.setattr(loaders, "load_mllm", load)
     return made
 
 

@@ -95,9 +95,9 @@ TROUBLES = {
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
-def test_each_trouble_has_its_own_message_and_a_fix(told, other_process_failed):
-    code, message = TROUBLES[other_process_failed]
-    found = told[other_process_failed]
+def test_each_trouble_has_its_own_message_and_a_fix(told, trouble):
+    code, message = TROUBLES[trouble]
+    found = told[trouble]
     assert (found.get("code"), found["message"], found["exit"]) == (f"BF-ENV-{code}", message, 3)
     assert found["fix"] and "hf_secret" not in json.dumps(found)
 

@@ -101,7 +101,7 @@ def test_an_interrupted_run_sketches_nothing_twice(system: System, plain, tmp_pa
             os.kill(os.getpid(), signal.SIGTERM)
         return predict(self, prompt, seed)
 
-    monkeypatch.setattr(Prior, "sketch", sketch_and_stop)
+    monkeypatch.setattr(Prior, "predict", sketch_and_stop)
     with pytest.raises(Stopped, match="0 of 2"):
         render(system, tmp_path / "out", "model")
     (kept,) = (tmp_path / "out" / "work" / "sketches").iterdir()

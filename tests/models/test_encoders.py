@@ -14,10 +14,14 @@ from fixtures_mllm import random_mllm
 
 from bifrost_cli.config.schema import Images, Latents, Models, Recipe
 from bifrost_cli.errors import RecipeError
-from bifrost_cli.loading.loaders import load_encoder, load_vae
+from bifrost_cli.loading.loaders import ModelLoader, load_vae
 from bifrost_cli.models.encoders import MllmEncoder, OpenClipEncoder, VaeEncoder, VaePatchEncoder
 
 CPU = torch.device("cpu")
+
+
+def load_encoder(recipe: Recipe):
+    return ModelLoader(recipe.models).encoder(recipe.latents, recipe.images)
 
 
 def images(count: int, size: int, seed: int = 0) -> np.ndarray:
@@ -89,7 +93,7 @@ def test_only_the_visual_weights_belong_to_the_identity(mllm):
 
 def test_the_recipe_names_the_encoder(mllm, tmp_path):
     models = Models(mllm=str(save_mllm(mllm, tmp_path / "mllm")), dtype="float32")
-    encoder = load_encoder(Recipe(models=models, images=Images(input_size=64)), CPU)
+    encoder = load_encoder(Recipe(models=models, images=Images(input_size=64)))
     assert encoder.identity == MllmEncoder(mllm, 64).identity
     torch.testing.assert_close(encoder.encode(images(2, 64)), MllmEncoder(mllm, 64).encode(images(2, 64)))
 
@@ -98,7 +102,7 @@ def test_the_recipe_names_the_encoder(mllm, tmp_path):
 
 
 def test_patch_tokens_are_open_clips_own_before_pooling(clip_folder):
-    encoder = load_encoder(clip_recipe(clip_folder), CPU)
+    encoder = load_encoder(clip_recipe(clip_folder))
     model = open_clip.create_model(f"local-dir:{clip_folder}").eval()
     model.visual.output_tokens = True
     mean, std = (torch.tensor(PREPROCESS[key]).view(3, 1, 1) for key in ("mean", "std"))
@@ -128,7 +132,7 @@ def test_towers_that_pool_first_give_tokens_without_a_norm(tmp_path, vision):
     from fixtures_clip import MODEL
 
     folder = save_tiny_clip(tmp_path / "tiny", vision_cfg={**MODEL["vision_cfg"], **vision})
-    encoder = load_encoder(clip_recipe(folder), CPU)
+    encoder = load_encoder(clip_recipe(folder))
     assert encoder.identity["layer"].endswith("without a norm, before pooling")
     model = open_clip.create_model(f"local-dir:{folder}").eval()
     with torch.no_grad():
@@ -139,8 +143,8 @@ def test_towers_that_pool_first_give_tokens_without_a_norm(tmp_path, vision):
 
 
 def test_the_activation_is_part_of_the_identity(clip_folder, tmp_path):
-    plain = load_encoder(clip_recipe(clip_folder), CPU)
-    quick = load_encoder(clip_recipe(save_tiny_clip(tmp_path / "tiny", quick_gelu=True)), CPU)
+    plain = load_encoder(clip_recipe(clip_folder))
+    quick = load_encoder(clip_recipe(save_tiny_clip(tmp_path / "tiny", quick_gelu=True)))
     assert {key for key in plain.identity if plain.identity[key] != quick.identity[key]} == {"activation"}
     assert (plain.identity["activation"], quick.identity["activation"]) == ("GELU", "QuickGELU")
     assert not torch.equal(plain.encode(images(1, SIZE)), quick.encode(images(1, SIZE)))
@@ -151,10 +155,10 @@ def test_the_activation_is_part_of_the_identity(clip_folder, tmp_path):
 
 def test_a_setting_that_would_be_ignored_is_refused(clip_folder):
     with pytest.raises(RecipeError, match="input_size is 448, but .* reads 32") as caught:
-        load_encoder(clip_recipe(clip_folder, 448), CPU)
+        load_encoder(clip_recipe(clip_folder, 448))
     assert caught.value.fix == "--set images.input_size=32"
     with pytest.raises(ValueError, match="32"):
-        load_encoder(clip_recipe(clip_folder), CPU).encode(images(1, 16))
+        load_encoder(clip_recipe(clip_folder)).encode(images(1, 16))
 
 
 # ---- the diffusion model's VAE ----

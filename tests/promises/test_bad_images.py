@@ -18,14 +18,14 @@ from refusals import SMALL, refused, told
 from test_images import chunk, encoded, png_of, texture
 
 from bifrost_cli.data.latents.reader import LatentsStore
-from bifrost_cli.extraction import extract
+from bifrost_cli.loading.loaders import ModelLoader
 
 SKIP = ["--bad-image", "skip", "--max-bad", "0.5"]
 
 
 @pytest.fixture(autouse=True)
 def means(monkeypatch):
-    monkeypatch.setattr(extract, "load_encoder", lambda recipe, device: Means(lambda: None))
+    monkeypatch.setattr(ModelLoader, "encoder", lambda *_: Means(lambda: None))
 
 
 @pytest.fixture

@@ -17,8 +17,7 @@ from refusals import SMALL, refused, told
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.lock import Lock
 from bifrost_cli.data.latents.reader import LatentsStore
-from bifrost_cli.extraction import extract
-from bifrost_cli.training import train_branch
+from bifrost_cli.loading.loaders import ModelLoader
 
 SHARD = "store.zarr/latents/c/1/0/0"
 
@@ -36,8 +35,8 @@ def store(whole, tmp_path) -> Path:
 @pytest.fixture(autouse=True)
 def no_weights(monkeypatch):
     """A store is looked at before any weight is loaded."""
-    monkeypatch.setattr(train_branch, "load_mllm", lambda *rest, **more: pytest.fail("weights were loaded"))
-    monkeypatch.setattr(extract, "load_encoder", lambda recipe, device: Means(lambda: None))
+    monkeypatch.setattr(ModelLoader, "mllm", lambda *rest, **more: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(ModelLoader, "encoder", lambda *_: Means(lambda: None))
 
 
 def edited_zarr(path: Path) -> None:
@@ -110,12 +109,12 @@ def test_50_temporary_files_of_a_killed_extraction_are_swept(tmp_path, capsys, m
         if next(calls, None) is None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(extract, "load_encoder", lambda recipe, device: Means(stop))
+    monkeypatch.setattr(ModelLoader, "encoder", lambda *_: Means(stop))
     command = ["extract-latents", "shapes:16:0", "-o", out, *SMALL, "--set", "latents.batch_size=4"]
     assert told(capsys, tmp_path / "in", *command)[0] == 130
     (out / "index" / ".bifrost-tmp-1-1").write_bytes(b"half")
     (out / "thesis.tex").write_text("kept")
-    monkeypatch.setattr(extract, "load_encoder", lambda recipe, device: Means(lambda: None))
+    monkeypatch.setattr(ModelLoader, "encoder", lambda *_: Means(lambda: None))
     assert told(capsys, tmp_path / "in", *command)[0] == 0
     assert not list(out.rglob(".bifrost-tmp-*")) and (out / "thesis.tex").read_text() == "kept"
 

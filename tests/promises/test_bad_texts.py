@@ -14,15 +14,15 @@ from test_images import encoded, texture
 from test_webdataset import archive, image
 
 from bifrost_cli.data.latents.reader import LatentsStore
-from bifrost_cli.extraction import extract
 from bifrost_cli.generation import generate
+from bifrost_cli.loading.loaders import ModelLoader
 
 PNG = encoded(texture(), "PNG")
 
 
 @pytest.fixture(autouse=True)
 def means(monkeypatch):
-    monkeypatch.setattr(extract, "load_encoder", lambda recipe, device: Means(lambda: None))
+    monkeypatch.setattr(ModelLoader, "encoder", lambda *_: Means(lambda: None))
 
 
 @pytest.fixture

@@ -22,8 +22,8 @@ from test_webdataset import archive, image
 
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.safetensors_io import save_tensors
-from bifrost_cli.extraction import extract
 from bifrost_cli.generation import generate
+from bifrost_cli.loading.loaders import ModelLoader
 
 
 class Canary:
@@ -52,7 +52,7 @@ def here(tmp_path, monkeypatch):
     """The folder a command runs in; at the end nothing in it, or in the inputs, is called canary."""
     (tmp_path / "in").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(extract, "load_encoder", lambda recipe, device: Means(lambda: None))
+    monkeypatch.setattr(ModelLoader, "encoder", lambda *_: Means(lambda: None))
     yield tmp_path
     assert not [path for path in tmp_path.rglob("*") if path.name == "canary"]
 

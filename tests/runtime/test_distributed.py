@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mllm_store(folder / "latents")
     save_mllm(folder / "mllm")
     save_flux(folder / "flux")
-    threads, encoder = torch.get_num_threads(), job.extract.load_encoder
+    threads, encoder = torch.get_num_threads(), job.ModelLoader.encoder
     torch.set_num_threads(1)
     job.everything(folder)
     for world in (2, 3):
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     job.go_on(folder, "fsdp-3", "ddp")
     job.facts(folder)
     torch.set_num_threads(threads)
-    job.extract.load_encoder = encoder
+    job.ModelLoader.encoder = encoder
     return folder
 
 

@@ -12,9 +12,8 @@ from fixtures_stage_training import CAPTIONS, PLANS, end, mllm_store, recipe, sa
 
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.errors import ArtifactError, BifrostError, DataError, OutOfMemory, RecipeError, UsageError
-from bifrost_cli.loading.loaders import load_branch
+from bifrost_cli.loading.loaders import ModelLoader, load_branch
 from bifrost_cli.models.encoders import MllmEncoder
-from bifrost_cli.training import train_branch as stage
 from bifrost_cli.training.branch_task import BranchTask
 from bifrost_cli.training.train_branch import build_branch, train_branch
 
@@ -123,7 +122,7 @@ def test_an_interrupted_training_ends_in_the_same_bytes(made, workspace, mllm_fo
 
 def test_latents_of_another_encoder_are_refused_before_any_loading(mllm_folder, tmp_path, monkeypatch):
     other = mllm_store(tmp_path / "clip", encoder={"name": "open_clip:ViT-B-32/x", "weights": "1" * 64})
-    monkeypatch.setattr(stage, "load_mllm", None)
+    monkeypatch.setattr(ModelLoader, "mllm", None)
     with pytest.raises(ArtifactError) as found:
         train_branch(recipe(mllm_folder), latents=other.path, workspace=tmp_path, device="cpu")
     assert found.value.code == "BF-ART-004" and "open_clip:ViT-B-32/x, not mllm" in found.value.at
@@ -140,7 +139,7 @@ def test_an_external_encoder_of_another_width_trains_when_the_recipe_names_it(ml
     identity = {"name": "open_clip:ViT-B-32/x", "weights": "1" * 64}
     store = mllm_store(tmp_path / "clip", encoder=identity, channels=24)
     encoder = type("External", (), {"identity": identity})
-    monkeypatch.setattr(stage, "load_encoder", lambda *_: encoder)
+    monkeypatch.setattr(ModelLoader, "encoder", lambda *_: encoder)
     external = recipe(mllm_folder, encoder=identity["name"], steps=3, normalize=True)
     made = train_branch(external, latents=store.path, workspace=tmp_path, device="cpu")
     branch = load_branch(made, torch.device("cpu"))

@@ -12,10 +12,9 @@ from fixtures_store import make_store
 
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.errors import ArtifactError, RecipeError, StoreError
-from bifrost_cli.loading.loaders import load_controlnet, load_diffusion
+from bifrost_cli.loading.loaders import ModelLoader, load_controlnet, load_diffusion
 from bifrost_cli.models.diffusion.controlnet import latent_controlnet
 from bifrost_cli.models.encoders import VaeEncoder
-from bifrost_cli.training import train_controlnet as stage
 from bifrost_cli.training.controlnet_task import ControlNetTask
 from bifrost_cli.training.train_controlnet import train_controlnet
 
@@ -98,7 +97,7 @@ def test_a_kill_and_the_same_command_give_the_same_bytes(made, workspace, flux_f
 
 def test_a_store_without_vae_latents_is_refused_before_a_weight_is_loaded(tmp_path, monkeypatch):
     store = make_store(tmp_path / "plain", encoder={"name": "mllm", "weights": "0" * 64})
-    monkeypatch.setattr(stage, "load_diffusion", None)
+    monkeypatch.setattr(ModelLoader, "diffusion", None)
     with pytest.raises(StoreError) as found:
         train_controlnet(recipe(), latents=store.path, device="cpu")
     assert found.value.exit_code == 5 and "latents.vae=true" in found.value.fix
