@@ -25,7 +25,7 @@ APART = ("model", "sequential")
 
 @pytest.fixture(scope="module")
 def system(tmp_path_factory: pytest.TempPathFactory) -> System:
-    return save_system(tmp_path_factory.mktemp("system"), plan=True, guidance=2.0)
+    return save_system(tmp_path_factory.mktemp("system"), plan=True, branch_guidance=2.0)
 
 
 @pytest.fixture(scope="module")
