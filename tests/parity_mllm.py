@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from bifrost_cli.interop.published_names import branch_name, split_published
+from bifrost_cli.interop.published_names import branch_name, sort_names
 from bifrost_cli.models.branch.sampling import sample_masked
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.mllm.chat_template import TokenizedPrompts, image_mask, text_mask, tokenize_prompts
@@ -180,13 +180,20 @@ def _watch(decoder: nn.Module) -> dict[str, Tensor]:
 
 
 def _models(config: dict[str, Any], folder: str | Path) -> tuple[Mllm, VisualBranch]:
-    published = split_published(_tensors(folder, "model"))
-    if published.unknown:
-        raise ValueError(f"weights that belong nowhere: {', '.join(published.unknown)}")
-    mllm = _mllm(config["qwen2_5_vl"], published.mllm)
+    branch_weights, mllm_weights, unknown = split_published(_tensors(folder, "model"))
+    if unknown:
+        raise ValueError(f"weights that belong nowhere: {', '.join(unknown)}")
+    mllm = _mllm(config["qwen2_5_vl"], mllm_weights)
     branch = VisualBranch.from_mllm(mllm, config["num_visual_gen_tokens"])
-    branch.load_state_dict(published.branch, strict=True)
+    branch.load_state_dict(branch_weights, strict=True)
     return mllm, branch
+
+
+def split_published(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
+    """A published state dict as the branch's, the MLLM's, and the names that belong to neither."""
+    names = sort_names(weights)
+    branch, mllm = ({ours: weights[name] for name, ours in part.items()} for part in (names.branch, names.mllm))
+    return branch, mllm, [*names.unknown, *names.unexpected]
 
 
 def _mllm(config: dict[str, Any], weights: dict[str, Tensor]) -> Mllm:

@@ -7,6 +7,7 @@ tensors belong to.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,6 +21,11 @@ from bifrost_cli.data.safetensors_io import PICKLES, load_tensors, read_header
 from bifrost_cli.errors import ArtifactError
 
 INDEX = ".safetensors.index.json"
+# What the trainers of transformers and accelerate leave beside the weights; never opened, no weights are in them.
+_TRAINER_STATE = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|sampler|dl_state_dict|rng_state|random_states|custom_checkpoint)"
+    r"(_\d+)*\.(bin|pt|pth|pkl)"
+)
 _SHOWN = 5
 
 
@@ -35,9 +41,9 @@ class ShardedCheckpoint:
     def open(cls, folder: Path | str, *, pickles_too: bool = False) -> ShardedCheckpoint | None:
         """Look at every header. None when the folder holds no weights.
 
-        pickles_too: pickles may lie in the folder, and are left unread. ArtifactError: BF-ART-008 a pickle among the
-        weights; BF-ART-005 a file that is damaged or absent, a name given
-        twice, or an index that tells of other tensors than the files hold.
+        pickles_too: pickles may lie in the folder, and are left unread. A trainer's files are never opened.
+        ArtifactError: BF-ART-008 another pickle among the weights; BF-ART-005 a file that is damaged or absent, a name
+        given twice, or an index that tells of other tensors than the files hold.
         """
         folder = Path(folder)
         if not pickles_too:
@@ -101,8 +107,14 @@ def _require_listed(folder: Path, listed: dict[str, str], files: dict[str, Path]
         raise _wrong(folder, f"the files hold what the index does not name: {few(surplus)}")
 
 
+def trainer_files(folder: Path | str) -> list[str]:
+    """Names of the trainer's files in a checkpoint folder (training_args.bin, optimizer.pt, rng_state_0.pth ...)."""
+    return sorted(path.name for path in Path(folder).iterdir() if _TRAINER_STATE.fullmatch(path.name))
+
+
 def _refuse_pickles(folder: Path) -> None:
-    if found := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
+    pickles = {path.name for path in folder.iterdir() if path.suffix in PICKLES}
+    if found := sorted(pickles.difference(trainer_files(folder))):
         kinds = Counter(Path(name).suffix for name in found)
         raise ArtifactError(
             f"{folder} holds pickles ({', '.join(kinds)}), which can run code when they are read; only safetensors is",

@@ -1,8 +1,9 @@
-"""export: a branch or a ControlNet artifact -> a folder of plain safetensors that others read.
+"""`bifrost export`: a branch or a ControlNet artifact becomes a folder of plain safetensors that other programs read.
 
-In: an artifact. Out: a new folder: weights under the published names, config.json, and README.md, the model card. A
-branch with its ControlNet in `flux_controlnet` below it is the published layout, which import reads back to the bit.
-Knows Qwen2.5-VL and FLUX alone.
+The folder holds the weights under the published names, config.json, and the model card as README.md; a branch has the
+index file that the published loader opens, too. A branch with its ControlNet in `flux_controlnet/` below it is the
+published layout (Qwen2.5-VL and FLUX), which `bifrost import` reads back to the bit. Of names only public ones are
+written: no folder of this machine.
 """
 
 from __future__ import annotations
@@ -17,24 +18,36 @@ from torch import Tensor
 from bifrost_cli.artifacts import Artifact, default_path, resolve
 from bifrost_cli.artifacts.files import make_folder, new_folder, read_json, write_bytes, write_json
 from bifrost_cli.data.safetensors_io import load_tensors, save_tensors
+from bifrost_cli.data.sharded_checkpoint import INDEX
 from bifrost_cli.errors import ArtifactError, UsageError
 from bifrost_cli.interop.model_card import model_card
-from bifrost_cli.interop.published_names import published_name
+from bifrost_cli.interop.published_names import public_name, published_name
 from bifrost_cli.loading.compatibility import builtin, has_own_conditioner, trained_on
 from bifrost_cli.models.diffusion.controlnet import to_published
 from bifrost_cli.runtime.ui import Ui
 
 _BUILTIN = ("builtin:branch", "builtin:controlnet")
 _DECODER = "qwen2_5_vl_text"
+WEIGHTS = "model.safetensors"
 
 
 def export(
     ref: Path | str, *, output: Path | str | None = None, workspace: Path | str = "runs", ui: Ui | None = None
 ) -> Path:
-    """Write the artifact that `ref` means (a folder, an id, builtin:branch, builtin:controlnet) into a new folder.
+    """Write a branch or ControlNet artifact into a new folder, which appears whole or not at all.
 
-    The folder appears whole or not at all. UsageError (2): it exists, lies in the artifact, or `ref` is of another
-    kind. ArtifactError (5): a damaged artifact, or one of other models than the published layout has.
+    Args:
+        ref: an artifact's folder or id, `builtin:branch` or `builtin:controlnet`.
+        output: the new folder; None names it after the artifact, in `workspace`.
+        workspace: where ids are looked up.
+        ui: where progress is said.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: the folder exists or lies in the artifact, or the artifact is of another kind.
+        ArtifactError: a damaged artifact, or one of other models than the published layout has.
     """
     ui = ui or Ui()
     artifact = builtin(str(ref).removeprefix("builtin:")) if str(ref) in _BUILTIN else resolve(workspace, ref)
@@ -44,7 +57,7 @@ def export(
     folder = Path(output or default_path(workspace, "export", artifact.id))
     _require_new(folder, artifact)
     artifact.check()
-    config, tensors = read_json(artifact.file("config.json")), load_tensors(artifact.file("model.safetensors"))[0]
+    config, tensors = read_json(artifact.file("config.json")), load_tensors(artifact.file(WEIGHTS))[0]
     make_folder(folder.parent)
     with new_folder(folder) as draft:
         _WRITERS[artifact.kind](draft, artifact, config, tensors)
@@ -65,14 +78,18 @@ def _write_branch(folder: Path, artifact: Artifact, config: dict[str, Any], tens
     if "tune" in config:
         raise ArtifactError(f"{artifact.path} was trained in part ({config['tune']}): it holds no whole branch",
                             fix="use it where it is, or train with branch.tune full", code="BF-ART-004")  # fmt: skip
-    save_tensors(folder / "model.safetensors", {published_name(name): tensor for name, tensor in tensors.items()})
+    published = {published_name(name): tensor for name, tensor in tensors.items()}
+    save_tensors(folder / WEIGHTS, published)
+    size = sum(tensor.nbytes for tensor in published.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict.fromkeys(published, WEIGHTS)}
+    write_json(folder / f"model{INDEX}", index)
     write_json(folder / "config.json", {"branch": config, "trained_on": _trained_on(artifact)})
 
 
 def _write_controlnet(folder: Path, artifact: Artifact, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     stock = {name: value for name, value in config.items() if name != "control_channels"}
-    if strange := {"control", "control_ratio"} & set(config):
-        raise ArtifactError(f"{artifact.path} is no ControlNet of the published form: {config[strange.pop()]}",
+    if unpublished := {"control", "control_ratio"} & set(config):
+        raise ArtifactError(f"{artifact.path} has no ControlNet of the published form: {config[unpublished.pop()]}",
                             fix=f"use it where it is: its model.safetensors is plain safetensors ({artifact.path})",
                             code="BF-ART-009")  # fmt: skip
     if "num_single_layers" not in stock:
@@ -86,8 +103,10 @@ _WRITERS = {"branch": _write_branch, "controlnet": _write_controlnet}
 
 
 def _trained_on(artifact: Artifact) -> dict[str, Any]:
-    """The identity of the latents and the MLLM: what a reader of the file must have, too."""
-    return {**trained_on(artifact), "mllm": artifact.identity.get("mllm")}
+    """The identities of the encoder and the MLLM that the branch needs, by public names and hashes."""
+    shared = trained_on(artifact)
+    encoder = {**shared["encoder"], "name": public_name(str(shared["encoder"].get("name", "unknown")))}
+    return {**shared, "encoder": encoder, "mllm": artifact.identity.get("mllm")}
 
 
 def _require_new(folder: Path, artifact: Artifact) -> None:

@@ -1,7 +1,7 @@
-"""export-mllm: the frozen MLLM of a recipe as a folder of its own, for programs that measure understanding.
+"""`bifrost export-mllm`: a recipe's frozen MLLM as a folder of its own, for programs that measure understanding.
 
-In: a recipe. Out: a new folder: the base's own files, byte for byte, and README.md with the hash of its weights and the
-command of lmms-eval. What generates and what is measured are then one model by its hash. Does not know the branch.
+The folder holds the base's files byte for byte, and a README with the hash of its weights and lmms-eval's command. The
+model that generates and the model that is measured are then the same by hash.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from bifrost_cli.artifacts.files import make_folder, new_file, new_folder, write_bytes
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.errors import ArtifactError, UsageError
+from bifrost_cli.interop.published_names import public_name
 from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.loading.resolve import MODEL_FILES, resolve_model
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
@@ -22,10 +23,20 @@ _LMMS_EVAL = {"qwen2_5_vl": "qwen2_5_vl", "qwen3_vl": "qwen3_vl"}  # model_type 
 
 
 def export_mllm(recipe: Recipe, output: Path | str, *, ui: Ui | None = None) -> Path:
-    """Copy the recipe's frozen MLLM into the new folder `output`, load the copy and compare hashes; returns the folder.
+    """Copy the recipe's frozen MLLM into a new folder, load the copy and compare the hashes of the weights.
 
-    The folder appears whole or not at all. UsageError (2): it exists. EnvironmentProblem (3): no such model here.
-    ArtifactError (5): damaged weights, or a copy whose weights have another hash.
+    Args:
+        recipe: names the MLLM, its revision and its number format.
+        output: the new folder, which appears whole or not at all.
+        ui: where progress is said.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: the folder exists.
+        EnvironmentProblem: the model is not here.
+        ArtifactError: damaged weights, or a copy whose weights have another hash.
     """
     ui, folder, models = ui or Ui(), Path(output), recipe.models
     if folder.exists() or folder.is_symlink():
@@ -58,8 +69,8 @@ def _blocks(path: Path) -> Iterator[bytes]:
 
 
 def _require_same(copy: Mllm, wanted: str, name: str) -> None:
-    if (found := copy.weights_hash()) != wanted:
-        raise ArtifactError(f"the copy of {name} has other weights", at=f"sha256 {wanted[:12]} -> {found[:12]}",
+    if (actual := copy.weights_hash()) != wanted:
+        raise ArtifactError(f"the copy of {name} has other weights", at=f"sha256 {wanted[:12]} -> {actual[:12]}",
                             fix="give the command again; if it stays, check the disk", code="BF-ART-008")  # fmt: skip
 
 
@@ -69,10 +80,11 @@ def _command(folder: str, kind: str) -> str:
 
 
 def _card(recipe: Recipe, folder: str, kind: str, weights: str) -> str:
-    revision = f" at revision {recipe.models.mllm_revision}" if recipe.models.mllm_revision else ""
+    name, commit = public_name(recipe.models.mllm), recipe.models.mllm_revision
+    revision = f" at revision {commit}" if commit else ""
     return f"""# The frozen MLLM of recipe {recipe.name}
 
-These are the files of {recipe.models.mllm}{revision}, byte for byte; Bifrost trains a branch beside this model and
+These are the files of {name}{revision}, byte for byte; Bifrost trains a branch beside this model and
 never changes it. sha256 over its tensors in {recipe.models.dtype}: `{weights}`. The manifest of every branch that was
 trained beside it names the same hash (`bifrost artifacts show BRANCH`, identity.mllm).
 

@@ -1,8 +1,8 @@
-"""import: a published Bifrost-1 checkpoint -> a branch and a ControlNet artifact.
+"""`bifrost import`: a published Bifrost-1 checkpoint becomes a branch and a ControlNet artifact.
 
-In: a recipe, which names the frozen bases, and a folder or hub id in the published layout: safetensors at the root,
-`flux_controlnet/` a diffusers folder; either may be missing. Out: artifacts that `generate` takes with that recipe.
-Everything is checked before anything is written, and every key is accounted for. Knows Qwen2.5-VL and FLUX alone.
+The published layout (Qwen2.5-VL and FLUX) has safetensors at its root and a diffusers folder `flux_controlnet/`; either
+may be missing. Everything is checked before anything is written, and the report accounts for every key. What a trainer
+left in the folder (training_args.bin, optimizer.pt ...) is listed and never opened.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
 from bifrost_cli.artifacts.files import write_json
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.safetensors_io import save_tensors
-from bifrost_cli.data.sharded_checkpoint import ShardedCheckpoint
+from bifrost_cli.data.sharded_checkpoint import ShardedCheckpoint, trainer_files
 from bifrost_cli.errors import ArtifactError
-from bifrost_cli.interop.import_base import load_base
-from bifrost_cli.interop.import_parts import CONTROLNET, ImportedPart, branch_part, controlnet_part
+from bifrost_cli.interop.import_parts import CONTROLNET, ImportedPart, branch_part, controlnet_part, load_base
 from bifrost_cli.interop.published_names import Names, sort_names
 from bifrost_cli.loading.resolve import resolve_model
 from bifrost_cli.runtime.ui import Ui
@@ -31,12 +30,13 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class _Checkpoint:
-    """What a source offers, by its headers. `commit` is that of a hub id."""
+    """What a source holds, by its headers; `commit` is that of a hub id, `ignored_files` are a trainer's."""
 
     root: ShardedCheckpoint | None
     controlnet: ShardedCheckpoint | None
     names: Names
     commit: str | None
+    ignored_files: list[str]
 
 
 def import_checkpoint(
@@ -48,27 +48,40 @@ def import_checkpoint(
     dry_run: bool = False,
     ui: Ui | None = None,
 ) -> list[Artifact] | dict[str, Any]:
-    """Import what `source` holds: a branch, a ControlNet, or both, below `output` or as the workspace names them.
+    """Import what a published checkpoint holds: a branch, a ControlNet, or both.
 
-    With `dry_run` returns every key, by where it would go; no base is loaded. ArtifactError (5): BF-ART-005 a
-    checkpoint that is not whole, 007 weights that are missing, unexpected or misshapen, 004 of other bases, 008 a
-    pickle.
-    EnvironmentProblem (3) when a base is not here: an artifact's identity is that of the weights it was made on.
+    Args:
+        recipe: names the frozen bases, which are loaded: an artifact's identity holds the hash of their weights.
+        source: a folder or a hub id in the published layout.
+        output: the folder that gets `branch/` and `controlnet/`; None names them in `workspace`.
+        workspace: where artifacts are.
+        dry_run: load and write nothing.
+        ui: where progress is said.
+
+    Returns:
+        The artifacts; with `dry_run` every key, by where it would go.
+
+    Raises:
+        ArtifactError: BF-ART-005 a checkpoint that is not whole, BF-ART-007 weights that are missing, unexpected or
+            misshapen, BF-ART-004 weights of other bases, BF-ART-008 a pickle.
+        EnvironmentProblem: a base is not here.
     """
     ui = ui or Ui()
-    found = _open(source, ui)
+    checkpoint = _open(source, ui)
     if dry_run:
-        return _listing(found)
-    base = load_base(recipe, found.root, found.names, ui)
+        return _listing(checkpoint)
+    base = load_base(recipe, checkpoint.root, checkpoint.names, ui)
     parts: list[ImportedPart] = []
-    if found.root:
-        parts.append(branch_part(recipe, found.root, found.names, base))
-    if found.controlnet:
-        parts.append(controlnet_part(recipe, found.controlnet, base))
-    info = {"source": str(source), "commit": found.commit, "recipe": recipe.model_dump(mode="json")}
-    made = [_write(part, _place(part, output, workspace), info, ui) for part in parts]
-    _say_keys(found, base.frozen, ui)
-    return made
+    if checkpoint.root:
+        parts.append(branch_part(recipe, checkpoint.root, checkpoint.names, base))
+    if checkpoint.controlnet:
+        parts.append(controlnet_part(recipe, checkpoint.controlnet, base))
+    for part in parts if checkpoint.ignored_files else ():
+        part.report["ignored files"] = checkpoint.ignored_files
+    info = {"source": str(source), "commit": checkpoint.commit, "recipe": recipe.model_dump(mode="json")}
+    artifacts = [_write(part, _path(part, output, workspace), info, ui) for part in parts]
+    _say_keys(checkpoint, base.frozen, ui)
+    return artifacts
 
 
 def _open(source: Path | str, ui: Ui) -> _Checkpoint:
@@ -84,22 +97,27 @@ def _open(source: Path | str, ui: Ui) -> _Checkpoint:
     for shards, what, other in ((root, "weights at the root", "ControlNet"), (controlnet, f"{CONTROLNET}/", "branch")):
         if shards is None:
             ui.say(f"{source} has no {what}: the {other} alone is imported")
-    return _Checkpoint(root, controlnet, sort_names(root.shapes if root else ()), commit)
+    ignored = [
+        *trainer_files(folder),
+        *(f"{CONTROLNET}/{name}" for name in (trainer_files(inner) if controlnet else ())),
+    ]
+    return _Checkpoint(root, controlnet, sort_names(root.shapes if root else ()), commit, ignored)
 
 
-def _listing(found: _Checkpoint) -> dict[str, Any]:
-    names = found.names
+def _listing(checkpoint: _Checkpoint) -> dict[str, Any]:
+    names = checkpoint.names
     return {
         "branch": dict(names.branch),
-        "controlnet": sorted(found.controlnet.shapes) if found.controlnet else [],
+        "controlnet": sorted(checkpoint.controlnet.shapes) if checkpoint.controlnet else [],
         "frozen MLLM": dict(names.mllm),
-        "unexpected": names.strangers,
+        "unexpected": names.unexpected,
         "ignored": names.ignored,
         "unknown": names.unknown,
+        **({"ignored files": checkpoint.ignored_files} if checkpoint.ignored_files else {}),
     }
 
 
-def _place(part: ImportedPart, output: Path | str | None, workspace: Path | str) -> Path:
+def _path(part: ImportedPart, output: Path | str | None, workspace: Path | str) -> Path:
     if output is not None:
         return Path(output) / part.kind
     return default_path(workspace, part.kind, identity_id(part.kind, part.identity))
@@ -118,20 +136,22 @@ def _write(part: ImportedPart, path: Path, info: Mapping[str, Any], ui: Ui) -> A
         return draft.commit({**info, "metrics": {}, "parameters": parameters})
 
 
-def _say_keys(found: _Checkpoint, frozen: Mapping[str, list[str]], ui: Ui) -> None:
-    """The whole report in a few lines; import.json has every name."""
-    names = found.names
-    if found.root:
+def _say_keys(checkpoint: _Checkpoint, frozen: Mapping[str, list[str]], ui: Ui) -> None:
+    """Summarize the report, which import.json holds in full."""
+    names = checkpoint.names
+    if checkpoint.root:
         ui.say(f"branch: {len(names.branch)} keys imported")
         ui.say("frozen MLLM: " + ", ".join(f"{len(keys)} {what}" for what, keys in frozen.items()))
         for what, keys in (("ignored", names.ignored), ("unknown", names.unknown)):
             ui.say(f"{what}: {len(keys)} keys{_heads(keys)}")
-    if found.controlnet:
-        ui.say(f"controlnet: {len(found.controlnet.shapes)} keys imported")
+    if checkpoint.controlnet:
+        ui.say(f"controlnet: {len(checkpoint.controlnet.shapes)} keys imported")
+    if checkpoint.ignored_files:
+        ui.say(f"ignored: {', '.join(checkpoint.ignored_files)}, which a trainer left and holds no weights")
 
 
 def _heads(keys: Iterable[str]) -> str:
-    """How many begin with what: `: diffusion_decoder (1040), vision_gen_vae_model (244)`."""
+    """The keys counted by their first part: `: diffusion_decoder (1040), vision_gen_vae_model (244)`."""
     heads = Counter(key.split(".")[0] for key in keys).most_common()
     more = [f"and {len(heads) - _SHOWN} others"] if len(heads) > _SHOWN else []
     return ": " + ", ".join([f"{head} ({count})" for head, count in heads[:_SHOWN]] + more) if heads else ""

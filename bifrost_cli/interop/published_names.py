@@ -1,17 +1,15 @@
-"""The published checkpoint's names and ours: one table, used by `bifrost import`, `bifrost export` and the vectors.
+"""Names of the published checkpoint's tensors and ours: the one table behind `bifrost import` and `bifrost export`.
 
-In: names, or a state dict, as published. Out: the same sorted by where they belong, under our names, and back. What the
-published code has no name for (normalised latents, the flow head, latents of another encoder) is called `bifrost.` and
-our name. Nothing is loaded, built or guessed here. The published layout is one of Qwen2.5-VL and FLUX.
+What the published code has no name for (normalized latents, the flow head, latents of another encoder) is called
+`bifrost.` and our name. The published layout is one of Qwen2.5-VL and FLUX.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-
-from torch import Tensor
+from pathlib import Path
 
 OWN = "bifrost."
 _BRANCH = {
@@ -30,33 +28,31 @@ _MLLM = (
     ("vision_language_model.model.", "model.language_model."),
     ("vision_language_model.lm_head.", "lm_head."),
 )
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 IGNORED = ("vision_gen_vae_model.", "diffusion_decoder.")
 
 
 @dataclass(frozen=True)
 class Names:
-    """Published name -> our (stock) name, for the branch and the frozen MLLM; `ignored` is of parts that are not used,
-    `unknown` of none. `strangers` look like the branch's, and the branch has no such weight."""
+    """The tensor names of a published checkpoint, sorted.
+
+    Attributes:
+        branch: published name -> `VisualBranch` state-dict key.
+        mllm: published name -> stock transformers 5 key of the frozen MLLM.
+        ignored: tensors of models that are not used (the VAE, the full diffusion decoder).
+        unknown: tensors of no known model.
+        unexpected: named like the branch's, but the branch has no such tensor.
+    """
 
     branch: dict[str, str] = field(default_factory=dict)
     mllm: dict[str, str] = field(default_factory=dict)
     ignored: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
-    strangers: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Published:
-    """`branch` and `mllm` under our (stock) names; `ignored` is of parts that are not used, `unknown` of none."""
-
-    branch: dict[str, Tensor]
-    mllm: dict[str, Tensor]
-    ignored: tuple[str, ...]
-    unknown: tuple[str, ...]
+    unexpected: list[str] = field(default_factory=list)
 
 
 def branch_name(published: str) -> str | None:
-    """Our name of a published branch weight (a `VisualBranch` state-dict key), or None if it is no branch weight."""
+    """The `VisualBranch` state-dict key of a published tensor name; None if it is not of the branch."""
     if match := _PUBLISHED_LAYER.fullmatch(published):
         layer, attention, rest = match.groups()
         ours = f"decoder.{layer}{attention or ''}{rest}"
@@ -74,7 +70,7 @@ def published_name(ours: str) -> str:
 
 
 def mllm_name(published: str) -> str | None:
-    """The stock transformers 5 name of a published MLLM weight, or None if it is no MLLM weight."""
+    """The stock transformers 5 key of a published tensor name; None if it is not of the MLLM."""
     for old, new in _MLLM:
         if published.startswith(old):
             return new + published.removeprefix(old)
@@ -82,22 +78,27 @@ def mllm_name(published: str) -> str | None:
 
 
 def sort_names(names: Iterable[str]) -> Names:
-    """Every name of a published checkpoint, at the one place where it belongs."""
-    found = Names()
+    """Sort the tensor names of a published checkpoint; each ends in exactly one group."""
+    result = Names()
     for name in names:
         if ours := branch_name(name):
-            found.branch[name] = ours
+            result.branch[name] = ours
         elif _OF_THE_BRANCH.fullmatch(name):
-            found.strangers.append(name)
+            result.unexpected.append(name)
         elif ours := mllm_name(name):
-            found.mllm[name] = ours
+            result.mllm[name] = ours
         else:
-            (found.ignored if name.startswith(IGNORED) else found.unknown).append(name)
-    return found
+            (result.ignored if name.startswith(IGNORED) else result.unknown).append(name)
+    return result
 
 
-def split_published(weights: Mapping[str, Tensor]) -> Published:
-    """Sorts a published state dict. Be strict with `branch` when loading; the base model fills what `mllm` lacks."""
-    names = sort_names(weights)
-    branch, mllm = ({ours: weights[name] for name, ours in part.items()} for part in (names.branch, names.mllm))
-    return Published(branch, mllm, tuple(names.ignored), (*names.unknown, *names.strangers))
+def public_name(name: str) -> str:
+    """A model's name as strangers may read it: `builtin:`, `open_clip:` and hub names as they are, else the last part.
+
+    A local folder's path names users and machines, so of a path only the last part leaves the machine.
+    """
+    prefix, _, rest = name.rpartition(":")
+    if Path(rest).exists() or not _HUB_ID.fullmatch(rest):
+        rest = Path(rest).name
+    prefix = prefix.removesuffix(":local-dir")
+    return f"{prefix}:{rest}" if prefix.startswith(("builtin", "open_clip")) else rest

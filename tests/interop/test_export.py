@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from bifrost_cli.artifacts import Artifact, Draft
 from bifrost_cli.cli.app import run
 from bifrost_cli.config.load import load_recipe
+from bifrost_cli.data.sharded_checkpoint import ShardedCheckpoint
 from bifrost_cli.errors import ArtifactError, BifrostError, UsageError
 from bifrost_cli.interop import export as stage
 from bifrost_cli.interop import export_mllm as export_mllm_stage
@@ -23,6 +24,7 @@ from bifrost_cli.interop.export import export
 from bifrost_cli.interop.export_mllm import export_mllm
 from bifrost_cli.interop.import_checkpoint import import_checkpoint
 from bifrost_cli.interop.model_card import model_card
+from bifrost_cli.interop.published_names import public_name
 from bifrost_cli.loading.compatibility import builtin
 from bifrost_cli.loading.loaders import load_branch, load_mllm
 from bifrost_cli.models.branch.sampling import sample_masked
@@ -42,6 +44,53 @@ def test_out_and_in_again_is_the_same_to_the_bit(system, tmp_path):
         ours, theirs = (load_file(each.file("model.safetensors")) for each in (part, before))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert json.loads((folder / "config.json").read_text())["branch"]["head"] == "flow"
+
+
+def test_the_branch_has_the_index_that_the_published_loader_opens(system, tmp_path):
+    folder = export(system.branch.path, output=tmp_path / "out")
+    weights = load_file(folder / "model.safetensors")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == dict.fromkeys(weights, "model.safetensors")
+    assert index["metadata"] == {"total_size": sum(tensor.nbytes for tensor in weights.values())}
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    assert ShardedCheckpoint.open(folder).shapes == shapes
+    index["weight_map"].pop("mask_token")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ArtifactError, match="does not name: mask_token"):
+        import_checkpoint(system.recipe, folder, workspace=tmp_path)
+
+
+def test_no_folder_of_this_machine_is_in_what_is_exported(system, tmp_path):
+    """The bases of the system are local folders; neither they, nor the artifact's own folder, are named anywhere."""
+    folder = export(system.branch.path, output=tmp_path / "out")
+    export(system.controlnet.path, output=folder / "flux_controlnet")
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    secret = str(Path(system.recipe.models.mllm).parent).encode()
+    assert len(files) == 7 and not [path for path in files if secret in path.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("builtin:mllm", "builtin:mllm"),
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-7B-Instruct"),
+        ("open_clip:ViT-L-14/openai", "open_clip:ViT-L-14/openai"),
+        ("open_clip:hf-hub:org/clip", "open_clip:hf-hub:org/clip"),
+        ("open_clip:local-dir:/home/jane/clip", "open_clip:clip"),
+        ("/home/jane/models/flux", "flux"),
+        ("~/models/flux/", "flux"),
+        ("./models/flux", "flux"),
+        ("mllm", "mllm"),
+    ],
+)
+def test_public_names(name, public):
+    assert public_name(name) == public
+
+
+def test_a_folder_that_looks_like_a_hub_id_is_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "jane" / "flux").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert public_name("jane/flux") == "flux"
 
 
 def test_the_builtin_pair_through_the_command_line(tmp_path, monkeypatch, capsys):

@@ -26,7 +26,6 @@ from bifrost_cli.data.png import png_pixels, png_text
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem
 from bifrost_cli.interop import import_checkpoint as stage
 from bifrost_cli.interop.import_checkpoint import import_checkpoint
-from bifrost_cli.interop.published_names import split_published
 from bifrost_cli.loading.loaders import ModelLoader, load_branch, load_controlnet, load_mllm
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.toy_system import tiny_models
@@ -149,6 +148,29 @@ def test_a_dry_run_lists_every_key_and_loads_and_writes_nothing(checkpoint, tmp_
     theirs = list(load_file(checkpoint / "flux_controlnet" / "diffusion_pytorch_model.safetensors"))
     assert sorted(line.split()[-1] for line in lines) == sorted(names + theirs)
     assert any(re.fullmatch(rf"branch +{re.escape(Q)}", line) for line in lines) and not list(tmp_path.iterdir())
+
+
+def test_what_a_trainer_left_is_listed_and_never_opened(system, copy, tmp_path, capsys):
+    left = ["optimizer.pt", "rng_state.pth", "rng_state_3.pth", "scheduler.pt", "training_args.bin"]
+    for name in left:
+        (copy / name).write_bytes(b"no pickle")
+    (copy / "flux_controlnet" / "random_states_0.pkl").write_bytes(b"no pickle")
+    left.append("flux_controlnet/random_states_0.pkl")
+    assert run(["import", str(copy), "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ignored files"] == left
+    ui = Heard()
+    parts = import_checkpoint(system.recipe, copy, workspace=tmp_path, ui=ui)
+    assert all(json.loads(part.file("import.json").read_text())["ignored files"] == left for part in parts)
+    assert any("training_args.bin" in line for line in ui.lines)
+    assert parts[0].id == import_checkpoint(system.recipe, copy, workspace=tmp_path)[0].id
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "optimizer.bin.pt", "my_optimizer.pt", "training_args.ckpt"])
+def test_other_pickles_beside_a_trainers_are_refused(system, copy, tmp_path, name):
+    (copy / "training_args.bin").write_bytes(b"x")
+    (copy / name).write_bytes(b"x")
+    error = refused(system.recipe, copy, tmp_path)
+    assert error.code == "BF-ART-008" and error.at == name
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -332,7 +354,7 @@ def base(folder: Path, config: dict, weights: dict, width: int) -> str:
 def test_parity_of_an_imported_branch(tmp_path, monkeypatch, name):
     config = json.loads((VECTORS / name / "config.json").read_text())
     weights = load_file(VECTORS / name / "model.safetensors")
-    mllm = base(tmp_path / "mllm", config["qwen2_5_vl"], split_published(weights).mllm, 64)
+    mllm = base(tmp_path / "mllm", config["qwen2_5_vl"], parity_mllm.split_published(weights)[1], 64)
     folder = published.save_shards(tmp_path / "published", weights)
     recipe = Recipe(models=Models(mllm=mllm, dtype="float32"), images=Images(input_size=112))
     (branch,) = import_checkpoint(recipe, folder, workspace=tmp_path / "runs")
