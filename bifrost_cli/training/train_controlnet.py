@@ -16,11 +16,11 @@ from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.identity import differences
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.latents.reader import LatentsStore
-from bifrost_cli.errors import ArtifactError
+from bifrost_cli.errors import ArtifactError, RecipeError
 from bifrost_cli.loading.diffusion_families import check_settings
 from bifrost_cli.loading.fingerprints import diffusion_fingerprint
 from bifrost_cli.loading.loaders import ModelLoader
-from bifrost_cli.models.diffusion.base import DiffusionModel
+from bifrost_cli.models.diffusion.base import DiffusionModel, UnsupportedControl
 from bifrost_cli.models.diffusion.controlnet import controlnet_config
 from bifrost_cli.models.encoders import VaeEncoder
 from bifrost_cli.runtime.launch import together
@@ -105,9 +105,13 @@ def new_control(recipe: Recipe, store: LatentsStore, diffusion: DiffusionModel, 
     settings, patches = recipe.controlnet, store.grid[0] * store.grid[1]
     ratio = _ratio(store, diffusion)
     torch.manual_seed(derive(seed, "init"))
-    if settings.control != "controlnet":
-        return diffusion.new_control(settings.control, store.channels, patches, ratio).to(diffusion.device)
-    return diffusion.new_controlnet(settings.double_blocks, settings.single_blocks, store.channels, ratio)
+    try:
+        if settings.control != "controlnet":
+            return diffusion.new_control(settings.control, store.channels, patches, ratio).to(diffusion.device)
+        return diffusion.new_controlnet(settings.double_blocks, settings.single_blocks, store.channels, ratio)
+    except UnsupportedControl as error:
+        fix = f"--set controlnet.{error.key}={error.value}"
+        raise RecipeError(f"controlnet.{error.key}: {error}", fix=fix, code="BF-RECIPE-005") from None
 
 
 def _require_diffusion(recipe: Recipe, store: LatentsStore, diffusion: DiffusionModel) -> None:

@@ -9,9 +9,8 @@ import torch
 from fixtures_flux import tiny_controlnet, tiny_painter
 from fixtures_sd3 import tiny_sd3
 
-from bifrost_cli.errors import RecipeError
-from bifrost_cli.models.diffusion.base import ControlInput
-from bifrost_cli.models.diffusion.conditioners import ConcatConditioner, TokenConditioner
+from bifrost_cli.ablations.conditioners import ConcatConditioner, TokenConditioner
+from bifrost_cli.models.diffusion.base import ControlInput, UnsupportedControl
 from bifrost_cli.models.diffusion.controlnet import (
     controlnet_config,
     controlnet_from_config,
@@ -99,9 +98,9 @@ def test_config_round_trip_through_json(diffusion, kind):
 
 
 def test_a_painter_of_another_family_is_refused():
-    with pytest.raises(RecipeError, match="made for FLUX") as caught:
+    with pytest.raises(UnsupportedControl, match="made for FLUX") as caught:
         tiny_sd3().new_control("concat", 12, 16, 2)
-    assert caught.value.exit_code == 2
+    assert (caught.value.key, caught.value.value) == ("control", "controlnet")
 
 
 # ---- how many image tokens a patch has -------------------------------------------------------------------------------

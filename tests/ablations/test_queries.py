@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bifrost_cli.ablations.conditioners import TokenConditioner
 from bifrost_cli.config.load import load_recipe
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.errors import ArtifactError, BifrostError, RecipeError
@@ -15,7 +16,6 @@ from bifrost_cli.loading.compatibility import builtin, choose_models
 from bifrost_cli.loading.loaders import load_branch, load_controlnet, load_diffusion, load_mllm
 from bifrost_cli.models.branch.masking import random_orders
 from bifrost_cli.models.branch.sampling import sample_masked
-from bifrost_cli.models.diffusion.conditioners import TokenConditioner
 from bifrost_cli.models.diffusion.flux import FluxModel
 from bifrost_cli.planning.plan import plan
 from bifrost_cli.training.queries_task import Queries, QueriesTask

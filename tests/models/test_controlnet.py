@@ -11,8 +11,7 @@ from diffusers import FluxTransformer2DModel
 from fixtures_flux import tiny_controlnet, tiny_painter
 from parity_flux import check_controlnet
 
-from bifrost_cli.errors import RecipeError
-from bifrost_cli.models.diffusion.base import ControlInput
+from bifrost_cli.models.diffusion.base import ControlInput, UnsupportedControl
 from bifrost_cli.models.diffusion.controlnet import (
     PatchLatentEmbedder,
     controlnet_config,
@@ -48,12 +47,12 @@ def test_blocks_start_as_copies_of_flux() -> None:
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize(("double", "single", "key"), [(3, 0, "double_blocks=2"), (2, 3, "single_blocks=2")])
+@pytest.mark.parametrize(("double", "single", "key"), [(3, 0, "double_blocks"), (2, 3, "single_blocks")])
 def test_blocks_that_flux_would_not_hear_are_refused(double: int, single: int, key: str) -> None:
     """Of 4 single blocks stock gives 2 runs of 2 to 3 residuals, and leaves the third out."""
-    with pytest.raises(RecipeError, match="the residuals of 2") as caught:
+    with pytest.raises(UnsupportedControl, match="the residuals of 2") as caught:
         latent_controlnet(tiny_painter().transformer, double, single, channels=12)
-    assert key in caught.value.fix
+    assert (caught.value.key, caught.value.value) == (key, 2)
 
 
 def test_config_round_trip_through_json() -> None:

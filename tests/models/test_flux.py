@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from fixtures_flux import PARTS, tiny_controlnet, tiny_painter
 from parity_flux import check_flux_denoise
 
 from bifrost_cli.models.diffusion import rectified_flow
-from bifrost_cli.models.diffusion.base import ControlInput
+from bifrost_cli.models.diffusion.base import ControlInput, vae_encode
 from bifrost_cli.models.diffusion.flux import FluxModel, image_ids, pack, unpack
 
 VECTORS = Path(__file__).parents[1] / "vectors"
@@ -64,6 +65,16 @@ def test_any_vae_factor(diffusion: FluxModel, levels: int) -> None:
     torch.testing.assert_close(latents, (mean - 0.25) * 2.0)
     assert latents.shape == other.noise(32, torch.Generator()).shape and other.factor == 2 ** (levels - 1)
     assert other.decode(latents).shape == pixels.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_are_normalised_in_float32(diffusion: FluxModel, dtype: torch.dtype) -> None:
+    """In bfloat16 126 / 127.5 is 0.988, so that the difference to 1 would be half a grey level off."""
+    vae, seen = copy.deepcopy(diffusion.vae).to(dtype), []
+    vae.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    greys = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).expand(-1, -1, -1, 3)
+    vae_encode(vae, greys)
+    assert torch.equal(seen[0][0, 0].flatten(), (torch.arange(256) / 127.5 - 1).to(dtype))
 
 
 def test_control_changes_the_picture_and_scale_weighs_it(diffusion: FluxModel) -> None:

@@ -1,4 +1,4 @@
-"""SD3 behind the diffusion model's protocol: the stock pipelines' numbers, with and without control and guidance; gradients."""
+"""SD3 as a diffusion model: the stock pipelines' numbers, with and without control and guidance; gradients."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
 from fixtures_sd3 import PARTS, sd3_pipeline, sd3_transformer, tiny_sd3, tiny_sd3_controlnet
 from torch import nn
 
-from bifrost_cli.errors import RecipeError
 from bifrost_cli.models.diffusion import rectified_flow
-from bifrost_cli.models.diffusion.base import ControlInput
+from bifrost_cli.models.diffusion.base import ControlInput, UnsupportedControl
 from bifrost_cli.models.diffusion.controlnet import config_family, controlnet_config, controlnet_from_config
 from bifrost_cli.models.diffusion.sd3 import Sd3Model
 
@@ -122,12 +121,12 @@ def test_blocks_start_as_copies(diffusion: Sd3Model) -> None:
 
 
 def test_blocks_that_are_not_there_are_refused(diffusion: Sd3Model) -> None:
-    with pytest.raises(RecipeError, match="no single blocks") as caught:
+    with pytest.raises(UnsupportedControl, match="no single blocks") as caught:
         diffusion.new_controlnet(2, 1, 12)
-    assert caught.value.code == "BF-RECIPE-005" and "single_blocks=0" in caught.value.fix
-    with pytest.raises(RecipeError, match="residuals of 2") as caught:  # the third has no block to go to
+    assert (caught.value.key, caught.value.value) == ("single_blocks", 0)
+    with pytest.raises(UnsupportedControl, match="residuals of 2") as caught:  # the third has no block to go to
         diffusion.new_controlnet(3, 0, 12)
-    assert "double_blocks=2" in caught.value.fix
+    assert (caught.value.key, caught.value.value) == ("double_blocks", 2)
 
 
 def test_config_round_trip_through_json(diffusion: Sd3Model) -> None:

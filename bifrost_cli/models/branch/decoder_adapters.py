@@ -1,9 +1,7 @@
 """Decoders that can be copied into a branch: stock text models that keep keys and values of every token they read.
 
-In: a stock text configuration, or one as plain JSON values. Out: the stock model without its table of words, and the
-name by which it takes keys and values. Knows no weights, no images and no family of multimodal LLMs. What a copy
-needs of a decoder: layers of `self_attn` and `mlp` between two norms, a final `norm`, one rotary embedding for all
-layers, and full attention.
+A copy needs layers of `self_attn` and `mlp` between two norms, a final `norm`, one rotary embedding for all layers, and
+full attention.
 """
 
 from __future__ import annotations
@@ -21,7 +19,11 @@ _CACHE = ("cache", "past_key_values")  # transformers from 5.24 on, and before
 
 
 def decoder_config(values: dict[str, Any]) -> PreTrainedConfig:
-    """The stock configuration of JSON values, its class chosen by `model_type`. ValueError: no decoder we copy."""
+    """The stock configuration of JSON values, of the class that `model_type` names.
+
+    Raises:
+        ValueError: a decoder that cannot be copied.
+    """
     kind = values["model_type"]
     if kind not in DECODERS:
         raise ValueError(f"a decoder of type {kind!r} cannot be copied; known are {', '.join(DECODERS)}")
@@ -29,29 +31,31 @@ def decoder_config(values: dict[str, Any]) -> PreTrainedConfig:
 
 
 def new_decoder(text_config: PreTrainedConfig) -> nn.Module:
-    """An untrained stock decoder of this configuration, in the default number format, its table of words removed."""
-    # One word instead of a vocabulary: the table is dropped at once, and must not cost 2 GB until then.
+    """An untrained stock decoder without its embedding table, in the default dtype."""
+    # A vocabulary of one: the table is dropped at once, and must not cost 2 GB until then.
     no_words = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     config = decoder_config({**text_config.to_dict(), **no_words})
     config._attn_implementation = text_config._attn_implementation
     with torch.random.fork_rng(devices=[]):
-        decoder = MODEL_MAPPING[type(config)](config)
+        kind: Any = MODEL_MAPPING[type(config)]
+        decoder = kind(config)
     decoder.embed_tokens = None
     return decoder
 
 
 def with_cache(module: nn.Module, cache: Cache) -> dict[str, Cache]:
-    """Keys and values as the argument by which a stock model, or a layer of one, takes them: the library renamed it.
+    """The cache as the keyword argument of a stock model or layer, which transformers renamed.
 
-    TypeError: it has no such argument, and would swallow them unheard.
+    Raises:
+        TypeError: it has no such argument, and would silently ignore the cache.
     """
     return {_cache_name(type(module)): cache}
 
 
 @lru_cache
-def _cache_name(kind: type[nn.Module]) -> str:
-    taken = inspect.signature(kind.forward).parameters
+def _cache_name(kind: Any) -> str:
+    parameters = inspect.signature(kind.forward).parameters
     for name in _CACHE:
-        if name in taken:
+        if name in parameters:
             return name
     raise TypeError(f"{kind.__name__} of this version of transformers takes neither {' nor '.join(_CACHE)}")

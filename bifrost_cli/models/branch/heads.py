@@ -20,18 +20,18 @@ EULER_STEPS = 25
 
 
 class LinearHead(nn.Linear):
-    """Predicts the mean of the latents that a hidden state allows."""
+    """The published head: predicts the mean of the latents that a hidden state allows."""
 
     def mean(self, hidden_D: Tensor) -> Tensor:
-        """Predicted latents (..., C)."""
+        """Predicted latents (..., C) of hidden states (..., D)."""
         return self(hidden_D)
 
     def loss(self, hidden_ND: Tensor, target_NC: Tensor, generator: NoiseSource | None = None) -> Tensor:
-        """Mean squared error over all entries, in float32. The generator is not needed."""
+        """Mean squared error over all entries, in float32; nothing is drawn from the generator."""
         return nn.functional.mse_loss(self(hidden_ND).float(), target_NC.float())
 
     def guided(self, hidden_D: Tensor, uncond_D: Tensor | None, guidance: float, noise_C: Tensor | None) -> Tensor:
-        """u + w * (c - u), or c when there is no unconditional half. The noise is not needed."""
+        """u + w * (c - u) with the predictions c of `hidden_D` and u of `uncond_D`, or c where that is None."""
         conditional_C = self(hidden_D)
         if uncond_D is None:
             return conditional_C
@@ -40,7 +40,7 @@ class LinearHead(nn.Linear):
 
 
 class FlowHead(nn.Module):
-    """v(x, s | h) with x_s = (1 - s) * clean + s * noise and v = noise - clean; s runs from 1 (noise) to 0."""
+    """A small velocity network v(x, s | h) for each token, trained with flow matching; s runs from 1 (noise) to 0."""
 
     def __init__(self, width: int, channels: int, hidden: int = 512, blocks: int = 3) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class FlowHead(nn.Module):
         self.to_velocity = nn.Linear(hidden, channels)
 
     def velocity(self, x_C: Tensor, sigma_1: Tensor, hidden_D: Tensor) -> Tensor:
-        """v of latents (..., C) at noise level sigma (..., 1)."""
+        """v of noisy latents (..., C) at noise level sigma (..., 1)."""
         condition = self.from_hidden(hidden_D) + self.from_sigma(_waves(sigma_1).to(hidden_D.dtype))
         out = self.from_latent(x_C)
         for block in self.blocks:
@@ -60,18 +60,22 @@ class FlowHead(nn.Module):
         return self.to_velocity(out)
 
     def loss(self, hidden_ND: Tensor, target_NC: Tensor, generator: NoiseSource | None = None) -> Tensor:
-        """Flow matching: || v(x_s, s | h) - (noise - clean) ||^2 in float32, s = sigmoid of a unit normal."""
+        """Flow matching in float32, with s = sigmoid of a standard normal. None draws from torch's global generator."""
         noise_NC = _normal(target_NC, target_NC.shape, generator)
         sigma_N1 = _normal(target_NC, (len(target_NC), 1), generator).sigmoid()
         return flow_matching_loss(partial(self.velocity, hidden_D=hidden_ND), target_NC, noise_NC, sigma_N1)
 
     def mean(self, hidden_D: Tensor) -> Tensor:
-        """The mean of what could be sampled: at s = 1 the best velocity is noise - E[clean | h], here with noise 0."""
+        """An estimate of the samples' mean: at s = 1 the best velocity is noise - E[clean | h]; noise is 0 here."""
         start_C = hidden_D.new_zeros(*hidden_D.shape[:-1], self.channels)
         return -self.velocity(start_C, torch.ones_like(start_C[..., :1]), hidden_D)
 
     def guided(self, hidden_D: Tensor, uncond_D: Tensor | None, guidance: float, noise_C: Tensor | None) -> Tensor:
-        """Samples by Euler steps from the given noise; guidance acts on the velocities: u + w * (c - u)."""
+        """Samples by Euler steps from `noise_C`; guidance acts on the velocities: u + w * (c - u).
+
+        Raises:
+            ValueError: there is no noise.
+        """
         if noise_C is None:
             raise ValueError("a flow head samples: give it noise")
 
@@ -91,7 +95,7 @@ HEADS: dict[str, type[LinearHead | FlowHead]] = {"linear": LinearHead, "flow": F
 
 
 class _Block(nn.Module):
-    """A residual MLP whose normalised input is shifted, scaled and gated by the condition (as in DiT)."""
+    """A residual MLP whose normalised input is shifted, scaled and gated by the condition (adaLN, as in DiT)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""The visual generation branch: a trainable copy of the MLLM's decoder that reads the frozen model's keys and values.
+"""The visual generation branch: a trainable copy of the MLLM's decoder behind the frozen model's keys and values.
 
-In: known latents, a mask, a prompt `PromptCache`. Out: predicted latents, or the training loss. It knows no tokenizer, no
-images and no frozen model once it is built (Bifrost-1, arXiv 2508.05954, section 3).
-B batch, P patches, C latent channels, D decoder width, T text tokens, S = T + P.
+From known latents, a mask and a `PromptCache` it predicts latents (Bifrost-1, arXiv 2508.05954, section 3). It knows no
+tokenizer and no images, and once it is built, not the frozen model.
+Legend: B batch, P patches, C latent channels, D decoder width, T text tokens, N counted patches of all images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from bifrost_cli.models.branch.decoder_adapters import decoder_config, new_decoder, with_cache
 from bifrost_cli.models.branch.heads import HEADS
 from bifrost_cli.models.branch.kv_prefix import FrozenCache, forward_subset
-from bifrost_cli.models.branch.tuning import frozen_names, start_low_rank, stock_name, tune_decoder
+from bifrost_cli.models.branch.lora import frozen_names, start_low_rank, stock_name, tune_decoder
 from bifrost_cli.models.mllm.chat_template import additive, image_mask
 from bifrost_cli.models.mllm.frozen_mllm import Mllm, PromptCache
 from bifrost_cli.models.row_noise import NoiseSource
@@ -30,11 +30,19 @@ LOSS_ON = ("all", "masked")
 class VisualBranch(nn.Module):
     """A stock decoder without its embedding table, a mask token, patch positions and a vision head.
 
-    Every patch stands at rotary position 0; their order comes from the learned positions alone (as published). head:
-    linear (mean squared error, as published) or flow (samples each token).
-    normalize: the decoder sees and predicts latents divided by the stored channel statistics. tune: None (all of it is
-    trained), {"layers": n} or {"rank": r}; the rest of the decoder is then the frozen MLLM's own.
+    Every patch has rotary position 0; their order comes from the learned positions alone, as published.
+
+    Args:
+        text_config: the MLLM's decoder.
+        patches: P.
+        channels: C.
+        head: `linear` (as published) or `flow` (samples each token).
+        normalize: the decoder reads and predicts latents normalised by the stored channel statistics.
+        tune: what of the decoder is trained: None (all of it), {"layers": n} or {"rank": r}; the rest is the MLLM's.
     """
+
+    latents_mean_C: Tensor
+    latents_std_C: Tensor
 
     def __init__(
         self,
@@ -51,7 +59,8 @@ class VisualBranch(nn.Module):
             raise ValueError(f"heads are {tuple(HEADS)}, not {head!r}")
         self.patches, self.channels, self.head_kind = patches, channels, head
         width = text_config.hidden_size
-        self.decoder, self.tune = new_decoder(text_config), tune
+        self.decoder: Any = new_decoder(text_config)
+        self.tune = tune
         if tune:
             tune_decoder(self.decoder, tune)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -76,12 +85,19 @@ class VisualBranch(nn.Module):
         random_start: bool = False,
         generator: torch.Generator | None = None,
     ) -> VisualBranch:
-        """A new branch: layers and final norm copied, mask token and positions zero, head small and random.
+        """A new branch: layers and final norm copied; mask token and positions zero; head small and random.
 
-        random_start: the decoder's layers too are drawn anew, as their stock class draws them (an ablation).
+        What is trained is float32 whatever the MLLM's dtype; what is not (see `tune`) is the MLLM's tensors themselves.
 
-        channels: of the latents, None = the MLLM's own. What is trained is float32 whatever the MLLM's type; what is
-        not (see `tune`) is no copy but the MLLM's tensors themselves.
+        Args:
+            mllm: the frozen model.
+            patches: P.
+            channels: C; None is the MLLM's own width.
+            head: as for the class.
+            normalize: as for the class.
+            tune: as for the class.
+            random_start: draw the decoder's layers anew, as their stock class does (an ablation).
+            generator: of what is random; None is seed 0.
         """
         with init_empty_weights():
             branch = cls(mllm.text_config, patches, channels or mllm.width, head=head, normalize=normalize, tune=tune)
@@ -103,7 +119,7 @@ class VisualBranch(nn.Module):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> VisualBranch:
-        """An untrained branch of the sizes that `config` (see the property) names."""
+        """An untrained branch of the form that `config` (see the property) describes."""
         sizes = {name: value for name, value in config.items() if name != "text_config"}
         return cls(decoder_config(config["text_config"]), **sizes)
 
@@ -122,12 +138,16 @@ class VisualBranch(nn.Module):
         }
 
     def from_base(self, mllm: Mllm) -> dict[str, Tensor]:
-        """Our name -> the MLLM's own parameter, for what is not trained and so in no checkpoint and no artifact."""
+        """The MLLM's parameters, under our names, that are frozen here and so in no checkpoint and no artifact."""
         stock = dict(mllm.decoder.named_parameters())
         return {f"decoder.{name}": stock[stock_name(name)] for name in frozen_names(self.decoder)}
 
     def set_statistics(self, mean_C: Tensor, std_C: Tensor) -> None:
-        """Channel mean and deviation of the training latents; only with normalize. A deviation of zero counts as 1."""
+        """Set mean and standard deviation of each channel of the training latents; a deviation of 0 counts as 1.
+
+        Raises:
+            ValueError: this branch does not normalise.
+        """
         if not self.normalize:
             raise ValueError("this branch does not normalise: statistics would be ignored")
         self.latents_mean_C.copy_(mean_C)
@@ -135,51 +155,67 @@ class VisualBranch(nn.Module):
 
     # ---- one pass ---------------------------------------------------------------------------------------------------
 
-    def forward(self, known_BPC: Tensor, masked_BP: Tensor, prefix: PromptCache) -> Tensor:
-        """Predicted latents_BPC (the flow head: their mean) at every patch; `known` counts where masked is False."""
-        return self.from_decoder(self.vision_head.mean(self.hidden(known_BPC, masked_BP, prefix)))
+    def forward(self, known_BPC: Tensor, masked_BP: Tensor, prompt_cache: PromptCache) -> Tensor:
+        """Predicted latents_BPC at every patch (the flow head: their mean); see `hidden`."""
+        return self.from_decoder(self.vision_head.mean(self.hidden(known_BPC, masked_BP, prompt_cache)))
 
     def hidden(
-        self, known_BPC: Tensor, masked_BP: Tensor, prefix: PromptCache, wanted_Bn: Tensor | None = None
+        self, known_BPC: Tensor, masked_BP: Tensor, prompt_cache: PromptCache, subset_Bn: Tensor | None = None
     ) -> Tensor:
-        """hidden_BPD after the final norm, or hidden_BnD of the wanted patches alone, which is cheaper.
+        """Hidden states after the final norm.
 
-        The prefix is read, never extended: give the same one at every step.
+        Args:
+            known_BPC: latents, read where `masked_BP` is False.
+            masked_BP: True where the mask token stands.
+            prompt_cache: the prompts; it is read and never extended, so one serves every step.
+            subset_Bn: indices of the patches that are needed, which is cheaper; None is all of them.
+
+        Returns:
+            hidden_BPD, or hidden_BnD of the subset.
         """
         batch, patches = masked_BP.shape
         known_BPD = self.input_projection(self.to_decoder(known_BPC))
         inputs_BPD = torch.where(masked_BP[..., None], self.mask_token, known_BPD) + self.position_embedding
         position_ids = torch.zeros(batch, patches, dtype=torch.long, device=inputs_BPD.device)
-        if wanted_Bn is not None:
-            return forward_subset(self.decoder, inputs_BPD, position_ids, prefix, wanted_Bn)
+        if subset_Bn is not None:
+            return forward_subset(self.decoder, inputs_BPD, position_ids, prompt_cache, subset_Bn)
         return self.decoder(
             inputs_embeds=inputs_BPD,
-            attention_mask=additive(image_mask(prefix.attention_BT, patches), inputs_BPD.dtype),
+            attention_mask=additive(image_mask(prompt_cache.attention_BT, patches), inputs_BPD.dtype),
             position_ids=position_ids,
-            **with_cache(self.decoder, FrozenCache(prefix)),
+            **with_cache(self.decoder, FrozenCache(prompt_cache)),
             use_cache=False,
         ).last_hidden_state
 
     def loss(
         self,
         latents_BPC: Tensor,
-        prefix: PromptCache,
+        prompt_cache: PromptCache,
         masked_BP: Tensor,
         *,
         loss_on: str = "all",
         generator: NoiseSource | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Training loss in float32 in the decoder's (normalised) space, and detached health numbers.
+        """Training loss in the decoder's (normalised) space.
 
-        Linear head: mean squared error over all patches (published), or the masked ones (`loss_on="masked"`).
-        `generator` draws the flow head's noise. Metrics: cosine (predicted to true, mean over patches) and variance
-        (of predicted to true latents over the batch: near 0 when the text is not heard).
+        Args:
+            latents_BPC: true latents.
+            prompt_cache: their prompts.
+            masked_BP: what the branch does not see.
+            loss_on: `all` patches (published), or only the `masked` ones.
+            generator: draws the flow head's noise.
+
+        Returns:
+            A float32 scalar, and detached metrics: `cosine` (predicted to true latents, mean over patches) and
+            `variance` (of predicted to true latents over the batch: near 0 when the text is ignored).
         """
         if loss_on not in LOSS_ON:
             raise ValueError(f"loss_on is one of {LOSS_ON}, not {loss_on!r}")
-        hidden_BPD, target_BPC = self.hidden(latents_BPC, masked_BP, prefix), self.to_decoder(latents_BPC)
-        counted_BP = masked_BP if loss_on == "masked" else torch.ones_like(masked_BP)
-        hidden_ND, target_NC = hidden_BPD[counted_BP], target_BPC[counted_BP]
+        hidden_BPD, target_BPC = self.hidden(latents_BPC, masked_BP, prompt_cache), self.to_decoder(latents_BPC)
+        if loss_on == "masked":
+            hidden_ND, target_NC = hidden_BPD[masked_BP], target_BPC[masked_BP]
+        else:  # no boolean index: it would wait for the GPU in every micro-batch
+            hidden_ND, target_NC = hidden_BPD.flatten(0, 1), target_BPC.flatten(0, 1)
         loss = self.vision_head.loss(hidden_ND, target_NC, generator)
         with torch.no_grad():
             predicted_NC = self.from_decoder(self.vision_head.mean(hidden_ND).float())
@@ -195,10 +231,10 @@ class VisualBranch(nn.Module):
         return latents_BPC * self.latents_std_C + self.latents_mean_C if self.normalize else latents_BPC
 
     def enable_gradient_checkpointing(self) -> None:
-        """Keep only each layer's input for the gradient, and compute the layer once more there.
+        """Keep only each layer's input for the gradient, and compute the layer again in the backward pass.
 
-        The stock switch of transformers drops the prompt's keys and values without a word; a checkpoint around each
-        layer keeps them, because our prefix is only read, so that the second pass sees the same.
+        The stock switch of transformers silently drops the prompt's keys and values; a checkpoint around each layer
+        keeps them, and because our cache is only read, the second pass sees the same.
         """
         for layer in self.decoder.layers:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
@@ -213,8 +249,9 @@ class VisualBranch(nn.Module):
         start_low_rank(self.decoder, generator)
 
 
-def _draw_anew(decoder: nn.Module, module: nn.Module) -> None:
-    for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+def _draw_anew(decoder: Any, module: nn.Module) -> None:
+    tensors: list[Any] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    for tensor in tensors:
         tensor._is_hf_initialized = False  # a mark of transformers that would keep the copied numbers
     decoder._init_weights(module)
 

@@ -1,10 +1,9 @@
-"""The diffusion model: what stages and trainings use of a frozen diffusion model, whichever family it is of.
+"""Frozen diffusion models: what is the same for every family, and what a family has to add.
 
-In: prompts, noise, patch latents. Out: images, VAE latents, flow-matching losses. A family (`models/flux.py`) adds
-how its text is embedded, how its latents lie and how its velocity is asked for. Knows no path, no recipe and no
-artifact; it caches nothing and draws random numbers from the generator it is given.
-Legend: B images, T tokens, P patches and C channels of the patch latents, c VAE channels, h w VAE grid, H W pixels,
-N image tokens of the transformer (2x2 VAE latents each).
+A family (`flux`, `sd3`) adds how text is embedded, how latents are packed and how the velocity is predicted. Nothing is
+cached, and random numbers come from the generator that is given.
+Legend: B images, T text tokens, P patches and C channels of the patch latents, c VAE channels, h w VAE grid, H W
+pixels, N image tokens of the transformer (2x2 VAE latents each).
 """
 
 from __future__ import annotations
@@ -14,11 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from bifrost_cli.data.safetensors_io import weights_hash
-from bifrost_cli.errors import RecipeError
 from bifrost_cli.models.diffusion import rectified_flow
 from bifrost_cli.models.row_noise import NoiseSource, normal
 
@@ -26,45 +23,81 @@ StepCallback = Callable[[int, torch.Tensor, torch.Tensor], object]
 
 
 class ControlInput(NamedTuple):
-    """A latent ControlNet, the patch latents it reads and the weight of its residuals."""
+    """A latent ControlNet (or another conditioner), the patch latents it reads, and the weight of its residuals."""
 
     model: nn.Module
     latents_BPC: torch.Tensor
     scale: float = 1.0
 
 
-def vae_encode(vae: AutoencoderKL, pixels_BHWc: torch.Tensor) -> torch.Tensor:
-    """`DiffusionModel.encode` for a VAE alone: extraction needs none of the other parts."""
-    pixels_BcHW = pixels_BHWc.permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
-    mean_Bchw = vae.encode(pixels_BcHW).latent_dist.mode()
+class UnsupportedControl(ValueError):
+    """A ControlNet or conditioner that the diffusion model cannot have.
+
+    Attributes:
+        key: the setting that is wrong: `control`, `double_blocks` or `single_blocks`.
+        value: the nearest value that works.
+    """
+
+    def __init__(self, message: str, key: str, value: str | int) -> None:
+        super().__init__(message)
+        self.key, self.value = key, value
+
+
+class Conditioner(nn.Module, ABC):
+    """A way for patch latents to condition FLUX that is not a ControlNet, for comparison.
+
+    Its class is found by name: see `controlnet.CONDITIONERS`.
+    """
+
+    config: dict[str, Any]
+
+    @classmethod
+    @abstractmethod
+    def for_transformer(cls, transformer: Any, channels: int, patches: int, ratio: int) -> Conditioner:
+        """An untrained one for a FLUX transformer; `ratio` as for `DiffusionModel.new_controlnet`."""
+
+    @abstractmethod
+    def condition(
+        self, sequence_BTD: torch.Tensor, latents_BPC: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The text sequence that the transformer reads, and what is added to its embedded input (B, N, D) or None."""
+
+
+def vae_encode(vae: Any, pixels_BHWc: torch.Tensor) -> torch.Tensor:
+    """`DiffusionModel.encode` with the VAE alone, for extraction."""
+    # normalised in float32: a bfloat16 quotient would lose half a grey level before the 1 is subtracted
+    pixels_BcHW = pixels_BHWc.permute(0, 3, 1, 2).to(vae.device, torch.float32) / 127.5 - 1
+    mean_Bchw = vae.encode(pixels_BcHW.to(vae.dtype)).latent_dist.mode()
     return (mean_Bchw - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
 
 
-def vae_decode(vae: AutoencoderKL, latents_Bchw: torch.Tensor) -> torch.Tensor:
-    """`DiffusionModel.decode` for a VAE alone."""
+def vae_decode(vae: Any, latents_Bchw: torch.Tensor) -> torch.Tensor:
+    """`DiffusionModel.decode` with the VAE alone."""
     raw_Bchw = latents_Bchw.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
     pixels_BcHW = vae.decode(raw_Bchw, return_dict=False)[0].float()
     return ((pixels_BcHW / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu()
 
 
 class DiffusionModel(ABC):
-    """A frozen diffusion model in parts, all of stock classes; `eval()` and `requires_grad_(False)` are the loader's
-    business. What `embed` returns is the family's own: it is handed to `denoise` and `control_loss` unread."""
+    """A frozen diffusion model in parts, all of stock classes, loaded in eval mode and without gradients.
+
+    What `embed` returns is the family's own type; it is handed unread to `denoise` and `control_loss`.
+    """
 
     family: ClassVar[str]
     frozen_parts: ClassVar[tuple[str, ...]]
-    transformer: nn.Module
-    vae: AutoencoderKL
-    scheduler: FlowMatchEulerDiscreteScheduler
+    transformer: Any  # stock classes, whose attributes type checkers do not know
+    vae: Any
+    scheduler: Any
 
     @property
     def device(self) -> torch.device:
-        """Where noise, text and control must be."""
+        """The device of the transformer: where noise, text and control have to be."""
         return self.transformer.device
 
     @property
     def factor(self) -> int:
-        """Pixels a side of one VAE latent."""
+        """Pixels on a side of one VAE latent."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
@@ -80,14 +113,14 @@ class DiffusionModel(ABC):
     @property
     @abstractmethod
     def reads_guidance(self) -> bool:
-        """True when `guidance` changes what `denoise` gives."""
+        """Whether `guidance` changes what `denoise` returns."""
 
     def frozen_modules(self, but: Sequence[str] = ()) -> list[nn.Module]:
         """The parts with weights, without those named in `but`."""
         return [getattr(self, part) for part in self.frozen_parts if part not in but]
 
     def weights_hash(self) -> str:
-        """sha256 over all weights: transformer, VAE and the text encoders."""
+        """sha256 over all weights: transformer, VAE and text encoders."""
         states = [(part, getattr(self, part).state_dict()) for part in self.frozen_parts]
         return weights_hash({f"{part}.{name}": value for part, state in states for name, value in state.items()})
 
@@ -95,17 +128,23 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def too_long(self, prompt: str, max_tokens: int) -> bool:
-        """True when the T5 encoder, cut to `max_tokens`, does not see the whole prompt."""
+        """Whether the T5 encoder, cut to `max_tokens`, misses the end of the prompt."""
 
     @abstractmethod
     def embed(self, prompts: Sequence[str], max_tokens: int, guidance: float = 1.0) -> Any:
-        """What the family reads of the prompts. `guidance` is what `denoise` will be given: a family that needs the
-        empty prompt for it embeds that too."""
+        """Embed prompts.
 
-    # ---- images ---------------------------------------------------------------------------------------------------
+        Args:
+            prompts: B strings.
+            max_tokens: T5 tokens of each, padded or truncated.
+            guidance: what `denoise` will be given; a family with classifier-free guidance then embeds the empty prompt
+                too.
+        """
+
+    # ---- images -----------------------------------------------------------------------------------------------------
 
     def noise(self, pixels: int, generator: torch.Generator) -> torch.Tensor:
-        """One image's starting noise (1, c, h, w), drawn in float32 on the generator's device."""
+        """Starting noise (1, c, h, w) for an image of `pixels` a side, drawn in float32 on the generator's device."""
         side = 2 * (pixels // (2 * self.factor))
         shape = (1, self.latent_channels, side, side)
         noise = torch.randn(shape, generator=generator, device=generator.device)
@@ -113,8 +152,7 @@ class DiffusionModel(ABC):
 
     @torch.no_grad()
     def encode(self, pixels_BHWc: torch.Tensor) -> torch.Tensor:
-        """uint8 (B, H, W, 3) -> VAE latents (B, c, h, w), shifted and scaled for the transformer. The mean, so no
-        randomness."""
+        """uint8 (B, H, W, 3) -> VAE latents (B, c, h, w), shifted and scaled; the mean, so deterministic."""
         return vae_encode(self.vae, pixels_BHWc)
 
     @torch.no_grad()
@@ -152,13 +190,21 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def new_controlnet(self, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2) -> nn.Module:
-        """An untrained latent ControlNet for patch latents of `channels`, each over `ratio` image tokens a side; it
-        changes nothing yet. RecipeError when the transformer has not these blocks."""
+        """An untrained latent ControlNet, which changes nothing yet.
+
+        Args:
+            double_blocks: blocks copied from the transformer's double (joint) blocks.
+            single_blocks: blocks copied from its single blocks.
+            channels: C of the patch latents.
+            ratio: image tokens on a side of each patch (2 in the paper).
+
+        Raises:
+            UnsupportedControl: the transformer does not have, or would not read, so many blocks.
+        """
 
     def new_control(self, kind: str, channels: int, patches: int, ratio: int) -> nn.Module:
-        """An untrained control of another kind (`controlnet.control`). RecipeError when the family has none."""
-        raise RecipeError(f"controlnet.control {kind} is made for FLUX, not for {self.family}", code="BF-RECIPE-005",
-                          fix="--set controlnet.control=controlnet, or name a FLUX in models.diffusion")  # fmt: skip
+        """An untrained `Conditioner` of another kind. UnsupportedControl: the family has none."""
+        raise UnsupportedControl(f"{kind} is made for FLUX, not for {self.family}", "control", "controlnet")
 
     @abstractmethod
     def control_loss(
@@ -169,21 +215,36 @@ class DiffusionModel(ABC):
         text: Any,
         generator: NoiseSource,
     ) -> torch.Tensor:
-        """Flow matching with true patch latents as control (paper, section 3): a scalar with the ControlNet's graph."""
+        """Flow matching with patch latents as control (Bifrost-1, section 3).
+
+        Args:
+            controlnet: what is trained.
+            vae_latents_Bchw: of the images, from `encode`.
+            control_BPC: their true patch latents.
+            text: their captions, from `embed`.
+            generator: draws noise and noise levels.
+
+        Returns:
+            A scalar with the ControlNet's graph.
+        """
 
     def training_sigmas(self, count: int, image_tokens: int, generator: NoiseSource) -> torch.Tensor:
-        """`count` noise levels: logit-normal, then the shift that sampling uses at this size (SD3, sections 3.1, 5.3.2;
-        diffusers' trainers draw the same from the scheduler's shifted table)."""
+        """`count` noise levels: logit-normal (SD3, section 3.1), then the shift of sampling at this size (5.3.2).
+
+        diffusers' trainers draw the same for SD3. They train FLUX.1-dev on unshifted levels, because its scheduler
+        shifts only in `set_timesteps`; here it is shifted in training too.
+        """
         sigma_B = rectified_flow.logit_normal(count, generator)
         if self.scheduler.config.use_dynamic_shifting:
             return rectified_flow.shift_exponential(sigma_B, self.shift_mu(image_tokens))
         return rectified_flow.shift_constant(sigma_B, self.scheduler.config.shift)
 
     def shift_mu(self, image_tokens: int) -> float:
-        """The dynamic shift's exponent for an image of that many image tokens, by this scheduler's settings."""
+        """The exponent of the dynamic shift for so many image tokens, by this scheduler's settings."""
         config = self.scheduler.config
-        spans = (config.base_image_seq_len, config.max_image_seq_len)
-        return rectified_flow.shift_mu(image_tokens, *spans, config.base_shift, config.max_shift)
+        return rectified_flow.shift_mu(
+            image_tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+        )
 
     def _flow_loss(
         self,
@@ -192,7 +253,7 @@ class DiffusionModel(ABC):
         generator: NoiseSource,
         velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
-        """The mean squared error of `velocity(noisy, sigma_B)` on latents in the family's own layout."""
+        """`flow_matching_loss` on latents in the family's layout, with drawn noise and noise levels."""
         clean = clean.to(self.device, self.transformer.dtype)
         noise = normal(clean.shape, generator).to(clean)
         sigma_B = self.training_sigmas(len(clean), image_tokens, generator).to(clean)
@@ -200,11 +261,11 @@ class DiffusionModel(ABC):
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
-    """Ids (B, length), padded and cut on the right as the stock pipelines do."""
+    """Ids (B, length), padded and truncated on the right as the stock pipelines do."""
     options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
     return tokenizer(list(prompts), **options).input_ids
 
 
 def is_cut(tokenizer: Any, prompt: str, length: int) -> bool:
-    """True when the prompt has more than `length` tokens."""
+    """Whether the prompt has more than `length` tokens."""
     return len(tokenizer(prompt, truncation=True, max_length=length + 1).input_ids) > length

@@ -1,10 +1,8 @@
-"""The latent ControlNet: a stock ControlNet, FLUX's or SD3's, whose control embedder reads patch latents.
+"""The latent ControlNet: the stock ControlNet of FLUX or SD3, with a control embedder that reads patch latents.
 
-In: patch latents (B, P, C) on a square grid. Out: residuals for the diffusion model's blocks, through the stock forward.
-Nothing is forked: one module, the control embedder, is replaced. Does not know how latents are made, nor where weights
-lie.
-Legend: B images, P patches, C latent channels, D the diffusion model's width, H W patch grid, r image tokens a side for each
-patch (2 in the paper), N = r r P image tokens.
+Residuals come from the stock forward; the only module that is replaced is the control embedder.
+Legend: B images, P patches, C latent channels, D the transformer's width, r image tokens on a side of each patch (2 in
+the paper), N = r r P image tokens.
 """
 
 from __future__ import annotations
@@ -17,44 +15,65 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from diffusers import FluxControlNetModel, FluxTransformer2DModel, SD3ControlNetModel, SD3Transformer2DModel
+from diffusers import FluxControlNetModel, SD3ControlNetModel
 from torch import nn
 
-from bifrost_cli.errors import RecipeError
-from bifrost_cli.models.diffusion.conditioners import CONTROLS
+from bifrost_cli.models.diffusion.base import Conditioner, UnsupportedControl
 from bifrost_cli.models.diffusion.latent_embedder import PatchLatentEmbedder
+from bifrost_cli.runtime.plugins import plugins
 
-# A diffusion model's family -> the stock class, and the module of it that is replaced.
-FAMILIES = {
+# Family of diffusion models -> the stock class, and its module that is replaced.
+FAMILIES: dict[str, tuple[type[Any], str]] = {
     "FLUX": (FluxControlNetModel, "controlnet_x_embedder"),
     "SD3": (SD3ControlNetModel, "pos_embed_input"),
 }
 
-# Published name -> ours, as prefixes; every other name of `flux_controlnet/` is diffusers' own and stays.
+# `controlnet.control` -> class, imported when an artifact or a recipe names it: they exist only to be compared.
+CONDITIONERS = plugins(
+    "bifrost.conditioners",
+    {
+        "cross_attention": "bifrost_cli.ablations.conditioners:TokenConditioner",
+        "concat": "bifrost_cli.ablations.conditioners:ConcatConditioner",
+    },
+    base=Conditioner,
+)
+
+# Published prefix -> ours; every other name in `flux_controlnet/` is diffusers' own and stays.
 PUBLISHED_NAMES = {
     "up_sampling_block.": "controlnet_x_embedder.",
     "controlnet_x_embedder.": "controlnet_x_embedder.proj.",
 }
-
 
 # Stock FluxControlNetModel (diffusers 0.42) itself imports the rotary embedding from its deprecated place.
 warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated", category=FutureWarning)
 
 
 def latent_controlnet(
-    transformer: FluxTransformer2DModel, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2
+    transformer: Any, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2
 ) -> FluxControlNetModel:
-    """A new ControlNet for FLUX: its first blocks copied, the outputs and the control embedder at zero.
+    """A new ControlNet for FLUX: copies of its first blocks; outputs and control embedder at zero.
 
-    Source: section 3 of the paper (4 double, 1 single block on FLUX.1-dev). float32, on the transformer's device.
-    RecipeError when the transformer would not hear as many blocks.
+    Source: section 3 of the paper (4 double blocks and 1 single block on FLUX.1-dev).
+
+    Args:
+        transformer: a stock FluxTransformer2DModel.
+        double_blocks: how many of its double blocks are copied.
+        single_blocks: how many of its single blocks.
+        channels: C of the patch latents.
+        ratio: r.
+
+    Returns:
+        A float32 module on the transformer's device.
+
+    Raises:
+        UnsupportedControl: the transformer would not read the residuals of so many blocks.
     """
-    _require_conditioned(
-        "double_blocks", double_blocks, _conditioned(double_blocks, len(transformer.transformer_blocks))
-    )
-    _require_conditioned(
-        "single_blocks", single_blocks, _conditioned(single_blocks, len(transformer.single_transformer_blocks))
-    )
+    for key, blocks, available in (
+        ("double_blocks", double_blocks, len(transformer.transformer_blocks)),
+        ("single_blocks", single_blocks, len(transformer.single_transformer_blocks)),
+    ):
+        # FLUX adds one residual to each run of ceil(available / blocks) of its blocks
+        _require_read(key, blocks, math.ceil(available / math.ceil(available / blocks)) if blocks else 0)
     shape = {"num_layers": double_blocks, "num_single_layers": single_blocks}
     heads = {key: transformer.config[key] for key in ("attention_head_dim", "num_attention_heads")}
     controlnet = FluxControlNetModel.from_transformer(transformer, **shape, **heads)
@@ -62,44 +81,45 @@ def latent_controlnet(
 
 
 def latent_sd3_controlnet(
-    transformer: SD3Transformer2DModel, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2
+    transformer: Any, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2
 ) -> SD3ControlNetModel:
-    """`latent_controlnet` for SD3, whose blocks are all double; its last one takes no residual.
+    """`latent_controlnet` for SD3, which has no single blocks and whose last block takes no residual.
 
-    It reads the pooled text, as in diffusers' own training of it; the published ones that read zeros are not ours.
+    It reads the pooled text, as in diffusers' training of it; published ControlNets that read zeros are not supported.
     """
     if single_blocks:
-        raise RecipeError(
-            f"controlnet.single_blocks is {single_blocks}, but SD3 has no single blocks",
-            fix="--set controlnet.single_blocks=0",
-            code="BF-RECIPE-005",
-        )
-    _require_conditioned("double_blocks", double_blocks, len(transformer.transformer_blocks) // 2)
+        raise UnsupportedControl(f"{single_blocks}, but SD3 has no single blocks", "single_blocks", 0)
+    _require_read("double_blocks", double_blocks, len(transformer.transformer_blocks) // 2)
     source = copy.copy(transformer)
     source.register_to_config(force_zeros_for_pooled_projection=False)  # its own config: stock writes into the source's
     controlnet = SD3ControlNetModel.from_transformer(source, double_blocks, num_extra_conditioning_channels=0)
     return _with_embedder(controlnet, "SD3", channels, ratio).to(transformer.device)
 
 
-def controlnet_config(controlnet: nn.Module) -> dict[str, Any]:
+def controlnet_config(controlnet: Any) -> dict[str, Any]:
     """What `controlnet_from_config` needs to build the same empty model, as plain JSON values."""
-    if isinstance(controlnet, tuple(CONTROLS.values())):
+    if isinstance(controlnet, Conditioner):
         return controlnet.config
     family, (kind, name) = next((key, pair) for key, pair in FAMILIES.items() if isinstance(controlnet, pair[0]))
-    # `from_transformer` also keeps keys of the transformer's own config, which a ControlNet does not take.
+    # `from_transformer` also keeps keys of the transformer's config, which a ControlNet does not take.
     known = inspect.signature(kind.__init__).parameters
     stock = {key: value for key, value in controlnet.config.items() if key in known}
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in stock.items()}
-    told = {} if family == "FLUX" else {"family": family}  # FLUX was once the only one, and is not said
+    config = {key: list(value) if isinstance(value, tuple) else value for key, value in stock.items()}
     embedder = controlnet.get_submodule(name)
-    finer = {} if embedder.ratio == 2 else {"control_ratio": embedder.ratio}  # 2 was once the only one
-    return {**told, **plain, "control_channels": embedder.proj.in_features, **finer}
+    # Artifacts that are older than SD3 and other ratios do not name them: FLUX and 2 are left out.
+    of_family = {} if family == "FLUX" else {"family": family}
+    ratio = {} if embedder.ratio == 2 else {"control_ratio": embedder.ratio}
+    return {**of_family, **config, "control_channels": embedder.proj.in_features, **ratio}
 
 
 def controlnet_from_config(config: dict[str, Any]) -> nn.Module:
-    """An empty latent ControlNet in eval mode; `config` as `controlnet_config` gives it. Load its weights next."""
+    """An empty ControlNet or conditioner in eval mode, for `config` from `controlnet_config`; load its weights next.
+
+    Raises:
+        UsageError: a conditioner that is unknown here (an artifact made with a plug-in that is not installed).
+    """
     if "control" in config:
-        kind = CONTROLS[config["control"]]
+        kind = CONDITIONERS[config["control"]]
         return kind(**{key: value for key, value in config.items() if key != "control"}).eval()
     family, ours = config_family(config), ("control_channels", "control_ratio", "family")
     stock = {key: value for key, value in config.items() if key not in ours}
@@ -108,19 +128,23 @@ def controlnet_from_config(config: dict[str, Any]) -> nn.Module:
 
 
 def image_tokens(controlnet: nn.Module, patches: int) -> int | None:
-    """The image tokens N that a control of so many patches is for; None: any number."""
+    """The number N of image tokens that a control of so many patches is made for; None: any number."""
     ratios = [module.ratio for module in controlnet.modules() if isinstance(module, PatchLatentEmbedder)]
     return ratios[0] ** 2 * patches if ratios else None
 
 
 def config_family(config: dict[str, Any]) -> str:
-    """The diffusion model's family that the ControlNet of this config is for."""
+    """The family of diffusion models that the ControlNet of this config is for."""
     return config.get("family", "FLUX")
 
 
 def config_from_published(config: dict[str, Any], channels: int) -> dict[str, Any]:
-    """A `flux_controlnet/config.json` as `controlnet_from_config` takes it; what the stock class does not know is left
-    out. `channels`: of the patch latents, which the published code does not write down."""
+    """A published `flux_controlnet/config.json` as `controlnet_from_config` takes it.
+
+    Args:
+        config: keys that the stock class does not know are left out.
+        channels: C of the patch latents, which the published code does not record.
+    """
     known = inspect.signature(FluxControlNetModel.__init__).parameters
     return {**{key: value for key, value in config.items() if key in known}, "control_channels": channels}
 
@@ -144,18 +168,12 @@ def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
     return name
 
 
-def _with_embedder(controlnet: nn.Module, family: str, channels: int, ratio: int) -> nn.Module:
+def _with_embedder(controlnet: Any, family: str, channels: int, ratio: int) -> Any:
     controlnet.set_submodule(FAMILIES[family][1], PatchLatentEmbedder(channels, controlnet.inner_dim, ratio))
     return controlnet
 
 
-def _conditioned(blocks: int, there: int) -> int:
-    """How many residuals FLUX adds somewhere: one to each run of ceil(there / blocks) of its own blocks."""
-    return math.ceil(there / math.ceil(there / blocks)) if blocks else 0
-
-
-def _require_conditioned(key: str, blocks: int, heard: int) -> None:
-    """Stock adds what it can, and fills blocks that it cannot copy with random numbers; it says nothing of either."""
-    if blocks > heard:
-        raise RecipeError(f"controlnet.{key} is {blocks}, but the diffusion model would read the residuals of {heard}",
-                          fix=f"--set controlnet.{key}={heard}", code="BF-RECIPE-005")  # fmt: skip
+def _require_read(key: str, blocks: int, read: int) -> None:
+    """Stock adds the residuals it can, and fills blocks it cannot copy with random numbers, silently in both cases."""
+    if blocks > read:
+        raise UnsupportedControl(f"{blocks}, but the diffusion model would read the residuals of {read}", key, read)

@@ -1,8 +1,7 @@
-"""FLUX (dev and schnell) as a diffusion model, with the latent ControlNet's residuals.
+"""FLUX (dev and schnell), with a latent ControlNet's residuals.
 
-In: prompts, noise, patch latents. Out: VAE latents, flow-matching losses. Stock diffusers and transformers classes
-throughout; only the denoising loop is ours, because the stock pipeline would VAE-encode the control. What all diffusion models
-share, and where images are encoded and decoded, is in `diffusion.py`.
+Stock diffusers and transformers classes; the denoising loop is ours, because the stock pipeline would encode the
+control with the VAE. What families share is in `base`.
 Legend: B images, T text tokens, D text width, c VAE channels, h w VAE grid, N = h/2 * w/2 packed tokens (of 4c
 channels), P patches and C channels of the patch latents.
 """
@@ -15,18 +14,17 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxControlNetModel, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxControlNetModel
 from torch import nn
 
 from bifrost_cli.models.diffusion import rectified_flow
-from bifrost_cli.models.diffusion.base import ControlInput, DiffusionModel, StepCallback, is_cut, token_ids
-from bifrost_cli.models.diffusion.conditioners import ConcatConditioner, TokenConditioner
-from bifrost_cli.models.diffusion.controlnet import latent_controlnet
+from bifrost_cli.models.diffusion.base import Conditioner, ControlInput, DiffusionModel, StepCallback, is_cut, token_ids
+from bifrost_cli.models.diffusion.controlnet import CONDITIONERS, latent_controlnet
 from bifrost_cli.models.row_noise import NoiseSource
 
 
 class FluxPrompt(NamedTuple):
-    """What FLUX reads of a prompt: the T5 sequence and the pooled CLIP vector."""
+    """Embedded prompts: the T5 sequence and the pooled CLIP vector."""
 
     sequence_BTD: torch.Tensor
     pooled_BD: torch.Tensor
@@ -34,17 +32,17 @@ class FluxPrompt(NamedTuple):
 
 @dataclass(frozen=True)
 class FluxModel(DiffusionModel):
-    """FLUX in parts, as `DiffusionModel`. dev has a guidance embedding; schnell has none, and generates in one to four steps."""
+    """FLUX in parts. dev has a guidance embedding; schnell has none, and generates in one to four steps."""
 
     family: ClassVar[str] = "FLUX"
     frozen_parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
-    transformer: FluxTransformer2DModel
-    vae: AutoencoderKL
-    text_encoder: nn.Module
-    text_encoder_2: nn.Module
+    transformer: Any
+    vae: Any
+    text_encoder: Any
+    text_encoder_2: Any
     tokenizer: Any
     tokenizer_2: Any
-    scheduler: FlowMatchEulerDiscreteScheduler
+    scheduler: Any
 
     @property
     def latent_channels(self) -> int:
@@ -61,7 +59,7 @@ class FluxModel(DiffusionModel):
     # ---- text -------------------------------------------------------------------------------------------------------
 
     def tokenize(self, prompts: Sequence[str], max_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """CLIP ids (B, 77) and T5 ids (B, max_tokens), padded and cut on the right as stock FLUX does."""
+        """CLIP ids (B, 77) and T5 ids (B, max_tokens), padded and truncated on the right as in stock FLUX."""
         clip_tokens = self.text_encoder.config.max_position_embeddings
         return token_ids(self.tokenizer, prompts, clip_tokens), token_ids(self.tokenizer_2, prompts, max_tokens)
 
@@ -69,20 +67,17 @@ class FluxModel(DiffusionModel):
         return is_cut(self.tokenizer_2, prompt, max_tokens)
 
     def embed(self, prompts: Sequence[str], max_tokens: int, guidance: float = 1.0) -> FluxPrompt:
-        """Prompts -> Text((B, max_tokens, D), (B, pooled width)). Gradients flow: pretraining trains the encoders.
-
-        FLUX's guidance is distilled: it needs no empty prompt.
-        """
+        """See `DiffusionModel`. Gradients flow, to train the encoders; distilled guidance needs no empty prompt."""
         return self.embed_ids(*self.tokenize(prompts, max_tokens))
 
     def embed_ids(self, clip_ids_BT: torch.Tensor, t5_ids_BT: torch.Tensor) -> FluxPrompt:
-        """`embed` for ids from `tokenize`. As in stock FLUX, T5 gets no attention mask (padding is seen)."""
+        """`embed` for ids from `tokenize`. As in stock FLUX, T5 gets no attention mask, so it reads padding."""
         pooled_BD = self.text_encoder(clip_ids_BT.to(self.text_encoder.device)).pooler_output
         sequence_BTD = self.text_encoder_2(t5_ids_BT.to(self.text_encoder_2.device))[0]
-        place = {"device": self.transformer.device, "dtype": self.transformer.dtype}
-        return FluxPrompt(sequence_BTD.to(**place), pooled_BD.to(**place))
+        device, dtype = self.transformer.device, self.transformer.dtype
+        return FluxPrompt(sequence_BTD.to(device, dtype), pooled_BD.to(device, dtype))
 
-    # ---- generating ---------------------------------------------------------------------------------------------------
+    # ---- sampling ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def denoise(
@@ -95,10 +90,7 @@ class FluxModel(DiffusionModel):
         guidance: float = 3.5,
         callback: StepCallback | None = None,
     ) -> torch.Tensor:
-        """Noise -> VAE latents (B, c, h, w) in `steps` Euler steps, as the stock FLUX (ControlNet) pipeline.
-
-        `guidance` is FLUX's distilled guidance; a transformer without guidance embedding does not read it.
-        """
+        """See `DiffusionModel`. `guidance` is FLUX's distilled guidance, which schnell does not read."""
         latents_BNc = pack(noise_Bchw)
         ids_N3 = image_ids(noise_Bchw)
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
@@ -129,16 +121,24 @@ class FluxModel(DiffusionModel):
         control: ControlInput | None,
         guidance: float,
     ) -> torch.Tensor:
-        """FLUX's prediction of noise - clean (B, N, 4c), with the ControlNet's residuals spread by the stock rule, or
-        with what another control (`control.py`) says beside the text or at the input."""
+        """The transformer's prediction of noise - clean.
+
+        Args:
+            latents_BNc: packed noisy latents.
+            sigma_B: noise levels in [0, 1].
+            text: embedded prompts.
+            ids_N3: from `image_ids`.
+            control: its residuals are added by the stock rule; a `Conditioner` acts on the text or the input instead.
+            guidance: distilled guidance.
+
+        Returns:
+            The velocity, (B, N, 4c).
+        """
         added_BND = None
-        if control is not None and isinstance(control.model, TokenConditioner | ConcatConditioner):
-            said = control.model(control.latents_BPC.to(latents_BNc)).to(latents_BNc) * control.scale
-            if isinstance(control.model, TokenConditioner):
-                text = text._replace(sequence_BTD=torch.cat([text.sequence_BTD, said], dim=1))
-            else:
-                added_BND = said
-            control = None
+        if control is not None and isinstance(control.model, Conditioner):
+            latents_BPC = control.latents_BPC.to(latents_BNc)
+            sequence_BTD, added_BND = control.model.condition(text.sequence_BTD, latents_BPC, control.scale)
+            text, control = text._replace(sequence_BTD=sequence_BTD), None
         inputs = {
             "hidden_states": latents_BNc,
             "timestep": sigma_B,
@@ -148,18 +148,21 @@ class FluxModel(DiffusionModel):
             "img_ids": ids_N3,
             "return_dict": False,
         }
-        residuals = (None, None)
+        double, single = None, None
         if control is not None:
-            residuals = control.model(
+            double, single = control.model(
                 **inputs,
                 controlnet_cond=control.latents_BPC.to(latents_BNc),
                 conditioning_scale=control.scale,
                 guidance=_guidance(control.model, sigma_B, guidance),
             )
-        names = ("controlnet_block_samples", "controlnet_single_block_samples")
-        residuals = dict(zip(names, residuals, strict=True))
         with _added(self.transformer.x_embedder, added_BND):
-            return self.transformer(**inputs, **residuals, guidance=_guidance(self.transformer, sigma_B, guidance))[0]
+            return self.transformer(
+                **inputs,
+                controlnet_block_samples=double,
+                controlnet_single_block_samples=single,
+                guidance=_guidance(self.transformer, sigma_B, guidance),
+            )[0]
 
     def base_loss(
         self,
@@ -168,7 +171,7 @@ class FluxModel(DiffusionModel):
         pooled_BD: torch.Tensor,
         generator: torch.Generator,
     ) -> torch.Tensor:
-        """Plain FLUX flow matching on text alone (a scalar): how the tiny FLUX itself was made."""
+        """Flow matching on text alone, a scalar: how the tiny FLUX was trained."""
         return self._loss(vae_latents_Bchw, FluxPrompt(prompt_embeds_BTD, pooled_BD), None, generator)
 
     def control_loss(
@@ -187,9 +190,7 @@ class FluxModel(DiffusionModel):
         return latent_controlnet(self.transformer, double_blocks, single_blocks, channels, ratio)
 
     def new_control(self, kind: str, channels: int, patches: int, ratio: int) -> nn.Module:
-        if kind == "cross_attention":
-            return TokenConditioner(channels, patches, self.transformer.config.joint_attention_dim)
-        return ConcatConditioner(channels, self.transformer.inner_dim, ratio)
+        return CONDITIONERS[kind].for_transformer(self.transformer, channels, patches, ratio)
 
     def _loss(
         self, clean_Bchw: torch.Tensor, text: FluxPrompt, control: ControlInput | None, generator: NoiseSource
@@ -197,14 +198,14 @@ class FluxModel(DiffusionModel):
         clean_BNc, ids_N3 = pack(clean_Bchw), image_ids(clean_Bchw)
 
         def velocity(noisy_BNc: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
-            # 3.5 is the guidance FLUX.1-dev is both used and fine-tuned at; models without its embedding ignore it.
+            # 3.5 is the guidance that FLUX.1-dev is used at; models without the embedding ignore it.
             return self.velocity(noisy_BNc, sigma_B, text, ids_N3, control=control, guidance=3.5)
 
         return self._flow_loss(clean_BNc, clean_BNc.shape[1], generator, velocity)
 
 
 def pack(latents_Bchw: torch.Tensor) -> torch.Tensor:
-    """(B, c, h, w) -> (B, h/2 * w/2, 4c): 2x2 latents become one token, channel first (FLUX's packing)."""
+    """(B, c, h, w) -> (B, h/2 * w/2, 4c): 2x2 latents become one token, channels first, as FLUX packs them."""
     tiles = latents_Bchw.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
     return tiles.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
@@ -219,25 +220,25 @@ def unpack(packed_BNc: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
 def image_ids(latents_Bchw: torch.Tensor) -> torch.Tensor:
     """Rotary positions of the packed tokens, (N, 3): zero, row, column."""
     rows, columns = (side // 2 for side in latents_Bchw.shape[-2:])
-    options = {"device": latents_Bchw.device, "dtype": torch.float32}
-    row, column = torch.meshgrid(torch.arange(rows, **options), torch.arange(columns, **options), indexing="ij")
+    axes = (torch.arange(side, device=latents_Bchw.device, dtype=torch.float32) for side in (rows, columns))
+    row, column = torch.meshgrid(*axes, indexing="ij")
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1)
 
 
 @contextmanager
-def _added(layer: nn.Module, more: torch.Tensor | None) -> Iterator[None]:
-    """Inside, the layer's output is its own plus `more`."""
-    if more is None:
+def _added(layer: nn.Module, residual: torch.Tensor | None) -> Iterator[None]:
+    """Add `residual` to the layer's output within the context."""
+    if residual is None:
         yield
         return
-    hook = layer.register_forward_hook(lambda _layer, _inputs, output: output + more)
+    hook = layer.register_forward_hook(lambda _layer, _inputs, output: output + residual)
     try:
         yield
     finally:
         hook.remove()
 
 
-def _guidance(model: nn.Module, sigma_B: torch.Tensor, guidance: float) -> torch.Tensor | None:
+def _guidance(model: Any, sigma_B: torch.Tensor, guidance: float) -> torch.Tensor | None:
     if not model.config.guidance_embeds:
         return None
     return torch.full((len(sigma_B),), guidance, device=sigma_B.device, dtype=torch.float32)

@@ -1,8 +1,7 @@
-"""Patch latents -> one vector for each image token: the paper's upsampler with a projection that starts at zero.
+"""Patch latents to one vector for each image token: the paper's upsampler, then a projection that starts at zero.
 
-In: patch latents (B, P, C) on a square grid. Out: vectors (B, N, D). Does not know what they are added to.
-Legend: B images, P patches, C latent channels, D the diffusion model's width, H W patch grid, r image tokens a side for each
-patch (2 in the paper), N = r r P image tokens.
+Legend: B images, P patches, C latent channels, D the transformer's width, H W patch grid, r image tokens on a side of
+each patch (2 in the paper), N = r r P image tokens.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from torch import nn
 
 
 class PatchLatentEmbedder(nn.Module):
-    """Patch latents -> one vector for each image token, on a grid r times as fine (2 is the paper's x2 upsampler).
+    """Upsamples patch latents r times and projects them to the transformer's width (r = 2: the paper's upsampler).
 
-    `proj` starts at zero, so that an untrained ControlNet changes nothing; BatchNorm uses its running statistics in
-    eval mode.
+    `proj` starts at zero, so that an untrained ControlNet changes nothing.
     """
 
     def __init__(self, channels: int, width: int, ratio: int = 2) -> None:
@@ -32,10 +30,10 @@ class PatchLatentEmbedder(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def upsample(self, latents_BPC: torch.Tensor) -> torch.Tensor:
-        """(B, H*W, C) row-major -> (B, rH*rW, C) row-major. Raises ValueError when P is no square."""
+        """(B, H*W, C) row-major -> (B, rH*rW, C) row-major. ValueError: P is not a square number."""
         side = math.isqrt(latents_BPC.shape[1])
         if side * side != latents_BPC.shape[1]:
-            raise ValueError(f"{latents_BPC.shape[1]} patches are no square grid")
+            raise ValueError(f"{latents_BPC.shape[1]} patches are not a square grid")
         grid_BCHW = latents_BPC.mT.unflatten(2, (side, side))
         fine_BCHW = torch.relu(self.bn1(self.upconv(grid_BCHW)))
         fine_BCHW = self.bn2(self.conv(fine_BCHW))

@@ -1,8 +1,7 @@
-"""Stable Diffusion 3 and 3.5 as a diffusion model, with the latent ControlNet's residuals.
+"""Stable Diffusion 3 and 3.5, with a latent ControlNet's residuals.
 
-In: prompts, noise, patch latents. Out: VAE latents, flow-matching losses. Stock diffusers and transformers classes
-throughout; only the denoising loop is ours, because the stock pipeline would VAE-encode the control. What all diffusion models
-share, and where images are encoded and decoded, is in `diffusion.py`.
+Stock diffusers and transformers classes; the denoising loop is ours, because the stock pipeline would encode the
+control with the VAE. What families share is in `base`.
 Legend: B images, T text tokens (77 of CLIP, then T5's), D text width, c VAE channels, h w VAE grid, P patches and C
 channels of the patch latents.
 """
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3ControlNetModel, SD3Transformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3ControlNetModel
 from torch import nn
 
 from bifrost_cli.models.diffusion import rectified_flow
@@ -24,7 +23,7 @@ from bifrost_cli.models.row_noise import NoiseSource
 
 
 class Sd3Prompt(NamedTuple):
-    """What SD3 reads of prompts; `empty` is the same of the empty prompt, where guidance needs it."""
+    """Embedded prompts; `empty` is the empty prompt's embedding, where guidance needs it."""
 
     sequence_BTD: torch.Tensor
     pooled_BD: torch.Tensor
@@ -33,21 +32,21 @@ class Sd3Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Sd3Model(DiffusionModel):
-    """SD3 in parts, as `DiffusionModel`. Its guidance is classifier-free: a second pass without the prompt, unless it is 1."""
+    """SD3 in parts. Its guidance is classifier-free: a second pass with the empty prompt, unless it is 1."""
 
     family: ClassVar[str] = "SD3"
     frozen_parts: ClassVar[tuple[str, ...]] = (
         "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3",
     )  # fmt: skip
-    transformer: SD3Transformer2DModel
-    vae: AutoencoderKL
-    text_encoder: nn.Module
-    text_encoder_2: nn.Module
-    text_encoder_3: nn.Module
+    transformer: Any
+    vae: Any
+    text_encoder: Any
+    text_encoder_2: Any
+    text_encoder_3: Any
     tokenizer: Any
     tokenizer_2: Any
     tokenizer_3: Any
-    scheduler: FlowMatchEulerDiscreteScheduler
+    scheduler: Any
 
     @property
     def latent_channels(self) -> int:
@@ -67,16 +66,16 @@ class Sd3Model(DiffusionModel):
         return is_cut(self.tokenizer_3, prompt, max_tokens)
 
     def embed(self, prompts: Sequence[str], max_tokens: int, guidance: float = 1.0) -> Sd3Prompt:
-        """Prompts -> Text((B, 77 + max_tokens, D), (B, pooled width)), with the empty prompt's unless guidance is 1."""
+        """See `DiffusionModel`: T is 77 + max_tokens; the empty prompt is embedded too, unless guidance is 1."""
         text = self._embed(prompts, max_tokens)
         if guidance == 1.0:
             return text
         empty = self._embed([""], max_tokens)
-        wide = (part.expand(len(prompts), *part.shape[1:]) for part in empty[:2])
-        return text._replace(empty=Sd3Prompt(*wide))
+        batched = (part.expand(len(prompts), *part.shape[1:]) for part in (empty.sequence_BTD, empty.pooled_BD))
+        return text._replace(empty=Sd3Prompt(*batched))
 
     def _embed(self, prompts: Sequence[str], max_tokens: int) -> Sd3Prompt:
-        """As stock SD3: both CLIPs side by side, widened with zeros to T5's width, then T5; no attention masks."""
+        """As stock SD3: both CLIPs side by side, zero-padded to T5's width, then T5; no attention masks."""
         clips = ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2))
         outputs = []
         for tokenizer, encoder in clips:
@@ -87,10 +86,10 @@ class Sd3Model(DiffusionModel):
         clip_BTD = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
         clip_BTD = nn.functional.pad(clip_BTD, (0, t5_BTD.shape[-1] - clip_BTD.shape[-1]))
         pooled_BD = torch.cat([output.text_embeds for output in outputs], dim=-1)
-        place = {"device": self.device, "dtype": self.transformer.dtype}
-        return Sd3Prompt(torch.cat([clip_BTD, t5_BTD], dim=1).to(**place), pooled_BD.to(**place))
+        device, dtype = self.device, self.transformer.dtype
+        return Sd3Prompt(torch.cat([clip_BTD, t5_BTD], dim=1).to(device, dtype), pooled_BD.to(device, dtype))
 
-    # ---- generating ---------------------------------------------------------------------------------------------------
+    # ---- sampling ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def denoise(
@@ -103,10 +102,9 @@ class Sd3Model(DiffusionModel):
         guidance: float = 3.5,
         callback: StepCallback | None = None,
     ) -> torch.Tensor:
-        """Noise -> VAE latents (B, c, h, w) in `steps` Euler steps, as the stock SD3 (ControlNet) pipeline.
+        """See `DiffusionModel`. ValueError: guidance, and `text` without the empty prompt.
 
-        `text` must come from `embed` with the same `guidance`. Unlike FLUX's, the noise levels begin and end at the
-        scheduler's own extremes, which are shifted twice: stock does so, and the models are used so.
+        Unlike FLUX's, the noise levels begin and end at the scheduler's extremes, which are shifted twice, as in stock.
         """
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
         shift = {"mu": self.shift_mu(_tokens(noise_Bchw))} if scheduler.config.use_dynamic_shifting else {}
@@ -134,8 +132,14 @@ class Sd3Model(DiffusionModel):
     def velocity(
         self, latents_Bchw: torch.Tensor, timestep_B: torch.Tensor, text: Sd3Prompt, control: ControlInput | None
     ) -> torch.Tensor:
-        """SD3's prediction of noise - clean at timesteps 0 to 1000, with the ControlNet's residuals spread by the stock
-        rule."""
+        """The transformer's prediction of noise - clean, with the ControlNet's residuals added by the stock rule.
+
+        Args:
+            latents_Bchw: noisy VAE latents.
+            timestep_B: 0 (clean) to 1000 (noise).
+            text: embedded prompts.
+            control: ControlNet and patch latents, or None.
+        """
         inputs = {
             "hidden_states": latents_Bchw,
             "timestep": timestep_B,
@@ -171,10 +175,11 @@ class Sd3Model(DiffusionModel):
 
 
 def _doubled(text: Sd3Prompt, control: ControlInput | None) -> tuple[Sd3Prompt, ControlInput | None]:
-    """The empty prompt's half before the prompt's, both under the same control."""
+    """The batch for classifier-free guidance: the empty prompts, then the prompts, under the same control."""
     if text.empty is None:
         raise ValueError("guidance needs the empty prompt: embed with the same guidance")
-    both = Sd3Prompt(*(torch.cat(pair) for pair in zip(text.empty[:2], text[:2], strict=True)))
+    sequence_BTD = torch.cat([text.empty.sequence_BTD, text.sequence_BTD])
+    both = Sd3Prompt(sequence_BTD, torch.cat([text.empty.pooled_BD, text.pooled_BD]))
     return both, control and control._replace(latents_BPC=torch.cat([control.latents_BPC] * 2))
 
 

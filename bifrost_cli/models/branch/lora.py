@@ -1,13 +1,13 @@
-"""Which part of a branch is trained: all of it, its last layers, or low-rank additions to all of them.
+"""Training a branch in part: only its last layers, or low-rank additions (LoRA) to all of them.
 
-In: a branch whose decoder is the MLLM's. Out: the same branch, the rest of its decoder frozen; the names under which
-the MLLM holds what is frozen. Knows no training and no files.
+The rest of the decoder is frozen and stays the MLLM's own tensors; the names here say which.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,10 +17,16 @@ from bifrost_cli.errors import EnvironmentProblem
 _BASE = ".base_layer."  # peft's name for the linear layer it adds to
 
 
-def tune_decoder(decoder: nn.Module, tune: Mapping[str, int]) -> None:
-    """Freeze the decoder but for its last layers ({"layers": n}), or but for additions of low rank ({"rank": r}).
+def tune_decoder(decoder: Any, tune: Mapping[str, int]) -> None:
+    """Freeze all of the decoder but what is trained.
 
-    ValueError when it has not so many layers; EnvironmentProblem BF-ENV-002 when peft is not installed.
+    Args:
+        decoder: a stock decoder.
+        tune: {"layers": n} trains its last n layers, {"rank": r} trains LoRA of rank r.
+
+    Raises:
+        ValueError: it has fewer than n layers.
+        EnvironmentProblem: BF-ENV-002, peft is not installed.
     """
     decoder.requires_grad_(False)
     if "rank" in tune:
@@ -31,13 +37,13 @@ def tune_decoder(decoder: nn.Module, tune: Mapping[str, int]) -> None:
         decoder.layers[len(decoder.layers) - tune["layers"] :].requires_grad_(True)
 
 
-def _add_low_rank(decoder: nn.Module, rank: int) -> None:
-    """B A of `rank` beside every linear layer (LoRA, arXiv 2106.09685), not scaled (alpha = rank), in float32."""
+def _add_low_rank(decoder: Any, rank: int) -> None:
+    """LoRA (arXiv 2106.09685) at every linear layer, with alpha = rank, in float32."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise EnvironmentProblem(
-            "the branch is one of LoRA, and peft is not installed",
+            "the branch is trained with LoRA, and peft is not installed",
             code="BF-ENV-002",
             fix="pip install 'bifrost-cli[lora]', or train with branch.tune=full",
         ) from None
@@ -51,7 +57,7 @@ def _add_low_rank(decoder: nn.Module, rank: int) -> None:
 
 @torch.no_grad()
 def start_low_rank(decoder: nn.Module, generator: torch.Generator) -> None:
-    """A uniform as nn.Linear draws its own weights, B zero: the decoder computes what it did before."""
+    """Draw LoRA's A as nn.Linear draws its weights, and set B to zero: the decoder computes what it did before."""
     for name, parameter in decoder.named_parameters():
         if ".lora_A." in name:
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
@@ -60,10 +66,10 @@ def start_low_rank(decoder: nn.Module, generator: torch.Generator) -> None:
 
 
 def frozen_names(module: nn.Module) -> set[str]:
-    """Names of the parameters that are not trained."""
+    """Names of the parameters that are frozen."""
     return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
 
 
 def stock_name(name: str) -> str:
-    """The stock decoder's name of one of ours: `...q_proj.base_layer.weight` is `...q_proj.weight` there."""
+    """A parameter's name in the stock decoder: `...q_proj.weight` for `...q_proj.base_layer.weight`."""
     return name.replace(_BASE, ".")

@@ -1,4 +1,4 @@
-"""A branch trained in part: what is trained, what is saved, that it resumes to the bit, generates, and refuses others."""
+"""A branch trained in part: what is trained and saved; that it resumes to the bit, generates, and refuses others."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bifrost_cli.data.safetensors_io import load_tensors
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem, RecipeError, Stopped
 from bifrost_cli.generation.generate import generate
 from bifrost_cli.loading.loaders import load_branch, load_mllm
-from bifrost_cli.models.branch.tuning import stock_name
+from bifrost_cli.models.branch.lora import stock_name
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.diffusion.controlnet import controlnet_config
 from bifrost_cli.training.branch_task import BranchTask
