@@ -1,7 +1,4 @@
-"""`bifrost report`: an artifact as a page to look at, or two side by side.
-
-In: options. Out: one stage call and its Result.
-"""
+"""`bifrost report`: the page of an artifact, or of two side by side."""
 
 from __future__ import annotations
 
@@ -34,20 +31,36 @@ def report(
     ] = False,
     device: Device = "auto",
 ) -> Result:
-    """Make a page of an artifact of any kind, or of two side by side; it opens from disk.
+    """Write the page of an artifact of any kind, or of two side by side; it opens from disk.
 
-    A training shows its curves, health and sample grids, also while it runs; a latents store its images beside their
+    A training shows its sample grids, curves and health, also while it runs; a latents store its images beside their
     latents; two reports what was measured differently, first. The default place is written again each time.
 
     Example: bifrost report runs/branch-0123456789ab runs/branch-ba9876543210
     """
-    from bifrost_cli.artifacts import find
-    from bifrost_cli.artifacts.workspace import newest
-    from bifrost_cli.reports.report import report
+    from bifrost_cli.artifacts.workspace import survey
+    from bifrost_cli.reports.report import report, unfinished_training
 
     if ref is None:
-        found = find(workspace)
-        ref = str((found[0] if found else newest(workspace, "latents")).path)
+        there = survey(workspace)
+        trainings = filter(unfinished_training, there.drafts)
+        ref = str(there.artifacts[0].path) if there.artifacts else next(map(str, trainings), None)
+        if ref is None:
+            return _empty(workspace, there.drafts)
         ui.say(f"{ref}, the newest in {workspace}")
     made = report(ref, other, output=output, workspace=workspace, force=force_compare, device=device, ui=ui)
     return Result([str(made)], {"path": str(made)}, made, "open it in a browser")
+
+
+def _empty(workspace: Path, drafts: list[Path]) -> Result:
+    """What there is to look at when nothing was made yet."""
+    from bifrost_cli.reports.report import BUILTIN
+
+    lines = [
+        f"{workspace} holds no finished artifact yet",
+        *(f"unfinished: {path} (run its command again; it continues)" for path in drafts),
+        f"built-in: {', '.join(BUILTIN)}; their pages: bifrost report {BUILTIN[0]}",
+    ]
+    data = {"path": None, "builtin": list(BUILTIN), "unfinished": [str(path) for path in drafts]}
+    hint = 'make images: bifrost generate "a red circle above a blue square" -n 4 -o runs/samples'
+    return Result(lines, data, None, hint)

@@ -1,45 +1,76 @@
-"""What the page of an artifact shows, by its kind: a training, a latents store, samples; and where it came from.
+"""The page of an artifact, by its kind: a training, a latents store, samples; and where it came from.
 
-Comes in: an artifact, checked. Goes out: sections of HTML. Nothing is measured; of models only the VAE is loaded, to
-show a store's images.
+Nothing is measured; of models only the VAE is loaded, to show a store's images.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from bifrost_cli.artifacts import Artifact, lineage
+from bifrost_cli.artifacts import Artifact, find, lineage
 from bifrost_cli.config.load import load_recipe
-from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.image_sets import from_samples
 from bifrost_cli.data.latents.reader import LatentsStore
-from bifrost_cli.data.png import png_bytes, png_pixels
+from bifrost_cli.data.png import GUTTER, png_bytes, png_pixels
 from bifrost_cli.errors import BifrostError
-from bifrost_cli.reports import page
-from bifrost_cli.reports.evaluation_page import plots
 from bifrost_cli.reports.facts import flat, image_lines, lineage_lines, thumbnails
-from bifrost_cli.reports.latents_plots import channels, clouds, evenly, histogram, maps
+from bifrost_cli.reports.latents_plots import MAP, channels, clouds, evenly, histogram, maps
+from bifrost_cli.reports.page import Card, Cell, Page, Shown, gallery
+from bifrost_cli.reports.report import TRAININGS
 from bifrost_cli.reports.training_curves import health, training_plots
 from bifrost_cli.runtime.ui import Ui
+from bifrost_cli.training.data_order import held_out
 
-ROWS_SHOWN = 24
-TRAININGS = ("branch", "controlnet")
+ROWS_SHOWN, STEPS_SHOWN = 24, 4
+GRID_NOTE = "Held-out rows: true | predicted."
+GRID_ROWS = 8  # held-out rows of a training's sample grid
 FUNNEL = ("seen", "readable", "captioned", "used")
 
 
-def origin_sections(artifact: Artifact, workspace: Path) -> list[str]:
-    """What any artifact's page ends with: settings, lineage with costs, the command, versions."""
+def artifact_page(artifact: Artifact, workspace: Path, device: str, ui: Ui) -> Page:
+    """The page of a finished artifact; its payload was checked."""
     made = artifact.manifest["made"]
-    return [
-        page.section("Settings", page.facts(settings(artifact))),
-        page.lineage(lineage_lines([artifact], workspace)),
-        page.section("Made by", page.command(made.get("command", ""))),
-        page.section("Made with", page.facts(made.get("versions", {}))),
-    ]
+    summary = (
+        f"made {made['when'][:16].replace('T', ' ')} UTC, recipe {artifact.info.get('recipe', {}).get('name', '?')}"
+    )
+    page = Page(
+        artifact.id,
+        summary,
+        lineage=lineage_lines([artifact], workspace),
+        commands={"Made by": [made["command"]] if made.get("command") else []},
+        folded={"Settings": settings(artifact), "Made with": made.get("versions", {})},
+    )
+    if artifact.kind in TRAININGS:
+        stores = parents_of(artifact, "latents", workspace)
+        _add_training(page, artifact.path, artifact.path / "samples", stores, artifact.identity)
+        if "parameters" in artifact.info:
+            count = artifact.info["parameters"]
+            short = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
+            page.cards = [*page.cards, Card("trained parameters", short, [f"{count:,}"])]
+    elif artifact.kind == "latents":
+        _add_latents(page, artifact, device, ui)
+    elif artifact.kind == "samples":
+        images = from_samples(artifact, load_recipe(str(artifact.path)).images)
+        page.gallery = gallery(image_lines(images), thumbnails(images.entries))
+        page.plots = lineage_plots(artifact, workspace)
+    return page
+
+
+def unfinished_page(folder: Path, draft: Mapping[str, Any], workspace: Path) -> Page:
+    """The page of a training that is still running, or was stopped; `draft` is what its draft.json holds."""
+    known = {artifact.id: artifact for place in (folder.parent, workspace) for artifact in find(place, "latents")}
+    stores = [LatentsStore.open(known[parent["id"]]) for parent in draft.get("parents", ()) if parent["id"] in known]
+    page = Page(f"Training of a {draft['kind']}", f"unfinished, in {folder.name}")
+    identity = draft.get("identity", {})
+    _add_training(page, folder / "work", folder / "work" / "samples", stores, identity)
+    page.folded = {"Settings": {name: str(value) for name, value in flat(identity)}}
+    return page
 
 
 def settings(artifact: Artifact) -> dict[str, str]:
@@ -50,50 +81,80 @@ def settings(artifact: Artifact) -> dict[str, str]:
 # ---- a training -----------------------------------------------------------------------------------------------------
 
 
-def training_sections(tables: Path, sheets: Path, info: Mapping[str, Any]) -> list[str]:
-    """Health, curves and sample grids; `info` is that of the artifact, where it is one."""
-    last, warned = health(tables)
-    numbers = [page.card(name.replace("_", " "), f"{value:.4g}", [f"at step {last['step']:.0f}"])
-               for name, value in last.items() if name != "step"]  # fmt: skip
-    found = sorted(sheets.glob("step-*.png")) if sheets.is_dir() else []
-    shown = [found[place] for place in evenly(len(found), 6)]
-    grids = "".join(f"<h3>{page.text(path.stem)}</h3>{_sheet(path)}" for path in shown)
-    if "parameters" in info:
-        numbers.append(page.card("trained parameters", f"{info['parameters']:,}", []))
-    return [page.cards(numbers), *map(page.note, warned), plots(training_plots({"training": tables})),
-            page.section("Sample grids", grids)]  # fmt: skip
+def _add_training(
+    page: Page, tables: Path, sheets: Path, stores: Sequence[LatentsStore], identity: Mapping[str, Any]
+) -> None:
+    last, page.notes = health(tables)
+    page.cards = [Card(name.replace("_", " "), f"{value:.4g}", [f"at step {last['step']:.0f}"])
+                  for name, value in last.items() if name != "step"]  # fmt: skip
+    page.plots = training_plots({"training": tables})
+    paths = sorted(sheets.glob("step-*.png")) if sheets.is_dir() else []
+    if not paths:
+        return
+    page.gallery_title = "Sample grids"
+    paths = [paths[-1 - place] for place in evenly(len(paths), STEPS_SHOWN)][::-1]
+    held = identity.get("settings", {}).get("train", {}).get("validation_rows", 0)
+    if stores and held:
+        page.gallery_notes = [GRID_NOTE]
+        page.gallery = _held_rows(stores[0], held_out(stores[0].keys, held)[1][:GRID_ROWS], paths)
+    else:
+        page.gallery_notes = [
+            "Held-out rows, in pairs: true | predicted. Their latents, which know the prompts, are not here."
+        ]
+        sheets_ = [(path.stem, path.read_bytes()) for path in paths]
+        page.gallery = [Cell([Shown(data, png_pixels(data).shape[1])], {"name": stem}) for stem, data in sheets_]
 
 
-def _sheet(path: Path) -> str:
-    data = path.read_bytes()
-    return page.image(data, png_pixels(data).shape[1], f"sample grid of {path.stem}")
+def _held_rows(store: LatentsStore, rows: Sequence[int], paths: Sequence[Path]) -> list[Cell]:
+    """A cell for each held-out row: the true side of its pair, and the predicted side at each step."""
+    pairs = {int(path.stem.rpartition("-")[2]): _cut(png_pixels(path.read_bytes()), len(rows)) for path in paths}
+    cells = []
+    for place, row in enumerate(rows):
+        sides = {step: np.split(pair[place], 2, axis=1) for step, pair in pairs.items()}
+        images = {"true": next(iter(sides.values()))[0]}
+        images |= {f"predicted, step {step}": predicted for step, (_, predicted) in sides.items()}
+        shown = [Shown(png_bytes(pixels), pixels.shape[1], label) for label, pixels in images.items()]
+        cells.append(Cell(shown, {"name": store.keys[row], "prompt": store.captions[row]}))
+    return cells
+
+
+def _cut(sheet_HWC: np.ndarray, count: int) -> list[np.ndarray]:
+    """The images of a contact sheet of `count`."""
+    columns = math.ceil(math.sqrt(count))
+    height, width = (
+        (sheet_HWC.shape[0] - GUTTER) // math.ceil(count / columns),
+        (sheet_HWC.shape[1] - GUTTER) // columns,
+    )
+    corners = [(GUTTER + place // columns * height, GUTTER + place % columns * width) for place in range(count)]
+    return [sheet_HWC[top : top + height - GUTTER, left : left + width - GUTTER] for top, left in corners]
 
 
 # ---- latents --------------------------------------------------------------------------------------------------------
 
 
-def latents_sections(artifact: Artifact, device: str, ui: Ui) -> list[str]:
+def _add_latents(page: Page, artifact: Artifact, device: str, ui: Ui) -> None:
     store, recipe = LatentsStore.open(artifact), load_recipe(str(artifact.path))
     rows = evenly(store.rows, ROWS_SHOWN)
-    coloured, decoded = maps(store, rows), _decoded(store, rows, recipe, device, ui)
-    entries = [{"name": store.keys[row], "prompt": store.captions[row], "plan": store.plans[row]} for row in rows]
-    images = [_beside(*pair) for pair in zip(decoded, coloured, strict=True)]
-    named = {entry["name"]: image for entry, image in zip(entries, images, strict=True)}
     shape = "x".join(map(str, (*store.grid, store.channels)))
-    stored, encoder = artifact.identity.get("storage", "float16"), store.encoder["name"]
-    numbers = [page.card("Rows", f"{store.rows:,}", [f"of {shape} {stored}"]),
-               page.card("Mean norm of a token", f"{store.norm:.4g}", [f"encoder {encoder}"])]  # fmt: skip
-    seen = decoded[0] is not None
-    beside = "An image as the diffusion model's VAE keeps it, beside its patch latents" if seen else "Latents"
-    colours = f"{beside}: a token has the colour of its first three principal components, the same in all pictures."
-    return [page.cards(numbers), plots([channels(store), histogram(store)]),
-            page.section("Funnel", page.facts({name: artifact.info["funnel"][name] for name in FUNNEL})),
-            page.section("Counted", page.facts(artifact.info["counts"])),
-            page.gallery(entries, named, colours)]  # fmt: skip
+    page.cards = [
+        Card("Rows", f"{store.rows:,}", [f"of {shape} {artifact.identity.get('storage', 'float16')}"]),
+        Card("Mean norm of a token", f"{store.norm:.4g}", [f"encoder {store.encoder['name']}"]),
+    ]
+    page.gallery_notes = [
+        "An image as the diffusion model's VAE keeps it, beside its patch latents." if store.vae_shape else "",
+        "A token has the colour of its first three principal components, the same in all images.",
+    ]
+    for row, rgb, coloured in zip(rows, _decoded(store, rows, recipe, device, ui), maps(store, rows), strict=True):
+        entry = {"name": store.keys[row], "prompt": store.captions[row], "plan": store.plans[row]}
+        image = [] if rgb is None else [Shown(png_bytes(rgb), rgb.shape[1], "image")]
+        page.gallery = [*page.gallery, Cell([*image, Shown(coloured, MAP, "patch latents" if image else "")], entry)]
+    page.plots = [channels(store), histogram(store)]
+    page.facts = {"Funnel": {name: artifact.info["funnel"][name] for name in FUNNEL}}
+    page.folded = {"Counted": artifact.info["counts"], **page.folded}
 
 
 @torch.no_grad()
-def _decoded(store: LatentsStore, rows: list[int], recipe: Recipe, device: str, ui: Ui) -> list[Any]:
+def _decoded(store: LatentsStore, rows: list[int], recipe: Any, device: str, ui: Ui) -> list[Any]:
     """The images of rows from their VAE latents, uint8 (H, W, 3); None each where that is not possible here."""
     if store.vae_shape is None:
         return [None] * len(rows)
@@ -108,38 +169,21 @@ def _decoded(store: LatentsStore, rows: list[int], recipe: Recipe, device: str, 
     return list(vae_decode(vae, torch.from_numpy(store.vae(rows)).float()).numpy())
 
 
-def _beside(rgb_HWC: Any, coloured: bytes) -> tuple[bytes, int]:
-    map_HWC = png_pixels(coloured)
-    if rgb_HWC is None:
-        return coloured, map_HWC.shape[1]
-    height = rgb_HWC.shape[0]
-    scaled = torch.nn.functional.interpolate(torch.from_numpy(map_HWC.copy()).permute(2, 0, 1)[None].float(),
-                                             (height, height))[0]  # fmt: skip
-    pair = torch.cat([torch.from_numpy(rgb_HWC), scaled.permute(1, 2, 0).byte()], 1)
-    return png_bytes(pair.numpy()), 2 * height
-
-
 # ---- samples --------------------------------------------------------------------------------------------------------
-
-
-def samples_sections(artifact: Artifact, workspace: Path) -> list[str]:
-    images = from_samples(artifact, load_recipe(str(artifact.path)).images)
-    shown = thumbnails(images.entries)
-    return [plots(lineage_plots(artifact, workspace)), page.gallery(image_lines(images), shown)]
 
 
 def lineage_plots(samples: Artifact, workspace: Path) -> list[dict[str, Any]]:
     """Of what samples came from, as far as it is here: losses of the trainings, and true beside predicted latents."""
-    found = []
+    plots = []
     for kind in TRAININGS:
         for artifact in parents_of(samples, kind, workspace):
             (losses, *_) = training_plots({kind: artifact.path}) or [None]
-            found += [{**losses, "title": f"Loss of the {kind}'s training"}] if losses else []
+            plots += [{**losses, "title": f"Loss of the {kind}'s training"}] if losses else []
     stores = parents_of(samples, "latents", workspace)
-    return found + (clouds(stores[0], samples) if stores else [])
+    return plots + (clouds(stores[0], samples) if stores else [])
 
 
 def parents_of(artifact: Artifact, kind: str, workspace: Path) -> list[Any]:
     """The latents stores, or other artifacts of a kind, that an artifact was made from and that are here."""
-    found = {one.id: one.artifact for one in lineage(artifact, workspace) if one.kind == kind and one.artifact}
-    return [LatentsStore.open(one) if kind == "latents" else one for one in found.values()]
+    ancestors = {line.id: line.artifact for line in lineage(artifact, workspace) if line.kind == kind and line.artifact}
+    return [LatentsStore.open(parent) if kind == "latents" else parent for parent in ancestors.values()]

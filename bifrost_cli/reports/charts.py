@@ -1,23 +1,28 @@
-"""Plots as inline SVG: values with intervals, lines over a number, and clouds of points.
+"""Plots as inline SVG: values with intervals, lines over a number, clouds of points, and the graph of a lineage.
 
-Comes in: rows, or series of points, and the axes' names. Goes out: one `<svg>` as text: it takes its colours from the
-page (`currentColor`, `--bar`, `--soft`, `--line`), so that it is right in light and dark, says every value in words
-too, and needs no script and no library. Does not know what was measured.
+A drawing takes its colours from the page (`currentColor`, `--bar`, `--soft`, `--line`), so that it is right in light
+and dark; it is laid out for the width of a phone, says every value in words too, and needs no script and no library.
 """
 
 from __future__ import annotations
 
 import math
+import textwrap
+import unicodedata
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-WIDTH, HALF, CHAR = 720, 540, 7.2  # px of a drawing, of one with a neighbour, of one letter at 13 px
-ROW, TOP, BOTTOM = 34, 8, 44  # px of a row, above and below the plot
+WIDTH, EDGE, CHAR, WIDE = 360, 8, 7.7, 13  # px of a drawing, of its margin, of a letter at 12 px, of a CJK letter
+TOP, BELOW, LINE = 28, 40, 18  # px over a plot, under it for the axis, of a line of text
+PLOT, CLOUD = 190, 240  # px of a plot's height
+BOX, BOX_HEIGHT, BOX_ROW, ABREAST = 110, 40, 64, 3  # px of a lineage's boxes and rows; boxes side by side
 MARKED = 24  # points of a line that are marked one by one
-COLOURS = ("var(--bar, #3b6fb5)", "#c2571a", "#2e8b57", "#8e44ad", "#a8861d", "#c0397a")
+COLOURS = ("var(--bar)", *(f"var(--series-{number})" for number in range(2, 7)))
 DASHES = ("", "6 3", "2 3", "9 3 2 3", "12 4", "4 6")
-FONT = "font: 13px system-ui, sans-serif"
+FONT = "font: 12px system-ui, sans-serif"
+_RULE = 'stroke="var(--line, currentColor)" stroke-width="1" opacity=".6"'
+_SOFT = 'fill="var(--soft, currentColor)"'
 
 
 class Point(NamedTuple):
@@ -45,61 +50,94 @@ class _Axis(NamedTuple):
 
 
 def dots(rows: Sequence[Mapping[str, Any]], label: str = "") -> str:
-    """One line a row: its `name`, a dot at `value`, a bar over `interval95`, the value in words.
+    """One row each: its `name` and the value in words, under them a dot at `value` and a bar over `interval95`.
 
-    `label` names the axis. Values that all lie in [0, 1] get the axis 0 to 1. ValueError: no rows.
+    Args:
+        rows: with `name`, `value` and `interval95`. Values that all lie in [0, 1] get the axis 0 to 1.
+        label: the name of the axis.
+
+    Raises:
+        ValueError: no rows, or a value that is not finite.
     """
     if not rows:
         raise ValueError("no rows to draw")
-    edges = [number for row in rows for number in (row["value"], *row["interval95"])]
-    left = min(0.55 * WIDTH, CHAR * max(len(str(row["name"])) for row in rows) + 12)
-    height = TOP + ROW * len(rows) + BOTTOM
-    axis = _axis(edges, left, WIDTH - 84, share=True)
-    parts = [_ticks_below(axis, TOP, TOP + ROW * len(rows), label)]
-    for place, row in enumerate(rows):
-        parts.append(_dot(row, axis, TOP + ROW * (place + 0.5)))
-    return svg(height, "; ".join(f"{row['name']}: {row['value']:.3f}" for row in rows), parts)
+    axis = _axis([edge for row in rows for edge in (row["value"], *row["interval95"])], 20, WIDTH - 20, share=True)
+    parts, y = [], float(EDGE)
+    for row in rows:
+        names = _wrapped(row["name"], WIDTH - 2 * EDGE - 64)
+        parts += [_text(EDGE, y + LINE * (line + 0.7), name) for line, name in enumerate(names)]
+        parts.append(_text(WIDTH - EDGE, y + LINE * 0.7, _number(row["value"]), "end"))
+        y += LINE * len(names) + 24
+        parts.append(_dot(row, axis, y - 14))
+    below = _ticks_below(axis, EDGE, y, label)
+    return _svg(y + BELOW, "; ".join(f"{row['name']}: {row['value']:.3f}" for row in rows), [below, *parts])
 
 
 def lines(series: Mapping[str, Sequence[tuple[float, ...]]], x: str, y: str, *, powers: str = "x") -> str:
-    """One line a series, through points (x, y) or (x, y, low, high); `x` and `y` name the axes.
+    """One line a series.
 
-    A single series needs no legend. An axis named in `powers` ("x", "y", "xy") runs over powers when its largest number
-    is ten times the smallest or more, and all are above 0. ValueError: no points.
+    Args:
+        series: points (x, y) or (x, y, low, high) by name; a single series needs no legend.
+        x: the name of the axis below.
+        y: the name of the axis at the left.
+        powers: axes ("x", "y", "xy") that are logarithmic when all numbers are above 0 and the largest is ten times
+            the smallest or more.
+
+    Raises:
+        ValueError: no points, or a value that is not finite.
     """
-    points = {name: sorted(_point(values) for values in found) for name, found in series.items() if found}
-    if not points:
+    curves = {name: sorted(_point(values) for values in points) for name, points in series.items() if points}
+    if not curves:
         raise ValueError("no points to draw")
-    everything = [point for found in points.values() for point in found]
-    plot = 280
-    across = _axis([point.x for point in everything], 64, HALF - 24, exact=True, powers="x" in powers)
+    everything = [point for curve in curves.values() for point in curve]
     heights = [number for point in everything for number in point[1:]]
-    up = _axis(heights, TOP + plot, TOP + 14, share=max(heights) > 0.5, powers="y" in powers)
-    parts = [_ticks_below(across, TOP + 14, TOP + plot, x), _ticks_left(up, across, y)]
-    for number, (name, found) in enumerate(points.items()):
-        parts.append(_line(name, found, across, up, number))
-        parts.append(_legend(name, TOP + plot + BOTTOM + 22 * (number + 0.5), number) if len(points) > 1 else "")
-    told = "; ".join(f"{name}: " + ", ".join(f"{p.x:g} {p.y:.3f}" for p in found) for name, found in points.items())
-    legends = len(points) if len(points) > 1 else 0
-    return svg(TOP + plot + BOTTOM + 22 * legends, f"{y} against {x}. {told}", parts, HALF)
+    up = _axis(heights, TOP + PLOT, TOP, share=max(heights) > 0.5, powers="y" in powers)
+    across = _axis([point.x for point in everything], _left(up), WIDTH - 14, exact=True, powers="x" in powers)
+    parts = [_ticks_below(across, TOP, TOP + PLOT, x), _ticks_left(up, across, y)]
+    parts += [_line(name, curve, across, up, number) for number, (name, curve) in enumerate(curves.items())]
+    legend, height = _legend(list(curves) if len(curves) > 1 else [], TOP + PLOT + BELOW, _dash)
+    values = "; ".join(f"{name}: " + ", ".join(f"{p.x:g} {p.y:.3f}" for p in curve) for name, curve in curves.items())
+    return _svg(height, f"{y} against {x}. {values}", [*parts, legend])
 
 
 def points(series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> str:
-    """A cloud of points (x, y) a series. ValueError: no points."""
-    everything = [point for found in series.values() for point in found]
+    """A cloud of points (x, y) a series. Raises ValueError for no points."""
+    everything = [point for cloud in series.values() for point in cloud]
     if not everything:
         raise ValueError("no points to draw")
-    plot = 320
-    across = _axis([point[0] for point in everything], 64, HALF - 24)
-    up = _axis([point[1] for point in everything], TOP + plot, TOP + 14)
-    parts = [_ticks_below(across, TOP + 14, TOP + plot, x), _ticks_left(up, across, y)]
-    for number, (name, found) in enumerate(series.items()):
-        colour, middle = COLOURS[number % len(COLOURS)], TOP + plot + BOTTOM + 22 * (number + 0.5)
-        dots_ = "".join(f'<circle cx="{across.at(a):.1f}" cy="{up.at(b):.1f}" r="2.5"/>' for a, b in found)
-        parts.append(f'<g fill="{colour}" opacity=".55">{dots_}</g><circle cx="84" cy="{middle:.1f}" r="5" '
-                     f'fill="{colour}"/><text x="114" y="{middle + 4:.1f}">{_text(name)}</text>')  # fmt: skip
-    told = "; ".join(f"{name}: {len(found)} points" for name, found in series.items())
-    return svg(TOP + plot + BOTTOM + 22 * len(series), f"{y} against {x}. {told}", parts, HALF)
+    up = _axis([point[1] for point in everything], TOP + CLOUD, TOP)
+    across = _axis([point[0] for point in everything], _left(up), WIDTH - 14)
+    parts = [_ticks_below(across, TOP, TOP + CLOUD, x), _ticks_left(up, across, y)]
+    for number, cloud in enumerate(series.values()):
+        circles = "".join(f'<circle cx="{across.at(a):.1f}" cy="{up.at(b):.1f}" r="2"/>' for a, b in cloud)
+        parts.append(f'<g fill="{COLOURS[number % len(COLOURS)]}" opacity=".55">{circles}</g>')
+    legend, height = _legend(list(series), TOP + CLOUD + BELOW, _spot)
+    counts = "; ".join(f"{name}: {len(cloud)} points" for name, cloud in series.items())
+    return _svg(height, f"{y} against {x}. {counts}", [*parts, legend])
+
+
+def lineage_graph(edges: Sequence[tuple[str, str | None]], links: Mapping[str, str]) -> str:
+    """What was made from what, the first material at the top.
+
+    Args:
+        edges: (material, product) by id (KIND-HASH); the product is None where nothing was made of it.
+        links: the page of an id, where there is one; other boxes lead to `#ID`.
+    """
+    products: dict[str, set[str]] = {}
+    for name, product in edges:
+        products.setdefault(name, set()).update({product} - {None})
+    steps = {name: _steps(name, products) for name in products}
+    rows: list[list[str]] = []
+    for step in sorted(set(steps.values()), reverse=True):
+        level = [name for name in products if steps[name] == step]
+        rows += [level[start : start + ABREAST] for start in range(0, len(level), ABREAST)]
+    place = {name: (WIDTH * (column + 0.5) / len(row), EDGE + BOX_HEIGHT / 2 + BOX_ROW * number)
+             for number, row in enumerate(rows) for column, name in enumerate(row)}  # fmt: skip
+    pairs = [(name, product) for name in products for product in sorted(products[name])]
+    parts = [_edge(place[name], place[product]) for name, product in pairs]
+    parts += [_box(name, *place[name], links.get(name, f"#{name}")) for name in products]
+    description = "; ".join(f"{product} from {name}" for name, product in pairs) or ", ".join(products)
+    return _svg(BOX_ROW * len(rows) - (BOX_ROW - BOX_HEIGHT) + 2 * EDGE, description, parts, role="group")
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
@@ -107,35 +145,44 @@ def points(series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) 
 
 def _dot(row: Mapping[str, Any], axis: _Axis, middle: float) -> str:
     low, high = (axis.at(edge) for edge in row["interval95"])
-    where = axis.at(row["value"])
     return (
-        f'<text x="{axis.start - 10:.1f}" y="{middle + 4:.1f}" text-anchor="end">{_text(row["name"])}</text>'
         f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{middle:.1f}" y2="{middle:.1f}" stroke="{COLOURS[0]}" '
         'stroke-width="7" stroke-linecap="round" opacity=".4"/>'
-        f'<circle cx="{where:.1f}" cy="{middle:.1f}" r="5" fill="{COLOURS[0]}"/>'
-        f'<text x="{axis.end + 12:.1f}" y="{middle + 4:.1f}">{_number(row["value"])}</text>'
+        f'<circle cx="{axis.at(row["value"]):.1f}" cy="{middle:.1f}" r="5" fill="{COLOURS[0]}"/>'
     )
 
 
-def _line(name: str, points: Sequence[Point], across: _Axis, up: _Axis, number: int) -> str:
+def _line(name: str, curve: Sequence[Point], across: _Axis, up: _Axis, number: int) -> str:
     colour = COLOURS[number % len(COLOURS)]
-    places = [(across.at(p.x), up.at(p.y), up.at(p.low), up.at(p.high)) for p in points]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in places)
-    bars = "".join(
-        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{low:.1f}" y2="{high:.1f}" stroke="{colour}" stroke-width="5" '
-        f'opacity=".3"/><circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}">'
-        f"<title>{_text(name)}: {_number(point.y)} at {_number(point.x)}</title></circle>"
-        for point, (x, y, low, high) in zip(points, places, strict=True)
-        if len(points) <= MARKED
+    path = " ".join(f"{across.at(point.x):.1f},{up.at(point.y):.1f}" for point in curve)
+    marks = "".join(
+        f'<line x1="{(x := across.at(point.x)):.1f}" x2="{x:.1f}" y1="{up.at(point.low):.1f}" '
+        f'y2="{up.at(point.high):.1f}" stroke="{colour}" stroke-width="5" opacity=".3"/>'
+        f'<circle cx="{x:.1f}" cy="{up.at(point.y):.1f}" r="3" fill="{colour}">'
+        f"<title>{escape(name)}: {_number(point.y)} at {_number(point.x)}</title></circle>"
+        for point in curve
+        if len(curve) <= MARKED
     )
-    return f'<polyline points="{path}" {_stroke(number)}/>{bars}'
+    return f'<polyline points="{path}" {_stroke(number)}/>{marks}'
 
 
-def _legend(name: str, middle: float, number: int) -> str:
-    return (
-        f'<line x1="64" x2="104" y1="{middle:.1f}" y2="{middle:.1f}" {_stroke(number)}/>'
-        f'<text x="114" y="{middle + 4:.1f}">{_text(name)}</text>'
-    )
+def _legend(names: Sequence[str], y: float, mark: Any) -> tuple[str, float]:
+    """The names of the series from `y` down, each behind its mark, and where they end."""
+    parts = []
+    for number, name in enumerate(names):
+        parts.append(mark(number, y + LINE / 2))
+        for line in _wrapped(name, WIDTH - EDGE - 56):
+            parts.append(_text(56, y + LINE / 2 + 4, line))
+            y += LINE
+    return "".join(parts), y + EDGE / 2
+
+
+def _dash(number: int, middle: float) -> str:
+    return f'<line x1="{EDGE}" x2="46" y1="{middle:.1f}" y2="{middle:.1f}" {_stroke(number)}/>'
+
+
+def _spot(number: int, middle: float) -> str:
+    return f'<circle cx="28" cy="{middle:.1f}" r="5" fill="{COLOURS[number % len(COLOURS)]}"/>'
 
 
 def _stroke(number: int) -> str:
@@ -146,39 +193,77 @@ def _stroke(number: int) -> str:
 
 
 def _ticks_below(axis: _Axis, top: float, bottom: float, label: str) -> str:
-    ticks = "".join(
-        f'<line x1="{axis.at(tick):.1f}" x2="{axis.at(tick):.1f}" y1="{top:.1f}" y2="{bottom:.1f}" {_RULE}/>'
-        f'<text x="{axis.at(tick):.1f}" y="{bottom + 17:.1f}" text-anchor="middle" {SOFT}>{tick:.6g}</text>'
-        for tick in axis.ticks
-    )
-    middle = (axis.start + axis.end) / 2
-    return ticks + f'<text x="{middle:.1f}" y="{bottom + 36:.1f}" text-anchor="middle" {SOFT}>{_text(label)}</text>'
+    parts, free = [], 0.0  # numbers that would touch the one before are left out
+    for tick in axis.ticks:
+        x, number = axis.at(tick), f"{tick:.6g}"
+        parts.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}" {_RULE}/>')
+        half = CHAR * len(number) / 2
+        x = min(x, WIDTH - half - 3)
+        if x - half >= free:
+            parts.append(_text(x, bottom + 16, number, "middle", _SOFT))
+            free = x + half + 6
+    return "".join(parts) + _text((axis.start + axis.end) / 2, bottom + 33, label, "middle", _SOFT)
 
 
 def _ticks_left(up: _Axis, across: _Axis, label: str) -> str:
     ticks = "".join(
         f'<line x1="{across.start:.1f}" x2="{across.end:.1f}" y1="{up.at(tick):.1f}" y2="{up.at(tick):.1f}" {_RULE}/>'
-        f'<text x="{across.start - 8:.1f}" y="{up.at(tick) + 4:.1f}" text-anchor="end" {SOFT}>{tick:.6g}</text>'
+        + _text(across.start - 6, up.at(tick) + 4, f"{tick:.6g}", "end", _SOFT)
         for tick in up.ticks
     )
-    return ticks + f'<text x="4" y="{TOP + 4}" {SOFT}>{_text(label)}</text>'
+    return ticks + _text(EDGE / 2, 13, label, "start", _SOFT)
 
 
-_RULE = 'stroke="var(--line, currentColor)" stroke-width="1" opacity=".6"'
-SOFT = 'fill="var(--soft, currentColor)"'
+def _left(up: _Axis) -> float:
+    """Where a plot begins, so that the numbers at its left have room."""
+    return CHAR * max(len(f"{tick:.6g}") for tick in up.ticks) + 12
 
 
-def svg(height: float, told: str, parts: Sequence[str], width: int = WIDTH) -> str:
-    """The drawing, as wide as the page lets it be; `told` is what it shows, in words."""
+def _steps(name: str, products: Mapping[str, set[str]]) -> int:
+    """The longest way, in steps, from `name` to a last product."""
+    return max((1 + _steps(product, products) for product in products[name]), default=0)
+
+
+def _edge(start: tuple[float, float], end: tuple[float, float]) -> str:
+    (x, y), (to_x, to_y) = (start[0], start[1] + BOX_HEIGHT / 2), (end[0], end[1] - BOX_HEIGHT / 2)
+    middle = (y + to_y) / 2
+    path = f"M{x:.1f},{y:.1f} C{x:.1f},{middle:.1f} {to_x:.1f},{middle:.1f} {to_x:.1f},{to_y:.1f}"
+    return f'<path d="{path}" fill="none" stroke="var(--soft, currentColor)" stroke-width="1.5"/>'
+
+
+def _box(name: str, x: float, y: float, link: str) -> str:
+    kind, _, digest = name.rpartition("-")
     return (
-        f'<svg viewBox="0 0 {width} {height:.0f}" width="100%" role="img" aria-label="{_text(told)}" '
-        f'fill="currentColor" style="{FONT}; max-width: {width}px">{"".join(parts)}</svg>'
+        f'<a href="{escape(link)}"><title>{escape(name)}</title><rect x="{x - BOX / 2:.1f}" '
+        f'y="{y - BOX_HEIGHT / 2:.1f}" width="{BOX}" height="{BOX_HEIGHT}" rx="8" fill="var(--page, none)" '
+        f'stroke="var(--line, currentColor)"/>{_text(x, y - 3, _short(kind), "middle")}'
+        f"{_text(x, y + 13, _short(digest), 'middle', _SOFT)}</a>"
     )
+
+
+def _text(x: float, y: float, value: Any, anchor: str = "start", fill: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {fill}>{escape(str(value))}</text>'
+
+
+def _svg(height: float, description: str, parts: Sequence[str], role: str = "img") -> str:
+    """The drawing, as wide as the page lets it be."""
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" width="100%" role="{role}" aria-label="{escape(description)}" '
+        f'fill="currentColor" style="{FONT}">{"".join(parts)}</svg>'
+    )
+
+
+def _wrapped(name: Any, width: float) -> list[str]:
+    """The name in lines that are at most `width` px."""
+    letter = WIDE if any(unicodedata.east_asian_width(char) in "WF" for char in str(name)) else CHAR
+    return textwrap.wrap(str(name), max(1, int(width / letter))) or [""]
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= BOX // CHAR else name[: int(BOX // CHAR) - 1] + "\u2026"
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
-
-
 def _point(values: Sequence[float]) -> Point:
     return Point(*values) if len(values) == 4 else Point(values[0], values[1], values[1], values[1])
 
@@ -220,7 +305,3 @@ def _powers(low: float, high: float) -> list[float]:
 
 def _number(value: float) -> str:
     return f"{value:.3f}" if 0 < abs(value) < 1 and round(value, 2) != value else f"{value:.4g}"
-
-
-def _text(value: Any) -> str:
-    return escape(str(value))

@@ -1,55 +1,47 @@
-"""The report of an evaluation or an ablation as one page.
-
-Comes in: the report's JSON value and the bytes of the images to show. Goes out: HTML. Does not know how anything was
-measured.
-"""
+"""The page of an evaluation or an ablation, from its report's JSON and the images to show. Measures nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from bifrost_cli.reports.charts import dots, lines, points
-from bifrost_cli.reports.page import (
-    Images,
-    card,
-    cards,
-    command,
-    facts,
-    gallery,
-    lineage,
-    note,
-    page,
-    plot,
-    section,
-    text,
-)
-
-_DRAWN = {"dots": lambda found: dots(found["rows"], found["x"]),
-          "lines": lambda found: lines(found["series"], found["x"], found["y"], powers=found["powers"]),
-          "points": lambda found: points(found["series"], found["x"], found["y"])}  # fmt: skip
+from bifrost_cli.reports.page import Card, Images, Page, gallery
 
 
-def report_html(report: Mapping[str, Any], images: Images) -> str:
-    """The page. `images`: name -> (PNG bytes, width in px) of the entries of `report["pictures"]` that are shown."""
-    return page(report["title"], report["summary"], [
-        cards([_card(result) for result in report["results"]]),
-        *map(note, report["warnings"]),
-        *(_categories(result["categories"]) for result in report["results"] if "categories" in result),
-        plots(report.get("plots", ())),
-        gallery(report["pictures"], images),
-        section("Settings", facts(report["settings"])),
-        lineage(report["lineage"]),
-        section("The same again", command(report["command"])),
-        section("Measured with", facts(report["env"])),
-    ])  # fmt: skip
+def report_html(report: Mapping[str, Any], images: Images, pairs: str = "") -> str:
+    """The page of a report.
+
+    Args:
+        report: what `report.json` holds.
+        images: name -> (PNG bytes, width in px) of the entries of `report["pictures"]` that are shown.
+        pairs: what stands left and right where an image is a pair ("true | predicted").
+
+    Returns:
+        HTML.
+    """
+    cells, count = gallery(report["pictures"], images), len(report["pictures"])
+    rows = [row for result in report["results"] for row in result.get("categories", ())]
+    plotted = any(plot["kind"] == "dots" and len(plot["rows"]) == len(rows) for plot in report.get("plots", ()))
+    some = f"{len(cells)} of {count}, in order; none picked." if len(cells) < count else ""
+    return Page(
+        report["title"],
+        report["summary"],
+        cards=[result_card(result) for result in report["results"]],
+        notes=report["warnings"],
+        categories=() if plotted else rows,
+        gallery=cells,
+        gallery_notes=[pairs, some],
+        plots=report.get("plots", ()),
+        lineage=report["lineage"],
+        commands={"The same again": [report["command"]]},
+        folded={"By variant": {row["name"]: _share(row) for row in rows} if plotted else {},
+                "Settings": report["settings"], "Measured with": report["env"]},
+    ).html()  # fmt: skip
 
 
-def plots(found: Sequence[Mapping[str, Any]]) -> str:
-    """Plots of a report's JSON: `kind` (dots, lines or points), `title`, `caption`, and what `charts` draws of it."""
-    drawn = "".join(f'<div class="{text(one["kind"])}"><h3>{text(one["title"])}</h3>'
-                    f'{plot(_DRAWN[one["kind"]](one), one["caption"])}</div>' for one in found)  # fmt: skip
-    return section("Plots", drawn and f'<div class="plots">{drawn}</div>')
+def result_card(result: Mapping[str, Any]) -> Card:
+    """A result as a headline number."""
+    return Card(result["label"], number(result), (result["spread"], *result["details"]), result["sentence"])
 
 
 def number(result: Mapping[str, Any]) -> str:
@@ -57,21 +49,6 @@ def number(result: Mapping[str, Any]) -> str:
     return f"{result['value']:.1%}" if result["format"] == "share" else f"{result['value']:.4g}"
 
 
-def _card(result: Mapping[str, Any]) -> str:
-    return card(result["label"], number(result), (result["spread"], *result["details"]), result["sentence"])
-
-
-def _categories(categories: Sequence[Mapping[str, Any]]) -> str:
-    rows = ['<tr><th scope="col">Category</th><th scope="col">Right</th><th scope="col">95 % interval</th></tr>']
-    for row in categories:
-        low, high = row["interval95"]
-        bar = (
-            f'<div class="plot"><i style="left:{low:.2%};width:{high - low:.2%}"></i>'
-            f'<b style="left:{row["value"]:.2%}"></b></div>'
-        )
-        rows.append(
-            f'<tr><th scope="row">{text(row["name"].replace("_", " "))}</th><td>{row["value"]:.1%}<br>'
-            f'<span class="soft">{row["right"]} of {row["count"]}</span></td>'
-            f'<td>{bar}<span class="soft">{low:.1%} to {high:.1%}</span></td></tr>'
-        )
-    return section("By category", f'<div class="wide"><table>{"".join(rows)}</table></div>')
+def _share(row: Mapping[str, Any]) -> str:
+    low, high = row["interval95"]
+    return f"{row['value']:.1%}: {row['right']} of {row['count']} (95 % interval {low:.1%} to {high:.1%})"

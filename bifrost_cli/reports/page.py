@@ -1,7 +1,8 @@
-"""Pieces of a page that opens from disk: text, tables, cards, galleries, lineage, and the frame around them.
+"""What a page consists of, and how it becomes one HTML file that opens from disk.
 
-Comes in: values and PNG bytes. Goes out: HTML with no outside request, all text escaped, and one line of script, which
-lets Escape close an enlarged image; the page's own policy admits nothing else. Does not know what is reported.
+A `Page` is filled by the modules beside this one and rendered by `templates/page.html.j2`. The file asks for nothing
+outside itself, all text in it is escaped, and its content policy admits one line of script, which lets Escape close an
+enlarged image.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
-from html import escape
-from importlib import resources
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from bifrost_cli.reports.lineage_graph import graph
+from bifrost_cli.reports import charts
 
-SMALL = 256  # px: below, pixels are shown as squares
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+SMALL = 256  # px: narrower images are enlarged with square pixels
 SCRIPT = (
     'addEventListener("keydown",e=>{if(e.key=="Escape")document.querySelectorAll(".gallery details[open]")'
     ".forEach(d=>{d.open=false;d.firstElementChild.focus()})})"
@@ -25,146 +29,133 @@ POLICY = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-
 Images = Mapping[str, tuple[bytes, int]]  # name -> (PNG bytes, width in px)
 
 
-def page(title: str, summary: str, sections: Sequence[str]) -> str:
-    """The whole page; empty sections are left out."""
-    css = resources.files(__package__).joinpath("report.css").read_text("utf-8")
-    body = "\n".join(section for section in sections if section)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{css}</style></head>\n"
-        f'<body><main>\n<h1>{text(title)}</h1>\n<p class="soft">{text(summary)}</p>\n{body}\n</main>'
-        f"<script>{SCRIPT}</script></body></html>\n"
-    )
+class Card(NamedTuple):
+    """A headline number, its uncertainty, and a sentence on what it is."""
+
+    label: str
+    number: str
+    lines: Sequence[str] = ()
+    sentence: str = ""
 
 
-def text(value: Any) -> str:
-    """Any value as escaped text; bytes that are no text, and control characters, become a replacement sign."""
-    plain = str(value).encode("utf-8", "replace").decode("utf-8")
-    return escape("".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in plain))
+class Table(NamedTuple):
+    """Rows under column headings; the first cell of a row is its name. Without rows the page says `empty`, if given."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    empty: str = ""
 
 
-def foreign(value: Any) -> str:
-    """Text that somebody else wrote, in any script; it cannot turn round the words beside it."""
-    return f'<bdi dir="auto">{text(value)}</bdi>'
+class Shown(NamedTuple):
+    """An image of a gallery; `label` tells it from its neighbours in the same cell."""
+
+    png: bytes
+    width: int
+    label: str = ""
 
 
-def section(title: str, content: str) -> str:
-    """A heading and what is under it; nothing under it is no section."""
-    return f"<section><h2>{text(title)}</h2>{content}</section>" if content else ""
+class Cell(NamedTuple):
+    """A cell of a gallery: one image, or several side by side, and `entry` (prompt, plan, seed, right, why, name)."""
+
+    images: Sequence[Shown]
+    entry: Mapping[str, Any]
 
 
-def note(line: str) -> str:
-    return f'<p class="note">{text(line)}</p>'
+@dataclass
+class Page:
+    """The content of a page in the order in which it is shown; what is empty is left out."""
+
+    title: str
+    summary: str
+    cards: Sequence[Card] = ()
+    tables: Sequence[Table] = ()
+    notes: Sequence[str] = ()
+    categories: Sequence[Mapping[str, Any]] = ()
+    gallery: Sequence[Cell] = ()
+    gallery_title: str = "Images"
+    gallery_notes: Sequence[str] = ()
+    gallery_wide: bool = False
+    plots: Sequence[Mapping[str, Any]] = ()
+    facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    lineage: Sequence[Mapping[str, Any]] = ()
+    links: Mapping[str, str] = field(default_factory=dict)
+    commands: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    folded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def html(self) -> str:
+        """The whole file."""
+        graph = _printable(charts.lineage_graph(lineage_edges(self.lineage), self.links)) if self.lineage else ""
+        return _environment().get_template("page.html.j2").render(page=self, graph=graph, policy=POLICY, script=SCRIPT)
 
 
-def card(label: str, number: str, lines: Sequence[str], sentence: str = "") -> str:
-    """A headline number with its uncertainty and what it is."""
-    told = "<br>".join(text(line) for line in lines)
-    return (
-        f'<div class="card"><h2>{text(label)}</h2><div class="number">{text(number)}</div>'
-        f'<p>{told}</p><p class="soft">{text(sentence)}</p></div>'
-    )
+def gallery(entries: Sequence[Mapping[str, Any]], images: Images) -> list[Cell]:
+    """A cell for each entry (with its `name`) that has an image."""
+    return [Cell([Shown(*images[entry["name"]])], entry) for entry in entries if entry["name"] in images]
 
 
-def cards(found: Sequence[str]) -> str:
-    return f'<div class="cards">{"".join(found)}</div>' if found else ""
-
-
-def facts(values: Mapping[str, Any]) -> str:
-    """Names and values, one a row."""
-    rows = "".join(f"<tr><th>{text(name)}</th><td>{foreign(value)}</td></tr>" for name, value in values.items())
-    return f'<div class="wide"><table class="facts">{rows}</table></div>' if values else ""
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table with a heading a column; a row's first cell is its name."""
-    head = "".join(f'<th scope="col">{text(name)}</th>' for name in columns)
-    body = "".join(
-        f'<tr><th scope="row">{foreign(row[0])}</th>{"".join(f"<td>{foreign(cell)}</td>" for cell in row[1:])}</tr>'
-        for row in rows
-    )
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>' if rows else ""
-
-
-def plot(svg: str, caption: str = "") -> str:
-    return f'<figure class="wide">{svg}<figcaption class="soft">{text(caption)}</figcaption></figure>'
-
-
-def image(png: bytes, width: int, alt: str) -> str:
-    """An <img> that holds its own bytes."""
-    large = "" if width <= SMALL else ' class="large"'
-    source = "data:image/png;base64," + base64.b64encode(png).decode()
-    return f'<img{large} loading="lazy" alt="{text(alt)}" src="{source}">'
-
-
-def command(line: str) -> str:
-    return f"<pre><code>{text(line)}</code></pre>"
-
-
-# ---- images -------------------------------------------------------------------------------------------------------
-
-
-def gallery(entries: Sequence[Mapping[str, Any]], images: Images, told: str = "") -> str:
-    """Images with prompt, verdict and why, under what is `told` of all; Enter enlarges one, Escape closes it. Those
-    not in `images` are only counted."""
-    shown = [entry for entry in entries if entry["name"] in images]
-    if not shown:
-        return ""
-    some = f"{len(shown)} of {len(entries)}, in order; none picked." if len(shown) < len(entries) else ""
-    judged = any(entry.get("right") is not None for entry in shown)
-    choice = '<label class="filter"><input type="checkbox" id="wrong-only"> only those that are wrong</label>'
-    found = "".join(_image(entry, *images[entry["name"]]) for entry in shown)
-    lines = [f'<p class="soft">{text(line)}</p>' for line in (told, some) if line]
-    parts = [*lines, choice if judged else "", f'<ul class="gallery">{found}</ul>']
-    return section("Pictures", "".join(parts))
-
-
-def _image(entry: Mapping[str, Any], png: bytes, width: int) -> str:
-    verdict = {True: '<p class="right">\u2713 right</p>', False: '<p class="wrong">\u2717 wrong</p>'}
-    lines = [verdict.get(entry.get("right"), "")]
-    if entry.get("prompt"):
-        lines.append(f"<p><b>{foreign(entry['prompt'])}</b></p>")
-    if entry.get("why") and not entry["right"]:
-        lines.append(f"<p>{foreign(entry['why'])}</p>")
-    if entry.get("plan"):
-        lines.append(f'<p class="soft">plan: {foreign(entry["plan"])}</p>')
-    seed = "" if entry.get("seed") is None else f", seed {text(entry['seed'])}"
-    lines.append(f'<p class="soft">{foreign(entry["name"])}{seed}</p>')
-    wrong = ' class="is-wrong"' if entry.get("right") is False else ""
-    item = image(png, width, entry.get("prompt") or entry["name"])
-    return f"<li{wrong}><details><summary>{item}</summary></details><div>{''.join(lines)}</div></li>"
-
-
-# ---- where it comes from --------------------------------------------------------------------------------------------
-
-
-def lineage(lines: Sequence[Mapping[str, Any]]) -> str:
-    """What was made from what, as a graph, and what each step cost. `lines`: depth first, each with `depth`, `id`,
-    `kind` and `cost` (a mapping, or None where the artifact is not here any more)."""
-    if not lines:
-        return ""
-    once = {line["id"]: line for line in reversed(lines)}
-    rows = [[name, *_cost(line["cost"])] for name, line in reversed(once.items())]
-    columns = ("Made", "Wall time", "Device hours", "Device", "Samples")
-    return section("Made from", plot(graph(_edges(lines))) + table(columns, rows))
-
-
-def _edges(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str | None]]:
-    """(what, what was made of it), from a list that is depth first; of a tree's root nothing was made here."""
-    found: list[tuple[str, str | None]] = []
+def lineage_edges(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str | None]]:
+    """(material, product) of a lineage that is listed depth first; the product of a root is None."""
+    edges: list[tuple[str, str | None]] = []
     above: list[str] = []
     for line in lines:
         del above[line["depth"] :]
-        found.append((line["id"], above[-1] if above else None))
+        edges.append((line["id"], above[-1] if above else None))
         above.append(line["id"])
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(edges))
+
+
+# ---- jinja ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _environment() -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # only a command that writes a page pays for it
+
+    environment = Environment(
+        loader=PackageLoader(__package__),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_printable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.globals["small"] = SMALL
+    environment.filters |= {"data_uri": _data_uri, "chart": _chart, "costs": _costs}
+    return environment
+
+
+def _printable(value: Any) -> Any:
+    """Any value as text; bytes that are not text, and control characters, become a replacement sign."""
+    if hasattr(value, "__html__"):
+        return value
+    plain = str(value).encode("utf-8", "replace").decode("utf-8")
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in plain)
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _chart(plot: Mapping[str, Any]) -> str:
+    """The drawing of a plot of a report's JSON: `kind` (dots, lines or points) and what `charts` draws of it."""
+    if plot["kind"] == "dots":
+        svg = charts.dots(plot["rows"], plot["x"])
+    elif plot["kind"] == "lines":
+        svg = charts.lines(plot["series"], plot["x"], plot["y"], powers=plot["powers"])
+    else:
+        svg = charts.points(plot["series"], plot["x"], plot["y"])
+    return _printable(svg)
+
+
+def _costs(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """(id, cells of its row; none where it is gone) of each artifact of a lineage, once."""
+    return [(name, _cost(cost)) for name, cost in {line["id"]: line["cost"] for line in lines}.items()]
 
 
 def _cost(cost: Mapping[str, Any] | None) -> list[str]:
     if cost is None:
-        return ["not here any more", "", "", ""]
+        return []
     seconds = cost.get("seconds")
     time = "" if seconds is None else f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
     hours = "" if seconds is None else f"{seconds / 3600 * cost.get('devices', 1):.3f}"

@@ -1,28 +1,24 @@
-"""report: one artifact, or a training that is still running, as a page to look at; two of a kind, side by side.
+"""Write the page of an artifact, of a training that is still running, or of two artifacts of a kind side by side.
 
-In: a reference to an artifact of any kind, or the folder of an unfinished training. Out: one HTML file. A page is a
-view: it can be made again at any time, so the default place is simply written again. Computes no new number of a
-model.
+A page is a view: it can be made again at any time, so the default place is simply written again. Computes no new number
+of a model. What cannot be shown is refused before any heavy library is imported.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
-from bifrost_cli.artifacts import Artifact, resolve
+from bifrost_cli.artifacts import Artifact, lineage, resolve
 from bifrost_cli.artifacts.files import make_folder, read_json, write_bytes
 from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST
 from bifrost_cli.errors import UsageError
-from bifrost_cli.reports import page
-from bifrost_cli.reports.artifact_pages import (
-    TRAININGS,
-    latents_sections,
-    origin_sections,
-    samples_sections,
-    training_sections,
-)
-from bifrost_cli.reports.compare import compare_page
 from bifrost_cli.runtime.ui import Ui
+
+TRAININGS = ("branch", "controlnet")
+BUILTIN = tuple(f"builtin:{kind}" for kind in TRAININGS)
 
 
 def report(
@@ -35,22 +31,82 @@ def report(
     device: str = "auto",
     ui: Ui | None = None,
 ) -> Path:
-    """Write the page of `ref`, or of `ref` beside `other` of the same kind, and return its file.
+    """Write one page.
 
-    `output` is a new .html file; None writes `workspace/pages/ID.html`, again if it is there. `force` takes differences
-    of numbers that were not measured alike. UsageError (2): kinds that differ, an output that exists or is no .html.
-    ArtifactError, StoreError (5): damage.
+    Args:
+        ref: an artifact of any kind, `builtin:branch` or `builtin:controlnet`, or the folder of an unfinished training.
+        other: another of the same kind, shown beside it.
+        output: a new .html file; None writes `workspace/pages/ID.html`, again if it is there.
+        force: take differences of numbers that were not measured alike.
+        device: where a store's images are decoded.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError (2): kinds that differ, an output that exists or is not .html.
+        ArtifactError, StoreError (5): damage.
     """
     ui, workspace = ui or Ui(), Path(workspace)
     if other is not None:
-        sides = [resolve(workspace, one) for one in (ref, other)]
-        name, html = f"{sides[0].id}-and-{sides[1].id}", compare_page(*sides, workspace, force, ui)
+        sides = [_resolve(workspace, side) for side in (ref, other)]
+        _check_pair(*sides)
+    elif is_draft(Path(ref)):
+        return _unfinished(Path(ref), output, workspace)
     else:
-        name, html = _one(ref, workspace, device, ui)
-    file = _file(output, workspace, name)
-    make_folder(file.parent)
-    write_bytes(file, html.encode("utf-8"))
-    return file
+        sides = [_resolve(workspace, ref)]
+    file = _file(output, workspace, "-and-".join(side.id for side in sides))
+    for side in sides:
+        if side.kind != "latents":  # a store checks what it reads; it may be terabytes
+            side.check()
+    if other is not None:
+        from bifrost_cli.reports.compare import compare_page  # torch and zarr, after everything that can be refused
+
+        page = compare_page(*sides, workspace, force, ui)
+    elif sides[0].kind == "report":
+        return _write(file, sides[0].file("report.html").read_text("utf-8"))
+    else:
+        from bifrost_cli.reports.artifact_pages import artifact_page
+
+        page = artifact_page(sides[0], workspace, device, ui)
+    page.links = _links(sides, workspace, file)
+    return _write(file, page.html())
+
+
+def is_draft(folder: Path) -> bool:
+    """Whether a folder is an artifact that is not finished."""
+    return (folder / DRAFT).is_file() and not (folder / MANIFEST).exists()
+
+
+def unfinished_training(folder: Path) -> bool:
+    """Whether a folder is a training that is not finished; it has a page already."""
+    return is_draft(folder) and read_json(folder / DRAFT).get("kind") in TRAININGS
+
+
+def _resolve(workspace: Path, ref: Path | str) -> Artifact:
+    if str(ref) not in BUILTIN:
+        return resolve(workspace, ref)
+    from bifrost_cli.loading.compatibility import builtin  # torch; every other reference does without
+
+    return builtin(str(ref).removeprefix("builtin:"))
+
+
+def _check_pair(first: Artifact, second: Artifact) -> None:
+    if first.kind != second.kind:
+        raise UsageError(f"{first.id} is a {first.kind} and {second.id} a {second.kind}: they have nothing to compare",
+                         fix="give two of a kind: bifrost artifacts ls")  # fmt: skip
+    if first.id == second.id:
+        raise UsageError(f"{first.id} was given twice", fix="give two of a kind: bifrost artifacts ls")
+
+
+def _unfinished(folder: Path, output: Path | str | None, workspace: Path) -> Path:
+    draft, file = read_json(folder / DRAFT), _file(output, workspace, folder.name)
+    if not unfinished_training(folder):
+        raise UsageError(f"{folder} is an unfinished {draft.get('kind')}: there is nothing to show yet",
+                         fix="run the command that makes it again; it continues")  # fmt: skip
+    from bifrost_cli.reports.artifact_pages import unfinished_page
+
+    return _write(file, unfinished_page(folder, draft, workspace).html())
 
 
 def _file(output: Path | str | None, workspace: Path, name: str) -> Path:
@@ -58,40 +114,26 @@ def _file(output: Path | str | None, workspace: Path, name: str) -> Path:
         return workspace / "pages" / f"{name}.html"
     file = Path(output)
     if file.suffix != ".html":
-        raise UsageError(f"{file} is no .html file", fix=f"-o {file}.html")
+        raise UsageError(f"{file} is not an .html file", fix=f"-o {file}.html")
     if file.exists():
         raise UsageError(f"{file} exists already", fix="choose another name with -o", code="BF-USE-002")
     return file
 
 
-def _one(ref: Path | str, workspace: Path, device: str, ui: Ui) -> tuple[str, str]:
-    folder = Path(ref)
-    if (folder / DRAFT).is_file() and not (folder / MANIFEST).exists():
-        return folder.name, _unfinished(folder)
-    artifact = resolve(workspace, ref)
-    if artifact.kind == "latents":  # the store checks what it reads; it may be terabytes
-        sections = latents_sections(artifact, device, ui)
-    else:
-        artifact.check()
-    if artifact.kind == "report":
-        return artifact.id, artifact.file("report.html").read_text("utf-8")
-    if artifact.kind in TRAININGS:
-        sections = training_sections(artifact.path, artifact.path / "samples", artifact.info)
-    if artifact.kind == "samples":
-        sections = samples_sections(artifact, workspace)
-    sections += origin_sections(artifact, workspace)
-    return artifact.id, page.page(f"{artifact.kind.capitalize()} {artifact.id}", _summary(artifact), sections)
+def _links(artifacts: Sequence[Artifact], workspace: Path, file: Path) -> dict[str, str]:
+    """Pages of what the artifacts were made from, by id, as seen from `file`; only those that are there."""
+    links = {}
+    for line in (line for artifact in artifacts for line in lineage(artifact, workspace)):
+        pages = [
+            workspace / "pages" / f"{line.id}.html",
+            *([line.artifact.path / "report.html"] if line.artifact else []),
+        ]
+        if page := next(filter(Path.is_file, pages), None):
+            links[line.id] = quote(Path(os.path.relpath(page, file.parent)).as_posix())
+    return links
 
 
-def _unfinished(folder: Path) -> str:
-    kind = read_json(folder / DRAFT).get("kind")
-    if kind not in TRAININGS:
-        raise UsageError(f"{folder} is an unfinished {kind}; there is nothing to look at yet",
-                         fix="give the command that makes it again; it continues")  # fmt: skip
-    sections = training_sections(folder / "work", folder / "work" / "samples", {})
-    return page.page(f"Training of a {kind}", f"unfinished, in {folder.name}", sections)
-
-
-def _summary(artifact: Artifact) -> str:
-    made = artifact.manifest["made"]
-    return f"made {made['when'][:16].replace('T', ' ')} UTC, recipe {artifact.info.get('recipe', {}).get('name', '?')}"
+def _write(file: Path, html: str) -> Path:
+    make_folder(file.parent)
+    write_bytes(file, html.encode("utf-8"))
+    return file

@@ -308,7 +308,8 @@ def test_hostile_prompts_stay_text(recipe, workspace):
     assert not seen.tags.keys() & {"iframe", "link", "object", "form"} and seen.tags["style"] == 1
     assert seen.tags["script"] == 1 and page.count(f"<script>{SCRIPT}</script>") == 1, "the page's own line alone"
     assert seen.tags["img"] == COUNT and "&lt;script&gt;" in page
-    assert not [name for name, _ in seen.attributes if name.startswith("on") or name == "href"]
+    assert not [name for name, _ in seen.attributes if name.startswith("on")]
+    assert all(value.startswith("#") for name, value in seen.attributes if name == "href"), "links stay on the page"
     assert all(value.startswith("data:image/png;base64,") for name, value in seen.attributes if name == "src")
     assert "url(" not in page and "@import" not in page, "the page asks for nothing outside"
     assert "\u202e" not in page and "\x1b" not in page and "\x00" not in page

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 
 import pytest
 from fixtures_pages import COUNT, KINDS, RIGHT, browser_path, make_pages, opened
+from fixtures_stage_training import CAPTIONS
 from fixtures_store import make_store
 
+from bifrost_cli.artifacts import Artifact, Draft
+from bifrost_cli.cli.app import run
 from bifrost_cli.errors import ArtifactError, UsageError
+from bifrost_cli.reports import artifact_pages
+from bifrost_cli.reports.evaluation_page import report_html
 from bifrost_cli.reports.page import SCRIPT
 from bifrost_cli.reports.report import report
+from bifrost_cli.training import branch_task, controlnet_task
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +36,14 @@ def text(page):
 
 def test_a_training_shows_curves_health_grids_and_where_it_came_from(pages):
     shown = text(pages["branch"])
-    for words in ("Loss while training", "loss shuffled", "cosine", "variance", "Sample grids", "step-", "Made from"):
+    for words in ("Loss while training", "loss shuffled", "cosine", "variance", "Sample grids", "true | predicted",
+                  "predicted, step ", CAPTIONS[0], "Made from"):  # fmt: skip
         assert words in shown, words
     assert "<polyline" in pages["branch"].read_text("utf-8") and "trained parameters" in shown
+
+
+def test_a_sample_grid_is_cut_where_the_training_put_it_together():
+    assert artifact_pages.GRID_ROWS == branch_task.SHOWN == controlnet_task.SHOWN
 
 
 def test_a_store_shows_its_channels_norms_and_maps(pages):
@@ -72,7 +86,7 @@ def test_two_kinds_and_one_thing_twice_are_refused(pages, tmp_path):
         report(runs / "samples-0", runs / "samples-0", workspace=runs, output=tmp_path / "a.html")
     with pytest.raises(UsageError, match="exists already"):
         report(runs / "samples-0", workspace=runs, output=pages["samples"])
-    with pytest.raises(UsageError, match="no .html file"):
+    with pytest.raises(UsageError, match="not an .html file"):
         report(runs / "samples-0", workspace=runs, output=tmp_path / "a.pdf")
     assert not list(tmp_path.iterdir())
 
@@ -83,6 +97,44 @@ def test_a_damaged_artifact_has_no_page(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(ArtifactError):
         report(store.path, workspace=tmp_path, output=tmp_path / "a.html")
+
+
+# ---- on the command line --------------------------------------------------------------------------------------------
+
+
+def test_an_empty_workspace_says_what_there_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(["report"]) == 0
+    told = capsys.readouterr()
+    assert "no finished artifact yet" in told.out and "builtin:branch" in told.out and "bifrost generate" in told.err
+    with pytest.raises(ZeroDivisionError), Draft.open(tmp_path / "runs" / "latents-x", "latents", {"x": 1}):
+        1 / 0  # noqa: B018
+    assert run(["report", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["path"] is None and told["unfinished"] == ["runs/latents-x"]
+    assert sorted(path.name for path in tmp_path.rglob("*.html")) == []
+
+
+def test_the_newest_training_that_runs_is_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ZeroDivisionError), Draft.open(tmp_path / "runs" / "branch-x", "branch", {"x": 1}) as draft:
+        (draft.path / "work").mkdir()
+        (draft.path / "work" / "losses.csv").write_text("step,loss\n1,0.5\n2,0.25\n3,0.1")
+        1 / 0  # noqa: B018
+    assert run(["report", "-q"]) == 0
+    page = text(tmp_path / capsys.readouterr().out.strip())
+    assert "unfinished, in branch-x" in page and "Loss while training" in page
+
+
+def test_a_refusal_loads_no_heavy_library(tmp_path):
+    """What needs no model is answered at once: torch alone takes seconds to import."""
+    program = (
+        "import sys\nfrom bifrost_cli.cli.app import run\n"
+        "assert (run(['report', 'nothing']), run(['report'])) == (5, 0)\n"
+        "assert not {'torch', 'transformers', 'diffusers', 'zarr', 'scipy', 'jinja2'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # ---- in a browser ---------------------------------------------------------------------------------------------------
@@ -117,11 +169,85 @@ def test_a_page_opens_asks_for_nothing_and_does_not_complain(browser, pages, kin
         assert all(url == pages[kind].as_uri() or url.startswith("data:") for url in page.asked), page.asked
 
 
+MEASURED = """() => {
+    const rect = e => e.getBoundingClientRect(), cut = [], seen = e => rect(e).width && rect(e).height
+    for (const e of document.querySelectorAll('main *')) {
+        if (!seen(e) || e.closest('svg') && e.tagName != 'svg') continue
+        if (rect(e).right > innerWidth + 1 || rect(e).left < -1) cut.push('wider: ' + e.outerHTML.slice(0, 80))
+        if (e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX != 'visible')
+            cut.push('scrolls: ' + e.outerHTML.slice(0, 80))
+    }
+    for (const e of document.querySelectorAll('svg text')) {
+        const box = rect(e), around = rect(e.ownerSVGElement)
+        if (box.left < around.left - 1 || box.right > around.right + 1 || box.top < around.top - 1 ||
+            box.bottom > around.bottom + 1) cut.push('clipped: ' + e.textContent)
+        if (parseFloat(getComputedStyle(e).fontSize) * around.width / e.ownerSVGElement.viewBox.baseVal.width < 10)
+            cut.push('small: ' + e.textContent)
+    }
+    return cut
+}"""
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("width", (375, 1280))
-def test_nothing_is_wider_than_the_window(browser, pages, kind, width):
+@pytest.mark.parametrize("width", (390, 1280))
+def test_nothing_is_cut_or_clipped(browser, pages, kind, width):
+    """Also with every folded part open: no element beyond the window, no label beyond its drawing."""
     with opened(browser, pages[kind], viewport={"width": width, "height": 800}) as page:
+        page.evaluate("document.querySelectorAll('.fold').forEach(d => d.open = true)")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.locator("svg text").count()
+        assert page.evaluate(MEASURED) == []
+
+
+@pytest.mark.parametrize("width", (390, 1280))
+def test_long_names_wrap_in_a_plot(browser, tmp_path, width):
+    """Of an ablation: names of any length and script, at a row, in a legend, and in a lineage."""
+    names = ["a variant with a name that is far too long for one line of a plot on a phone", "\u4e00" * 60, "x" * 90]
+    rows = [{"name": name, "value": 0.5, "interval95": [0.0, 1.0], "right": 1, "count": 2} for name in names]
+    series = {name: [[1, 1000000.0], [1e6, 2.5e-7]] for name in names}
+    plot = {"x": "share", "y": "loss", "caption": "", "title": "", "powers": ""}
+    plots = [{**plot, "kind": "dots", "rows": rows}, {**plot, "kind": "lines", "series": series},
+             {**plot, "kind": "points", "series": series}]  # fmt: skip
+    kinds = ("report", "controlnet", "b", "c", "d", "a-kind-with-a-long-name")
+    lines = [{"depth": int(place > 0), "id": f"{kind}-0123456789ab", "kind": kind, "cost": None}
+             for place, kind in enumerate(kinds)]  # fmt: skip
+    result = {"label": "right", "format": "share", "value": 0.5, "spread": "", "details": [], "sentence": "s",
+              "categories": rows}  # fmt: skip
+    report = {"title": "t", "summary": "s", "results": [result], "warnings": [], "pictures": [], "plots": plots,
+              "settings": {"name": "y" * 200}, "lineage": lines, "command": "z" * 200, "env": {}}  # fmt: skip
+    (tmp_path / "a.html").write_text(report_html(report, {}), encoding="utf-8")
+    with opened(browser, tmp_path / "a.html", viewport={"width": width, "height": 800}) as page:
+        page.evaluate("document.querySelectorAll('.fold').forEach(d => d.open = true)")
+        assert page.evaluate(MEASURED) == []
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "branches"])
+def test_images_come_before_curves_and_settings_are_folded(browser, pages, kind):
+    with opened(browser, pages[kind]) as page:
+        places = page.evaluate("""() => ['.gallery', '.plots', '.lineage'].map(name =>
+            document.querySelector(name)?.getBoundingClientRect().top)""")
+        assert [place for place in places if place] == sorted(place for place in places if place) and places[0]
+        assert page.evaluate("[...document.querySelectorAll('.fold')].every(d => !d.open)")
+        assert page.locator(".fold").count() >= (2 if len(kind.split("-")) == 1 and kind != "reports" else 0)
+
+
+def test_a_box_of_the_lineage_leads_to_its_row_or_its_page(browser, pages):
+    runs = pages["report"].parent / "runs"
+    branch = next(path for path in runs.iterdir() if path.name.startswith("branch-"))
+    report(branch, workspace=runs)
+    report(runs / "samples-0", workspace=runs)
+    with opened(browser, runs / "pages" / f"{samples_id(runs)}.html") as page:
+        links = {link.get_attribute("href") for link in page.locator("svg a").all()}
+        own = {link for link in links if not link.startswith("#")}
+        assert own == {f"{branch.name}.html"} and len(links) == 3
+        rows = page.evaluate("[...document.querySelectorAll('tr[id]')].map(row => '#' + row.id)")
+        assert links - own <= set(rows)
+        page.locator(f"svg a[href='{branch.name}.html']").click()
+        assert page.title() == branch.name
+
+
+def samples_id(runs):
+    return Artifact.open(runs / "samples-0").id
 
 
 def test_the_keyboard_alone_enlarges_a_picture_and_filters(browser, pages):
@@ -142,13 +268,16 @@ def test_the_keyboard_alone_enlarges_a_picture_and_filters(browser, pages):
 
 
 def contrast(page):
-    """Of the page's text and of its soft text against what is behind them, by WCAG's formula."""
+    """Of each kind of text against what is behind it, by WCAG's formula."""
     return page.evaluate("""() => {
         const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => v / 255).map(v =>
             v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b }
-        const behind = light(getComputedStyle(document.body).backgroundColor)
-        return ['h1', '.soft'].map(name => {
-            const front = light(getComputedStyle(document.querySelector(name)).color)
+        const ground = e => { const c = getComputedStyle(e).backgroundColor
+            return c.endsWith(', 0)') ? ground(e.parentElement) : c }
+        const names = ['h1', '.soft', '.card .soft', 'figcaption', 'svg text', '.right', '.wrong', 'pre', 'td']
+        return names.map(name => {
+            const e = document.querySelector(name), style = getComputedStyle(e)
+            const front = light(e.closest('svg') ? style.fill : style.color), behind = light(ground(e))
             return (Math.max(front, behind) + .05) / (Math.min(front, behind) + .05) })
     }""")
 
