@@ -30,6 +30,25 @@ from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST, Artifact, payload_fi
 from bifrost_cli.errors import ArtifactError, StoreError, UsageError
 
 
+def require_place(path: Path) -> None:
+    """Refuse what can become no artifact: a link, a file, or a folder with files that are not ours.
+
+    Raises:
+        UsageError: BF-USE-002, naming what is there.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UsageError(f"{path} exists and is not a folder", fix="choose another place with -o", code="BF-USE-002")
+    names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    foreign = {name for name in names if name != LOCK_NAME and not name.startswith(TEMP_PREFIX)}
+    if foreign and not foreign & {MANIFEST, DRAFT}:
+        raise UsageError(
+            f"{path} exists and was not made by bifrost",
+            at="it holds " + ", ".join(sorted(foreign)[:5]),
+            fix="choose another place with -o",
+            code="BF-USE-002",
+        )
+
+
 class Draft:
     """An artifact in the making; holds its folder's lock until `commit` or `close`. Use as a context manager.
 
@@ -56,11 +75,7 @@ class Draft:
         if kind not in KINDS:
             raise ValueError(f"no such kind: {kind}")
         draft = cls(Path(path), kind, json.loads(canonical_json(dict(identity))), parents)
-        if draft.path.is_symlink() or (draft.path.exists() and not draft.path.is_dir()):
-            raise UsageError(
-                f"{path} exists and is not a folder", fix="choose another place with -o", code="BF-USE-002"
-            )
-        draft._refuse_foreign()  # before the lock: nothing is written into a folder that is not ours
+        require_place(draft.path)  # before the lock: nothing is written into a folder that is not ours
         if (draft.path / MANIFEST).exists() and not (draft.path / DRAFT).exists():
             draft._adopt()
         else:
@@ -124,17 +139,6 @@ class Draft:
             self.continued = True
         else:
             write_json(self.path / DRAFT, self._header())
-
-    def _refuse_foreign(self) -> None:
-        names = {path.name for path in self.path.iterdir()} if self.path.exists() else set()
-        foreign = {name for name in names if name != LOCK_NAME and not name.startswith(TEMP_PREFIX)}
-        if foreign and not foreign & {MANIFEST, DRAFT}:
-            raise UsageError(
-                f"{self.path} exists and was not made by bifrost",
-                at="it holds " + ", ".join(sorted(foreign)[:5]),
-                fix="choose another place with -o",
-                code="BF-USE-002",
-            )
 
     def _adopt(self) -> None:
         found = Artifact.open(self.path)

@@ -21,6 +21,9 @@ MAKERS = {
 }
 
 
+BUILTIN = Path(__file__).parents[1] / "builtin"  # what ships with the package: models, and a trained artifact a kind
+
+
 @dataclass(frozen=True)
 class Survey:
     """What a workspace holds: artifacts newest first, unfinished folders, and broken ones with the reason."""
@@ -80,9 +83,22 @@ def newest(workspace: Path | str, kind: str) -> Artifact:
 
 
 def resolve(workspace: Path | str, ref: Path | str, kind: str | None = None) -> Artifact:
-    """The artifact that `ref` means: a folder, an id, or the beginning of an id (with or without its kind)."""
+    """The artifact that `ref` means.
+
+    Args:
+        workspace: where ids are looked up.
+        ref: a folder, an id, the beginning of an id (with or without its kind), or what ships with the package:
+            `builtin:branch`, `builtin:controlnet`, or `builtin` where `kind` says which.
+        kind: what it has to be; None takes any.
+
+    Raises:
+        UsageError: an empty `ref`.
+        ArtifactError: there is none, several match, or it is of another kind.
+    """
     if not str(ref).strip():
         raise UsageError("the reference to an artifact is empty", fix="see what there is: bifrost artifacts ls")
+    if str(ref) == "builtin" or str(ref).startswith("builtin:"):
+        return _of_kind(_builtin(str(ref).partition(":")[2] or str(kind)), kind)
     folder = Path(ref)
     if folder.is_dir():
         return _of_kind(Artifact.open(folder), kind)
@@ -98,6 +114,15 @@ def resolve(workspace: Path | str, ref: Path | str, kind: str | None = None) -> 
         at=f"{workspace} holds {known}",
         fix=f"see all: bifrost artifacts ls -w {workspace}",
     )
+
+
+def _builtin(kind: str) -> Artifact:
+    if not (BUILTIN / kind / MANIFEST).is_file():
+        raise ArtifactError(
+            f"no {kind} artifact ships with bifrost" if kind in MAKERS else f"builtin {kind} names no artifact",
+            fix="give builtin:branch or builtin:controlnet, or see what there is: bifrost artifacts ls",
+        )
+    return Artifact.open(BUILTIN / kind)
 
 
 def _of_kind(artifact: Artifact, kind: str | None) -> Artifact:

@@ -43,10 +43,25 @@ class Result:
 Body = Callable[..., Result]
 
 
-def command(app: typer.Typer, name: str, flags: Sequence[Flag] = (), default: str = "tiny") -> Callable[[Body], Body]:
-    """Register a body as `name`. Its `recipe` parameter becomes --recipe, --set and `flags`; its `ui` is supplied.
+def command(
+    app: typer.Typer,
+    name: str,
+    flags: Sequence[Flag] = (),
+    default: str = "tiny",
+    check: Callable[..., None] | None = None,
+) -> Callable[[Body], Body]:
+    """Register a function as a command.
 
-    `default` is the recipe when none is named.
+    Args:
+        app: the group that it belongs to.
+        name: what people type.
+        flags: recipe keys that have a flag of their own.
+        default: the recipe when none is named.
+        check: takes the command's parameters and raises what can be refused before a model library is imported.
+
+    Returns:
+        The decorator; it leaves the function as it is. A `recipe` parameter becomes --recipe, --set and `flags`, and
+        `ui` is supplied.
     """
 
     def register(body: Body) -> Body:
@@ -59,6 +74,8 @@ def command(app: typer.Typer, name: str, flags: Sequence[Flag] = (), default: st
                     given["recipe"] = _load(given, flags)
                 if "ui" in own:
                     given["ui"] = Ui() if quiet or distributed_env().rank else TerminalUi()
+                if check is not None:
+                    _check(check, given)
                 result = body(**given)
                 if distributed_env().rank == 0:  # of several processes the first one speaks
                     _show(result, as_json, quiet)
@@ -77,6 +94,15 @@ def command(app: typer.Typer, name: str, flags: Sequence[Flag] = (), default: st
         return body
 
     return register
+
+
+def _check(check: Callable[..., None], given: dict[str, Any]) -> None:
+    """Refuse in every process of a job, and say it in the first one."""
+    try:
+        check(**given)
+    except BifrostError as error:
+        error.elsewhere = distributed_env().rank > 0
+        raise
 
 
 def _declare(run: Callable[..., None], own: Any, flags: Sequence[Flag], default: str) -> None:

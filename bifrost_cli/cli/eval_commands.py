@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from bifrost_cli.cli import preflight
 from bifrost_cli.cli.command import Result, command
 from bifrost_cli.cli.options import EVALUATE, Device, DryRun, Output, Recipe, Workspace
 from bifrost_cli.cli.stage_commands import made
@@ -27,7 +28,7 @@ LARGE = 2**30  # bytes of a report.json
 app = typer.Typer()
 
 
-@command(app, "eval", EVALUATE)
+@command(app, "eval", EVALUATE, check=preflight.evaluate)
 def evaluate(
     recipe: Recipe,
     ui: Ui,

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from bifrost_cli.cli import preflight
 from bifrost_cli.cli.command import Result, command
 from bifrost_cli.cli.options import DryRun, Output, Recipe, Workspace
 from bifrost_cli.runtime.ui import Ui
@@ -18,7 +19,7 @@ RUNS = Path("runs")
 app = typer.Typer()
 
 
-@command(app, "import")
+@command(app, "import", check=preflight.import_checkpoint)
 def import_checkpoint(
     recipe: Recipe,
     ui: Ui,
@@ -45,7 +46,7 @@ def import_checkpoint(
     return Result([f"{part.id}  {part.path}" for part in made], data, "\n".join(str(p.path) for p in made), hint)
 
 
-@command(app, "export")
+@command(app, "export", check=preflight.export)
 def export(
     ui: Ui,
     ref: Annotated[str, typer.Argument(metavar="REF", help="A branch or ControlNet artifact, or builtin:branch.")],

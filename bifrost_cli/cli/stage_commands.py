@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from bifrost_cli.artifacts import Artifact
+from bifrost_cli.cli import preflight
 from bifrost_cli.cli.command import Result, command
 from bifrost_cli.cli.options import (
     EXTRACT,
@@ -26,7 +27,6 @@ from bifrost_cli.cli.options import (
     Resume,
     Workspace,
 )
-from bifrost_cli.errors import UsageError
 from bifrost_cli.runtime import launch
 from bifrost_cli.runtime.ui import Ui
 
@@ -53,7 +53,7 @@ Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives th
 Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or WebP file.")]
 
 
-@command(app, "extract-latents", EXTRACT)
+@command(app, "extract-latents", EXTRACT, check=preflight.extract_latents)
 def extract_latents(
     recipe: Recipe,
     ui: Ui,
@@ -85,7 +85,7 @@ def extract_latents(
     )
 
 
-@command(train, "branch")
+@command(train, "branch", check=preflight.train)
 def train_branch(
     recipe: Recipe,
     ui: Ui,
@@ -110,7 +110,7 @@ def train_branch(
     return made(train_branch(recipe, latents=latents, ui=ui, **options))
 
 
-@command(train, "controlnet")
+@command(train, "controlnet", check=preflight.train)
 def train_controlnet(
     recipe: Recipe,
     ui: Ui,
@@ -135,7 +135,7 @@ def train_controlnet(
     return made(train_controlnet(recipe, latents=latents, ui=ui, **options))
 
 
-@command(app, "generate", GENERATE)
+@command(app, "generate", GENERATE, check=preflight.generate)
 def generate(
     recipe: Recipe,
     ui: Ui,
@@ -161,8 +161,6 @@ def generate(
     """
     from bifrost_cli.generation.generate import generate
 
-    if prompt is not None and prompts is not None:
-        raise UsageError("a prompt and --prompts were both given", fix="leave one of them out")
     if prompt is None and prompts is None:
         prompt = FIRST_PROMPT
         ui.say(f'no prompt was given; generating "{prompt}"')
@@ -173,7 +171,7 @@ def generate(
     )
 
 
-@command(app, "reconstruct", RECONSTRUCT)
+@command(app, "reconstruct", RECONSTRUCT, check=preflight.reconstruct)
 def reconstruct(
     recipe: Recipe,
     ui: Ui,
@@ -197,7 +195,7 @@ def reconstruct(
     return made(reconstruct(recipe, image, prompt=prompt, controlnet=controlnet, seed=seed, ui=ui, **where))
 
 
-@command(app, "ask")
+@command(app, "ask", check=preflight.ask)
 def ask(
     recipe: Recipe,
     ui: Ui,

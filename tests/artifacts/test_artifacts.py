@@ -324,6 +324,17 @@ def test_a_reference_is_a_folder_an_id_or_its_beginning(tmp_path):
         resolve(tmp_path, "")
 
 
+def test_what_ships_with_the_package_has_a_name_wherever_a_reference_is_taken(tmp_path):
+    for kind in ("branch", "controlnet"):
+        assert resolve(tmp_path, f"builtin:{kind}").kind == resolve(tmp_path, "builtin", kind).kind == kind
+    with pytest.raises(ArtifactError, match="is a branch artifact, not controlnet"):
+        resolve(tmp_path, "builtin:branch", "controlnet")
+    for ref, kind in (("builtin:mllm", None), ("builtin", None), ("builtin", "latents"), ("builtin:../cli", None)):
+        with pytest.raises(ArtifactError, match="builtin:branch|ships with") as caught:
+            resolve(tmp_path, ref, kind)
+        assert "builtin:branch" in caught.value.fix
+
+
 def test_default_path_is_the_id():
     assert default_path("runs", "latents", "latents-0123") == Path("runs/latents-0123")
     assert default_path("runs", "latents", "0123") == Path("runs/latents-0123")
