@@ -1,15 +1,16 @@
-"""The model card of an exported part, from its manifest alone.
+"""The model card of an exported branch or ControlNet, from its manifest alone.
 
-In: a branch or ControlNet artifact. Out: README.md as the hub reads it: what it is, how to use it, what it was trained
-on, how, with what result, and under which licences its bases stand. No folder of this machine is named in it.
+The card says what the part is, how to use it, what it was trained on, how, with what result, and under which licences
+its bases stand (`templates/model_card.md.j2`). It names no folder of this machine.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -17,70 +18,79 @@ from bifrost_cli import __version__
 from bifrost_cli.artifacts import Artifact, lineage
 from bifrost_cli.loading.compatibility import trained_on
 
-# hub id -> (the hub's short name, what the licence is called); only what their model pages say.
-LICENCES = {
-    "Qwen/Qwen2.5-VL-3B-Instruct": ("other", "Qwen Research License: non-commercial"),
-    "Qwen/Qwen2.5-VL-7B-Instruct": ("apache-2.0", "Apache-2.0"),
-    "Qwen/Qwen2.5-VL-32B-Instruct": ("apache-2.0", "Apache-2.0"),
-    "Qwen/Qwen2.5-VL-72B-Instruct": ("other", "Qwen License"),
-    "black-forest-labs/FLUX.1-dev": ("other", "FLUX.1 [dev] Non-Commercial License: gated, non-commercial"),
-    "black-forest-labs/FLUX.1-schnell": ("apache-2.0", "Apache-2.0"),
+
+class Licence(NamedTuple):
+    """The hub's short name of a licence, what it is called, and for "other" its `license_name` and file on the hub."""
+
+    kind: str
+    terms: str
+    name: str | None = None
+    file: str = "LICENSE"
+
+
+_APACHE = Licence("apache-2.0", "Apache-2.0")
+LICENCES = {  # by hub id; only what their model pages say
+    "Qwen/Qwen2.5-VL-3B-Instruct": Licence("other", "Qwen Research License: non-commercial", "qwen-research"),
+    "Qwen/Qwen2.5-VL-7B-Instruct": _APACHE,
+    "Qwen/Qwen2.5-VL-32B-Instruct": _APACHE,
+    "Qwen/Qwen2.5-VL-72B-Instruct": Licence("other", "Qwen License", "qwen"),
+    "black-forest-labs/FLUX.1-dev": Licence(
+        "other",
+        "FLUX.1 [dev] Non-Commercial License: gated, non-commercial",
+        "flux-1-dev-non-commercial-license",
+        "LICENSE.md",
+    ),
+    "black-forest-labs/FLUX.1-schnell": _APACHE,
 }
-_SHIPPED = ("apache-2.0", "Apache-2.0, ships with Bifrost")
-_UNKNOWN = ("other", "see the base model")
+_SHIPPED = Licence("apache-2.0", "Apache-2.0, ships with Bifrost")
+_UNKNOWN = Licence("other", "see the base model")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-
-_ABOUT = {
-    "branch": """\
-The visual generation branch of a [Bifrost](https://arxiv.org/abs/2508.05954): it predicts the patch-level CLIP latents
-of an image from what the frozen MLLM makes of a prompt. `model.safetensors` has the names of the published code; what
-that code has no name for begins with `bifrost.`, and the published code does not read it.""",
-    "controlnet": """\
-The latent ControlNet of a [Bifrost](https://arxiv.org/abs/2508.05954): it lets frozen FLUX generate what patch-level CLIP
-latents say.""",
-}
-_USE = {
-    "branch": """\
-With its ControlNet in `flux_controlnet/` beside these files:
-
-```sh
-bifrost import FOLDER -o runs/imported --recipe RECIPE
-```
-
-RECIPE names the frozen bases below.""",
-    "controlnet": """\
-In `flux_controlnet/` beside its branch, with a RECIPE that names the frozen bases below:
-
-```sh
-bifrost import FOLDER -o runs/imported --recipe RECIPE
-```
-
-Stock diffusers reads every block; the embedder of the latents is not stock, and its tensors (`up_sampling_block.*`,
-`controlnet_x_embedder.*`) are left over:
-
-```python
-FluxControlNetModel.from_pretrained(FOLDER, ignore_mismatched_sizes=True, low_cpu_mem_usage=False)
-```""",
-}
-_MLLM = """\
-The multimodal LLM is not part of these files and was not changed for them: lmms-eval, or any other program, takes it
-directly from the folder or hub id named below, and its scores are the base model's."""
 
 
 def model_card(artifact: Artifact) -> str:
-    """The whole card."""
-    bases = _bases(artifact)
-    sections = [
-        ("", _ABOUT[artifact.kind]),
-        ("Use", _USE[artifact.kind]),
-        ("Understanding", _MLLM),
-        ("Data", "\n".join(_data(artifact))),
-        ("Training", _training(artifact)),
-        ("Metrics", "\n".join(_metrics(artifact))),
-        ("Licences", _licences(bases)),
+    """The whole card: YAML front matter as the hub reads it, and Markdown."""
+    from huggingface_hub import ModelCard  # a second of imports
+
+    bases, shared, settings = _bases(artifact), trained_on(artifact), artifact.identity.get("settings")
+    template = resources.files(__package__).joinpath("templates", "model_card.md.j2").read_text("utf-8")
+    card = ModelCard.from_template(
+        _front_matter(artifact, bases),
+        template_str=_TRIMMED.sub(r"\1", template),
+        artifact=artifact,
+        ancestors=list(_ancestors(artifact)),
+        encoder=shared["encoder"],
+        grid="x".join(map(str, shared["grid"])),
+        channels=shared["channels"],
+        settings=settings and yaml.safe_dump({artifact.kind: settings}, sort_keys=False, allow_unicode=True, width=100),
+        metrics=artifact.info.get("metrics") or {},
+        licences=[(part, name, _licence(name).terms) for part, name in bases.items()],
+        version=__version__,
+    )
+    return str(card.content)
+
+
+_TRIMMED = re.compile(r"^(\{%.*%\})\n", re.M)  # a line that holds a tag alone leaves no empty line
+
+
+def _front_matter(artifact: Artifact, bases: Mapping[str, str]) -> Any:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    kinds = {_licence(name).kind for name in bases.values()}
+    other = {name: _licence(name) for name in bases.values() if _licence(name).kind == "other"}
+    hub_id, licence = next(iter(other.items())) if len(other) == 1 else ("", _UNKNOWN)
+    results = [
+        EvalResult("text-to-image", "held-out-rows", "rows held out of the training", name, float(value))
+        for name, value in (artifact.info.get("metrics") or {}).items()
     ]
-    body = "\n\n".join((f"## {title}\n\n" if title else "") + text for title, text in sections)
-    return f"---\n{_front_matter(bases)}---\n\n# {artifact.id}\n\n{body}\n\nMade with bifrost {__version__}.\n"
+    return ModelCardData(
+        library_name="bifrost-cli",
+        license=kinds.pop() if len(kinds) == 1 else "other",
+        license_name=(licence.name or "see-base-models") if other else None,
+        license_link=f"https://huggingface.co/{hub_id}/blob/main/{licence.file}" if licence.name else None,
+        base_model=[name for name in bases.values() if _HUB_ID.fullmatch(name)] or None,
+        model_name=artifact.id,
+        eval_results=results or None,
+    )
 
 
 def _bases(artifact: Artifact) -> dict[str, str]:
@@ -88,67 +98,26 @@ def _bases(artifact: Artifact) -> dict[str, str]:
     recipe = artifact.info.get("recipe", {})
     models, encoder = recipe.get("models", {}), str(artifact.identity.get("encoder", {}).get("name", "unknown"))
     diffusion = models.get("diffusion") or models.get("painter") or models.get("flux", "unknown")
-    found = {"MLLM": models.get("mllm", "unknown")} if artifact.kind == "branch" or encoder == "mllm" else {}
-    found |= {"FLUX": diffusion} if artifact.kind == "controlnet" else {}
-    found |= {"encoder": encoder} if encoder != "mllm" else {}
-    return {part: name if _public(name) else Path(name).name for part, name in found.items()}
+    bases = {"MLLM": models.get("mllm", "unknown")} if artifact.kind == "branch" or encoder == "mllm" else {}
+    bases |= {"FLUX": diffusion} if artifact.kind == "controlnet" else {}
+    bases |= {"encoder": encoder} if encoder != "mllm" else {}
+    return {part: name if _public(name) else Path(name).name for part, name in bases.items()}
 
 
 def _public(name: str) -> bool:
     return name.startswith(("builtin:", "open_clip:")) or bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
 
 
-def _front_matter(bases: dict[str, str]) -> str:
-    kinds = {_licence(name)[0] for name in bases.values()}
-    hub = [name for name in bases.values() if _HUB_ID.fullmatch(name)]
-    fields: dict[str, Any] = {"library_name": "bifrost-cli", "license": kinds.pop() if len(kinds) == 1 else "other"}
-    return yaml.safe_dump({**fields, **({"base_model": hub} if hub else {})}, sort_keys=False)
-
-
-def _licence(name: str) -> tuple[str, str]:
+def _licence(name: str) -> Licence:
     return _SHIPPED if name.startswith("builtin:") else LICENCES.get(name, _UNKNOWN)
 
 
-def _data(artifact: Artifact) -> Iterator[str]:
-    ancestors = lineage(artifact)[1:]
-    for ancestor in ancestors:
+def _ancestors(artifact: Artifact) -> Iterator[str]:
+    """What it was made from, a line each."""
+    for ancestor in lineage(artifact)[1:]:
         info = ancestor.artifact.info if ancestor.artifact else {}
         funnel = ", ".join(f"{name} {count}" for name, count in info.get("funnel", {}).items())
-        yield f"- `{ancestor.id}` ({ancestor.kind}): {funnel or 'not at hand when this card was written'}"
+        yield f"`{ancestor.id}` ({ancestor.kind}): {funnel or 'not at hand when this card was written'}"
     if source := artifact.info.get("source"):
         commit = f", commit {artifact.info['commit']}" if artifact.info.get("commit") else ""
-        yield f"- imported from {source if _public(source) else Path(source).name}{commit}, which may say more"
-    shared = trained_on(artifact)
-    encoder, grid = shared["encoder"], "x".join(map(str, shared["grid"]))
-    yield f"- latents: encoder `{encoder.get('name')}`, {encoder.get('image_size')} px, grid {grid}, "
-    yield f"  {shared['channels']} channels, weights sha256 `{encoder.get('weights')}`"
-    yield "\nPictures and captions stand under licences of their own, which this card does not know."
-
-
-def _training(artifact: Artifact) -> str:
-    settings = artifact.identity.get("settings")
-    if settings is None:
-        return "Not trained here."
-    text = yaml.safe_dump({artifact.kind: settings}, sort_keys=False, allow_unicode=True, width=100)
-    cost = artifact.manifest["cost"]
-    return f"{cost.get('seconds')} s on {cost.get('device')}.\n\n```yaml\n{text}```"
-
-
-def _metrics(artifact: Artifact) -> Iterator[str]:
-    metrics = artifact.info.get("metrics") or {}
-    if not metrics:
-        yield "None were measured here."
-        return
-    yield "On rows held out of the training:\n"
-    yield "| metric | value |"
-    yield "|---|---|"
-    for name, value in metrics.items():
-        yield f"| {name} | {value:.4g} |"
-
-
-def _licences(bases: dict[str, str]) -> str:
-    rows = "\n".join(f"| {part} | {name} | {_licence(name)[1]} |" for part, name in bases.items())
-    return (
-        "What was trained from a base or for it inherits the terms of that base.\n\n"
-        f"| base | name | licence |\n|---|---|---|\n{rows}"
-    )
+        yield f"imported from {source if _public(source) else Path(source).name}{commit}, which may say more"

@@ -179,6 +179,10 @@ def test_the_card_tells_data_settings_metrics_and_licences(tmp_path):
     card = model_card(trained(tmp_path, "controlnet"))
     head = yaml.safe_load(card.split("---")[1])
     assert head["license"] == "other" and "black-forest-labs/FLUX.1-dev" in head["base_model"]
+    assert head["license_name"] == "flux-1-dev-non-commercial-license"
+    assert head["license_link"] == "https://huggingface.co/black-forest-labs/FLUX.1-dev/blob/main/LICENSE.md"
+    (entry,) = head["model-index"]
+    assert entry["results"][0]["metrics"] == [{"type": "loss", "value": 0.25}]
     for told in ("seen 40, used 39", "steps: 7", "| loss | 0.25 |", "FLUX.1 [dev] Non-Commercial License", "Apache-2.0",
                  "grid 16x16", "lmms-eval", "ab12"):  # fmt: skip
         assert told in card, told
@@ -187,7 +191,8 @@ def test_the_card_tells_data_settings_metrics_and_licences(tmp_path):
 
 def test_the_card_of_a_branch_has_the_licence_of_its_mllm_and_of_no_flux(tmp_path):
     card = model_card(trained(tmp_path, "branch"))
-    assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0" and "FLUX.1" not in card
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["license"] == "apache-2.0" and "license_name" not in head and "FLUX.1" not in card
 
 
 def test_the_card_guesses_no_licence_and_names_no_folder(tmp_path):
