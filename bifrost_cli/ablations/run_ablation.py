@@ -36,7 +36,7 @@ PROMPT_SEED = 3  # 0 and 1 chose and measured the built-in weights
 SHOWN = 12  # images of a variant in the report
 JUDGED = {
     "pictures": "prompts of the built-in world, one image each,",
-    "reconstructions": "pictures of the built-in world, reconstructed from their latents,",
+    "reconstructions": "images of the built-in world, reconstructed from their latents,",
 }
 
 

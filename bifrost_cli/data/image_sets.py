@@ -157,7 +157,7 @@ def _load(sample: Sample) -> np.ndarray:
 
 
 def drawn(count: int, *, seed: int = 0) -> ImageSet:
-    """Drawings of the built-in world for held-out prompts; the same number and seed give the same pictures."""
+    """Drawings of the built-in world for held-out prompts; the same number and seed give the same images."""
     entries = []
     for index, prompt in enumerate(held_out_prompts(count, seed)):
         rgb = draw(sample_scene(np.random.default_rng((seed, index)), prompt))

@@ -56,8 +56,8 @@ def held_out(keys: Sequence[str], count: int) -> tuple[list[int], list[int]]:
     ValueError when nothing is left to train on.
     """
     count = min(count, max(1, len(keys) // 10))
-    ranked = sorted(range(len(keys)), key=lambda row: (derive("held out", picture_of(keys[row])), keys[row]))
-    while 0 < count < len(keys) and picture_of(keys[ranked[count - 1]]) == picture_of(keys[ranked[count]]):
+    ranked = sorted(range(len(keys)), key=lambda row: (derive("held out", image_of(keys[row])), keys[row]))
+    while 0 < count < len(keys) and image_of(keys[ranked[count - 1]]) == image_of(keys[ranked[count]]):
         count += 1
     if len(keys) <= count:
         raise ValueError(f"{len(keys)} rows are too few to train on and validate")
@@ -65,6 +65,6 @@ def held_out(keys: Sequence[str], count: int) -> tuple[list[int], list[int]]:
     return sorted(ranked[count:]), sorted(ranked[:count], key=lambda row: ("#" in keys[row], row))
 
 
-def picture_of(key: str) -> str:
+def image_of(key: str) -> str:
     """The key of the image that a row shows: `a#flip` is another row of the image `a`."""
     return key.partition("#")[0]

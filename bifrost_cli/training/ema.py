@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from bifrost_cli.runtime import distributed
-from bifrost_cli.training.parallel import all_gather_object, local
+from bifrost_cli.training.parallel import full_tensor, local
 
 
 class EMA:
@@ -61,7 +61,7 @@ class EMA:
         for name, tensor in self._module.state_dict(keep_vars=True).items():
             if name in frozen:
                 continue
-            whole = all_gather_object(self.tensors.get(names.get(id(tensor), ""), tensor).detach())
+            whole = full_tensor(self.tensors.get(names.get(id(tensor), ""), tensor).detach())
             if distributed.rank() == 0:
                 weights[name] = whole.clone()
         return weights

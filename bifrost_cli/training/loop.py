@@ -27,7 +27,7 @@ from bifrost_cli.training.checkpoint import Checkpoint, Checkpoints, SavedCheckp
 from bifrost_cli.training.data_order import derive
 from bifrost_cli.training.ema import EMA
 from bifrost_cli.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
-from bifrost_cli.training.parallel import Parallel, all_gather_object, local
+from bifrost_cli.training.parallel import Parallel, full_tensor, local
 from bifrost_cli.training.train_log import NullLogger, TrainingLogger
 
 # What changes the weights; a checkpoint made under other values of these does not continue.
@@ -201,7 +201,7 @@ def _step(state: _State, folder: Path, stop: StopFlag) -> tuple[dict[str, float]
             value = torch.as_tensor(value, dtype=torch.float32, device=state.device).detach()
             totals[name] = totals[name] + value if name in totals else value
     # ---- a bad number stops here, before any weight changes; this is the only wait for the device in a step
-    norm = all_gather_object(nn.utils.clip_grad_norm_(module.parameters(), train.clip or math.inf, foreach=True))
+    norm = full_tensor(nn.utils.clip_grad_norm_(module.parameters(), train.clip or math.inf, foreach=True))
     asked = torch.full((), float(stop.requested), device=state.device)
     told = distributed.all_reduce_mean(torch.stack([*totals.values(), asked]))
     loss, *rest, asked, norm = torch.cat([told, norm[None]]).tolist()

@@ -111,7 +111,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def all_gather_object(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """The whole of it, in every process; all must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -73,7 +73,7 @@ def spread(groups: Groups | None, module: nn.Module) -> Groups:
         whole = flat[name] if name in flat else torch.empty(shape, dtype=dtype)
         part = like(name, shape, dtype)
         if isinstance(part, DTensor):
-            made[name] = distribute_tensor(whole.to(part.device), part.device_mesh, part.offload_policies)
+            made[name] = distribute_tensor(whole.to(part.device), part.device_mesh, part.placements)
         else:
             dist.broadcast(whole, 0)
             made[name] = whole

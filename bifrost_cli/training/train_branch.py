@@ -23,10 +23,10 @@ from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.encoders import MllmEncoder
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
 from bifrost_cli.runtime.launch import together
+from bifrost_cli.runtime.plugins import plugins
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.training.branch_task import BranchTask
 from bifrost_cli.training.data_order import derive
-from bifrost_cli.training.train_queries import train_with_conditioner
 from bifrost_cli.training.training_run import (
     TrainingRun,
     choose_store,
@@ -37,6 +37,8 @@ from bifrost_cli.training.training_run import (
 )
 
 LOOKED_AT = 2000  # rows whose texts are measured before the training; a store may have millions
+# Other values of branch.target than latents: a function that changes the prepared run into one for that target.
+TARGETS = plugins("bifrost.branch_targets", {"queries": "bifrost_cli.ablations.learned_queries:prepare"})
 
 
 @together
@@ -60,7 +62,7 @@ def train_branch(
     if recipe.models.weights != "dtype":
         raise RecipeError(f"the branch is made of the MLLM's own weights, which {recipe.models.weights} has rounded",
                           fix="--set models.weights=dtype for this training", code="BF-RECIPE-005")  # fmt: skip
-    if settings.tune != "full" or settings.target == "queries":
+    if settings.tune != "full":
         require_precision("branch", settings.train, recipe.models)
     store, loader = choose_store(recipe, latents, workspace, ui), ModelLoader(recipe.models, device)
     mllm = loader.mllm()
@@ -86,8 +88,8 @@ def train_branch(
         frozen_hash=identity["mllm"],
         device=loader.device,
     )
-    if settings.target == "queries":
-        job = train_with_conditioner(job, branch, mllm, ui)
+    if settings.target != "latents":
+        job = TARGETS[settings.target](job, branch, mllm, ui)
     made = run_training(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
     if isinstance(made, Artifact):
         ui.say(f"branch: {made.path} ({_health(made)})")

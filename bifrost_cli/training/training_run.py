@@ -24,7 +24,7 @@ from bifrost_cli.loading.open_clip_models import features_name
 from bifrost_cli.runtime import distributed
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.training.checkpoint import Checkpoints
-from bifrost_cli.training.data_order import picture_of
+from bifrost_cli.training.data_order import image_of
 from bifrost_cli.training.loop import FitResult, Task, fit
 
 RECORDS = ("losses.csv", "validation.csv")
@@ -63,7 +63,7 @@ def choose_store(recipe: Recipe, latents: Path | str | None, workspace: Path | s
     name = features_name(recipe.latents.encoder)
     if store.encoder.get("name") != name:
         raise other_encoder(store, recipe, f"encoder {store.encoder.get('name')}, not {name}")
-    if store.rows < 3 and len({picture_of(key) for key in store.keys}) < 2:
+    if store.rows < 3 and len({image_of(key) for key in store.keys}) < 2:
         raise DataError(
             f"{found.path} has {store.rows} rows: too few to train on and validate",
             code="BF-DATA-008",

@@ -28,12 +28,12 @@ def parquet(path: Path, group: int = 2, **columns: Sequence[Any]) -> Path:
     return path
 
 
-def test_pictures_inside_the_table(tmp_path: Path) -> None:
+def test_images_inside_the_table(tmp_path: Path) -> None:
     images = [image(value) for value in range(5)]
     cells = [{"bytes": data, "path": "x.png"} for data in images]
     captions = [f"caption {i}" for i in range(5)]
-    for name, image in (("hf", cells), ("plain", images)):
-        path = parquet(tmp_path / f"{name}.parquet", image=image, text=captions, plan=["p", None, None, None, ""])
+    for name, column in (("hf", cells), ("plain", images)):
+        path = parquet(tmp_path / f"{name}.parquet", image=column, text=captions, plan=["p", None, None, None, ""])
         found = scan(path, RULES)
         assert [(s.key, s.caption) for s in found.samples] == [(f"{i:09d}", f"caption {i}") for i in range(5)]
         assert [s.sha256 for s in found.samples] == [hashlib.sha256(data).hexdigest() for data in images]
@@ -67,9 +67,9 @@ def test_null_cells_are_missing_captions_and_bad_images(tmp_path: Path) -> None:
 
 
 def test_columns_that_are_not_there_or_of_another_kind(tmp_path: Path) -> None:
-    path = parquet(tmp_path / "a.parquet", png=[image()], label=[3], nested=[[1]])
+    path = parquet(tmp_path / "a.parquet", picture=[image()], label=[3], nested=[[1]])
     message = refused(path, "BF-DATA-005")
-    assert "no column known as image" in message and "it has image, label, nested" in message
+    assert "no column known as image" in message and "it has picture, label, nested" in message
     message = refused(path, "BF-DATA-005", Latents(image_column="picture", caption_column="text"))
     assert "no column text" in message and "--caption-column" in message
     message = refused(path, "BF-DATA-005", Latents(image_column="picture", caption_column="label"))
@@ -148,7 +148,7 @@ def test_a_data_set_in_a_folder(datasets: Any, tmp_path: Path, form: str) -> Non
     assert "with split other" in refused(f"hf:{folder}:other", "BF-DATA-005")
     if form != "saved":
         assert len(scan(f"hf:{folder}:train", RULES).samples) == 3
-    assert "holds string, not pictures" in refused(f"hf:{folder}", "BF-DATA-005", Latents(image_column="caption"))
+    assert "holds string, not images" in refused(f"hf:{folder}", "BF-DATA-005", Latents(image_column="caption"))
     assert "no column text" in refused(f"hf:{folder}", "BF-DATA-005", Latents(caption_column="text"))
 
 

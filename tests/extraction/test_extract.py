@@ -40,11 +40,11 @@ ROWS = "shapes:90:3"  # 6 shards, 12 batches
 RULES = {"shard_rows": 16, "chunk_rows": 4, "batch_size": 8, "vae": False}
 
 
-def recipe(**latents: Any) -> Recipe:
-    return Recipe(images=Images(input_size=32), latents=Latents(**{**RULES, **latents}))
+def recipe(background: str = "white", **latents: Any) -> Recipe:
+    return Recipe(images=Images(input_size=32, background=background), latents=Latents(**{**RULES, **latents}))
 
 
-class EMA:
+class Means:
     """An encoder of nothing but means: 2x2 patches of 32 px, 8 channels. `hook(call)` runs before each batch."""
 
     image_size, grid, channels = 32, (2, 2), 8
@@ -69,18 +69,18 @@ class Said(Ui):
 
 
 @pytest.fixture
-def ema_weights(monkeypatch: pytest.MonkeyPatch) -> Callable[[EMA], None]:
+def means(monkeypatch: pytest.MonkeyPatch) -> Callable[[Means], None]:
     """Put this encoder in the place of the recipe's."""
 
-    def use(encoder: EMA) -> None:
+    def use(encoder: Means) -> None:
         monkeypatch.setattr(ModelLoader, "encoder", lambda *_: encoder)
 
-    use(EMA())
+    use(Means())
     return use
 
 
 @pytest.fixture
-def undisturbed(ema_weights: Any, tmp_path: Path) -> dict[str, Any]:
+def undisturbed(means: Any, tmp_path: Path) -> dict[str, Any]:
     return run(tmp_path / "undisturbed").files
 
 
@@ -112,15 +112,15 @@ def folder_of(path: Path, count: int = 20, size: int = 40) -> Path:
 # ---- a whole run -----------------------------------------------------------------------------------------------------
 
 
-def test_rows_captions_plans_and_statistics(ema_weights: Any, tmp_path: Path) -> None:
+def test_rows_captions_plans_and_statistics(means: Any, tmp_path: Path) -> None:
     ui = Said()
     artifact = extract_latents(recipe(), source=ROWS, workspace=tmp_path / "runs", ui=ui)
     assert artifact.path == tmp_path / "runs" / artifact.id and artifact.verify() == [] and artifact.strays() == []
     store, samples = LatentsStore.open(artifact), scan(ROWS, Latents()).samples
     assert store.keys == [s.key for s in samples] and store.captions == [s.caption for s in samples]
-    assert store.plans == [s.plan for s in samples] and store.encoder == EMA().identity
+    assert store.plans == [s.plan for s in samples] and store.encoder == Means().identity
     pixels = np.stack([square(sample.load().rgb, 32) for sample in samples])
-    expected = EMA().encode(pixels).half().numpy()
+    expected = Means().encode(pixels).half().numpy()
     assert np.array_equal(store.latents(range(90)), expected)
     assert np.allclose(store.mean_C, expected.astype(np.float64).mean((0, 1)), rtol=1e-6)
     assert ui.lines[0] == f"source: {ROWS}" and "seen 90, readable 90, captioned 90, used 90" in ui.lines[-3]
@@ -129,43 +129,43 @@ def test_rows_captions_plans_and_statistics(ema_weights: Any, tmp_path: Path) ->
     assert artifact.info["statistics"]["mean"] == [min(store.attributes["mean"]), max(store.attributes["mean"])]
 
 
-def test_without_a_source_the_built_in_world_is_used(ema_weights: Any, tmp_path: Path) -> None:
+def test_without_a_source_the_built_in_world_is_used(means: Any, tmp_path: Path) -> None:
     ui = Said()
     small = recipe().model_copy(update={"shapes": Shapes(rows=5, seed=2)})
     artifact = extract_latents(small, workspace=tmp_path, ui=ui)
     assert "shapes:5:2 (none given: the built-in world)" in ui.lines[0] and LatentsStore.open(artifact).rows == 5
 
 
-def test_the_same_command_again_does_nothing(ema_weights: Any, tmp_path: Path) -> None:
+def test_the_same_command_again_does_nothing(means: Any, tmp_path: Path) -> None:
     first = run(tmp_path / "a")
-    ema_weights(EMA(lambda call: pytest.fail("encoded again")))
+    means(Means(lambda call: pytest.fail("encoded again")))
     assert run(tmp_path / "a").manifest == first.manifest
 
 
-def test_a_dry_run_touches_nothing(ema_weights: Any, tmp_path: Path) -> None:
+def test_a_dry_run_touches_nothing(means: Any, tmp_path: Path) -> None:
     plan = extract_latents(recipe(), source=ROWS, workspace=tmp_path / "runs", dry_run=True)
     assert plan["disk_needed"] == 90 * 4 * 8 * 2 and plan["shards"] == 6 and plan["used"] == 90
     assert list(tmp_path.iterdir()) == []
 
 
-def test_batch_size_and_time_are_not_part_of_the_identity(ema_weights: Any, tmp_path: Path) -> None:
+def test_batch_size_and_time_are_not_part_of_the_identity(means: Any, tmp_path: Path) -> None:
     artifact = run(tmp_path / "a")
     assert run(tmp_path / "a", batch_size=4, max_bad=0.5, bad_image="skip").id == artifact.id
 
 
-def test_another_setup_into_the_same_place_names_what_differs(ema_weights: Any, tmp_path: Path) -> None:
+def test_another_setup_into_the_same_place_names_what_differs(means: Any, tmp_path: Path) -> None:
     run(tmp_path / "a")
-    ema_weights(EMA(weights="b" * 64))
+    means(Means(weights="b" * 64))
     message = refused("BF-STORE-003", 5, tmp_path / "a", background="black")
     assert "encoder.weights: aaa" in message and "preprocessing.background: white -> black" in message
     assert "rows: 90 -> 5" in refused("BF-STORE-003", 5, tmp_path / "a", "shapes:5:3")
 
 
-def test_an_encoder_that_gives_nan_is_refused(ema_weights: Any, tmp_path: Path) -> None:
-    encoder = EMA()
+def test_an_encoder_that_gives_nan_is_refused(means: Any, tmp_path: Path) -> None:
+    encoder = Means()
     real = encoder.encode
     encoder.encode = lambda pixels: real(pixels) * (float("nan") if encoder._calls == 4 else 1)  # type: ignore[method-assign]
-    ema_weights(encoder)
+    means(encoder)
     assert "00000024 are not finite" in refused("BF-DATA-003", 4, tmp_path / "a")
 
 
@@ -213,7 +213,7 @@ def test_photographs_go_through_the_real_encoders(photographs: Path, tmp_path: P
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_bad_images_stop_before_anything_is_written(ema_weights: Any, tmp_path: Path) -> None:
+def test_bad_images_stop_before_anything_is_written(means: Any, tmp_path: Path) -> None:
     source = folder_of(tmp_path / "source")
     for i in range(7):
         (source / f"{i:02d}.png").write_bytes(b"")
@@ -225,7 +225,7 @@ def test_bad_images_stop_before_anything_is_written(ema_weights: Any, tmp_path: 
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [problems.name]
 
 
-def test_skipped_samples_are_counted_and_listed(ema_weights: Any, tmp_path: Path) -> None:
+def test_skipped_samples_are_counted_and_listed(means: Any, tmp_path: Path) -> None:
     source = folder_of(tmp_path / "source")
     (source / "03.png").write_bytes(b"<!DOCTYPE html>")
     (source / "05.txt").unlink()
@@ -236,7 +236,7 @@ def test_skipped_samples_are_counted_and_listed(ema_weights: Any, tmp_path: Path
     assert "03" not in LatentsStore.open(artifact).keys
 
 
-def test_no_images_and_no_captions_make_no_store(ema_weights: Any, tmp_path: Path) -> None:
+def test_no_images_and_no_captions_make_no_store(means: Any, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused("BF-DATA-001", 4, tmp_path / "a", tmp_path / "empty")
     source = folder_of(tmp_path / "source", 3)
@@ -246,7 +246,7 @@ def test_no_images_and_no_captions_make_no_store(ema_weights: Any, tmp_path: Pat
     assert not (tmp_path / "a").exists()
 
 
-def test_the_output_is_neither_a_link_nor_inside_the_source(ema_weights: Any, tmp_path: Path) -> None:
+def test_the_output_is_neither_a_link_nor_inside_the_source(means: Any, tmp_path: Path) -> None:
     source = folder_of(tmp_path / "source", 3)
     assert "inside the source" in refused("BF-USE-001", 2, source / "out", source)
     (tmp_path / "elsewhere").mkdir()
@@ -258,14 +258,14 @@ def test_the_output_is_neither_a_link_nor_inside_the_source(ema_weights: Any, tm
     assert sorted(path.name for path in source.iterdir()) == before
 
 
-def test_foreign_files_in_the_output_are_left_alone(ema_weights: Any, tmp_path: Path) -> None:
+def test_foreign_files_in_the_output_are_left_alone(means: Any, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.tex").write_text("x")
     assert "thesis.tex" in refused("BF-USE-002", 2, tmp_path / "a")
 
 
 @pytest.mark.parametrize("harm", ["changed", "removed"])
-def test_an_image_that_changes_during_the_run_is_no_row(ema_weights: Any, tmp_path: Path, harm: str) -> None:
+def test_an_image_that_changes_during_the_run_is_no_row(means: Any, tmp_path: Path, harm: str) -> None:
     source = folder_of(tmp_path / "source", 40)
     victim = source / "37.png"
     original = victim.read_bytes()
@@ -273,17 +273,17 @@ def test_an_image_that_changes_during_the_run_is_no_row(ema_weights: Any, tmp_pa
     def hurt(call: int) -> None:
         victim.unlink(missing_ok=True) if harm == "removed" else victim.write_bytes(original + b"x")
 
-    ema_weights(EMA(hurt))
+    means(Means(hurt))
     assert "37: " in refused("BF-DATA-003", 4, tmp_path / "a", source)
     victim.write_bytes(original)
-    ema_weights(EMA(hurt))
+    means(Means(hurt))
     ui = Said()
     skipping = recipe(bad_image="skip", max_bad=0.1)
     store = LatentsStore.open(extract_latents(skipping, source=source, output=tmp_path / "skipped", ui=ui))
     assert store.rows == 39 and "37" not in store.keys and store.keys[37] == "38"
     assert any("failed: 1 images" in line for line in ui.lines) and np.isfinite(store.latents(range(39))).all()
     victim.write_bytes(original)
-    ema_weights(EMA(hurt))
+    means(Means(hurt))
     assert "more than max_bad" in refused("BF-DATA-004", 4, tmp_path / "b", source, bad_image="skip", max_bad=0.0)
 
 
@@ -292,39 +292,39 @@ def test_an_image_that_changes_during_the_run_is_no_row(ema_weights: Any, tmp_pa
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_between_shards_and_the_command_continues(
-    ema_weights: Any, undisturbed: dict[str, Any], tmp_path: Path, number: int
+    means: Any, undisturbed: dict[str, Any], tmp_path: Path, number: int
 ) -> None:
-    ema_weights(EMA(lambda call: os.kill(os.getpid(), number) if call == 5 else None))
+    means(Means(lambda call: os.kill(os.getpid(), number) if call == 5 else None))
     with pytest.raises(Stopped) as caught:
         run(tmp_path / "a")
     assert caught.value.exit_code == 75 and "3 of 6 are written" in str(caught.value)
     calls: list[int] = []
-    ema_weights(EMA(calls.append))
+    means(Means(calls.append))
     assert run(tmp_path / "a").files == undisturbed and len(calls) == 12 - 6
     assert payload(tmp_path / "a") == payload(tmp_path / "undisturbed")
 
 
-def test_a_second_signal_stops_at_once(ema_weights: Any, undisturbed: dict[str, Any], tmp_path: Path) -> None:
-    ema_weights(EMA(lambda call: os.kill(os.getpid(), signal.SIGTERM) if call >= 4 else None))
+def test_a_second_signal_stops_at_once(means: Any, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+    means(Means(lambda call: os.kill(os.getpid(), signal.SIGTERM) if call >= 4 else None))
     with pytest.raises(Interrupted) as caught:
         run(tmp_path / "a")
     assert caught.value.exit_code == 130
-    ema_weights(EMA())
+    means(Means())
     assert run(tmp_path / "a").files == undisturbed
 
 
 def test_a_crash_inside_the_encoder_keeps_finished_shards(
-    ema_weights: Any, undisturbed: dict[str, Any], tmp_path: Path
+    means: Any, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
     def crash(call: int) -> None:
         if call == 7:
             raise Diverged("the encoder broke")
 
-    ema_weights(EMA(crash))
+    means(Means(crash))
     with pytest.raises(Diverged):
         run(tmp_path / "a")
     calls: list[int] = []
-    ema_weights(EMA(calls.append))
+    means(Means(calls.append))
     assert run(tmp_path / "a").files == undisturbed and len(calls) == 12 - 6
 
 
@@ -345,15 +345,15 @@ def in_child(work: Callable[[], object]) -> multiprocessing.Process:
     return process
 
 
-def slow(seconds: float = 0.004) -> EMA:
-    return EMA(lambda call: time.sleep(seconds))
+def slow(seconds: float = 0.004) -> Means:
+    return Means(lambda call: time.sleep(seconds))
 
 
 @pytest.mark.crash
 def test_kill_9_at_random_moments_ends_in_the_same_bytes(
-    ema_weights: Any, undisturbed: dict[str, Any], tmp_path: Path
+    means: Any, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
-    ema_weights(slow(0.02))
+    means(slow(0.02))
     began = time.monotonic()
     in_child(lambda: run(tmp_path / "timed")).join()
     whole = time.monotonic() - began
@@ -375,7 +375,7 @@ def test_kill_9_at_random_moments_ends_in_the_same_bytes(
 
 @pytest.mark.crash
 def test_death_at_any_call_to_the_disk_ends_in_the_same_bytes(
-    ema_weights: Any, undisturbed: dict[str, Any], tmp_path: Path
+    means: Any, undisturbed: dict[str, Any], tmp_path: Path
 ) -> None:
     """The process dies at its n-th fsync, rename, link or unlink; n runs over the whole extraction."""
     calls = multiprocessing.get_context("fork").Value("i", 0)
@@ -408,8 +408,8 @@ def _counted(real: Callable[..., Any], at: int, calls: Any) -> Callable[..., Any
     return call
 
 
-def test_a_second_extraction_into_the_same_store_names_the_first(ema_weights: Any, tmp_path: Path) -> None:
-    ema_weights(slow(0.2))
+def test_a_second_extraction_into_the_same_store_names_the_first(means: Any, tmp_path: Path) -> None:
+    means(slow(0.2))
     process = in_child(lambda: run(tmp_path / "a"))
     try:
         while not (tmp_path / "a" / "draft.json").exists():
@@ -436,7 +436,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_stops_with_3_and_freeing_it_continues(
-    ema_weights: Any, undisturbed: dict[str, Any], small_disk: Path
+    means: Any, undisturbed: dict[str, Any], small_disk: Path
 ) -> None:
     filler = small_disk / "filler"
 
@@ -447,25 +447,25 @@ def test_a_full_disk_stops_with_3_and_freeing_it_continues(
                     stream.write(b"x" * 1024)
                     stream.flush()
 
-    ema_weights(EMA(fill))
+    means(Means(fill))
     message = refused("BF-ENV-010", 3, small_disk / "a")
     assert "no room" in message and "free" in message and not (small_disk / "a" / "manifest.json").exists()
     filler.unlink()
     calls: list[int] = []
-    ema_weights(EMA(calls.append))
+    means(Means(calls.append))
     assert run(small_disk / "a").files == undisturbed and len(calls) == 12 - 6
 
 
 def test_a_disk_too_small_from_the_start_is_refused_before_encoding(
-    ema_weights: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    means: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ema_weights(EMA(lambda call: pytest.fail("encoded")))
+    means(Means(lambda call: pytest.fail("encoded")))
     monkeypatch.setattr(extract, "_free", lambda path: 5000)
     message = refused("BF-ENV-010", 3, tmp_path / "a")
     assert "need 5,760 bytes, free 5,000" in message
 
 
-def test_a_limit_on_file_size_stops_with_3(ema_weights: Any, undisturbed: dict[str, Any], tmp_path: Path) -> None:
+def test_a_limit_on_file_size_stops_with_3(means: Any, undisturbed: dict[str, Any], tmp_path: Path) -> None:
     """The quota of those who may not mount: no file above 600 bytes."""
 
     def limited() -> None:
@@ -510,21 +510,21 @@ def written_as(kind: str, path: Path, count: int = 20, changed: bool = False) ->
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "tar"])
 def test_every_source_gives_the_same_rows_and_a_changed_one_is_no_continuation(
-    ema_weights: Any, tmp_path: Path, kind: str
+    means: Any, tmp_path: Path, kind: str
 ) -> None:
     source = written_as(kind, tmp_path)
     folder = LatentsStore.open(run(tmp_path / "folder", tmp_path / "pictures"))
-    ema_weights(EMA(lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 1 else None))
+    means(Means(lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 1 else None))
     with pytest.raises(Stopped):
         run(tmp_path / "a", source)
-    ema_weights(EMA())
+    means(Means())
     written_as(kind, tmp_path, changed=True)
     assert "samples: " in refused("BF-STORE-003", 5, tmp_path / "a", source)
     written_as(kind, tmp_path, count=19)
     assert "rows: 20 -> 19" in refused("BF-STORE-003", 5, tmp_path / "a", source)
     written_as(kind, tmp_path)
     calls: list[int] = []
-    ema_weights(EMA(calls.append))
+    means(Means(calls.append))
     store = LatentsStore.open(run(tmp_path / "a", source))
     assert len(calls) == 1, "the first shard was kept"
     assert store.captions == folder.captions
@@ -532,20 +532,20 @@ def test_every_source_gives_the_same_rows_and_a_changed_one_is_no_continuation(
     assert np.array_equal(store.latents(range(20)), folder.latents(range(20)))
 
 
-def test_an_archive_that_is_damaged_while_it_is_read_loses_nothing(ema_weights: Any, tmp_path: Path) -> None:
+def test_an_archive_that_is_damaged_while_it_is_read_loses_nothing(means: Any, tmp_path: Path) -> None:
     source = written_as("tar", tmp_path)
     whole = Path(source).read_bytes()
-    ema_weights(EMA(lambda call: Path(source).write_bytes(whole[:2048]) if call == 1 else None))
+    means(Means(lambda call: Path(source).write_bytes(whole[:2048]) if call == 1 else None))
     assert "changed during the run" in refused("BF-DATA-003", 4, tmp_path / "a", source)
     assert "is damaged" in refused("BF-DATA-005", 4, tmp_path / "a", source)
     Path(source).write_bytes(whole)
     calls: list[int] = []
-    ema_weights(EMA(calls.append))
+    means(Means(calls.append))
     assert LatentsStore.open(run(tmp_path / "a", source)).rows == 20 and len(calls) == 1
 
 
 @pytest.mark.crash
-def test_flipped_rows_in_8_bits_survive_kills(ema_weights: Any, tmp_path: Path) -> None:
+def test_flipped_rows_in_8_bits_survive_kills(means: Any, tmp_path: Path) -> None:
     source, rules = folder_of(tmp_path / "source", 40), {"flip": True, "storage": "int8"}
     whole = run(tmp_path / "whole", source, **rules)
     store, plain = LatentsStore.open(whole), LatentsStore.open(run(tmp_path / "plain", source))
@@ -553,7 +553,7 @@ def test_flipped_rows_in_8_bits_survive_kills(ema_weights: Any, tmp_path: Path) 
     own, mirrored = store.latents(range(0, 80, 2)), store.latents(range(1, 80, 2))
     assert np.allclose(own, plain.latents(range(40)), rtol=0.02)
     assert np.allclose(mirrored, own[:, [1, 0, 3, 2]], rtol=0.04), "patches change places"
-    ema_weights(slow(0.02))
+    means(slow(0.02))
     for trial in range(4):
         process = in_child(lambda: run(tmp_path / "killed", source, **rules))
         time.sleep(0.1 * (trial + 1))
@@ -562,7 +562,7 @@ def test_flipped_rows_in_8_bits_survive_kills(ema_weights: Any, tmp_path: Path) 
     assert run(tmp_path / "killed", source, **rules).files == whole.files
 
 
-def test_8_bits_are_another_artifact_of_half_the_size(ema_weights: Any, tmp_path: Path) -> None:
+def test_8_bits_are_another_artifact_of_half_the_size(means: Any, tmp_path: Path) -> None:
     plans = [extract_latents(recipe(storage=kind), source=ROWS, workspace=tmp_path, dry_run=True)
              for kind in ("float16", "int8")]  # fmt: skip
     assert plans[0]["output"] != plans[1]["output"]
@@ -580,7 +580,7 @@ def test_the_built_in_latents_in_8_bits_keep_their_direction(tmp_path: Path) -> 
     assert cosine.min() > 0.9999 and np.allclose(stores[0].std_C, stores[1].std_C, rtol=0.01)
 
 
-def test_a_caption_of_300_words_is_kept_whole(ema_weights: Any, tmp_path: Path) -> None:
+def test_a_caption_of_300_words_is_kept_whole(means: Any, tmp_path: Path) -> None:
     caption = " ".join(f"word{i}" for i in range(300))
     source = folder_of(tmp_path / "source", 3)
     (source / "01.txt").write_text(caption)

@@ -56,8 +56,8 @@ def test_eight_bits_take_a_quarter_and_train_nearly_alike(tmp_path):
     kept = optimizer_tensors(optimizer, task.module)
     assert kept["0.weight/state1"].dtype == kept["0.weight/state2"].dtype == torch.uint8
     assert kept["2.weight/state1"].dtype == torch.float32 and kept["0.weight/step"].item() == 1
-    ema_weights = ("state1", "state2", "absmax1", "absmax2")
-    assert sum(kept[f"0.weight/{name}"].nbytes for name in ema_weights) < 0.26 * 2 * 4 * 96 * 64
+    moments = ("state1", "state2", "absmax1", "absmax2")
+    assert sum(kept[f"0.weight/{name}"].nbytes for name in moments) < 0.26 * 2 * 4 * 96 * 64
     eight, full = (train_wide(tmp_path / name, optimizer=name) for name in ("adamw8bit", "adamw"))
     close, moved = eight.ema_state["0.weight"] - full.ema_state["0.weight"], full.ema_state["0.weight"]
     assert 0 < close.norm() < 0.1 * (moved - WideTask().module[0].weight).norm()
@@ -84,11 +84,11 @@ def test_a_lack_of_memory_names_what_to_set_and_other_troubles_pass():
     ):  # fmt: skip
         with (
             pytest.raises(OutOfMemory, match="generating needs more memory") as found,
-            memory_errors("painting", "less"),
+            memory_errors("generating", "less"),
         ):
             raise error
         assert found.value.exit_code == 6 and found.value.fix == "less"
-    with pytest.raises(RuntimeError, match="shapes"), memory_errors("painting", "less"):
+    with pytest.raises(RuntimeError, match="shapes"), memory_errors("generating", "less"):
         raise RuntimeError("shapes differ")
     with pytest.raises(OutOfMemory), memory_errors("asking for all there is", "less"):
         torch.empty(2**60, dtype=torch.uint8)

@@ -14,7 +14,7 @@ from typing import Any
 from bifrost_cli.config.schema import Latents
 from bifrost_cli.data.sources.columns import PLAN, Columns, caption_of, choose_columns, text_of
 from bifrost_cli.data.sources.item import Listing, SourceItem, key_of
-from bifrost_cli.data.sources.parquet import picture_of
+from bifrost_cli.data.sources.parquet import bytes_of_cell
 from bifrost_cli.data.sources.problems import Problem, SourceError
 from bifrost_cli.data.sources.remote import read_place
 from bifrost_cli.errors import DataError, EnvironmentProblem
@@ -78,7 +78,7 @@ def _images(rows: Any, column: str, name: str) -> Any:
     if getattr(feature, "dtype", None) in ("binary", "large_binary"):
         return rows.select_columns([column])
     raise DataError(
-        f"column {column} of {name} holds {getattr(feature, 'dtype', feature)}, not pictures",
+        f"column {column} of {name} holds {getattr(feature, 'dtype', feature)}, not images",
         at=f"it has {', '.join(rows.column_names)}",
         fix="--image-column NAME",
         code="BF-DATA-005",
@@ -113,4 +113,4 @@ def _image(images: Any, column: str, number: int) -> bytes:
     cell = images[number][column]
     if isinstance(cell, dict) and cell.get("bytes") is None and cell.get("path"):
         return read_place(cell["path"])  # the library's own: where it keeps what it downloaded
-    return picture_of(cell)
+    return bytes_of_cell(cell)

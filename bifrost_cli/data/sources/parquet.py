@@ -48,7 +48,7 @@ def list_parquet(places: list[str], rules: Latents) -> Listing:
     return Listing(in_key_order(entry for _, entry in named), said=said)
 
 
-def picture_of(cell: Any) -> bytes:
+def bytes_of_cell(cell: Any) -> bytes:
     """The bytes of an image's cell: bytes, or Hugging Face's {"bytes", "path"}. BadImage: null, or a path alone, which
     could lead anywhere."""
     if isinstance(cell, dict):
@@ -114,7 +114,7 @@ class _File:
         kind = self._type(columns.image)
         image = self._types.is_struct(kind) and kind.get_field_index("bytes") >= 0
         binary = self._types.is_binary(kind) or self._types.is_large_binary(kind)
-        wrong = [] if image or binary or self._is_text(kind) else [(columns.image, "pictures or their paths")]
+        wrong = [] if image or binary or self._is_text(kind) else [(columns.image, "images or their paths")]
         wrong += [(name, "text") for name in columns.captions if not self._is_text(self._type(name))]
         for name, wanted in wrong:
             raise DataError(
@@ -140,7 +140,7 @@ class _File:
         group = bisect_right(self._starts, row) - 1
         try:
             with reading(self.place), self._lock:
-                return picture_of(self._group(group, column)[row - self._starts[group]].as_py())
+                return bytes_of_cell(self._group(group, column)[row - self._starts[group]].as_py())
         except self._errors as error:
             raise BadImage(f"damaged, or changed during the run: {error}") from error
 

@@ -220,7 +220,7 @@ def _shown(funnel: dict[str, int]) -> str:
 def _scan_shapes(source: str, progress: Progress) -> Scan:
     rows, seed = _shapes_arguments(source)
     samples = []
-    with progress(rows, "drawing pictures") as bar:
+    with progress(rows, "drawing images") as bar:
         for i in range(rows):
             samples.append(_shapes_sample(seed, i))
             bar.advance()

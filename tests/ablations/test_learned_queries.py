@@ -1,4 +1,4 @@
-"""Learned queries: one training of branch and control by the diffusion model's loss, one artifact that generates by itself."""
+"""Learned queries: branch and control trained by the diffusion model's loss, one artifact that generates by itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bifrost_cli.ablations.conditioners import TokenConditioner
+from bifrost_cli.ablations.learned_queries import LearnedQueries, LearnedQueriesTask
 from bifrost_cli.config.load import load_recipe
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.errors import ArtifactError, BifrostError, RecipeError
@@ -18,7 +19,6 @@ from bifrost_cli.models.branch.masking import random_orders
 from bifrost_cli.models.branch.sampling import sample_masked
 from bifrost_cli.models.diffusion.flux import FluxModel
 from bifrost_cli.planning.plan import plan
-from bifrost_cli.training.queries_task import Queries, QueriesTask
 from bifrost_cli.training.train_branch import build_branch, train_branch
 from bifrost_cli.training.train_controlnet import new_control
 from bifrost_cli.training.training_run import shared_identity
@@ -53,7 +53,7 @@ def task(workspace):
     store = LatentsStore.open(next(workspace.glob("latents-*")))
     control = new_control(wanted, store, diffusion, 0).float()
     torch.nn.init.normal_(control.proj.weight, std=0.1)  # it starts at zero, which tells the branch nothing
-    return QueriesTask(build_branch(wanted, store, mllm), control, mllm, diffusion, store, wanted)
+    return LearnedQueriesTask(build_branch(wanted, store, mllm), control, mllm, diffusion, store, wanted)
 
 
 def test_one_artifact_holds_both_parts_and_no_frozen_one(made, workspace):
@@ -68,7 +68,7 @@ def test_one_artifact_holds_both_parts_and_no_frozen_one(made, workspace):
 
 
 def test_training_sees_what_one_decode_step_gives(task):
-    module: Queries = task.module
+    module: LearnedQueries = task.module
     module.eval()
     batch = task.batch(0, 0)
     with torch.no_grad():
@@ -97,30 +97,30 @@ def test_the_loss_is_the_painters_and_trains_both_parts_alone(task, monkeypatch)
 
 
 def test_a_stopped_training_ends_in_the_same_bytes(made, workspace, tmp_path, monkeypatch):
-    plain = QueriesTask.loss
+    plain = LearnedQueriesTask.loss
 
     def stop(self, batch, generator):
         if batch.total == 8 and len(list(tmp_path.rglob("step-0000002"))):
             raise KeyboardInterrupt
         return plain(self, batch, generator)
 
-    monkeypatch.setattr(QueriesTask, "loss", stop)
+    monkeypatch.setattr(LearnedQueriesTask, "loss", stop)
     with pytest.raises(KeyboardInterrupt):
         train_branch(recipe(), workspace=workspace, output=tmp_path / "b", device="cpu")
-    monkeypatch.setattr(QueriesTask, "loss", plain)
+    monkeypatch.setattr(LearnedQueriesTask, "loss", plain)
     again = train_branch(recipe(), workspace=workspace, output=tmp_path / "b", device="cpu")
     assert again.id == made.id and again.files == made.files
 
 
 def test_a_changed_painter_stops_the_command(workspace, tmp_path, monkeypatch):
-    plain = QueriesTask.loss
+    plain = LearnedQueriesTask.loss
 
     def meddling(self, batch, generator):
         with torch.no_grad():
             self._diffusion.transformer.proj_out.bias.add_(0.001)
         return plain(self, batch, generator)
 
-    monkeypatch.setattr(QueriesTask, "loss", meddling)
+    monkeypatch.setattr(LearnedQueriesTask, "loss", meddling)
     with pytest.raises(BifrostError, match="changed weights that are frozen"):
         train_branch(recipe(), workspace=workspace, output=tmp_path / "b", device="cpu")
 

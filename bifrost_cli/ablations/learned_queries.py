@@ -1,0 +1,116 @@
+"""Learned queries instead of image latents (`branch.target: queries`), after MetaQueries (arXiv 2504.06256).
+
+The branch predicts no image's latents. From masks alone it makes P tokens, and only the diffusion model's loss says what
+they are good for; branch and control are trained together and kept in one artifact. It is what patch latents are
+compared with, and the one training that needs the MLLM and the diffusion model at once. `train_branch` finds `prepare`
+by the name of the target.
+B batch, P queries, C channels of one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bifrost_cli.config.schema import Recipe
+from bifrost_cli.data.latents.reader import LatentsStore
+from bifrost_cli.loading.fingerprints import diffusion_fingerprint
+from bifrost_cli.loading.loaders import ModelLoader
+from bifrost_cli.models import row_noise
+from bifrost_cli.models.branch.visual_branch import VisualBranch
+from bifrost_cli.models.diffusion.base import DiffusionModel
+from bifrost_cli.models.diffusion.controlnet import controlnet_config
+from bifrost_cli.models.mllm.frozen_mllm import Mllm, PromptCache
+from bifrost_cli.models.row_noise import RowSlice
+from bifrost_cli.runtime.ui import Ui
+from bifrost_cli.training.branch_task import SHOWN, Batch, BranchTask
+from bifrost_cli.training.controlnet_task import SHOWN_GUIDANCE, rendered_sheet
+from bifrost_cli.training.train_controlnet import diffusion_of, new_control, save_memory
+from bifrost_cli.training.training_run import TrainingRun, require_precision
+
+ENCODER = {"name": "learned queries"}  # stands where an image encoder's identity would, so that no other part fits
+
+
+class LearnedQueries(nn.Module):
+    """A branch and the control through which it conditions a diffusion model, trained as one module."""
+
+    def __init__(self, branch: VisualBranch, control: nn.Module) -> None:
+        super().__init__()
+        self.branch, self.control = branch, control
+
+    def forward(self, prefix: PromptCache) -> Tensor:
+        """Returns tokens_BPC: what one decode step gives with every patch masked."""
+        branch, count, device = self.branch, len(prefix.attention_BT), self.branch.mask_token.device
+        masked_BP = torch.ones(count, branch.patches, dtype=torch.bool, device=device)
+        return branch(torch.zeros(count, branch.patches, branch.channels, device=device), masked_BP, prefix)
+
+
+class LearnedQueriesTask(BranchTask):
+    """Rows, texts and health are the branch's; the loss is the diffusion model's, which reads captions that are dropped
+    as often as in a ControlNet's training. The store's patch latents are never read in a step."""
+
+    def __init__(
+        self,
+        branch: VisualBranch,
+        control: nn.Module,
+        mllm: Mllm,
+        diffusion: DiffusionModel,
+        store: LatentsStore,
+        recipe: Recipe,
+    ) -> None:
+        super().__init__(branch, mllm, store, recipe.branch)
+        self.module, self._diffusion = LearnedQueries(branch, control), diffusion
+        self._drop_text, self._max_tokens = recipe.controlnet.drop_prompt, recipe.models.diffusion_text_tokens
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        part = RowSlice(generator, batch.first, batch.total)
+        dropped_B = row_noise.uniform((len(batch.rows),), part) < self._drop_text
+        captions = ["" if drop else self._caption(row) for row, drop in zip(batch.rows, dropped_B, strict=True)]
+        with torch.no_grad():
+            text = self._diffusion.embed(captions, self._max_tokens)
+        tokens_BPC, vae_Bchw = self.module(batch.prefix), self._vae(batch.rows)
+        return self._diffusion.control_loss(self.module.control, vae_Bchw, tokens_BPC, text, part), {}
+
+    def samples(self, folder: Path, step: int) -> None:
+        """A sheet of pairs: a held-out image (its VAE latents decoded) and what is generated from its text."""
+        rows = self.held_rows[:SHOWN]
+        if not rows:
+            return
+        tokens_BPC = self.module(self._batch(rows, [self._best_text(row) for row in rows]).prefix)
+        text = self._diffusion.embed([self._caption(row) for row in rows], self._max_tokens, SHOWN_GUIDANCE)
+        seed = self._settings.train.seed
+        rendered_sheet(self._diffusion, self.module.control, self._vae(rows), tokens_BPC, text, seed, folder, step)
+
+    def _vae(self, rows: list[int]) -> Tensor:
+        return torch.from_numpy(self._store.vae(rows)).to(self._diffusion.device, torch.float32)
+
+
+def prepare(run: TrainingRun, branch: VisualBranch, mllm: Mllm, ui: Ui) -> TrainingRun:
+    """The training of the branch, with a new control of the recipe's kind drawn from the branch's seed.
+
+    Raises:
+        RecipeError: fp32 precision through frozen weights of another type (BF-RECIPE-005).
+        ArtifactError, StoreError: as `train_controlnet` for the diffusion model and the store's VAE latents.
+    """
+    recipe, store = run.recipe, run.store
+    require_precision("branch", run.train, recipe.models)
+    store.vae([0])  # a store without VAE latents is refused before the diffusion model is loaded
+    diffusion = diffusion_of(recipe, store, ModelLoader(recipe.models, run.device), ui)
+    control = new_control(recipe, store, diffusion, run.train.seed).float()
+    if run.train.gradient_checkpointing:
+        save_memory(control, diffusion.transformer)
+    base, config = diffusion_fingerprint(recipe.models, diffusion), controlnet_config(control)
+    conditioner = {"config": config, "drop_prompt": recipe.controlnet.drop_prompt}
+    tokens = recipe.models.diffusion_text_tokens
+    diffusion_identity = {"painter": base, "painter_tokens": tokens, "control": conditioner}
+    return replace(
+        run,
+        identity={**run.identity, "encoder": ENCODER, **diffusion_identity},
+        task=LearnedQueriesTask(branch, control, mllm, diffusion, store, recipe),
+        config={"branch": run.config, "control": config},
+        frozen=lambda: run.frozen() + diffusion.weights_hash(),
+        frozen_hash=run.frozen_hash + base,
+    )
