@@ -29,7 +29,7 @@ from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.training.branch_task import SHOWN, Batch, BranchTask
 from bifrost_cli.training.controlnet_task import SHOWN_GUIDANCE, rendered_sheet
 from bifrost_cli.training.train_controlnet import diffusion_of, new_control, save_memory
-from bifrost_cli.training.training_run import TrainingRun, require_precision
+from bifrost_cli.training.training_run import TrainingRun
 
 ENCODER = {"name": "learned queries"}  # stands where an image encoder's identity would, so that no other part fits
 
@@ -92,11 +92,9 @@ def prepare(run: TrainingRun, branch: VisualBranch, mllm: Mllm, ui: Ui) -> Train
     """The training of the branch, with a new control of the recipe's kind drawn from the branch's seed.
 
     Raises:
-        RecipeError: fp32 precision through frozen weights of another type (BF-RECIPE-005).
         ArtifactError, StoreError: as `train_controlnet` for the diffusion model and the store's VAE latents.
     """
     recipe, store = run.recipe, run.store
-    require_precision("branch", run.train, recipe.models)
     store.vae([0])  # a store without VAE latents is refused before the diffusion model is loaded
     diffusion = diffusion_of(recipe, store, ModelLoader(recipe.models, run.device), ui)
     control = new_control(recipe, store, diffusion, run.train.seed).float()

@@ -128,6 +128,11 @@ class Train(Section):
     warmup: Every = Field(5_000, description="steps from 0 to lr")
     clip: NotNegative = Field(1.0, description="largest gradient norm; 0 is no clipping")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the averaged weights; 0 is none")
+    ema_warmup: bool = Field(
+        False,
+        description="averages forget the first weights sooner: decay min(ema, (1 + t) / (10 + t)) at step t",
+        json_schema_extra=since(False),
+    )
     precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of the forward pass")
     gradient_checkpointing: bool = Field(
         False,

@@ -1,7 +1,5 @@
-"""What a training of the branch does in a step: rows of a latents store, the frozen MLLM's prefix, the branch's loss.
+"""One step of the branch's training: rows of a latents store, the frozen MLLM's prompt cache, the branch's loss.
 
-In: a store, a frozen MLLM, a branch, the recipe's section. Out: a `Task` for the loop. Knows no files but the sample
-grids it draws, and no artifact.
 B batch, P patches, C latent channels.
 """
 
@@ -28,15 +26,17 @@ from bifrost_cli.models.mllm.frozen_mllm import Mllm, PromptCache
 from bifrost_cli.models.row_noise import RowSlice
 from bifrost_cli.runtime import distributed
 from bifrost_cli.stats import as_colours, principal_axes
-from bifrost_cli.training.data_order import batch_indices, derive, held_out, uniform
+from bifrost_cli.training.data_order import batch_indices, derive, held_out, micro_seed, uniform
 
 SHOWN, SHOWN_STEPS, SHOWN_PIXELS = 8, 8, 128  # images of a sample grid, their decode steps, pixels a side
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of the store, their latents, and what the branch sees of their texts; `first` rows of the `total` that are
-    drawn for together come before them, in other processes."""
+    """Rows of the store, their latents, and the MLLM's cache of their texts.
+
+    `total` rows are drawn together; the `first` of them belong to the processes before this one.
+    """
 
     rows: list[int]
     latents_BPC: Tensor
@@ -46,7 +46,7 @@ class Batch:
 
 
 class BranchTask:
-    """The branch on a store. Text and masks are functions of (seed, step, row); the MLLM is only read."""
+    """A branch trained on a store. Texts and masks are functions of (seed, step, row); the MLLM is only read."""
 
     def __init__(self, branch: VisualBranch, mllm: Mllm, store: LatentsStore, settings: Branch) -> None:
         self.module: nn.Module = branch
@@ -60,15 +60,14 @@ class BranchTask:
     def batch(self, step: int, micro: int) -> Batch:
         train = self._settings.train
         number = step * train.accumulate + micro
-        places = batch_indices(train.seed, number, train.batch_size, len(self.train_rows))
+        indices = batch_indices(train.seed, number, train.batch_size, len(self.train_rows))
         mine = distributed.share(train.batch_size, "branch.train.batch_size")
-        rows = [self.train_rows[place] for place in places[mine]]
+        rows = [self.train_rows[index] for index in indices[mine]]
         return self._batch(rows, [self._text(row, number) for row in rows], mine.start, train.batch_size)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         settings, (count, patches) = self._settings, batch.latents_BPC.shape[:2]
-        spread = (settings.mask_mean, settings.mask_sd, settings.mask_low, settings.mask_high)
-        masked_RP = draw_masks(batch.total, patches, generator, *spread)  # R: rows of all processes
+        masked_RP = self._masks(batch.total, patches, generator)  # R: rows of all processes
         tokens_R = masked_RP.sum(1) if settings.loss_on == "masked" else torch.full((batch.total,), patches)
         mine = slice(batch.first, batch.first + count)
         tokens, all_tokens = int(tokens_R[mine].sum()), int(tokens_R.sum())
@@ -83,6 +82,23 @@ class BranchTask:
         weight = tokens * batch.total / (all_tokens * count)
         return loss * weight, {name: value * weight for name, value in metrics.items()}
 
+    def weights(self, step: int) -> list[float]:
+        """How much each micro-batch of a step counts: with `loss_on: masked`, as its number of masked tokens."""
+        train, patches = self._settings.train, self._branch.patches
+        if self._settings.loss_on != "masked" or train.accumulate == 1:
+            return [1.0] * train.accumulate
+        counts = []
+        for micro in range(train.accumulate):
+            generator = torch.Generator().manual_seed(micro_seed(train.seed, step, micro))
+            counts.append(int(self._masks(train.batch_size, patches, generator).sum()))
+        return [count * len(counts) / sum(counts) for count in counts]
+
+    def _masks(self, rows: int, patches: int, generator: torch.Generator) -> Tensor:
+        """masked_RP: drawn first of everything random in a loss."""
+        settings = self._settings
+        spread = (settings.mask_mean, settings.mask_sd, settings.mask_low, settings.mask_high)
+        return draw_masks(rows, patches, generator, *spread)
+
     def keys(self, batch: Batch) -> list[str]:
         return [self._store.keys[row] for row in batch.rows]
 
@@ -95,17 +111,17 @@ class BranchTask:
     def validate(self) -> dict[str, float]:
         """Loss, cosine and variance on the held-out rows, and the loss with less text and with another row's text.
 
-        A branch that hears its text has a `loss` well below `loss_shuffled`, and a `variance` that nears 1.
+        A branch that uses its text has a `loss` well below `loss_shuffled`, and a `variance` that nears 1.
         """
         if not self.held_rows:
             return {}
-        found = self._held("", [self._best_text(row) for row in self.held_rows])
+        metrics = self._held("", [self._best_text(row) for row in self.held_rows])
         if self._settings.plan_share:
-            found |= self._held("_caption", [self._caption(row) for row in self.held_rows])
+            metrics |= self._held("_caption", [self._caption(row) for row in self.held_rows])
         if len(self.held_rows) > 1:
             texts = [self._best_text(row) for row in self.held_rows]
-            found |= self._held("_shuffled", texts[1:] + texts[:1])
-        return found
+            metrics |= self._held("_shuffled", texts[1:] + texts[:1])
+        return metrics
 
     def _held(self, suffix: str, texts: Sequence[str]) -> dict[str, float]:
         size, total = self._settings.train.batch_size, {}
@@ -126,8 +142,10 @@ class BranchTask:
         generator = torch.Generator().manual_seed(derive(self._settings.train.seed, "samples"))
         orders_BP = random_orders(len(rows), self._branch.patches, generator)
         noise_BPC = torch.randn(true.latents_BPC.shape, generator=generator)
-        made_BPC = sample_masked(self._branch, true.prefix, steps=SHOWN_STEPS, orders_BP=orders_BP, noise_BPC=noise_BPC)
-        sheet = latent_sheet(true.latents_BPC.cpu(), made_BPC.cpu(), self._store.grid)
+        predicted_BPC = sample_masked(
+            self._branch, true.prefix, steps=SHOWN_STEPS, orders_BP=orders_BP, noise_BPC=noise_BPC
+        )
+        sheet = latent_sheet(true.latents_BPC.cpu(), predicted_BPC.cpu(), self._store.grid)
         make_folder(folder)
         write_bytes(folder / f"step-{step:07d}.png", png_bytes(sheet))
 
@@ -158,13 +176,13 @@ class BranchTask:
         return clean_caption(self._store.captions[row])
 
 
-def latent_sheet(true_BPC: Tensor, made_BPC: Tensor, grid: tuple[int, int]) -> np.ndarray:
-    """uint8 (H, W, 3): pairs (true, made); the true latents' first three principal components, 2 deviations to black
-    and white."""
+def latent_sheet(true_BPC: Tensor, predicted_BPC: Tensor, grid: tuple[int, int]) -> np.ndarray:
+    """Pairs (true, predicted) as uint8 (H, W, 3): the true latents' first three principal components as colours,
+    2 deviations to black and white."""
     true_NC = true_BPC.flatten(0, 1).double()
     mean_C, axes_C3 = principal_axes(true_NC, 3)
     axes = mean_C, axes_C3, ((true_NC - mean_C) @ axes_C3).std(0)
-    pixels = [as_colours(side_BPC, *axes).unflatten(1, grid).numpy() for side_BPC in (true_BPC, made_BPC)]
+    pixels = [as_colours(side_BPC, *axes).unflatten(1, grid).numpy() for side_BPC in (true_BPC, predicted_BPC)]
     size = max(1, SHOWN_PIXELS // grid[0])
     pairs = [np.concatenate(pair, axis=1) for pair in zip(*pixels, strict=True)]
     return contact_sheet([pair.repeat(size, axis=0).repeat(size, axis=1) for pair in pairs])

@@ -1,7 +1,6 @@
-"""What a training of the latent ControlNet does in a step: rows of a latents store, a frozen diffusion model, its flow loss.
+"""One step of the latent ControlNet's training: rows of a latents store, the flow loss of a frozen diffusion model.
 
-In: a store with VAE latents, a frozen diffusion model, a ControlNet, the recipe's section. Out: a `Task` for the loop. Never
-touches an image's pixels, except to draw the sample grids.
+Images are never decoded to pixels, except for the sample grids.
 B batch, P patches, C latent channels, c h w the VAE grid.
 """
 
@@ -32,8 +31,10 @@ SHOWN, SHOWN_STEPS, SHOWN_GUIDANCE, SHOWN_SCALE = 8, 28, 3.5, 0.7  # a sample gr
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of the store: patch latents, VAE latents, what the diffusion model reads of the captions; `first` rows of the
-    `total` that are drawn for together come before them, in other processes."""
+    """Rows of the store: patch latents, VAE latents, the diffusion model's encoding of the captions.
+
+    `total` rows are drawn together; the `first` of them belong to the processes before this one.
+    """
 
     rows: list[int]
     latents_BPC: Tensor
@@ -44,7 +45,7 @@ class Batch:
 
 
 class ControlNetTask:
-    """The ControlNet on a store. Dropped texts and noise follow from (seed, step, row); the diffusion model is only read."""
+    """A ControlNet trained on a store. Dropped texts and noise follow from (seed, step, row)."""
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class ControlNetTask:
         max_tokens: int,
     ) -> None:
         self.module, self._diffusion, self._store, self._settings = controlnet, diffusion, store, settings
-        self._max_tokens, self._embedded = max_tokens, {}
+        self._max_tokens, self._encoded = max_tokens, dict[Any, Any]()
         self.train_rows, self.held_rows = held_out(store.keys, settings.train.validation_rows)
         self._std_C = torch.from_numpy(store.std_C).to(diffusion.device)
 
@@ -64,9 +65,9 @@ class ControlNetTask:
     def batch(self, step: int, micro: int) -> Batch:
         train = self._settings.train
         number = step * train.accumulate + micro
-        places = batch_indices(train.seed, number, train.batch_size, len(self.train_rows))
+        indices = batch_indices(train.seed, number, train.batch_size, len(self.train_rows))
         mine = distributed.share(train.batch_size, "controlnet.train.batch_size")
-        rows = [self.train_rows[place] for place in places[mine]]
+        rows = [self.train_rows[index] for index in indices[mine]]
         return self._batch(rows, [self._text(row, number) for row in rows], mine.start, train.batch_size)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -79,8 +80,8 @@ class ControlNetTask:
         return [self._store.keys[row] for row in batch.rows]
 
     def _noisy(self, latents_BPC: Tensor, part: RowSlice) -> Tensor:
-        """Each row gets its own noise level, uniform up to `latent_noise` channel deviations: it must bear the errors
-        of predicted latents."""
+        """Each row gets its own noise level, uniform up to `latent_noise` channel deviations, so that the ControlNet
+        tolerates the errors of predicted latents."""
         level_B11 = row_noise.uniform((len(latents_BPC), 1, 1), part) * self._settings.latent_noise
         noise_BPC = row_noise.normal(latents_BPC.shape, part) * level_B11
         return latents_BPC + noise_BPC.to(latents_BPC) * self._std_C
@@ -92,13 +93,13 @@ class ControlNetTask:
         if not self.held_rows:
             return {}
         captions = [self._store.captions[row] for row in self.held_rows]
-        found = {
+        metrics = {
             "loss": self._held(self.held_rows, captions),
             "loss_no_text": self._held(self.held_rows, [""] * len(captions)),
         }
         if len(self.held_rows) > 1:
-            found["loss_shuffled"] = self._held(self.held_rows[1:] + self.held_rows[:1], captions)
-        return found
+            metrics["loss_shuffled"] = self._held(self.held_rows[1:] + self.held_rows[:1], captions)
+        return metrics
 
     def _held(self, control_rows: list[int], texts: Sequence[str]) -> float:
         size, total = self._settings.train.batch_size, 0.0
@@ -124,19 +125,18 @@ class ControlNetTask:
 
     @torch.no_grad()
     def _batch(self, rows: list[int], texts: Sequence[str], first: int = 0, total: int | None = None) -> Batch:
-        place = {"device": self._diffusion.device, "dtype": torch.float32}
-        vae_Bchw = torch.from_numpy(self._store.vae(rows)).to(**place)
+        options: Any = {"device": self._diffusion.device, "dtype": torch.float32}
+        vae_Bchw = torch.from_numpy(self._store.vae(rows)).to(**options)
         return Batch(rows, self._latents(rows), vae_Bchw, self._embed(texts), first, total or len(rows))
 
     def _embed(self, texts: Sequence[str], guidance: float = 1.0) -> Any:
-        """What the diffusion model reads. The texts of validations and sample grids are the same each time: they are embedded
-        once and wait in main memory; those of training steps are not kept."""
+        """The encoded texts. Those of validations and sample grids, the same each time, are kept in main memory."""
         key = (guidance, *texts)
-        if key in self._embedded:
-            return send_to_device(self._embedded[key], self._diffusion.device)
+        if key in self._encoded:
+            return send_to_device(self._encoded[key], self._diffusion.device)
         text = self._diffusion.embed(texts, self._max_tokens, guidance)
         if not self.module.training:
-            self._embedded[key] = send_to_device(text, "cpu")
+            self._encoded[key] = send_to_device(text, "cpu")
         return text
 
     def _latents(self, rows: list[int]) -> Tensor:
@@ -161,8 +161,8 @@ def rendered_sheet(
     generator = torch.Generator().manual_seed(derive(seed, "samples"))
     pixels = vae_Bchw.shape[-1] * diffusion.factor
     noise_Bchw = torch.cat([diffusion.noise(pixels, generator) for _ in vae_Bchw])
-    given = ControlInput(control, control_BPC, SHOWN_SCALE)
-    made_Bchw = diffusion.denoise(noise_Bchw, text, control=given, steps=SHOWN_STEPS, guidance=SHOWN_GUIDANCE)
+    control_input = ControlInput(control, control_BPC, SHOWN_SCALE)
+    made_Bchw = diffusion.denoise(noise_Bchw, text, control=control_input, steps=SHOWN_STEPS, guidance=SHOWN_GUIDANCE)
     true, made = diffusion.decode(vae_Bchw).numpy(), diffusion.decode(made_Bchw).numpy()
     make_folder(folder)
     sheet = contact_sheet([np.concatenate(pair, axis=1) for pair in zip(true, made, strict=True)])

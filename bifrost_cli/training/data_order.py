@@ -1,8 +1,7 @@
 """Which rows a training step sees, and which random numbers: pure functions of (seed, step, ...).
 
-In: integers. Out: row numbers, 63-bit seeds, numbers in [0, 1). Nothing here has a state, so a resume needs the step
-number alone. The order comes from our own integer hash, not from a library's generator, and so does not change with
-library versions. Knows nothing of stores, tasks or devices.
+Nothing here has a state, so a resume needs the step number alone. The order comes from our own integer hash, not from a
+library's generator, and so does not change with library versions.
 """
 
 from __future__ import annotations
@@ -20,6 +19,11 @@ def derive(*parts: int | str) -> int:
     """A 63-bit seed from any integers and words: the same parts always give the same seed."""
     text = "\x1f".join(str(part) for part in parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def micro_seed(seed: int, step: int, micro: int) -> int:
+    """The seed of everything random in one micro-batch of a step."""
+    return derive(seed, step, micro)
 
 
 def uniform(*parts: int | str) -> float:

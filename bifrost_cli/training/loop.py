@@ -1,8 +1,7 @@
 """The training loop: AdamW, warm-up and cosine, clipping, accumulation, EMA, exact resume. One loop for every training.
 
-In: a `Task` (a module, batches, a loss), the training settings of a recipe, a folder. Out: `FitResult` and, in the
-folder, `checkpoints/`, `losses.csv`, `validation.csv`, `train.log`, `samples/`. Everything random is a function of
-(seed, step), so 20 steps give the same bits as 10, a kill, and 10 more. Knows no model, no maths and no store.
+In the folder of a training it keeps `checkpoints/`, `losses.csv`, `validation.csv`, `train.log` and `samples/`.
+Everything random is a function of (seed, step), so 20 steps give the same bits as 10, a kill, and 10 more.
 """
 
 from __future__ import annotations
@@ -20,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from bifrost_cli.artifacts.files import make_folder, write_json
+from bifrost_cli.config.schema import Train
 from bifrost_cli.errors import ArtifactError, Diverged, Stopped, UsageError
 from bifrost_cli.runtime import distributed
 from bifrost_cli.runtime.signals import StopFlag
+from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.training.checkpoint import Checkpoint, Checkpoints, SavedCheckpoint, module_tensors, restore_module
-from bifrost_cli.training.data_order import derive
+from bifrost_cli.training.data_order import derive, micro_seed
 from bifrost_cli.training.ema import EMA
 from bifrost_cli.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
 from bifrost_cli.training.parallel import Parallel, full_tensor, local
@@ -42,14 +43,20 @@ SETTINGS = (
     "warmup",
     "clip",
     "ema",
+    "ema_warmup",
     "precision",
     "seed",
 )
+_BEFORE = {"optimizer": "adamw", "ema_warmup": False}  # what checkpoints had before there was a choice
 
 
 class Task(Protocol):
-    """What is trained. Optional methods: `keys(batch) -> list[str]` (for error reports), `validate() -> dict[str,
-    float]` and `samples(folder, step)`; the last two run under EMA weights, in eval mode, without gradients."""
+    """What is trained.
+
+    Optional methods: `keys(batch) -> list[str]` for error reports; `weights(step) -> list[float]`, how much each
+    micro-batch counts in the mean of a step (all 1 without it); `validate() -> dict[str, float]` and
+    `samples(folder, step)`, which run under EMA weights, in eval mode, without gradients.
+    """
 
     module: nn.Module
 
@@ -62,23 +69,24 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training made. `ema_state` has all weights that are not frozen (the raw ones when `ema` is 0; {} in
-    all processes but the first)."""
+    """What a training made. `ema_state` has all weights that are not frozen (the raw ones when `ema` is 0), and
+    `raw_state` with `ema_warmup` the raw ones; both are {} in all processes but the first."""
 
     step: int
     metrics: dict[str, float]
     seconds: float
     samples_seen: int
     ema_state: dict[str, Tensor]
+    raw_state: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class _State:
     task: Task
-    train: Any
+    train: Train
     device: torch.device
     parallel: Parallel
-    ema_weights: EMA
+    ema: EMA
     optimizer: torch.optim.Optimizer
     step: int = 0
     seconds: float = 0.0
@@ -86,13 +94,23 @@ class _State:
 
 
 def fit(
-    task: Task, train: Any, folder: Path, *, device: str | torch.device = "cpu", ui: Any = None, resume: bool = True
+    task: Task,
+    train: Train,
+    folder: Path,
+    *,
+    device: str | torch.device = "cpu",
+    ui: Ui | None = None,
+    resume: bool = True,
 ) -> FitResult:
     """Train `task.module` in place for `train.steps` steps, continuing from the newest checkpoint in `folder`.
 
-    Raises Diverged (7) at the first loss or gradient that is not finite, before the optimizer step; Stopped (75) after
-    a signal, with a checkpoint written; ArtifactError (5) for a damaged checkpoint or one made under other settings;
-    UsageError (2) for any checkpoint when `resume` is False; DiskFull (3).
+    Raises:
+        Diverged: the first loss or gradient that is not finite, before the optimizer step.
+        Stopped: after a signal, with a checkpoint written.
+        ArtifactError: a damaged checkpoint, or one made under other settings.
+        UsageError: any checkpoint when `resume` is False.
+        DiskFull: a checkpoint does not fit.
+        EnvironmentProblem: a tracker of `train.report_to` is not installed or does not start.
     """
     folder = Path(folder)
     make_folder(folder)
@@ -121,33 +139,36 @@ def fit(
                     code="BF-STOP-001",
                 )
     seen = state.step * train.batch_size * train.accumulate
-    return FitResult(state.step, state.metrics, state.seconds, seen, state.ema_weights.whole())
+    raw = state.ema.whole(raw=True) if train.ema and train.ema_warmup else {}
+    return FitResult(state.step, state.metrics, state.seconds, seen, state.ema.whole(), raw)
 
 
 # ---- start and resume --------------------------------------------------------------------------------------------
 
 
-def _start(task: Task, train: Any, device: torch.device) -> _State:
+def _start(task: Task, train: Train, device: torch.device) -> _State:
     module = task.module.to(device)
     parallel = Parallel(module, train.parallel, device)
     module.train()
-    return _State(task, train, device, parallel, EMA(module, train.ema), make_optimizer(module, train))
+    return _State(
+        task, train, device, parallel, EMA(module, train.ema, train.ema_warmup), make_optimizer(module, train)
+    )
 
 
 def _continue(state: _State, checkpoints: Checkpoints, records: TrainingLogger, resume: bool) -> None:
     # 1. leftovers of a killed save go; 2. the newest checkpoint must verify; 3. its settings must be ours;
     # 4. the tables are cut back to its step; 5. weights, EMA, optimizer. Step 0 is reached only with no checkpoint.
-    found = distributed.run_on_main(lambda: _find(state.train, checkpoints, records, resume))
-    if found is None:
+    saved = distributed.run_on_main(lambda: _find(state.train, checkpoints, records, resume))
+    if saved is None:
         return
-    module, groups = state.task.module, found.read(state.task.module)
+    module, groups = state.task.module, saved.read(state.task.module)
     restore_module(module, groups["model"])
-    state.ema_weights.restore(groups.get("ema", {}))
+    state.ema.restore(groups.get("ema", {}))
     restore_optimizer(state.optimizer, module, groups["optimizer"])
-    state.step, state.seconds, state.metrics = found.step, found.state["seconds"], found.state["metrics"]
+    state.step, state.seconds, state.metrics = saved.step, saved.state["seconds"], saved.state["metrics"]
 
 
-def _find(train: Any, checkpoints: Checkpoints, records: TrainingLogger, resume: bool) -> SavedCheckpoint | None:
+def _find(train: Train, checkpoints: Checkpoints, records: TrainingLogger, resume: bool) -> SavedCheckpoint | None:
     checkpoints.prepare()
     if not resume and checkpoints.steps():
         raise UsageError(
@@ -156,19 +177,19 @@ def _find(train: Any, checkpoints: Checkpoints, records: TrainingLogger, resume:
             fix="let it resume, or train into a new folder",
             code="BF-USE-002",
         )
-    found = checkpoints.newest()
-    if found is not None:
-        _same_settings(found.state.get("train", {}), _settings(train), found.path)
-    records.cut(found.step if found else 0, found.state.get("records", {}) if found else {})
-    return found
+    saved = checkpoints.newest()
+    if saved is not None:
+        _same_settings(saved.state.get("train", {}), _settings(train), saved.path)
+    records.cut(saved.step if saved else 0, saved.state.get("records", {}) if saved else {})
+    return saved
 
 
-def _settings(train: Any) -> dict[str, Any]:
+def _settings(train: Train) -> dict[str, Any]:
     return json.loads(json.dumps({name: getattr(train, name) for name in SETTINGS}))
 
 
 def _same_settings(before: dict, now: dict, path: Path) -> None:
-    before = {"optimizer": "adamw", **before}  # checkpoints from before there was a choice
+    before = {**_BEFORE, **before}
     changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
     if changed:
         raise ArtifactError(
@@ -182,7 +203,7 @@ def _same_settings(before: dict, now: dict, path: Path) -> None:
 # ---- one step ----------------------------------------------------------------------------------------------------
 
 
-def learning_rate(step: int, train: Any) -> float:
+def learning_rate(step: int, train: Train) -> float:
     """The rate of step 0, 1, ...: linear over `warmup` steps up to `lr`, then a cosine down to 0 at `steps`."""
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup
@@ -193,18 +214,19 @@ def _step(state: _State, folder: Path, stop: StopFlag) -> tuple[dict[str, float]
     """One optimizer step: the row for losses.csv, and whether any process was asked to stop."""
     train, module, rate = state.train, state.task.module, learning_rate(state.step, state.train)
     totals: dict[str, Tensor] = {}
-    for micro in range(train.accumulate):
+    weights = state.task.weights(state.step) if hasattr(state.task, "weights") else [1.0] * train.accumulate
+    for micro, weight in enumerate(weights):
         with state.parallel.summing(last=micro == train.accumulate - 1):
             loss, metrics = _micro(state, micro)
-            (loss / train.accumulate).backward()
+            (loss * weight / train.accumulate).backward()
         for name, value in {"loss": loss, **metrics}.items():
-            value = torch.as_tensor(value, dtype=torch.float32, device=state.device).detach()
+            value = torch.as_tensor(value, dtype=torch.float32, device=state.device).detach() * weight
             totals[name] = totals[name] + value if name in totals else value
     # ---- a bad number stops here, before any weight changes; this is the only wait for the device in a step
     norm = full_tensor(nn.utils.clip_grad_norm_(module.parameters(), train.clip or math.inf, foreach=True))
-    asked = torch.full((), float(stop.requested), device=state.device)
-    told = distributed.all_reduce_mean(torch.stack([*totals.values(), asked]))
-    loss, *rest, asked, norm = torch.cat([told, norm[None]]).tolist()
+    stopping = torch.full((), float(stop.requested), device=state.device)
+    means = distributed.all_reduce_mean(torch.stack([*totals.values(), stopping]))
+    loss, *rest, stopping, norm = torch.cat([means, norm[None]]).tolist()
     mean = [value / train.accumulate for value in (loss, *rest)]
     if not (math.isfinite(loss) and math.isfinite(norm)):
         _diverged(state, folder, mean[0], norm)
@@ -213,15 +235,15 @@ def _step(state: _State, folder: Path, stop: StopFlag) -> tuple[dict[str, float]
         group["lr"] = rate
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    state.ema_weights.update(state.step)
+    state.ema.update(state.step)
     state.step += 1
     names = list(totals)
     row = {"loss": mean[0], "grad_norm": norm, "lr": rate, **dict(zip(names[1:], mean[1:], strict=True))}
-    return row, asked > 0
+    return row, stopping > 0
 
 
 def _micro(state: _State, micro: int) -> tuple[Tensor, dict[str, Tensor | float]]:
-    seed, rank = derive(state.train.seed, state.step, micro), distributed.rank()
+    seed, rank = micro_seed(state.train.seed, state.step, micro), distributed.rank()
     torch.manual_seed(derive(seed, rank) if rank else seed)  # dropout draws from the global generator
     generator = torch.Generator().manual_seed(seed)  # equal in all processes: each takes its part of a draw for all
     batch = state.task.batch(state.step, micro)
@@ -260,47 +282,47 @@ def _examine(state: _State, folder: Path, records: TrainingLogger) -> None:
     train, task, last = state.train, state.task, state.step == state.train.steps
     if hasattr(task, "validate") and (last or _due(state.step, train.validate_every)):
         with _averaged(state):
-            found = {name: float(value) for name, value in state.parallel.run(task.validate).items()}
-        if not all(map(math.isfinite, found.values())):
+            metrics = {name: float(value) for name, value in state.parallel.run(task.validate).items()}
+        if not all(map(math.isfinite, metrics.values())):
             raise Diverged(
-                f"a validation number is not finite at step {state.step}: {found}",
+                f"a validation number is not finite at step {state.step}: {metrics}",
                 code="BF-NAN-001",
                 fix="check the held-out rows, or lower the learning rate (lr) and train into a new folder",
             )
-        state.metrics = found
-        records.validation(state.step, found)
+        state.metrics = metrics
+        records.validation(state.step, metrics)
     if hasattr(task, "samples") and train.sample_every and (last or _due(state.step, train.sample_every)):
-        with _averaged(state), _place_of(folder / "samples") as place:
-            state.parallel.run(task.samples, Path(place), state.step)
+        with _averaged(state), _samples_folder(folder) as samples:
+            state.parallel.run(task.samples, Path(samples), state.step)
 
 
-def _place_of(folder: Path) -> AbstractContextManager[Any]:
-    return tempfile.TemporaryDirectory(prefix="bifrost-") if distributed.rank() else nullcontext(folder)
+def _samples_folder(folder: Path) -> AbstractContextManager[Any]:
+    return tempfile.TemporaryDirectory(prefix="bifrost-") if distributed.rank() else nullcontext(folder / "samples")
 
 
 @contextmanager
 def _averaged(state: _State) -> Iterator[None]:
     """EMA weights inside the trained module, eval mode, no gradients, seeded by the step; all undone at the end."""
     torch.manual_seed(derive(state.train.seed, state.step, "examine"))
-    state.ema_weights.exchange()
+    state.ema.exchange()
     state.task.module.eval()
     try:
         with torch.no_grad(), _autocast(state), state.parallel.whole():
             yield
     finally:
         state.task.module.train()
-        state.ema_weights.exchange()
+        state.ema.exchange()
 
 
 def _save(state: _State, checkpoints: Checkpoints, digests: dict[str, str | None]) -> None:
     module = state.task.module
     groups = {"model": module_tensors(module), "optimizer": optimizer_tensors(state.optimizer, module)}
-    if state.ema_weights.tensors:
-        groups["ema"] = {**groups["model"], **state.ema_weights.tensors}
+    if state.ema.tensors:
+        groups["ema"] = {**groups["model"], **state.ema.tensors}
     bad = [name for tensors in groups.values() for name, t in tensors.items() if not torch.isfinite(local(t)).all()]
     distributed.raise_if_any_failed(_not_finite(bad[0], state.step) if bad else None)
-    told = {"train": _settings(state.train), "seconds": state.seconds, "metrics": state.metrics, "records": digests}
-    checkpoints.save(Checkpoint(state.step, groups, told), parts=state.parallel.sharded)
+    facts = {"train": _settings(state.train), "seconds": state.seconds, "metrics": state.metrics, "records": digests}
+    checkpoints.save(Checkpoint(state.step, groups, facts), parts=state.parallel.sharded)
 
 
 def _not_finite(name: str, step: int) -> Diverged:

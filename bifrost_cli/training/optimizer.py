@@ -1,33 +1,39 @@
-"""The optimizer of a training, and its state as named tensors.
-
-In: a module and the training settings of a recipe. Out: AdamW, stock or with 8-bit averages (bitsandbytes), and its
-state as flat `parameter/key` tensors that a checkpoint holds. Knows no loop and no files.
-"""
+"""AdamW, stock or with 8-bit moments (bitsandbytes), and its state as the flat tensors that a checkpoint holds."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bifrost_cli.config.schema import Train
 from bifrost_cli.errors import EnvironmentProblem
 
 
-def make_optimizer(module: nn.Module, train: Any) -> torch.optim.Optimizer:
-    """AdamW on what requires a gradient; vectors and scalars get no weight decay.
+def make_optimizer(module: nn.Module, train: Train) -> torch.optim.Optimizer:
+    """AdamW on what requires a gradient; weight decay on what `decays` says.
 
-    adamw8bit keeps both averages in 8 bits with a scale for each block of 256 (arXiv 2110.02861); tensors of fewer than
-    4096 numbers stay in 32 bits. EnvironmentProblem BF-ENV-002 when bitsandbytes is not installed.
+    adamw8bit keeps both moments in 8 bits with a scale for each block of 256 (arXiv 2110.02861); tensors of fewer than
+    4096 numbers stay in 32 bits.
+
+    Raises:
+        EnvironmentProblem: bitsandbytes is not installed (BF-ENV-002).
     """
-    trained = [p for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": train.weight_decay},
-              {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]  # fmt: skip
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    groups = [{"params": [p for name, p in trained if decays(name, p)], "weight_decay": train.weight_decay},
+              {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0}]  # fmt: skip
     groups = [group for group in groups if group["params"]]
     options = {"lr": train.lr, "betas": tuple(train.betas)}
     if train.optimizer == "adamw8bit":
         return _eight_bit()(groups, **options)
     return torch.optim.AdamW(groups, **options, fused=True)
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: to the matrices of layers, not to norms, biases, mask tokens and positions."""
+    return parameter.ndim > 1 and name.endswith("weight") and not re.search("position|pos_embed", name)
 
 
 def _eight_bit() -> Any:

@@ -1,7 +1,6 @@
-"""train branch: latents -> branch. A trainable copy of the MLLM's decoder learns to predict patch latents from text.
+"""train branch: a trainable copy of the MLLM's decoder learns to predict patch latents from text.
 
-In: a recipe and a latents artifact (given, or the newest). Out: a branch artifact. The MLLM is read and hashed before
-and after, never changed. Does not know FLUX.
+The MLLM is hashed before and after and never changed.
 """
 
 from __future__ import annotations
@@ -55,14 +54,26 @@ def train_branch(
 ) -> Artifact | dict[str, Any]:
     """Train the branch of `recipe` on a latents store; the same call continues an interrupted training to the bit.
 
-    Returns the branch artifact, or with `dry_run` the plan. Errors: ArtifactError BF-ART-004 when the latents are not
-    of the recipe's encoder, 5 for a damaged store or checkpoint, RecipeError 2, Diverged 7, Stopped 75, DiskFull 3.
+    Args:
+        recipe: its `branch`, `models` and `latents` sections decide the training.
+        latents: a latents artifact; None takes the newest of the workspace.
+        output: the artifact's folder; None names it by its id in `workspace`.
+        resume: "auto", a run folder, or a checkpoint in one.
+        device: "auto" or a torch device.
+        dry_run: return the plan and write nothing.
+
+    Returns:
+        The branch artifact, or the plan.
+
+    Raises:
+        ArtifactError: the latents are not of the recipe's encoder (BF-ART-004), a damaged store or checkpoint.
+        RecipeError, Diverged, Stopped, DiskFull: as `training.loop.fit` and `run_training`.
     """
     ui, settings = ui or Ui(), recipe.branch
     if recipe.models.weights != "dtype":
         raise RecipeError(f"the branch is made of the MLLM's own weights, which {recipe.models.weights} has rounded",
                           fix="--set models.weights=dtype for this training", code="BF-RECIPE-005")  # fmt: skip
-    if settings.tune != "full":
+    if settings.tune != "full" or settings.target != "latents":
         require_precision("branch", settings.train, recipe.models)
     store, loader = choose_store(recipe, latents, workspace, ui), ModelLoader(recipe.models, device)
     mllm = loader.mllm()
@@ -90,10 +101,10 @@ def train_branch(
     )
     if settings.target != "latents":
         job = TARGETS[settings.target](job, branch, mllm, ui)
-    made = run_training(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
-    if isinstance(made, Artifact):
-        ui.say(f"branch: {made.path} ({_health(made)})")
-    return made
+    result = run_training(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
+    if isinstance(result, Artifact):
+        ui.say(f"branch: {result.path} ({_health(result)})")
+    return result
 
 
 def build_branch(recipe: Recipe, store: LatentsStore, mllm: Mllm) -> VisualBranch:
@@ -115,7 +126,7 @@ def build_branch(recipe: Recipe, store: LatentsStore, mllm: Mllm) -> VisualBranc
 
 
 def tuned(recipe: Recipe) -> dict[str, int] | None:
-    """What the branch is told of `branch.tune`: None is all of it."""
+    """`branch.tune` as the branch takes it: None trains everything."""
     settings = recipe.branch
     return {"full": None, "layers": {"layers": settings.layers}, "lora": {"rank": settings.lora_rank}}[settings.tune]
 

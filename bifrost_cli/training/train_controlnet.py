@@ -1,7 +1,6 @@
-"""train controlnet: latents -> controlnet. A few of the diffusion model's blocks learn to generate what patch latents say.
+"""train controlnet: copies of a few of the diffusion model's blocks learn to condition it on patch latents.
 
-In: a recipe and a latents artifact with VAE latents (given, or the newest). Out: a controlnet artifact. The diffusion model is
-read and hashed before and after, never changed; no image is opened. Does not know the MLLM.
+The diffusion model is hashed before and after and never changed; no image is opened.
 """
 
 from __future__ import annotations
@@ -50,9 +49,21 @@ def train_controlnet(
 ) -> Artifact | dict[str, Any]:
     """Train the ControlNet of `recipe` on a latents store; the same call continues an interrupted training to the bit.
 
-    Returns the controlnet artifact, or with `dry_run` the plan. Errors: StoreError 5 for a store without VAE latents or
-    with damage, ArtifactError BF-ART-004 for VAE latents of another diffusion model or size, RecipeError 2, Diverged 7,
-    Stopped 75, DiskFull 3.
+    Args:
+        recipe: its `controlnet` and `models` sections decide the training.
+        latents: a latents artifact with VAE latents; None takes the newest of the workspace.
+        output: the artifact's folder; None names it by its id in `workspace`.
+        resume: "auto", a run folder, or a checkpoint in one.
+        device: "auto" or a torch device.
+        dry_run: return the plan and write nothing.
+
+    Returns:
+        The controlnet artifact, or the plan.
+
+    Raises:
+        StoreError: a store without VAE latents, or a damaged one.
+        ArtifactError: VAE latents of another diffusion model or size (BF-ART-004), a damaged checkpoint.
+        RecipeError, Diverged, Stopped, DiskFull: as `training.loop.fit` and `run_training`.
     """
     ui, settings, models = ui or Ui(), recipe.controlnet, recipe.models
     require_precision("controlnet", settings.train, models)
@@ -79,10 +90,10 @@ def train_controlnet(
         frozen_hash=diffusion.weights_hash() if small else base,
         device=loader.device,
     )
-    made = run_training(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
-    if isinstance(made, Artifact):
-        ui.say(f"controlnet: {made.path}")
-    return made
+    result = run_training(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
+    if isinstance(result, Artifact):
+        ui.say(f"controlnet: {result.path}")
+    return result
 
 
 def diffusion_of(recipe: Recipe, store: LatentsStore, loader: ModelLoader, ui: Ui) -> DiffusionModel:

@@ -1,7 +1,7 @@
 """What a training writes down: the tables losses.csv and validation.csv, and the lines of train.log.
 
-In: one dict of numbers a step. Out: tables that are the same bytes however often the training was interrupted (on
-resume they are cut back to the step of the checkpoint), so they hold no times; those go to train.log. Knows no metric.
+The tables are the same bytes however often the training was interrupted (on resume they are cut back to the step of the
+checkpoint), so they hold no times; those go to train.log.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import math
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 from bifrost_cli.artifacts.files import append, remove, sha256_file, sync, write_bytes
-from bifrost_cli.errors import ArtifactError, EnvironmentProblem
+from bifrost_cli.config.schema import Train
+from bifrost_cli.errors import ArtifactError
+from bifrost_cli.runtime.ui import Ui
+from bifrost_cli.training.trackers import Trackers
 
 SOON = 20.0  # seconds; unless told to ask earlier, SLURM kills 30 s after it asked for a stop
 _ROW = re.compile(r"(step|\d+)(,[^,\0]+)+\n")
@@ -72,21 +74,20 @@ class Table:
 
 class Journal:
     """Speed and times of a training: a line to the user every `log_every` steps (at most one in 5 s, at least one
-    in 30 s), the same lines in train.log, TensorBoard when the recipe asks for it. Context manager."""
+    in 30 s), the same lines in train.log, and the trackers of `train.report_to`. Context manager."""
 
-    def __init__(self, folder: Path, train: Any, ui: Any) -> None:
+    def __init__(self, folder: Path, train: Train, ui: Ui | None) -> None:
         self._train, self._say = train, ui.say if ui is not None else lambda line: None
         self._path = folder / "train.log"
         append(self._path, "")  # there from the start, for who follows it
-        self._board = _tensorboard(folder / "tensorboard") if "tensorboard" in train.report_to else None
+        self._trackers = Trackers(train.report_to, folder, vars(train), lambda line: self._tell(line))
         self._warned = False
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._board is not None:
-            self._board.close()
+        self._trackers.finish()
 
     def begin(self, step: int, seconds: float) -> None:
         """Start the clock at `step`, `seconds` into the training."""
@@ -103,8 +104,8 @@ class Journal:
         """One line when it is time: step, loss, learning rate, samples per second, time left."""
         train, now = self._train, time.monotonic()
         interval = bool(train.log_every) and step % train.log_every == 0
-        if self._board is not None and interval:
-            self._scalars("train", step, row)
+        if interval:
+            self._trackers.log("train", step, row)
         waited = now - self._spoken
         if waited < 30 and step != train.steps and not (interval and waited >= 5):
             return
@@ -118,8 +119,7 @@ class Journal:
 
     def validation(self, step: int, row: dict[str, float]) -> None:
         self._tell(f"step {step}/{self._train.steps}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
-        if self._board is not None:
-            self._scalars("validation", step, row)
+        self._trackers.log("validation", step, row)
 
     def saved(self, seconds: float) -> None:
         """Say, once, that whoever stops the job must leave it the time that a checkpoint takes."""
@@ -134,15 +134,11 @@ class Journal:
         self._say(line)
         append(self._path, f"{time.strftime('%Y-%m-%dT%H:%M:%S')}  {self.seconds():.1f} s  {line}\n")
 
-    def _scalars(self, group: str, step: int, row: dict[str, float]) -> None:
-        for name, value in row.items():
-            self._board.add_scalar(f"{group}/{name}", value, step)
-
 
 class TrainingLogger:
     """All that a training writes down, in `folder`. Context manager."""
 
-    def __init__(self, folder: Path, train: Any, ui: Any) -> None:
+    def __init__(self, folder: Path, train: Train, ui: Ui | None) -> None:
         self._losses, self._validation = Table(folder / "losses.csv"), Table(folder / "validation.csv")
         self._journal = Journal(folder, train, ui)
         self.begin, self.seconds, self.saved = self._journal.begin, self._journal.seconds, self._journal.saved
@@ -198,15 +194,3 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise EnvironmentProblem(
-            "the recipe asks for TensorBoard, which is not installed",
-            code="BF-ENV-002",
-            fix="pip install 'bifrost-cli[tensorboard]', or leave it out of train.report_to",
-        ) from None
-    return SummaryWriter(str(folder))

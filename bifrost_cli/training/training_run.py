@@ -155,6 +155,8 @@ def _needs_less(job: TrainingRun) -> str:
 def _commit(job: TrainingRun, draft: Draft, result: FitResult) -> None:
     work = draft.path / "work"
     save_tensors(draft.path / "model.safetensors", result.ema_state, {"kind": job.kind})
+    if result.raw_state:
+        save_tensors(draft.path / "raw.safetensors", result.raw_state, {"kind": job.kind})
     write_json(draft.path / "config.json", job.config)
     for name in RECORDS:
         if (work / name).exists():
@@ -182,6 +184,7 @@ def _plan(job: TrainingRun, path: Path) -> dict[str, Any]:
     """What the training will do and need, in bytes: weights, gradients and averaged weights are float32, AdamW's two
     averages float32 or 8 bits with a scale for each block of 256."""
     kept = 4 + (2 * (1 + 4 / 256) if job.train.optimizer == "adamw8bit" else 8) + 4 * bool(job.train.ema)
+    raw = bool(job.train.ema) and job.train.ema_warmup  # kept beside the averages
     steps = Checkpoints(path / "work" / "checkpoints").steps()
     place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     rows = len(job.task.train_rows)
@@ -195,7 +198,7 @@ def _plan(job: TrainingRun, path: Path) -> dict[str, Any]:
         "continues_at": steps[-1] if steps else 0,
         "parameters": job.parameters,
         "memory_of_the_trained_part": round(job.parameters * (kept + 4)),
-        "disk_needed": round(job.parameters * (kept * (job.train.keep + 1) + 4)),
+        "disk_needed": round(job.parameters * (kept * (job.train.keep + 1) + 4 * (1 + raw))),
         "disk_free": shutil.disk_usage(place).free,
         "device": str(job.device),
     }

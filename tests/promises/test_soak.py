@@ -161,7 +161,7 @@ def test_a_long_prompt_file_is_planned_killed_and_resumed(count, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("seconds", "pictures"), [(10, 2), pytest.param(1800, 50, marks=SOAK)], ids=["seconds", "half an hour"]
+    ("seconds", "images"), [(10, 2), pytest.param(1800, 50, marks=SOAK)], ids=["seconds", "half an hour"]
 )
 def test_generate_in_one_process_keeps_its_memory_and_its_files(seconds, images, tmp_path):
     process = FORK.Process(target=_generate_for, args=(seconds, images, tmp_path))

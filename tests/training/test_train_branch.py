@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.errors import ArtifactError, BifrostError, DataError, OutOfMemory, RecipeError, UsageError
 from bifrost_cli.loading.loaders import ModelLoader, load_branch
 from bifrost_cli.models.encoders import MllmEncoder
+from bifrost_cli.training import loop
 from bifrost_cli.training.branch_task import BranchTask
+from bifrost_cli.training.data_order import micro_seed
 from bifrost_cli.training.train_branch import build_branch, train_branch
 
 
@@ -188,6 +191,32 @@ def test_a_batch_is_a_function_of_the_step(workspace):
     assert one.rows == other.rows and torch.equal(one.latents_BPC, other.latents_BPC)
     assert all(torch.equal(a, b) for a, b in zip(one.prefix.keys, other.prefix.keys, strict=True))
     assert task(workspace).batch(6, 0).rows != one.rows
+
+
+def test_accumulated_masked_tokens_count_alike(workspace, tmp_path):
+    """Two micro-batches give the gradient of the mean over all masked tokens of the step, however many each has."""
+    changes = {"loss_on": "masked", "mask_low": 0.0, "mask_sd": 0.5, "mask_mean": 0.5, "batch_size": 1, "accumulate": 4,
+               "clip": 0.0, "drop_prompt": 0.0}  # fmt: skip
+    one = task(workspace, **changes)
+    seed, patches, train = one._settings.train.seed, 16, one._settings.train
+    counts = [int(one._masks(1, patches, torch.Generator().manual_seed(micro_seed(seed, 0, micro))).sum())
+              for micro in range(4)]  # fmt: skip
+    assert len(set(counts)) > 1 and one.weights(0) == pytest.approx([4 * count / sum(counts) for count in counts])
+    state = loop._start(one, train, torch.device("cpu"))
+    taken = {}
+    state.optimizer.step = lambda: taken.update(
+        {name: p.grad.clone() for name, p in one.module.named_parameters() if p.grad is not None}
+    )
+    row, _ = loop._step(state, tmp_path, SimpleNamespace(requested=False))
+    state.step, total = 0, 0.0
+    for micro in range(4):
+        loss, _ = loop._micro(state, micro)
+        (loss * counts[micro] / sum(counts)).backward()
+        total += loss.item() * counts[micro] / sum(counts)
+    assert row["loss"] == pytest.approx(total, rel=1e-5)
+    for name, parameter in one.module.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(taken[name], parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_held_out_rows_are_never_trained_on(workspace):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 
@@ -52,6 +53,59 @@ def test_ema_is_its_recurrence(tmp_path):
     for weight in after[1:]:
         expected = 0.8 * expected + 0.2 * weight
     torch.testing.assert_close(averaged, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_a_warmed_up_average_does_not_hold_the_start(tmp_path):
+    """A decay of 0.997 alone leaves 64 % of the first weights in the average after 150 steps."""
+    start = SmallTask(settings()).module.state_dict()
+    far = {}
+    for warmup in (True, False):
+        train = settings(steps=150, warmup=1, ema=0.997, ema_warmup=warmup, checkpoint_every=150, validate_every=0)
+        task = SmallTask(train)
+        result = fit(task, train, tmp_path / str(warmup))
+        raw, names = task.module.state_dict(), [name for name, _ in task.module.named_parameters()]
+        gone = torch.cat([(raw[name] - start[name]).flatten() for name in names]).norm()
+        far[warmup] = float(torch.cat([(raw[name] - result.ema_state[name]).flatten() for name in names]).norm() / gone)
+        held = result.raw_state if warmup else raw
+        assert all(torch.equal(held[name], value) for name, value in raw.items())
+    assert far[True] < 0.1 and far[False] > 0.25, far
+
+
+def test_warm_up_is_its_recurrence_and_averages_batch_statistics_too(tmp_path):
+    train = settings(steps=30, ema=0.8, ema_warmup=True, checkpoint_every=30, validate_every=0)
+    task, seen = SmallTask(train), []
+    plain = task.batch
+    task.batch = lambda step, micro: (seen.append(copy.deepcopy(task.module.state_dict())), plain(step, micro))[1]
+    result = fit(task, train, tmp_path)
+    after = [*seen[1:], task.module.state_dict()]
+    for name in ("layers.0.weight", "layers.1.running_mean", "layers.1.running_var"):
+        expected = after[0][name].clone()
+        for step, state in enumerate(after[1:], 1):
+            decay = min(0.8, (1 + step) / (10 + step))
+            expected = decay * expected + (1 - decay) * state[name]
+        torch.testing.assert_close(result.ema_state[name], expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(result.ema_state["layers.1.num_batches_tracked"], after[-1]["layers.1.num_batches_tracked"])
+
+
+def test_a_warmed_up_average_resumes_to_the_bit_and_other_settings_do_not(tmp_path):
+    train = settings(ema_warmup=True)
+    whole = fit(SmallTask(train), train, tmp_path / "whole")
+    part = SmallTask(train)
+    plain = part.batch
+
+    def stop(step, micro):
+        if step == 7:
+            raise KeyboardInterrupt
+        return plain(step, micro)
+
+    part.batch = stop
+    with pytest.raises(KeyboardInterrupt):
+        fit(part, train, tmp_path / "part")
+    with pytest.raises(ArtifactError, match="other training settings"):
+        fit(SmallTask(settings()), settings(), tmp_path / "part")
+    again = fit(SmallTask(train), train, tmp_path / "part")
+    for one, other in ((whole.ema_state, again.ema_state), (whole.raw_state, again.raw_state)):
+        assert one and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
 def test_without_ema_the_raw_weights_come_back(tmp_path):

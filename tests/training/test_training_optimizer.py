@@ -63,6 +63,20 @@ def test_eight_bits_take_a_quarter_and_train_nearly_alike(tmp_path):
     assert 0 < close.norm() < 0.1 * (moved - WideTask().module[0].weight).norm()
 
 
+def test_weight_decay_acts_on_the_matrices_of_layers_alone():
+    module = nn.Module()
+    module.mask_token = nn.Parameter(torch.zeros(1, 1, 4))
+    module.position_embedding = nn.Parameter(torch.zeros(1, 3, 4))
+    module.norm, module.positions = nn.LayerNorm(4), nn.Module()
+    module.positions.position_embedding = nn.Embedding(3, 4)
+    module.inner, module.conv = nn.Linear(4, 4), nn.Conv2d(4, 4, 1)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = make_optimizer(module, settings(weight_decay=0.1)).param_groups
+    decayed = {names[id(p)] for group in groups if group["weight_decay"] for p in group["params"]}
+    assert decayed == {"inner.weight", "conv.weight"}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+
+
 def test_another_optimizer_does_not_continue(tmp_path):
     train_wide(tmp_path, steps=7)
     with pytest.raises(ArtifactError, match="other training settings") as found:
