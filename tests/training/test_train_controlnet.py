@@ -63,9 +63,9 @@ def test_held_out_texts_are_embedded_once_and_others_are_not_kept(workspace, mon
         first, counted = tested.validate(), len(calls)
         assert tested.validate() == first and len(calls) == counted == 2  # with the captions, and without
     tested.module.train()
-    kept = len(tested._embedded)
+    kept = len(tested._encoded)
     tested.batch(0, 0)
-    assert len(calls) == counted + 1 and len(tested._embedded) == kept
+    assert len(calls) == counted + 1 and len(tested._encoded) == kept
 
 
 def test_gradient_checkpointing_changes_no_byte(made, workspace, flux_folder, tmp_path):
