@@ -156,7 +156,9 @@ class BranchTask:
         latents_BPC = torch.from_numpy(self._store.latents(rows)).to(device, torch.float32)
         ids = [self._ids(text) for text in texts]
         length = min(self._settings.max_text_tokens, max(map(len, ids)))
-        prefix = self._mllm.encode_prompts(tokenize_prompts(ids, length, self._closing, self._mllm.tokenizer.pad_token_id))
+        prefix = self._mllm.encode_prompts(
+            tokenize_prompts(ids, length, self._closing, self._mllm.tokenizer.pad_token_id)
+        )
         return Batch(rows, latents_BPC, prefix, first, total or len(rows))
 
     def _text(self, row: int, number: int) -> str:
