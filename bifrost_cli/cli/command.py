@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from bifrost_cli.cli.options import AsJson, Debug, Flag, Offline, Quiet, Sets, recipe_option
 from bifrost_cli.errors import BifrostError, Interrupted
@@ -49,6 +50,7 @@ def command(
     flags: Sequence[Flag] = (),
     default: str = "tiny",
     check: Callable[..., None] | None = None,
+    cls: type[TyperCommand] | None = None,
 ) -> Callable[[Body], Body]:
     """Register a function as a command.
 
@@ -58,6 +60,7 @@ def command(
         flags: recipe keys that have a flag of their own.
         default: the recipe when none is named.
         check: takes the command's parameters and raises what can be refused before a model library is imported.
+        cls: the command's class.
 
     Returns:
         The decorator; it leaves the function as it is. A `recipe` parameter becomes --recipe, --set and `flags`, and
@@ -90,7 +93,7 @@ def command(
                 raise
 
         _declare(run, own, flags, default)
-        app.command(name)(run)
+        app.command(name, cls=cls)(run)
         return body
 
     return register

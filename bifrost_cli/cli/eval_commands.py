@@ -1,16 +1,16 @@
-"""`bifrost eval`: any of the measures together, over one set of samples.
-
-In: options. Out: one stage call and its Result.
-"""
+"""`bifrost eval`: any metrics together, over one set of images; their flags and options follow from their classes."""
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from bifrost_cli.cli import preflight
 from bifrost_cli.cli.command import Result, command
@@ -24,26 +24,75 @@ if TYPE_CHECKING:
     from bifrost_cli.evaluation.gates import Gate
 
 LARGE = 2**30  # bytes of a report.json
+_METRIC, _OPTION = "metric_", "option_"  # prefixes of the parameters that follow from the metrics
 
 app = typer.Typer()
 
 
-@command(app, "eval", EVALUATE, check=preflight.evaluate)
+class EvalCommand(TyperCommand):
+    """`bifrost eval`, whose metrics are looked up when it is used and not when any command starts."""
+
+    _known: list[Any] | None = None
+
+    @property
+    def params(self) -> list[Any]:
+        """The metrics' parameters, then those of the function."""
+        if self._known is None:
+            self._known = [*_metric_params(self._declared), *self._declared]
+        return self._known
+
+    @params.setter
+    def params(self, params: list[Any]) -> None:
+        self._declared = params
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the function; the metrics' parameters, which its signature does not have, are `ctx.obj`."""
+        declared = {param.name for param in self._declared}
+        ctx.obj = {name: ctx.params.pop(name) for name in list(ctx.params) if name not in declared}
+        return super().invoke(ctx)
+
+
+def _metric_params(declared: Sequence[Any]) -> list[Any]:
+    """A flag for each metric, then their options; names that `declared` has taken are left out."""
+    from bifrost_cli.evaluation.registry import metric_flags
+
+    taken = {name for param in declared for name in (*param.opts, *param.secondary_opts)}
+    flags, options = [], []
+    for name, text, metric_options in metric_flags():
+        if f"--{name}" not in taken and re.fullmatch("[a-z][a-z0-9_-]*", name):
+            taken.add(f"--{name}")
+            flags.append(_parameter(_METRIC + name, bool, False, typer.Option(f"--{name}", help=text)))
+        for option in metric_options:
+            if f"--{option.name}" not in taken:
+                taken.add(f"--{option.name}")
+                text = option.help + (f"  (default: {option.default})" if option.default else "")
+                shown = typer.Option(f"--{option.name}", metavar=option.metavar, help=text)
+                options.append(_parameter(_OPTION + option.name, str | None, None, shown))
+    return _params([*flags, *options])
+
+
+def _parameter(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
+    name = name.replace("-", "_")
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
+
+
+def _params(parameters: list[inspect.Parameter]) -> list[Any]:
+    """Typer's own parameters for a function of these."""
+
+    def nothing(**given: Any) -> None: ...
+
+    nothing.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    nothing.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    scratch = typer.Typer(add_completion=False)
+    scratch.command()(nothing)
+    return typer.main.get_command(scratch).params
+
+
+@command(app, "eval", EVALUATE, check=preflight.evaluate, cls=EvalCommand)
 def evaluate(
+    context: typer.Context,
     recipe: Recipe,
     ui: Ui,
-    fid: Annotated[bool, typer.Option("--fid", help="Frechet distance to a reference; the default.")] = False,
-    sfid: Annotated[bool, typer.Option("--sfid", help="The same of spatial features (Inception only).")] = False,
-    kid: Annotated[bool, typer.Option("--kid", help="Kernel distance to a reference.")] = False,
-    inception_score: Annotated[bool, typer.Option("--is", help="Inception score (Inception only).")] = False,
-    prdc: Annotated[bool, typer.Option("--prdc", help="Precision, recall, density, coverage.")] = False,
-    clipscore: Annotated[bool, typer.Option("--clipscore", help="Image against prompt, in a CLIP.")] = False,
-    shapes: Annotated[bool, typer.Option("--shapes", help="Accuracy by the built-in world's checker.")] = False,
-    reconstruction: Annotated[
-        bool, typer.Option("--reconstruction", help="Generate --reference again; PSNR, SSIM, LPIPS, rFID.")
-    ] = False,
-    geneval: Annotated[bool, typer.Option("--geneval", help="GenEval's rules, by --detector.")] = False,
-    dpg: Annotated[bool, typer.Option("--dpg", help="DPG-Bench's --questions, by the MLLM.")] = False,
     fd: Annotated[
         list[str] | None, typer.Option("--fd", metavar="FEATURES", help="Frechet distance in another network too.")
     ] = None,
@@ -58,20 +107,10 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option("--reference", metavar="REF", help="A folder, samples, latents, or saved statistics.")
     ] = None,
-    detector: Annotated[
-        str, typer.Option("--detector", metavar="MODEL", help="GenEval's Mask2Former: a folder or hub id.")
-    ] = "facebook/mask2former-swin-small-coco-instance",
-    metadata: Annotated[
-        Path | None, typer.Option("--metadata", metavar="FILE", help="GenEval's file of prompts.")
-    ] = None,
-    questions: Annotated[Path | None, typer.Option("--questions", metavar="FILE", help="DPG-Bench's CSV.")] = None,
-    judge: Annotated[
-        str | None, typer.Option("--judge", metavar="MODEL", help="Who answers them.  (default: the recipe's MLLM)")
-    ] = None,
     gate: Annotated[
-        list[str] | None, typer.Option("--gate", metavar="BAR", help="Exit with 8 unless it holds, as 'fid<12.5'.")
+        list[str] | None, typer.Option("--gate", metavar="GATE", help="Exit with 8 unless it holds, as 'fid<12.5'.")
     ] = None,
-    explain: Annotated[bool, typer.Option("--explain", help="Say how each measure is taken, and stop.")] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Say how each metric is computed, and stop.")] = False,
     output: Output = None,
     workspace: Workspace = Path("runs"),
     device: Device = "auto",
@@ -79,39 +118,38 @@ def evaluate(
 ) -> Result:
     """Measure samples against a reference and write a report.
 
-    Any measures together; without one, the Frechet distance. The report is report.json and report.html.
+    Any metrics together; without one, the Frechet distance. The report is report.json and report.html.
 
     Example: bifrost eval --fid --samples runs/samples-0123456789ab --reference photos/
     """
-    from bifrost_cli.evaluation.gates import Gate
-    from bifrost_cli.evaluation.metrics.protocols import explained
+    from bifrost_cli.evaluation.registry import explained, metric_flags
 
-    flags = {"fid": fid, "sfid": sfid, "kid": kid, "is": inception_score, "prdc": prdc, "clipscore": clipscore,
-             "shapes": shapes, "geneval": geneval, "dpg": dpg, "reconstruction": reconstruction}  # fmt: skip
-    metrics = [name for name, asked in flags.items() if asked] or ([] if fd else ["fid"])
+    named = {_METRIC + name.replace("-", "_"): name for name, _, _ in metric_flags()}
+    metrics = [name for key, name in named.items() if context.obj.get(key)] or ([] if fd else ["fid"])
     if explain:
         lines = explained(metrics, fd or [])
         return Result(lines, {"explained": lines})
     from bifrost_cli.evaluation.evaluate import evaluate
+    from bifrost_cli.evaluation.gates import Gate
 
-    bars = [Gate.of(text) for text in gate or []]
-    inputs = {"metrics": metrics, "fd": fd or [], "samples": samples, "prompts": prompts, "n": n,
-              "quarters": quarters, "reference": reference, "detector": detector, "metadata": metadata,
-              "questions": questions, "judge": judge}  # fmt: skip
-    where = {"output": output, "workspace": workspace, "device": device}
-    found = evaluate(recipe, **inputs, **where, dry_run=dry_run, ui=ui)
-    return made(found) if dry_run else _gated(found, bars, ui)
+    gates = [Gate.of(text) for text in gate or []]
+    options = {key.removeprefix(_OPTION): value for key, value in context.obj.items() if key.startswith(_OPTION)}
+    found = evaluate(
+        recipe, metrics=metrics, fd=fd or [], samples=samples, prompts=prompts, n=n, quarters=quarters,
+        reference=reference, output=output, workspace=workspace, device=device, dry_run=dry_run, ui=ui, **options,
+    )  # fmt: skip
+    return made(found) if dry_run else _gated(found, gates, ui)
 
 
-def _gated(report: Artifact, bars: Sequence[Gate], ui: Ui) -> Result:
-    """The report, with an error for the bars that do not hold."""
+def _gated(report: Artifact, gates: Sequence[Gate], ui: Ui) -> Result:
+    """The report, with an error for the gates that do not hold."""
     from bifrost_cli.artifacts.files import read_json
 
-    judged = [bar.judged(read_json(report.file("report.json"), LARGE)["results"]) for bar in bars]
-    for one in judged:
-        end = "holds" if one["holds"] else "fails"
-        ui.say(f"gate {one['gate']}: {one['value']:.4g}, at worst {one['end']:.4g}: {end}")
+    checked = [gate.check(read_json(report.file("report.json"), LARGE)["results"]) for gate in gates]
+    for gate in checked:
+        end = "holds" if gate["holds"] else "fails"
+        ui.say(f"gate {gate['gate']}: {gate['value']:.4g}, at worst {gate['end']:.4g}: {end}")
     result = made(report)
-    failed = [one["gate"] for one in judged if not one["holds"]]
-    error = Findings(f"{len(failed)} of {len(judged)} gates do not hold", at=", ".join(failed)) if failed else None
-    return replace(result, data={**result.data, **({"gates": judged} if judged else {})}, error=error)
+    failed = [gate["gate"] for gate in checked if not gate["holds"]]
+    error = Findings(f"{len(failed)} of {len(checked)} gates do not hold", at=", ".join(failed)) if failed else None
+    return replace(result, data={**result.data, **({"gates": checked} if checked else {})}, error=error)

@@ -1,7 +1,6 @@
-"""Bars that a report's numbers must clear, for a pipeline that stops when they do not.
+"""Gates: limits that a report's numbers must keep, for a pipeline that stops when they do not (`--gate 'fid<12.5'`).
 
-Comes in: texts such as `fid<12.5` and a report's results. Goes out: whether each holds, with its uncertainty against
-it: a gate holds when it holds for the worse end of the value's interval. Does not know how anything was measured.
+A gate holds when it holds for the worse end of the value's interval.
 """
 
 from __future__ import annotations
@@ -12,49 +11,51 @@ from dataclasses import dataclass
 from typing import Any
 
 from bifrost_cli.errors import UsageError
+from bifrost_cli.evaluation.registry import gate_names
 
-_FORM = re.compile(r"\s*([a-z0-9_]+)\s*(<=|>=|<|>)\s*(-?[0-9.]+(?:e-?[0-9]+)?)\s*")
-_SHORT = {"fid": ("fid", "frechet_distance"), "kid": ("kid", "kernel_distance"), "is": ("inception_score",),
-          "shapes": ("shapes_accuracy",)}  # fmt: skip
+_FORM = re.compile(r"\s*([a-z0-9_-]+?)\s*(<=|>=|<|>)\s*(-?[0-9.]+(?:e-?[0-9]+)?)\s*")
 
 
 @dataclass(frozen=True)
 class Gate:
-    """`metric` as in report.json, or its flag's name; `sign` <, <=, > or >=."""
+    """`metric`: a flag's name, or a metric of report.json; `sign`: <, <=, > or >=."""
 
     metric: str
     sign: str
-    bar: float
+    limit: float
 
     @classmethod
     def of(cls, text: str) -> Gate:
-        """UsageError (2): a text that is no gate."""
-        found = _FORM.fullmatch(text)
+        """Read a gate. UsageError: a text that is none."""
+        match = _FORM.fullmatch(text)
         try:
-            return cls(found[1], found[2], float(found[3]))
+            return cls(match[1], match[2], float(match[3]))  # type: ignore[index]
         except (TypeError, ValueError):
-            raise UsageError(f"--gate {text} is no bar",
+            raise UsageError(f"invalid gate {text!r}",
                              fix="a metric, <, <=, > or >=, and a number: --gate 'fid<12.5'") from None  # fmt: skip
 
-    def judged(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """For report.json: the bar, the value, the end of its interval that counts, and whether it holds.
+    def check(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The gate, the value, the end of its interval that counts, and whether it holds.
 
-        UsageError: a metric that was not measured.
+        Raises:
+            UsageError: a metric that was not measured.
         """
-        names = _SHORT.get(self.metric, (self.metric,))
-        found = [result for result in results if result["metric"] in names]
-        if not found:
-            there = ", ".join(result["metric"] for result in results)
-            raise UsageError(f"--gate {self.metric}: it was not measured", at=f"measured: {there}")
+        names = gate_names(self.metric)
+        gated = [result for result in results if result["metric"] in names]
+        if not gated:
+            measured = ", ".join(result["metric"] for result in results)
+            raise UsageError(f"invalid gate {str(self)!r}: {self.metric} was not measured", at=f"measured: {measured}")
         below = self.sign.startswith("<")
-        end = max(map(_high, found)) if below else min(map(_low, found))
-        holds = {"<": end < self.bar, "<=": end <= self.bar, ">": end > self.bar, ">=": end >= self.bar}[self.sign]
-        return {"gate": f"{self.metric}{self.sign}{self.bar:g}", "value": found[0]["value"], "end": end, "holds": holds}
+        end = max(_interval(result)[1] for result in gated) if below else min(_interval(result)[0] for result in gated)
+        holds = {"<": end < self.limit, "<=": end <= self.limit, ">": end > self.limit, ">=": end >= self.limit}
+        return {"gate": str(self), "value": gated[0]["value"], "end": end, "holds": holds[self.sign]}
+
+    def __str__(self) -> str:
+        return f"{self.metric}{self.sign}{self.limit:g}"
 
 
-def _low(result: Mapping[str, Any]) -> float:
-    return result["interval95"][0] if "interval95" in result else result["value"] - result.get("standard_error", 0.0)
-
-
-def _high(result: Mapping[str, Any]) -> float:
-    return result["interval95"][1] if "interval95" in result else result["value"] + result.get("standard_error", 0.0)
+def _interval(result: Mapping[str, Any]) -> tuple[float, float]:
+    if "interval95" in result:
+        return result["interval95"][0], result["interval95"][1]
+    error = result.get("standard_error", 0.0)
+    return result["value"] - error, result["value"] + error

@@ -1,7 +1,4 @@
-"""What samples are compared with: a folder, samples, a latents store's images, statistics, or the built-in world.
-
-Comes in: the user's reference and a feature network. Goes out: statistics by layer. Does not know the samples.
-"""
+"""What images are compared with: a folder, samples, a latents store's images, statistics, or the built-in world."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Any
 
 from bifrost_cli.artifacts import resolve
 from bifrost_cli.artifacts.files import sha256_file
-from bifrost_cli.config.schema import Recipe
+from bifrost_cli.config.schema import Images
 from bifrost_cli.data.image_sets import ImageSet, drawn, from_folder, from_samples, squared
 from bifrost_cli.errors import ArtifactError, DataError, UsageError
 from bifrost_cli.evaluation.feature_cache import statistics_of
@@ -22,6 +19,7 @@ from bifrost_cli.evaluation.networks.feature_network import FeatureNetwork
 from bifrost_cli.extraction.choose_source import images_of_store
 from bifrost_cli.runtime.ui import Ui
 
+STATISTICS = (".safetensors", ".npz")  # suffixes of files of statistics
 WORLD_SEED, FLOOR_SEED = 1, 2  # 0 is the seed of the prompts a default set is made from
 
 
@@ -62,16 +60,21 @@ class Reference:
         return {layer: saved for layer in layers}
 
 
-def reference_for(recipe: Recipe, ref: Path | str | None, count: int, workspace: Path | str) -> Reference:
-    """Find out what `ref` is. None: `count` drawings of the built-in world.
+def reference_for(ref: Path | str | None, count: int, rules: Images, workspace: Path | str) -> Reference:
+    """Find out what `ref` is.
 
-    DataError: fewer than 4 images. UsageError: None, with a recipe of another world.
+    Args:
+        ref: a folder, an artifact (path or id), or a file of statistics; None: `count` drawings of the built-in world.
+        rules: how images are read, the recipe's images section.
+
+    Raises:
+        DataError: fewer than 4 images.
     """
-    if ref is not None and Path(ref).suffix in (".safetensors", ".npz"):
+    if ref is not None and Path(ref).suffix in STATISTICS:
         published = Path(ref).suffix == ".npz"
         count = (load_adm(Path(ref), "pool") if published else load_statistics(Path(ref))).count
         return Reference(f"saved statistics {ref}", sha256_file(Path(ref)), count, file=Path(ref))
-    images = images_for(recipe, ref, count, workspace)
+    images = images_for(ref, count, rules, workspace)
     if len(images.entries) < 4:
         raise DataError(
             f"the reference, {images.what}, has {len(images.entries)} images; a covariance needs more",
@@ -81,36 +84,28 @@ def reference_for(recipe: Recipe, ref: Path | str | None, count: int, workspace:
     return Reference(images.what, images.content, len(images.entries), images=images, world=ref is None)
 
 
-def images_for(recipe: Recipe, ref: Path | str | None, count: int, workspace: Path | str) -> ImageSet:
-    """The images that `ref` means; None: `count` drawings of the built-in world. Errors as `reference_for`."""
+def images_for(ref: Path | str | None, count: int, rules: Images, workspace: Path | str) -> ImageSet:
+    """The images that `ref` means; arguments as `reference_for`."""
     if ref is None:
-        _require_world(recipe)
         return drawn(count, seed=WORLD_SEED)
     if Path(ref).is_dir() and not (Path(ref) / "manifest.json").exists():
-        return from_folder(Path(ref), recipe.images)
+        return from_folder(Path(ref), rules)
     artifact = resolve(workspace, ref)
     if artifact.kind == "latents":
         return images_of_store(artifact)
-    return from_samples(resolve(workspace, ref, "samples"), recipe.images)
+    return from_samples(resolve(workspace, ref, "samples"), rules)
 
 
-def originals_for(recipe: Recipe, ref: Path | str | None, count: int, workspace: Path | str) -> Reference:
-    """The same as squares of `images.output_size`, to be reconstructed and compared with one by one.
+def originals_for(ref: Path | str | None, count: int, rules: Images, workspace: Path | str) -> Reference:
+    """The images as squares of `images.output_size`, to be reconstructed and compared with one by one.
 
-    UsageError: statistics, which hold no images.
+    Raises:
+        UsageError: a file of statistics, which holds no images.
     """
-    if ref is not None and Path(ref).suffix in (".safetensors", ".npz"):
-        raise UsageError(f"{ref} holds statistics, and a reconstruction needs the pictures", fix="--reference FOLDER")
-    images = squared(images_for(recipe, ref, count, workspace), recipe.images.output_size)
+    if ref is not None and Path(ref).suffix in STATISTICS:
+        raise UsageError(f"{ref} holds statistics, and a reconstruction needs the images", fix="--reference FOLDER")
+    images = squared(images_for(ref, count, rules, workspace), rules.output_size)
     return Reference(images.what, images.content, len(images.entries), images=images, originals=True)
-
-
-def _require_world(recipe: Recipe) -> None:
-    if not recipe.models.diffusion.startswith("builtin:"):
-        raise UsageError(
-            f"recipe {recipe.name} does not generate the built-in world, so there is no default reference",
-            fix="give --reference FOLDER, a samples artifact, or a saved statistics file",
-        )
 
 
 def _require_inception(what: str, network: FeatureNetwork) -> None:
@@ -122,11 +117,11 @@ def _require_inception(what: str, network: FeatureNetwork) -> None:
         )
 
 
-def _require_same_features(what: str, saved: Any, wanted: dict[str, Any]) -> None:
-    if saved == wanted:
+def _require_same_features(what: str, saved: Any, needed: dict[str, Any]) -> None:
+    if saved == needed:
         return
     saved = saved if isinstance(saved, dict) else {}
-    changed = [f"{key}: {saved.get(key)} -> {value}" for key, value in wanted.items() if saved.get(key) != value]
+    changed = [f"{key}: {saved.get(key)} -> {value}" for key, value in needed.items() if saved.get(key) != value]
     raise ArtifactError(
         f"{what} were made with other features",
         at="; ".join(changed),

@@ -1,89 +1,130 @@
-"""What eval is asked for: which measures, of which images, against what, judged by whom.
-
-Comes in: what a user said. Goes out: a `EvalRequest` that makes sense, or UsageError. Loads and reads nothing.
-"""
+"""A validated evaluation request: which metrics of which images, compared with what. Loads and reads nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from bifrost_cli.config.schema import Recipe
+from bifrost_cli.config.schema import Evaluate
 from bifrost_cli.errors import RecipeError, UsageError
-from bifrost_cli.evaluation.image_selection import ImageSelection
-from bifrost_cli.evaluation.metrics.distribution import LAYERS, WITHOUT_REFERENCE
-
-RECONSTRUCTION, OF_PROMPTS = "reconstruction", ("clipscore", "shapes", "geneval", "dpg")
-METRICS = (*LAYERS, *OF_PROMPTS, RECONSTRUCTION)
+from bifrost_cli.evaluation.metrics.metric import Metric
+from bifrost_cli.evaluation.registry import REGISTRY, metric_class, metric_flags, report_order
 
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """`metrics` of MEASURES; `fd`: further networks for a Frechet distance each; `images`: which; `reference`: what
-    they are compared with; `detector` and `metadata` are GenEval's, `questions` and `judge` DPG-Bench's; `bar`: fewer
-    images than this are refused where a distance is measured."""
+    """Made by `request_of`.
+
+    Args:
+        metrics: names of metrics; `fd`: further networks for a Frechet distance each; `features`: the others' network.
+        samples: an artifact (path or id) or a folder; `prompts`: a file of prompts, `copies` images are generated of
+            each; neither: the newest samples since the last training, else a new set.
+        quarters: each of `samples` is a grid of 2x2 images.
+        reference: what the images are compared with; `options`: the metrics' own options by name.
+        min_samples: fewer images are refused where a metric is biased by few.
+    """
 
     metrics: tuple[str, ...]
     fd: tuple[str, ...]
-    images: ImageSelection
+    features: str
+    samples: Path | str | None
+    prompts: Path | str | None
+    copies: int
+    quarters: bool
     reference: Path | str | None
-    detector: str
-    metadata: Path | str | None
-    questions: Path | str | None
-    judge: str | None
-    bar: int
+    options: Mapping[str, Any]
+    min_samples: int
+
+    @cached_property
+    def classes(self) -> tuple[type[Metric], ...]:
+        """The metrics' classes, in the report's order; of `fd` too."""
+        return (*report_order(self.metrics), *[metric_class("fid")] * len(self.fd))
 
     @property
-    def again(self) -> bool:
+    def reconstructs(self) -> bool:
         """Whether the reference's images are reconstructed and measured."""
-        return RECONSTRUCTION in self.metrics
+        return any(metric.reconstructs for metric in self.classes)
 
     @property
     def needed(self) -> int:
         """How many images there must be."""
-        return self.bar if self.fd or set(self.metrics) & set(LAYERS) else 1
+        return self.min_samples if any(metric.needs_many for metric in self.classes) else 1
 
     @property
     def compares(self) -> bool:
         """Whether a reference is needed."""
-        return bool(self.fd) or bool(set(self.metrics) & set(LAYERS) - set(WITHOUT_REFERENCE))
+        return any(metric.needs_reference for metric in self.classes)
 
     @property
-    def given(self) -> dict[str, Path | str | bool | None]:
-        """Options of images and single measures by name, for the command that makes the report again."""
-        found: dict[str, Path | str | bool | None] = {"quarters": True} if self.images.quarters else {}
-        found |= {"detector": self.detector, "metadata": self.metadata} if "geneval" in self.metrics else {}
-        return found | ({"questions": self.questions, "judge": self.judge} if "dpg" in self.metrics else {})
+    def used_options(self) -> dict[str, Any]:
+        """The options of the metrics that are measured."""
+        return {option.name: self.options[option.name] for metric in self.classes for option in metric.options}
 
 
-def checked(request: EvalRequest, recipe: Recipe) -> EvalRequest:
-    """The wish, with a distance beside reconstructions. UsageError or RecipeError for what makes no sense."""
-    if unknown := [name for name in request.metrics if name not in METRICS]:
-        raise UsageError(f"there is no measure {unknown[0]}", fix=f"one of: {', '.join(METRICS)}")
-    if not (request.metrics or request.fd):
-        raise UsageError("nothing to measure", fix=f"give one or more of --{', --'.join(METRICS)}")
-    if request.bar < 4:
-        raise UsageError(
-            f"--min-samples {request.bar} is too small: an error of the distance needs at least 4 pictures"
-        )
-    rules = recipe.evaluate
-    if rules.inception_weights and rules.features != "inception" and "inception" not in request.fd:
+def request_of(
+    settings: Evaluate,
+    *,
+    metrics: Sequence[str],
+    fd: Sequence[str] = (),
+    samples: Path | str | None = None,
+    prompts: Path | str | None = None,
+    copies: int = 1,
+    quarters: bool = False,
+    reference: Path | str | None = None,
+    min_samples: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> EvalRequest:
+    """Validate an evaluation request; `settings` is the recipe's evaluate section.
+
+    A reconstruction without a distance gets the Frechet distance to the originals.
+
+    Raises:
+        UsageError, RecipeError: what makes no sense, such as an unknown metric.
+        EnvironmentProblem: a metric of an installed package that cannot be used.
+    """
+    minimum = settings.min_samples if min_samples is None else min_samples
+    request = EvalRequest(_with_distance(metrics), tuple(fd), settings.features, samples, prompts, copies, quarters,
+                          reference, _options(metrics, options or {}), minimum)  # fmt: skip
+    if not request.classes:
+        raise UsageError("nothing to measure", fix=f"give one or more of --{', --'.join(REGISTRY)}")
+    if minimum < 4:
+        raise UsageError(f"--min-samples {minimum} is too small: the error of a distance needs at least 4 images")
+    if settings.inception_weights and "inception" not in (settings.features, *fd):
         raise RecipeError(
-            "evaluate.inception_weights would be ignored: the features are " + rules.features,
+            f"evaluate.inception_weights would be ignored: the features are {settings.features}",
             fix="--features inception, or leave the weights out",
             code="BF-RECIPE-005",
         )
-    if "dpg" in request.metrics and request.questions is None:
-        raise UsageError("DPG-Bench asks questions, and none are given", fix="--questions dpg_bench.csv")
-    if "geneval" in request.metrics and request.images.quarters:
-        raise UsageError("GenEval has no grids: its images are single ones", fix="leave out --quarters")
-    return _with_distance(request) if request.again else request
+    if samples is not None and prompts is not None:
+        raise UsageError("--samples and --prompts both say what is measured", fix="give one of them")
+    if quarters and samples is None:
+        raise UsageError("--quarters cuts grids of 2x2, and none are given", fix="--samples FOLDER")
+    for metric in request.classes:
+        metric.check(request)
+    _require_used(request.metrics, options or {})
+    return request
 
 
-def _with_distance(request: EvalRequest) -> EvalRequest:
-    if request.images.samples is not None or request.images.prompts is not None:
-        raise UsageError("--reconstruction generates the images of --reference again; it measures no others",
-                         fix="leave out --samples and --prompts, or --reconstruction")  # fmt: skip
-    more: Sequence[str] = () if set(request.metrics) & set(LAYERS) else ("fid",)
-    return EvalRequest(**{**request.__dict__, "metrics": (*request.metrics, *more)})
+def _with_distance(metrics: Sequence[str]) -> tuple[str, ...]:
+    classes = [metric_class(name) for name in metrics]
+    lacking = any(metric.reconstructs for metric in classes) and not any(metric.needs_many for metric in classes)
+    return (*metrics, "fid") if lacking else tuple(metrics)
+
+
+def _options(metrics: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the options of the metrics that are measured: those given, else their defaults."""
+    known = {option.name: option.default for name in metrics for option in metric_class(name).options}
+    return known | {name: value for name, value in given.items() if name in known and value is not None}
+
+
+def _require_used(metrics: Sequence[str], given: Mapping[str, Any]) -> None:
+    owners = {option.name: name for name, _, options in metric_flags() for option in options}
+    for name in sorted(name for name, value in given.items() if value is not None):
+        if name not in owners:
+            raise UsageError(f"no metric has an option {name}", at=f"options: {', '.join(sorted(owners))}")
+        if name not in _options(metrics, given):
+            raise UsageError(f"--{name} is an option of --{owners[name]}, which is not measured",
+                             fix=f"--{owners[name]}, or leave out --{name}")  # fmt: skip

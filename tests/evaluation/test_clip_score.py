@@ -9,7 +9,7 @@ import torch
 
 from bifrost_cli.data.image_sets import EvalImage, ImageSet, drawn
 from bifrost_cli.errors import DataError
-from bifrost_cli.evaluation.metrics.clip_score import clip_score_results
+from bifrost_cli.evaluation.metrics.clip_score import ClipScore
 from bifrost_cli.evaluation.networks.clip_scorer import ClipScorer
 from bifrost_cli.loading.open_clip_models import load_open_clip, load_tokenizer
 from bifrost_cli.loading.resolve import BUILTIN
@@ -37,7 +37,7 @@ def test_the_cosine_is_open_clips(scorer):
 
 
 def test_two_numbers_under_two_names(scorer):
-    results = clip_score_results(drawn(40), scorer, Ui())
+    results = ClipScore(scorer).compute(drawn(40), [], Ui())
     plain, hessel = results
     assert (plain["metric"], hessel["metric"]) == ("clip_cosine_x100", "clipscore_hessel")
     assert plain["n_gen"] == 40 and 0 < plain["value"] <= 100 and plain["standard_error"] > 0
@@ -52,14 +52,14 @@ def test_own_prompts_score_above_others(scorer):
         EvalImage(entry.name, entry.digest, entry.load, other)
         for entry, other in zip(images.entries, others, strict=True)
     )
-    own, other = (clip_score_results(some, scorer, Ui())[0] for some in (images, ImageSet("swapped", swapped)))
+    own, other = (ClipScore(scorer).compute(some, [], Ui())[0] for some in (images, ImageSet("swapped", swapped)))
     assert own["value"] > other["value"] + 2 * other["standard_error"]
 
 
 def test_the_value_does_not_depend_on_order(scorer):
     images = drawn(40)
     turned = ImageSet("turned", images.entries[::-1])
-    one, other = (clip_score_results(some, scorer, Ui())[0]["value"] for some in (images, turned))
+    one, other = (ClipScore(scorer).compute(some, [], Ui())[0]["value"] for some in (images, turned))
     assert one == pytest.approx(other, rel=1e-9)
 
 
@@ -70,7 +70,7 @@ def test_long_prompts_are_counted(scorer):
 def test_pictures_without_prompts_are_refused(scorer):
     bare = ImageSet("bare", tuple(EvalImage(e.name, e.digest, e.load) for e in drawn(4).entries))
     with pytest.raises(DataError, match="4 of 4 images have no prompt") as caught:
-        clip_score_results(bare, scorer, Ui())
+        ClipScore(scorer).compute(bare, [], Ui())
     assert caught.value.code == "BF-DATA-007"
 
 

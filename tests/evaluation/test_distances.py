@@ -18,10 +18,11 @@ from bifrost_cli.data.image_sets import EvalImage, ImageSet, drawn, from_folder
 from bifrost_cli.data.images import square
 from bifrost_cli.errors import DataError
 from bifrost_cli.evaluation.feature_cache import statistics_of
-from bifrost_cli.evaluation.metrics.distances import DistanceMetric
+from bifrost_cli.evaluation.metrics.feature_metric import FeatureSets
 from bifrost_cli.evaluation.networks.feature_network import ClipFeatures
 from bifrost_cli.evaluation.networks.load_networks import load_features
 from bifrost_cli.evaluation.reference import Reference, reference_for
+from bifrost_cli.evaluation.registry import metric_class
 from bifrost_cli.runtime.ui import Ui
 
 GOLDEN = [0.1336450328741121, -0.0017583402178633634]  # as scipy.linalg.sqrtm and the kernel's sums, written out, say
@@ -36,7 +37,13 @@ def network(tmp_path_factory):
 def distance(network, images, place):
     real = drawn(20, seed=1)
     reference = Reference(real.what, real.content, 20, images=real)
-    return DistanceMetric(network, ["fid", "kid", "prdc"], reference, place).results(images, [], Ui())
+    return computed(["fid", "kid", "prdc"], network, reference, place, images)
+
+
+def computed(names, network, reference, place, images):
+    features = FeatureSets(network, reference, place)
+    metrics = [metric_class(name)(features) for name in names]
+    return [row for metric in metrics for row in metric.compute(images, [], Ui())]
 
 
 def test_each_seed_has_its_distance_where_all_made_as_many(network, tmp_path):
@@ -174,13 +181,11 @@ def test_what_is_lossless_is_the_same_and_jpeg_is_not(network, tmp_path):
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3])
 def test_a_reference_of_hardly_any_pictures_is_refused(tmp_path, count):
-    from bifrost_cli.config.load import load_recipe
-
     (tmp_path / "few").mkdir()
     for index, rgb in enumerate(noise(count)):
         Image.fromarray(rgb).save(tmp_path / "few" / f"{index}.png")
     with pytest.raises(DataError) as caught:
-        reference_for(load_recipe("tiny", []), tmp_path / "few", 4, tmp_path)
+        reference_for(tmp_path / "few", 4, Images(), tmp_path)
     assert caught.value.exit_code == 4
 
 
@@ -214,7 +219,7 @@ def test_golden_distances(tmp_path, threads):
     reference, before = Reference("noise", real.content, 64, images=real), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = DistanceMetric(Exact(), ["fid", "kid"], reference, tmp_path).results(made, [], Ui())
+        found = computed(["fid", "kid"], Exact(), reference, tmp_path, made)
     finally:
         torch.set_num_threads(before)
     assert [one["value"] for one in found] == pytest.approx(GOLDEN, rel=1e-9)

@@ -15,10 +15,9 @@ from bifrost_cli.config.load import load_recipe
 from bifrost_cli.data.image_sets import EvalImage, ImageSet, from_folder, from_samples, quartered
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import DataError, UsageError
-from bifrost_cli.evaluation.benchmarks.dpg_files import questions_of, read_questions
-from bifrost_cli.evaluation.benchmarks.dpg_rules import Question, depending, score
+from bifrost_cli.evaluation.benchmarks.dpg_questions import Question, depending, questions_of, read_questions, score
 from bifrost_cli.evaluation.evaluate import evaluate
-from bifrost_cli.evaluation.metrics.dpg import DpgMetric
+from bifrost_cli.evaluation.metrics.dpg import Dpg
 from bifrost_cli.evaluation.networks.vqa import VqaJudge
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.shapes.draw import draw
@@ -166,7 +165,7 @@ def test_scores_of_an_oracle_by_hand(samples, tmp_path):
     images = from_samples(samples, recipe.images)
     items = questions_of(images, read_questions(table(tmp_path / "dpg.csv")), tmp_path / "dpg.csv")
     lines = [{"name": entry.name, "prompt": entry.prompt} for entry in images.entries]
-    (result,) = DpgMetric(Oracle(), items).results(images, lines, Ui())
+    (result,) = Dpg(Oracle(), items).compute(images, lines, Ui())
     assert result["value"] == pytest.approx((1 + 2 / 3) / 2) and result["label"] == "DPG-Bench by oracle"
     assert {row["name"]: row["value"] for row in result["categories"]} == {"attribute": 1, "entity": 1, "other": 0}
     assert [line["right"] for line in lines] == [True, False, True, False] and "blue star" in lines[1]["why"]
@@ -234,8 +233,8 @@ def test_pictures_without_prompts_are_known_by_the_items_they_are_called_after(t
     folder = grids(tmp_path / "grids")
     images, items = quartered(from_folder(folder, recipe.images)), read_questions(path)
     lines = [{"name": entry.name, "prompt": entry.prompt} for entry in images.entries]
-    measure = DpgMetric(Oracle(), questions_of(images, items, path))
-    (result,) = measure.results(images, lines, Ui())
+    measure = Dpg(Oracle(), questions_of(images, items, path))
+    (result,) = measure.compute(images, lines, Ui())
     # circles: 1, 1, 1/2, 1; squares: 2/3 each
     assert result["value"] == pytest.approx((3.5 / 4 + 2 / 3) / 2) and "of 2 prompts" in result["details"][0]
     assert "not known" in result["painted_from"] and {line["prompt"] for line in lines} == set(items)

@@ -22,7 +22,7 @@ from bifrost_cli.evaluation.benchmarks.geneval_export import export_geneval, imp
 from bifrost_cli.evaluation.benchmarks.geneval_files import from_layout, read_asked, read_results
 from bifrost_cli.evaluation.benchmarks.geneval_rules import PROMPTS, TASKS, Detection, counted, relations, verdict
 from bifrost_cli.evaluation.evaluate import evaluate
-from bifrost_cli.evaluation.metrics.geneval import geneval_result
+from bifrost_cli.evaluation.metrics.geneval import geneval_row
 from bifrost_cli.evaluation.networks.detector import ColourNamer
 from bifrost_cli.evaluation.networks.load_networks import load_detector
 from bifrost_cli.generation.requests import read_prompts
@@ -118,7 +118,7 @@ def test_the_summary_by_hand():
     lines = [{"category": "single_object", "right": i < 3, "prompt": f"s{i // 2}"} for i in range(4)]
     lines += [{"category": "counting", "right": i == 0, "prompt": f"c{i}"} for i in range(4)]
     lines += [{"category": "counting", "right": False, "prompt": "c0"} for _ in range(4)]
-    found = geneval_result(lines, "here")
+    found = geneval_row(lines, "here")
     assert found["value"] == pytest.approx((3 / 4 + 1 / 8) / 2) and found["n_gen"] == 12
     assert [row["name"] for row in found["categories"]] == ["single_object", "counting"]
     assert found["details"] == ["4 of 12 images are right", "3 of 6 prompts have one that is right",
@@ -132,10 +132,10 @@ def test_the_summary_by_hand():
 def test_a_whole_benchmark_is_not_called_a_part():
     lines = [{"category": name, "right": True, "prompt": f"{name} {number}"}
              for name, count in PROMPTS.items() for number in range(count)]  # fmt: skip
-    found = geneval_result(lines, "here")
+    found = geneval_row(lines, "here")
     assert found["value"] == 1 and found["details"] == ["553 of 553 images are right",
                                                         "553 of 553 prompts have one that is right"]  # fmt: skip
-    assert "position 99 of 100" in geneval_result(lines[:-101] + lines[-100:], "here")["details"][-1]
+    assert "position 99 of 100" in geneval_row(lines[:-101] + lines[-100:], "here")["details"][-1]
 
 
 # ---- a detector -----------------------------------------------------------------------------------------------------

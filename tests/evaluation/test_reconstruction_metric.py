@@ -21,11 +21,11 @@ from bifrost_cli.errors import ArtifactError, DataError, EnvironmentProblem, Sto
 from bifrost_cli.evaluation.evaluate import evaluate
 from bifrost_cli.evaluation.formulas.similarity import psnr, ssim
 from bifrost_cli.evaluation.gates import Gate
-from bifrost_cli.evaluation.image_selection import require_one_kind
-from bifrost_cli.evaluation.metrics.protocols import PROTOCOLS, explained
-from bifrost_cli.evaluation.metrics.reconstruction import ReconstructionMetric
+from bifrost_cli.evaluation.inputs import require_one_kind
+from bifrost_cli.evaluation.metrics.reconstruction import Reconstruction
 from bifrost_cli.evaluation.networks.load_networks import load_lpips
 from bifrost_cli.evaluation.reference import images_for
+from bifrost_cli.evaluation.registry import BUILTIN, explained
 from bifrost_cli.extraction.extract import extract_latents
 from bifrost_cli.generation.reconstruct_set import reconstruct_set
 from bifrost_cli.loading.loaders import ModelLoader
@@ -102,13 +102,11 @@ def test_pictures_equal_to_the_last_bit_have_no_psnr(recipe, tmp_path, equal):
     true = drawn(3)
     other = [EvalImage(e.name, e.digest, lambda e=e: 255 - e.load(), e.prompt) for e in true.entries]
     made = ImageSet("again", (*true.entries[:equal], *other[equal:]))
-    measure, lines = (
-        ReconstructionMetric(true, ModelLoader(recipe.models).encoder(recipe.latents, recipe.images), "not here"),
-        [{}, {}, {}],
-    )
-    found = {one["metric"]: one for one in measure.results(made, lines, Ui())}
+    encoder = ModelLoader(recipe.models).encoder(recipe.latents, recipe.images)
+    metric, lines = Reconstruction(true, encoder, "not here"), [{}, {}, {}]
+    found = {one["metric"]: one for one in metric.compute(made, lines, Ui())}
     write_json(tmp_path / "report.json", [found, lines])
-    told = " ".join(measure.warnings(made, lines))
+    told = " ".join(metric.warnings(made, lines))
     assert found["ssim"]["n_gen"] == 3 and [line["numbers"]["psnr"] is None for line in lines].count(True) == equal
     if equal == 3:
         assert "psnr" not in found and "PSNR is left out" in told
@@ -202,12 +200,12 @@ def test_a_latents_store_is_its_pictures(recipe, tmp_path):
         (folder / f"{index}.txt").write_text(entry.prompt)
     small = load_recipe("tiny", ["latents.vae=false"])
     store = extract_latents(small, source=folder, workspace=tmp_path / "runs", device="cpu")
-    found = images_for(recipe, store.path, COUNT, tmp_path / "runs")
+    found = images_for(store.path, COUNT, recipe.images, tmp_path / "runs")
     assert [entry.prompt for entry in found.entries] == [entry.prompt for entry in drawn(5).entries]
     assert np.array_equal(found.entries[0].load(), drawn(5).entries[0].load())
     (folder / "0.txt").write_text("something else")
     with pytest.raises(DataError, match="other images"):
-        images_for(recipe, store.path, COUNT, tmp_path / "runs")
+        images_for(store.path, COUNT, recipe.images, tmp_path / "runs")
 
 
 @pytest.mark.parametrize("given", [{"samples": "x"}, {"prompts": "x.txt"}, {"reference": "x.npz"}])
@@ -249,25 +247,23 @@ def test_planned_and_unplanned_pictures_are_not_mixed():
 def test_a_gate_holds_only_when_the_worse_end_does(text, holds):
     found = [{"metric": "frechet_distance", "value": 12.0, "standard_error": 0.3},
              {"metric": "shapes_accuracy", "value": 0.9, "interval95": [0.8, 0.95]}]  # fmt: skip
-    assert Gate.of(text).judged(found)["holds"] == holds
+    assert Gate.of(text).check(found)["holds"] == holds
 
 
 @pytest.mark.parametrize("text", ["fid", "fid=3", "fid<", "<3", "fid<1.2.3", "fid<nan"])
 def test_what_is_no_gate_is_refused(text):
-    with pytest.raises(UsageError, match="no bar"):
+    with pytest.raises(UsageError, match="invalid gate"):
         Gate.of(text)
 
 
 def test_a_gate_on_what_was_not_measured_is_refused():
     with pytest.raises(UsageError, match="not measured"):
-        Gate.of("kid<1").judged([{"metric": "frechet_distance", "value": 1.0}])
+        Gate.of("kid<1").check([{"metric": "frechet_distance", "value": 1.0}])
 
 
-def test_every_measure_has_its_protocol_in_words():
-    from bifrost_cli.evaluation.request import METRICS
-
-    assert set(PROTOCOLS) == set(METRICS)
-    assert len(explained(METRICS, ["dinov2:x"])) == len(METRICS) + 1
+def test_every_metric_has_its_protocol_in_words():
+    lines = explained(list(BUILTIN), ["dinov2:x"])
+    assert [line.partition(":")[0] for line in lines] == [*BUILTIN, "fd dinov2"] and all(len(x) > 30 for x in lines)
 
 
 def test_what_is_measured_and_when_it_holds_is_an_exit_code(recipe, workspace, report, capsys):

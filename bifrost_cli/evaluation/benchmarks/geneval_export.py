@@ -23,10 +23,10 @@ from bifrost_cli.evaluation.benchmarks.geneval_files import (
     read_asked,
     read_results,
 )
-from bifrost_cli.evaluation.image_selection import require_one_kind, require_one_source
-from bifrost_cli.evaluation.metrics.geneval import geneval_result
+from bifrost_cli.evaluation.eval_report import SCHEMA, headline, report_json
+from bifrost_cli.evaluation.inputs import require_one_kind, require_one_source
+from bifrost_cli.evaluation.metrics.geneval import geneval_row
 from bifrost_cli.evaluation.metrics.metric import generated_from, plan_warnings
-from bifrost_cli.evaluation.report_facts import SCHEMA
 from bifrost_cli.reports.evaluation_page import report_html
 from bifrost_cli.runtime.ui import Ui
 
@@ -79,21 +79,21 @@ def import_geneval(
         if draft.complete:
             ui.say(f"{place} holds these results already")
             return draft.complete
-        result = {**geneval_result(lines, ORIGINAL), "painted_from": generated_from(plans, known=False)}
-        result["sentence"] = (
+        source = generated_from(plans, known=False)
+        sentence = (
             f"Read from {path.name} (sha256 {digest[:12]}), which GenEval's own evaluate_images.py wrote: mean of the "
-            f"tasks' means over {len(lines)} images. Painted from {result['painted_from']}."
+            f"tasks' means over {len(lines)} images. Generated from {source}."
         )
-        report = {
-            "schema": SCHEMA, "title": "GenEval, by the original scorer", "summary": f"{len(lines)} pictures",
-            "gen": None, "ref": None, "n_gen": len(lines), "n_ref": None, "seeds": [], "results": [result],
-            "pictures": lines, "plots": [], "skipped": {"unreadable": 0}, "warnings": plan_warnings(plans),
-            "settings": {"results": path.name, "results, sha256": digest}, "lineage": [], "env": {},
-            "command": f"bifrost geneval import {path}",
-        }  # fmt: skip
+        result = geneval_row(lines, ORIGINAL, sentence, painted_from=source)
+        report = report_json(
+            title="GenEval, by the original scorer", summary=f"{len(lines)} images", n_gen=len(lines), results=[result],
+            pictures=lines, warnings=plan_warnings(plans), command=f"bifrost geneval import {path}",
+            settings={"results": path.name, "results, sha256": digest},
+        )  # fmt: skip
         write_json(draft.path / "report.json", report)
         write_bytes(draft.path / "report.html", report_html(report, {}).encode("utf-8"))
-        headline = f"{result['label']}: {result['value']:.1%} ({result['spread']})"
-        artifact = draft.commit({"geneval": result["value"], "headline": [headline]}, cost={"samples": len(lines)})
-    ui.say(headline)
+        artifact = draft.commit(
+            {"geneval": result["value"], "headline": [headline(result)]}, cost={"samples": len(lines)}
+        )
+    ui.say(headline(result))
     return artifact

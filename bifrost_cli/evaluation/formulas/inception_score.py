@@ -14,10 +14,8 @@ from scipy.special import logsumexp
 
 from bifrost_cli.errors import DataError
 
-SPLITS, SEED = 10, 2020
 
-
-def inception_scores(logits_NK: np.ndarray, *, splits: int = SPLITS, seed: int | None = SEED) -> np.ndarray:
+def inception_scores(logits_NK: np.ndarray, *, splits: int = 10, seed: int | None = 2020) -> np.ndarray:
     """The score of each of `splits` parts of the images, shuffled by `seed` (None: as they come, ADM's way).
 
     The mean over the splits is what papers print. A split of n images cannot score above n: few images, low score.

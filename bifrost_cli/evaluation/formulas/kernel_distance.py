@@ -16,7 +16,6 @@ import numpy as np
 
 from bifrost_cli.errors import DataError
 
-SUBSETS, SUBSET_SIZE, SEED = 100, 1000, 2020  # what torch-fidelity and so most papers use
 _BLOCK = 2048  # rows of a kernel matrix held at once
 
 
@@ -31,7 +30,7 @@ def kernel_distance(first_ND: np.ndarray, second_MD: np.ndarray) -> float:
 
 
 def subset_distances(
-    first_ND: np.ndarray, second_MD: np.ndarray, *, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = SEED
+    first_ND: np.ndarray, second_MD: np.ndarray, *, subsets: int = 100, size: int = 1000, seed: int = 2020
 ) -> np.ndarray:
     """The estimates of `subsets` random subsets of `size` images of each side, drawn as torch-fidelity draws them.
 

@@ -17,11 +17,10 @@ import numpy as np
 
 from bifrost_cli.errors import DataError
 
-NEIGHBOURS = 5
 _BLOCK = 2048  # rows of a distance matrix held at once
 
 
-def prdc(made_ND: np.ndarray, real_MD: np.ndarray, *, neighbours: int = NEIGHBOURS) -> dict[str, float]:
+def prdc(made_ND: np.ndarray, real_MD: np.ndarray, *, neighbours: int = 5) -> dict[str, float]:
     """precision, recall, density, coverage. ADM and torch-fidelity take 3 neighbours for the first two.
 
     DataError: not more images than neighbours on a side, or features that are not finite.

@@ -1,66 +1,110 @@
-"""GenEval as a measure: the benchmark's own rules over a detector of transformers instead of mmdet's.
+"""GenEval as a metric: the benchmark's own rules over a detector of transformers instead of mmdet's.
 
-Comes in: images, what is asked of each, a detector and a namer of colours. Goes out: a verdict each, the mean of the
-tasks' means, each with its interval. It is labelled with its detector: numbers of the original scorer come in by
-`bifrost geneval import` and are never mixed with these.
+It is labelled with its detector: results of the original scorer come in by `bifrost geneval import` and are never
+mixed with these.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from bifrost_cli.artifacts.identity import digest_of
-from bifrost_cli.data.image_sets import EvalImage, ImageSet
-from bifrost_cli.errors import DataError
-from bifrost_cli.evaluation.benchmarks.geneval_files import Asked
-from bifrost_cli.evaluation.benchmarks.geneval_rules import PROMPTS, TASKS, counted, verdict
-from bifrost_cli.evaluation.metrics.metric import Line, Metric, generated_from, plan_warnings
+from bifrost_cli.errors import DataError, UsageError
+from bifrost_cli.evaluation.metrics.clip_score import load_scorer
+from bifrost_cli.evaluation.metrics.metric import (
+    Line,
+    Metric,
+    MetricInputs,
+    MetricOption,
+    generated_from,
+    plan_warnings,
+    row,
+)
 from bifrost_cli.evaluation.metrics.shapes_accuracy import share
-from bifrost_cli.evaluation.networks.detector import ColourNamer, Detector
-from bifrost_cli.runtime.ui import Ui
-from bifrost_cli.stats import Z95, clustered_error
+
+if TYPE_CHECKING:
+    from bifrost_cli.data.image_sets import EvalImage, ImageSet
+    from bifrost_cli.evaluation.benchmarks.geneval_files import Asked
+    from bifrost_cli.evaluation.networks.detector import ColourNamer, Detector
+    from bifrost_cli.runtime.ui import Ui
 
 PROTOCOL = "bifrost-geneval/1"
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 
 
-class GenEvalMetric(Metric):
-    """`asked`: a line of the benchmark for each image, in order. DataError: a class the detector does not know."""
+class GenEval(Metric):
+    """GenEval (Ghosh et al. 2023); `asked`: a line of the benchmark for each image, in order."""
 
-    name = "geneval"
+    name, help = "geneval", "GenEval's rules, by --detector."
+    protocol = (
+        "GenEval's six tasks: objects by a Mask2Former of transformers above 0.3 (counting 0.9), at most 16 of a "
+        "class, none merged; a position counts beyond a tenth of both sizes; a colour is the nearest of ten in a CLIP, "
+        "on the object's crop over grey #999; the mean of the tasks' means, errors clustered by prompt. The original "
+        "scorer uses mmdet's Mask2Former: its results come in by bifrost geneval import."
+    )
+    needs_prompts, keys = True, ("clip",)
+    options = (
+        MetricOption("detector", "GenEval's Mask2Former: a folder or hub id.", "MODEL", DETECTOR),
+        MetricOption("metadata", "GenEval's file of prompts."),
+    )
 
     def __init__(self, detector: Detector, namer: ColourNamer, asked: Sequence[Asked]) -> None:
+        from bifrost_cli.artifacts.identity import digest_of
+
         self._detector, self._namer, self._asked = detector, namer, list(asked)
-        known = set(detector.classes.values())
-        wanted = {one["class"] for line in asked for one in (*line["include"], *line.get("exclude", ()))}
-        if unknown := sorted(wanted - known):
+        needed = {clause["class"] for line in asked for clause in (*line["include"], *line.get("exclude", ()))}
+        if unknown := sorted(needed - set(detector.classes.values())):
             raise DataError(f"the detector knows no {', '.join(unknown[:5])}", code="BF-DATA-007",
                             fix="give a Mask2Former of COCO's instances: --detector FOLDER_OR_ID")  # fmt: skip
         self.identity = {"detector": detector.identity, "colours": namer.identity, "asked": digest_of(self._asked),
                          "protocol": PROTOCOL}  # fmt: skip
         self.device = detector.device
 
-    def results(self, images: ImageSet, lines: Sequence[Line], ui: Ui) -> list[dict[str, Any]]:
+    @classmethod
+    def check(cls, request: Any) -> None:
+        if request.quarters:
+            raise UsageError("GenEval has no grids: its images are single ones", fix="leave out --quarters")
+
+    @classmethod
+    def load(cls, inputs: MetricInputs) -> GenEval:
+        from bifrost_cli.evaluation.benchmarks.geneval_files import asked_of, from_layout, is_layout, read_asked
+        from bifrost_cli.evaluation.networks.detector import ColourNamer
+        from bifrost_cli.evaluation.networks.load_networks import load_detector
+
+        metadata = inputs.options.get("metadata")
+        if metadata is not None:
+            asked = asked_of(inputs.images, read_asked(Path(metadata)), Path(metadata))
+        elif inputs.samples is not None and is_layout(inputs.samples):
+            asked = from_layout(inputs.samples, inputs.rules)[1]
+        else:
+            raise UsageError("GenEval needs to know what each image should show",
+                             fix="--metadata evaluation_metadata.jsonl, the benchmark's file of prompts")  # fmt: skip
+        return cls(load_detector(inputs.options["detector"], inputs.device), ColourNamer(load_scorer(inputs)), asked)
+
+    def compute(self, images: ImageSet, lines: Sequence[Line], ui: Ui) -> list[dict[str, Any]]:
         with ui.progress(len(lines), "GenEval") as bar:
             for line, entry, asked in zip(lines, images.entries, self._asked, strict=True):
                 line.update(self._judged(entry, asked))
                 bar.advance(1)
-        name = self._detector.identity["name"]
-        found = geneval_result(lines, f"by {name}")
+        detector = self._detector.identity
         source = generated_from((entry.plan for entry in images.entries), images.artifact is not None)
-        found["sentence"] = (
-            f"GenEval's six tasks and rules, judged by {name} (weights {self._detector.identity['weights'][:12]}) with "
+        sentence = (
+            f"GenEval's six tasks and rules, judged by {detector['name']} (weights {detector['weights'][:12]}) with "
             f"colours by {self._namer.identity['name']}: mean of the tasks' means over {len(lines)} images. The "
             f"benchmark's own scorer uses mmdet's Mask2Former; compare only with numbers of this detector. "
-            f"Painted from {source}."
+            f"Generated from {source}."
         )
-        return [{**found, "protocol": PROTOCOL, "extractor": self._detector.identity, "painted_from": source}]
+        return [geneval_row(lines, f"by {detector['name']}", sentence, protocol=PROTOCOL, extractor=detector,
+                            painted_from=source)]  # fmt: skip
 
     def _judged(self, entry: EvalImage, asked: Asked) -> dict[str, Any]:
+        from bifrost_cli.evaluation.benchmarks.geneval_rules import counted, verdict
+
         rgb_HWc = entry.load()
         objects = counted(self._detector.objects(rgb_HWc), asked["tag"])
-        right, why = verdict(asked, objects, lambda found, name: self._namer.colours(rgb_HWc, found, name))
+        right, why = verdict(asked, objects, lambda objects, name: self._namer.colours(rgb_HWc, objects, name))
         return {"category": asked["tag"], "right": right, "why": why}
 
     def settings(self) -> dict[str, str]:
@@ -71,36 +115,28 @@ class GenEvalMetric(Metric):
         return plan_warnings(entry.plan for entry in images.entries)
 
 
-def geneval_result(lines: Sequence[Mapping[str, Any]], judge: str) -> dict[str, Any]:
-    """The summary of judged images (`category`, `right`, `prompt`): each task's share with Wilson's interval, and the
+def geneval_row(lines: Sequence[Mapping[str, Any]], judge: str, sentence: str = "", **more: Any) -> dict[str, Any]:
+    """The summary of judged images (`category`, `right`, `prompt`): each task's share with its interval, and the
     unweighted mean of the tasks, whose error is that of theirs when the images of a prompt are one cluster."""
-    tasks = [name for name in TASKS if any(line["category"] == name for line in lines)]
+    from bifrost_cli.evaluation.benchmarks.geneval_rules import PROMPTS
+    from bifrost_cli.stats import Z95, clustered_error
+
     rows = []
-    for name in tasks:
-        mine = [line for line in lines if line["category"] == name]
-        error = clustered_error([float(line["right"]) for line in mine], [line["prompt"] for line in mine])
-        rows.append({**share(name, mine), "error_by_prompt": error})
-    value = sum(row["value"] for row in rows) / len(rows)
-    error = math.sqrt(sum(row["error_by_prompt"] ** 2 for row in rows)) / len(rows)
-    prompts = {line["prompt"] for line in lines}
-    some = {line["prompt"] for line in lines if line["right"]}
-    return {
-        "metric": "geneval",
-        "label": f"GenEval {judge}",
-        "format": "share",
-        "value": value,
-        "standard_error": error,
-        "spread": f"95 % by prompt: {max(0, value - Z95 * error):.1%} to {min(1, value + Z95 * error):.1%}",
-        "details": [f"{sum(line['right'] for line in lines)} of {len(lines)} images are right",
-                    f"{len(some)} of {len(prompts)} prompts have one that is right"]
-        + _partial(lines),
-        "n_gen": len(lines),
-        "categories": rows,
-    }  # fmt: skip
-
-
-def _partial(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which tasks have another number of prompts than the benchmark has; nothing when it is whole."""
-    asked = {name: len({line["prompt"] for line in lines if line["category"] == name}) for name in TASKS}
-    odd = [f"{name} {asked[name]} of {count}" for name, count in PROMPTS.items() if asked[name] != count]
-    return [f"not the benchmark's own {sum(PROMPTS.values())} prompts: {', '.join(odd)}"] if odd else []
+    for name in PROMPTS:
+        if task := [line for line in lines if line["category"] == name]:
+            error = clustered_error([float(line["right"]) for line in task], [line["prompt"] for line in task])
+            rows.append({**share(name, task), "error_by_prompt": error})
+    value = sum(found["value"] for found in rows) / len(rows)
+    error = math.sqrt(sum(found["error_by_prompt"] ** 2 for found in rows)) / len(rows)
+    right = [line for line in lines if line["right"]]
+    prompts = {name: len({line["prompt"] for line in lines if line["category"] == name}) for name in PROMPTS}
+    odd = [f"{name} {prompts[name]} of {count}" for name, count in PROMPTS.items() if prompts[name] != count]
+    return row(
+        "geneval", f"GenEval {judge}", value, format="share", n_gen=len(lines), standard_error=error, sentence=sentence,
+        spread=f"95 % by prompt: {max(0, value - Z95 * error):.1%} to {min(1, value + Z95 * error):.1%}",
+        details=[f"{len(right)} of {len(lines)} images are right",
+                 f"{len({line['prompt'] for line in right})} of {len({line['prompt'] for line in lines})} prompts have "
+                 "one that is right",
+                 *[f"not the benchmark's own {sum(PROMPTS.values())} prompts: {', '.join(odd)}"] * bool(odd)],
+        categories=rows, **more,
+    )  # fmt: skip

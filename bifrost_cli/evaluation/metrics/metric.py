@@ -1,41 +1,138 @@
-"""What every measure of `eval` is: a judge of a set of images, loaded once, with an identity that the report keeps.
+"""What a metric of `bifrost eval` is: one class from which its flag, help, protocol, gate and report row follow.
 
-Comes in: an image set, and one line (a dict) an image, in which a measure leaves its verdict. Goes out: results (see
-this folder's `__init__`). Does not know artifacts, workspaces or pages.
+A package adds one by the entry point group `bifrost.metrics`. Class attributes must be cheap: `bifrost eval --help`
+reads them, so that NumPy, torch and networks are imported where they are used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from bifrost_cli.data.image_sets import ImageSet
-from bifrost_cli.runtime.ui import Ui
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bifrost_cli.config.schema import Evaluate, Images, Latents, Models
+    from bifrost_cli.data.image_sets import ImageSet
+    from bifrost_cli.evaluation.reference import Reference
+    from bifrost_cli.evaluation.request import EvalRequest
+    from bifrost_cli.runtime.ui import Ui
 
 Line = dict[str, Any]  # of an image: name, prompt, plan, seed; `right`, `why` and `category` where it was judged
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MetricOption:
+    """A command-line option of one metric: `--NAME VALUE`."""
+
+    name: str
+    help: str
+    metavar: str = "FILE"
+    default: str | None = None
+
+
+@dataclass(frozen=True)
+class MetricInputs:
+    """What a metric is loaded from.
+
+    Args:
+        images: the images to measure; `reference`: what they are compared with.
+        options: values of the metrics' own options, by name; `samples`: the folder or artifact that was named, if any.
+        settings: the recipe's evaluate section; `models`, `latents` and `rules`: its sections models, latents, images.
+        shared: what several metrics use and load once, such as a feature network.
+    """
+
+    images: ImageSet
+    reference: Reference | None
+    options: Mapping[str, Any]
+    samples: Path | None
+    settings: Evaluate
+    models: Models
+    latents: Latents
+    rules: Images
+    workspace: Path
+    device: str
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+    def share(self, key: Any, load: Callable[[], T]) -> T:
+        """What `load` gives, loaded by the first metric that asks for `key`."""
+        if key not in self.shared:
+            self.shared[key] = load()
+        return self.shared[key]
 
 
 class Metric:
-    """`identity`: JSON of all that decides the numbers beside the images. `needs_many`: its numbers are biased by how
-    few the images are. `packages`: whose versions the report names; `device`: where it computed."""
+    """One metric: class attributes describe it, an instance has its networks loaded.
 
-    name: str
+    Attributes:
+        name: the flag `--NAME`, and the name in `evaluate(metrics=[NAME])`.
+        help: the flag's line in `bifrost eval --help`; `protocol`: what `--explain` prints, in plain sentences.
+        gates: names in report.json that `--gate NAME<1` stands for; none: NAME itself.
+        needs_prompts: judges images by their prompts, so that a set must not mix planned and unplanned images.
+        needs_reference: compares with a reference; `needs_many`: is biased by few images, so that --min-samples holds.
+        reconstructs: measures reconstructions of the reference instead of samples.
+        keys: keys of the recipe's evaluate section that decide its numbers; `options`: options of its own.
+        identity: JSON of all that decides the numbers besides the images; it is part of the report's identity.
+        packages: whose versions the report names; `device`: where it computed.
+    """
+
+    name: ClassVar[str]
+    help: ClassVar[str]
+    protocol: ClassVar[str]
+    gates: ClassVar[tuple[str, ...]] = ()
+    needs_prompts: ClassVar[bool] = False
+    needs_reference: ClassVar[bool] = False
+    needs_many: ClassVar[bool] = False
+    reconstructs: ClassVar[bool] = False
+    keys: ClassVar[tuple[str, ...]] = ()
+    options: ClassVar[tuple[MetricOption, ...]] = ()
+
     identity: dict[str, Any]
-    needs_many = False
     packages: tuple[str, ...] = ()
-    device = "cpu"
+    device: str = "cpu"
 
-    def results(self, images: ImageSet, lines: Sequence[Line], ui: Ui) -> list[dict[str, Any]]:
-        """The results; a measure that judges single images also updates their `lines`."""
+    @classmethod
+    def check(cls, request: EvalRequest) -> None:
+        """Raise UsageError for a request that this metric cannot serve; nothing is loaded or read yet."""
+
+    @classmethod
+    def load(cls, inputs: MetricInputs) -> Metric:
+        """The metric with its networks and files.
+
+        Raises:
+            EnvironmentProblem: weights or a package are missing.
+            ArtifactError: weights that do not fit.
+        """
+        return cls()
+
+    def compute(self, images: ImageSet, lines: Sequence[Line], ui: Ui) -> list[dict[str, Any]]:
+        """Rows of the report, see `row`; a metric that judges single images also updates their `lines`."""
         raise NotImplementedError
 
     def settings(self) -> dict[str, str]:
-        """What the report's table of settings says of it."""
+        """Its lines in the report's table of settings."""
         return {}
 
     def warnings(self, images: ImageSet, lines: Sequence[Mapping[str, Any]]) -> list[str]:
         """What a reader of its numbers must know."""
         return []
+
+
+def row(
+    metric: str, label: str, value: float, *, n_gen: int, spread: str, sentence: str, format: str = "number",
+    details: Iterable[str] = (), **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """A result of report.json.
+
+    Args:
+        metric: its name there; `label`: its name on the page; `format`: number, or share (printed in percent).
+        n_gen: how many images the value is of; `spread`: its uncertainty in words; `details`: further lines.
+        sentence: what was measured and how; `more`: standard_error, interval95, categories and others.
+    """
+    return {"metric": metric, "label": label, "format": format, "value": value, "spread": spread,
+            "details": list(details), "n_gen": n_gen, "sentence": sentence, **more}  # fmt: skip
 
 
 def generated_from(plans: Iterable[str | None], known: bool) -> str:

@@ -29,7 +29,6 @@ INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 PUBLISHED = {INCEPTION_FILE: "6726825d", ALEXNET_FILE: "7be5be79"}  # the first eight digits of their sha256
 DINO = "dinov2:"
-DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 
 
 def load_features(ref: str, settings: Evaluate, device: str | torch.device) -> FeatureNetwork:
@@ -99,7 +98,8 @@ def load_detector(ref: str, device: str) -> Detector:
                                                                           output_loading_info=True)  # fmt: skip
     if lost := sorted(map(str, {*told["missing_keys"], *told["mismatched_keys"]})):
         raise ArtifactError(f"{folder} lacks {len(lost)} tensors of a Mask2Former", at="; ".join(lost[:5]),
-                            fix=f"give a folder like {DETECTOR}", code="BF-ART-007")  # fmt: skip
+                            code="BF-ART-007",
+                            fix="give one like facebook/mask2former-swin-small-coco-instance")  # fmt: skip
     return Detector(model.to(resolve_device(device)), processor, Path(ref).name)
 
 

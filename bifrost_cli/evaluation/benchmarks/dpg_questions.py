@@ -1,23 +1,53 @@
-"""DPG-Bench's own file: prompts with their graphs of questions, a question a row.
+"""DPG-Bench's questions (Hu et al. 2024; Cho et al. 2024): its file, and the score of the answers about an image.
 
-Comes in: `dpg_bench.csv` (item_id, text, proposition_id, dependency, tuple, question_natural_language, ...), images.
-Goes out: the questions of each prompt, or of each image, or DataError with file and line. Knows no judge.
+`dpg_bench.csv` has a question in each row: item_id, text, proposition_id, dependency, tuple,
+question_natural_language; a question may depend on others of its prompt.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from bifrost_cli.data.image_sets import EvalImage, ImageSet
 from bifrost_cli.data.sources.table_rows import csv_rows
 from bifrost_cli.errors import DataError
-from bifrost_cli.evaluation.benchmarks.dpg_rules import Question
 from bifrost_cli.evaluation.benchmarks.geneval_files import file_bytes
 
 COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a prompt; `parents` are numbers of questions it makes no sense without. `broad`, `detailed`: its
+    kind, as entity and entity - whole."""
+
+    number: int
+    text: str
+    parents: tuple[int, ...]
+    broad: str
+    detailed: str
+
+
+def depending(questions: Sequence[Question], answers: Mapping[int, bool]) -> dict[int, bool]:
+    """The answers that count: yes only when every question that this one depends on counts as yes, in their order.
+
+    KeyError: a question without an answer, or that depends on none of this prompt.
+    """
+    counted: dict[int, bool] = {}
+    for question in questions:
+        believed = all(counted[parent] if parent in counted else answers[parent] for parent in question.parents)
+        counted[question.number] = answers[question.number] and believed
+    return counted
+
+
+def score(questions: Sequence[Question], answers: Mapping[int, bool]) -> float:
+    """The share of an image's questions that count as yes. ValueError: no questions."""
+    if not questions:
+        raise ValueError("a prompt without questions has no score")
+    return sum(depending(questions, answers).values()) / len(questions)
 
 
 @dataclass
