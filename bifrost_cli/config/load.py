@@ -1,8 +1,7 @@
-"""From a reference and `--set` values to a checked Recipe.
+"""Loading a recipe: from a name, a YAML file or an artifact, with `--set` values on top, to a validated `Recipe`.
 
-In: nothing (the tiny recipe), the name of a shipped recipe, a YAML file, or an artifact folder, whose manifest keeps
-the resolved recipe. Out: a Recipe, or RecipeError with file:line:column and, for an unknown key, the nearest known
-one. Does not know what the keys mean.
+Errors name file:line:column and, for an unknown key, what it is called today or the nearest known one. Recipes and
+artifacts of older formats are read with today's names.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ _SHOWN = 5
 
 
 def recipes_folder() -> Path:
-    """Where the shipped recipes are: in the wheel beside this file, in a checkout one folder up."""
+    """The folder of the shipped recipes: inside the package in a wheel, beside it in a checkout."""
     inside = Path(__file__).parents[1] / "recipes"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
 
@@ -61,7 +60,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a shipped recipe. RecipeError naming what exists when there is none."""
+    """The file of a shipped recipe. RecipeError BF-RECIPE-004: there is none of this name."""
     if name not in recipe_names():
         raise RecipeError(
             f"there is no recipe {name}{_did_you_mean(name, recipe_names())}",
@@ -73,7 +72,16 @@ def recipe_path(name: str) -> Path:
 
 
 def load_recipe(ref: str | Path | None = None, sets: Sequence[str] = ()) -> Recipe:
-    """The recipe that `ref` means, each `section.key=value` of `sets` on top; RecipeError when it cannot be used."""
+    """Load and validate a recipe.
+
+    Args:
+        ref: the name of a shipped recipe, a YAML file, or an artifact folder, whose manifest holds its recipe; None is
+            the tiny recipe.
+        sets: `section.key=value` settings that override it.
+
+    Raises:
+        RecipeError: there is no such recipe, or it is invalid.
+    """
     from bifrost_cli.config.schema import Recipe  # the schema imports this file for its readers' convenience
 
     document = _read(ref)
@@ -88,7 +96,7 @@ def load_recipe(ref: str | Path | None = None, sets: Sequence[str] = ()) -> Reci
 
 
 def validate(schema: type[BaseModel], document: Document) -> Any:
-    """The document as `schema`; RecipeError for the first problems, each with its place."""
+    """The document as an instance of `schema`. RecipeError: the first problems, each with its place."""
     try:
         return schema.model_validate(document.data)
     except ValidationError as error:
@@ -115,12 +123,12 @@ def _read(ref: str | Path | None) -> Document:
 def _of_artifact(path: Path) -> Document:
     artifact = Artifact.open(path)
     if not isinstance(artifact.info.get("recipe"), dict):
-        raise RecipeError(f"{path} ({artifact.kind}) keeps no recipe", fix="give a recipe", code="BF-RECIPE-004")
+        raise RecipeError(f"{path} ({artifact.kind}) has no recipe", fix="give a recipe", code="BF-RECIPE-004")
     return Document(str(path / MANIFEST), artifact.info["recipe"])
 
 
 def _upgrade(document: Document) -> None:
-    """Give the keys of an older format their names of today, in place; a recipe that names no format is of today."""
+    """Rename the keys of an older format, in place; a recipe without `format` is of today's."""
     written = document.data.get("format")
     for format_, names in RENAMED.items():
         if type(written) is not int or not 1 <= written < format_:
@@ -233,21 +241,21 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
 def section_keys(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
     """The keys of the section at `path`."""
     for part in path:
-        inner = schema.model_fields[part].annotation if part in schema.model_fields else None
-        if not _is_section(inner):
+        section = _section(schema.model_fields[part].annotation) if part in schema.model_fields else None
+        if section is None:
             return []
-        schema = inner
+        schema = section
     return list(schema.model_fields)
 
 
 def all_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf key, dotted, with its pydantic field (meaning, default)."""
+    """Every key that is not a section, dotted, with its pydantic field (description, default)."""
     for name, info in schema.model_fields.items():
-        if _is_section(info.annotation):
-            yield from all_keys(info.annotation, f"{prefix}{name}.")
+        if section := _section(info.annotation):
+            yield from all_keys(section, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", info
 
 
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+def _section(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

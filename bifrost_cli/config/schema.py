@@ -1,8 +1,7 @@
 """The recipe: one frozen schema behind the YAML files, `--set` and the Python API.
 
-In: values. Out: a `Recipe`, or a pydantic ValidationError that `recipe_files` turns into file:line:column. Every
-field has a default, and the defaults are the paper's scale; `recipes/tiny.yaml` is what commands use when nothing is
-said. Unknown keys are refused at every level. Does not know torch, nor where models or data are.
+Every key has a default; the defaults are at the paper's scale, while commands use `recipes/tiny.yaml` unless they are
+given another recipe. Unknown keys are refused at every level.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-FORMAT = 3  # `load` reads the older ones: see RENAMED there
+FORMAT = 3  # older ones are read too: see `load.RENAMED`
 RUN_ONLY: dict[str, Any] = {"identity": False}  # a key that changes no byte of a result
 Count = Annotated[int, Field(ge=1)]
 Every = Annotated[int, Field(ge=0)]
@@ -21,23 +20,23 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """What all sections share: no unknown key, no change after loading, no silent conversion, no infinity."""
+    """Base of all sections: no unknown keys, no change after loading, no silent conversion, no infinity."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def since(default: Any) -> dict[str, Any]:
-    """For a key that came later: at `default` a result is what it was before, so identities leave it out."""
+    """For a key that was added later: at `default` results are as before it, so identities leave it out."""
     return {"absent": default}
 
 
 def recorded_as(name: str) -> dict[str, Any]:
-    """For a key that was renamed: identities keep the name that it had, so that a rename makes no new artifact."""
+    """For a renamed key: identities keep its first name, so that the rename changes no artifact id."""
     return {"identity": name}
 
 
 def identity_of(section: Section) -> dict[str, Any]:
-    """What of a section decides a result, as JSON values under the names that identities record."""
+    """What decides a result in a section, as JSON values under the names that identities record."""
     values, identity = section.model_dump(mode="json"), {}
     for name, info in type(section).model_fields.items():
         facts = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
@@ -50,7 +49,7 @@ def identity_of(section: Section) -> dict[str, Any]:
 
 
 class Models(Section):
-    """The frozen bases. `builtin:NAME` is a folder of this package; anything else a hub id or a local folder."""
+    """The frozen models. `builtin:NAME` is a folder of this package; anything else is a local folder or a hub id."""
 
     mllm: str = Field("Qwen/Qwen2.5-VL-7B-Instruct", description="the multimodal LLM")
     mllm_revision: str | None = Field(None, description="its commit on the hub; null is the newest")
@@ -64,7 +63,7 @@ class Models(Section):
 
 
 class Images(Section):
-    """What every reading of an image obeys, and the two sizes."""
+    """How images are read, wherever they are read, and the two sizes."""
 
     input_size: Count = Field(448, description="pixels a side, square, into the encoder")
     output_size: Count = Field(512, description="pixels a side of generated images")
@@ -80,7 +79,7 @@ class Latents(Section):
     encoder: str = Field(
         "mllm",
         pattern=r"^(mllm|vae|builtin:open_clip|open_clip:.+/.+)$",
-        description="mllm (its own visual encoder), open_clip:NAME/PRETRAINED, or vae (the diffusion model's own latents)",
+        description="mllm (its own visual encoder), open_clip:NAME/PRETRAINED, or vae (the diffusion model's)",
     )
     vae: bool = Field(True, description="store its VAE latents too, so that ControlNet training needs no pixels")
     shard_rows: Count = Field(1024, description="rows of a shard, the unit of writing and of resuming")
@@ -88,7 +87,7 @@ class Latents(Section):
     storage: Literal["float16", "int8"] = Field(
         "float16", description="number format of the stored latents; int8 halves them, at a cosine above 0.999"
     )
-    batch_size: Count = Field(32, description="pictures encoded at once")
+    batch_size: Count = Field(32, description="images encoded at once")
     missing_caption: Literal["stop", "skip", "empty"] = Field("stop", description="what a missing caption does")
     bad_image: Literal["stop", "skip"] = Field("stop", description="what an unreadable image does")
     max_bad: Share = Field(0.01, description="with bad_image skip: the share of bad images that stops after all")
@@ -174,7 +173,7 @@ class Branch(Section):
 
     target: Literal["latents", "queries"] = Field(
         "latents",
-        description="latents of images (paper), or learned queries, trained with a control by the diffusion model's loss",
+        description="latents of images (paper), or learned queries, trained by the diffusion model's loss",
         json_schema_extra=since("latents"),
     )
     init: Literal["mllm", "random"] = Field(
@@ -230,11 +229,11 @@ class ControlNet(Section):
 
     control: Literal["controlnet", "cross_attention", "concat"] = Field(
         "controlnet",
-        description="how FLUX hears the latents: by a ControlNet, as tokens beside its text, or added to its input",
+        description="how the latents condition FLUX: by a ControlNet, as tokens beside its text, or added to its input",
         json_schema_extra=since("controlnet"),
     )
     double_blocks: Count = Field(4, description="the diffusion model's double blocks copied")
-    single_blocks: Every = Field(1, description="its single blocks copied; SD3 has none, and wants 0")
+    single_blocks: Every = Field(1, description="its single blocks copied; SD3 has none: 0")
     latent_noise: NotNegative = Field(0.0, description="largest noise on the latents, in channel deviations")
     drop_prompt: Share = Field(0.0, description="share of rows trained without their caption")
     train: Train = Train(lr=1e-4)

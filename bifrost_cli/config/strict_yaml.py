@@ -1,9 +1,8 @@
-"""Strict YAML: the part of YAML 1.2 that means what it looks like.
+"""Strict YAML: the part of YAML 1.2 that means what it looks like, with the line and column of every key.
 
-In: the text of a recipe. Out: plain values, and the line and column of every key. Refused, with a place: duplicate
-keys, anchors and aliases, tags, several documents, numbers that start with 0, infinities, more than 32 levels, more
-than 1 MB. `1e-4` is a number; only `true` and `false` are booleans; `no` and `12:30:45` are text. Does not know what
-a recipe contains.
+Refused, with a place: duplicate keys, anchors and aliases, tags, several documents, numbers that start with 0,
+infinities, more than 32 levels, more than 1 MB. `1e-4` is a number; only `true` and `false` are booleans; `no` and
+`12:30:45` are text.
 """
 
 from __future__ import annotations
@@ -30,21 +29,27 @@ Key = tuple[Any, ...]
 
 @dataclass
 class Document:
-    """`data` as plain values; `places` maps each key path (names and list positions) to `name:line:column`."""
+    """A parsed document.
+
+    Attributes:
+        name: the file, or what else errors call it.
+        data: plain values.
+        places: key path (names and list positions) -> `name:line:column`.
+    """
 
     name: str
     data: Any = None
     places: dict[Key, str] = field(default_factory=dict)
 
     def place(self, path: Key) -> str:
-        """Where a key stands; a key that is absent is looked for at its nearest parent."""
+        """Where a key is, or for an absent one, its nearest parent."""
         while path and path not in self.places:
             path = path[:-1]
         return self.places.get(path, self.name)
 
 
 def parse_file(path: Path) -> Document:
-    """Read a file of one YAML document. RecipeError as `parse`, and for a file that cannot be read."""
+    """`parse` the contents of a file. RecipeError too when it cannot be read."""
     try:
         with path.open("rb") as stream:
             return parse(stream.read(MAX_BYTES + 1), str(path))
@@ -53,7 +58,15 @@ def parse_file(path: Path) -> Document:
 
 
 def parse(raw: bytes, name: str) -> Document:
-    """Read one YAML document. RecipeError with `name:line:column` on anything that is refused."""
+    """Read one YAML document.
+
+    Args:
+        raw: UTF-8 text.
+        name: what errors call it.
+
+    Raises:
+        RecipeError: BF-RECIPE-001 with `name:line:column`, for anything that is refused.
+    """
     if len(raw) > MAX_BYTES:
         raise _refuse(f"the file has more than {MAX_BYTES} bytes, which no recipe has", name)
     try:
@@ -75,14 +88,14 @@ def _refuse(message: str, at: str, fix: str | None = None) -> RecipeError:
     return RecipeError(message, at=at, fix=fix, code="BF-RECIPE-001")
 
 
-def _at(name: str, mark: yaml.Mark) -> str:
+def _at(name: str, mark: Any) -> str:
     return f"{name}:{mark.line + 1}:{mark.column + 1}"
 
 
 class _Reader:
     """Builds values from parser events, so that a bomb is stopped at the level where it begins."""
 
-    def __init__(self, document: Document, events: Iterator[yaml.Event]) -> None:
+    def __init__(self, document: Document, events: Iterator[Any]) -> None:
         self.document, self.events = document, events
 
     def read(self) -> None:
@@ -94,7 +107,7 @@ class _Reader:
         if not isinstance(event := next(self.events), yaml.StreamEndEvent):
             raise self._refuse("a second document begins; a recipe is one", event)
 
-    def _value(self, event: yaml.Event, path: Key) -> Any:
+    def _value(self, event: Any, path: Key) -> Any:
         if isinstance(event, yaml.AliasEvent):
             raise self._refuse("aliases (*name) are refused", event)
         if event.anchor is not None:
@@ -146,5 +159,5 @@ class _Reader:
             return int(text) if len(text) < 20 else float(text)
         return float(text) if _FLOAT.fullmatch(text) else text
 
-    def _refuse(self, message: str, event: yaml.Event, fix: str | None = None) -> RecipeError:
+    def _refuse(self, message: str, event: Any, fix: str | None = None) -> RecipeError:
         return _refuse(message, _at(self.document.name, event.start_mark), fix)

@@ -24,7 +24,7 @@ from bifrost_cli.data.sources.scan import Sample, Scan, refuse_too_many
 from bifrost_cli.errors import DiskFull, Stopped
 from bifrost_cli.extraction.choose_source import choose_source, digest, listed, refuse_output, scan_source, write_events
 from bifrost_cli.extraction.encode import ShardRows, encode_shard
-from bifrost_cli.loading.loaders import ModelLoader
+from bifrost_cli.loading.loaders import ModelLoader, encoder_errors
 from bifrost_cli.models.encoders import Encoder, VaeEncoder
 from bifrost_cli.runtime import distributed
 from bifrost_cli.runtime.launch import together
@@ -59,7 +59,8 @@ def extract_latents(
     )  # every image is read once
     loader = ModelLoader(recipe.models, device)
     encoder = loader.encoder(recipe.latents, recipe.images)
-    vae = VaeEncoder(loader.vae(), recipe.images.output_size) if recipe.latents.vae else None
+    with encoder_errors("images.output_size"):
+        vae = VaeEncoder(loader.vae(), recipe.images.output_size) if recipe.latents.vae else None
     job = ExtractionRun(recipe, chosen, found, encoder, vae, loader.device, ui)
     path = Path(output or default_path(workspace, "latents", identity_id("latents", job.identity)))
     return job.plan(path) if dry_run else job.run(path)

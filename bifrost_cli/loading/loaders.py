@@ -6,6 +6,8 @@ and whole: a tensor that is missing or of another shape is an error. Does not kn
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from bifrost_cli.artifacts.files import read_json
 from bifrost_cli.config.schema import Images, Latents, Models
 from bifrost_cli.data.safetensors_io import load_tensors, misfits, shapes_of
 from bifrost_cli.data.sharded_checkpoint import ShardedCheckpoint
-from bifrost_cli.errors import ArtifactError
+from bifrost_cli.errors import ArtifactError, RecipeError
 from bifrost_cli.loading.diffusion_families import PARTS, diffusion_family, require_part
 from bifrost_cli.loading.offload import OffloadPolicy
 from bifrost_cli.loading.open_clip_models import features_name, load_open_clip
@@ -38,7 +40,14 @@ from bifrost_cli.models.diffusion.base import DiffusionModel
 from bifrost_cli.models.diffusion.controlnet import controlnet_from_config
 from bifrost_cli.models.diffusion.flux import FluxModel
 from bifrost_cli.models.diffusion.sd3 import Sd3Model
-from bifrost_cli.models.encoders import Encoder, MllmEncoder, OpenClipEncoder, VaePatchEncoder
+from bifrost_cli.models.encoders import (
+    Encoder,
+    MllmEncoder,
+    OpenClipEncoder,
+    UnsupportedSize,
+    UnsupportedTower,
+    VaePatchEncoder,
+)
 from bifrost_cli.models.mllm.adapters import adapter_of, require_known
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
 
@@ -87,11 +96,13 @@ class ModelLoader:
             RecipeError: its sizes and `images.input_size` do not fit.
         """
         name, size, models = latents.encoder, images.input_size, self.models
-        if name == "mllm":
-            return MllmEncoder(load_mllm(models.mllm, self.device, self.dtype, revision=models.mllm_revision), size)
-        if name == "vae":
-            return VaePatchEncoder(self.vae(), size)
-        return OpenClipEncoder(load_open_clip(name, self.device), features_name(name), size)
+        with encoder_errors("images.input_size"):
+            if name == "mllm":
+                mllm = load_mllm(models.mllm, self.device, self.dtype, revision=models.mllm_revision)
+                return MllmEncoder(mllm, size)
+            if name == "vae":
+                return VaePatchEncoder(self.vae(), size)
+            return OpenClipEncoder(load_open_clip(name, self.device), features_name(name), size)
 
     def branch(self, artifact: Artifact, mllm: Mllm) -> VisualBranch:
         """A trained branch of this MLLM. Raises what `load_branch` does."""
@@ -100,6 +111,18 @@ class ModelLoader:
     def controlnet(self, artifact: Artifact) -> nn.Module:
         """A trained ControlNet. Raises what `load_controlnet` does."""
         return load_controlnet(artifact, self.policy.home, self.dtype)
+
+
+@contextmanager
+def encoder_errors(key: str) -> Iterator[None]:
+    """Turn what an encoder refuses into a RecipeError: of a size, BF-RECIPE-005 with the `--set` that works."""
+    try:
+        yield
+    except UnsupportedSize as error:
+        fix = f"--set {key}={error.nearest}"
+        raise RecipeError(f"{key} is {error}", fix=fix, code="BF-RECIPE-005") from None
+    except UnsupportedTower as error:
+        raise RecipeError(str(error), fix="name a vision transformer in latents.encoder") from None
 
 
 # ---- the frozen models ----------------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
-"""Image encoders: uint8 squares in, patch latents out, and an identity that says which encoder it was.
+"""Image encoders: uint8 images to patch latents, and an identity that says which encoder made them.
 
-In: a loaded model. Out: latents before any pooling, raw. Two encoders are the same exactly when their identities are
-equal: weights, number format, preprocessing, layer and activation (the same weights under another activation give other
-latents without an error). Knows no path, no store and no recipe. Legend: B images, H W the patch grid, P = H*W
-patches row by row, C channels, S pixels a side.
+Latents are taken before any pooling, unscaled. Two encoders are the same exactly when their identities are equal:
+weights, dtype, preprocessing, layer and activation (the same weights with another activation silently give other
+latents). Legend: B images, H W the patch grid, P = H*W patches row by row, C channels, S pixels a side.
 """
 
 from __future__ import annotations
@@ -13,54 +12,76 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from bifrost_cli.data.safetensors_io import weights_hash
-from bifrost_cli.errors import RecipeError
 from bifrost_cli.models.diffusion.base import vae_encode
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
 
-VAE_PATCH = 4  # VAE latents a side of a patch: 2x2 of FLUX's packed tokens, the grid the MLLM's encoder has
+VAE_PATCH = 4  # VAE latents on a side of a patch: 2x2 of FLUX's packed tokens, the grid of the MLLM's encoder
 RESIZE = "short side to size by bicubic with antialiasing, centre crop, uint8"
 _ACTIVATIONS = ("gelu", "relu", "silu", "swish")
 
 
-class Encoder(Protocol):
-    """What extraction needs of an encoder. `identity` holds JSON values; `grid` is (H, W)."""
+class UnsupportedSize(ValueError):
+    """An image size that an encoder cannot read.
 
-    identity: dict[str, Any]
+    Attributes:
+        nearest: a size that it can.
+    """
+
+    def __init__(self, message: str, nearest: int) -> None:
+        super().__init__(message)
+        self.nearest = nearest
+
+
+class UnsupportedTower(ValueError):
+    """An image tower without patch tokens."""
+
+
+class Encoder(Protocol):
+    """What extraction needs of an encoder.
+
+    Attributes:
+        identity: JSON values that decide the latents.
+        image_size: S.
+        grid: (H, W).
+        channels: C.
+    """
+
+    @property
+    def identity(self) -> dict[str, Any]: ...
+
     image_size: int
     grid: tuple[int, int]
     channels: int
 
     def encode(self, pixels_BSS3: np.ndarray | Tensor) -> Tensor:
-        """uint8 (B, S, S, 3), S = `image_size` -> float32 (B, P, C)."""
+        """uint8 (B, S, S, 3) -> float32 (B, P, C). ValueError: images of another shape."""
         ...
 
 
 class MllmEncoder:
-    """The MLLM's own visual encoder, the tokens its decoder reads: the paper's choice (section 3.1)."""
+    """The MLLM's own visual encoder, whose latents are the tokens its decoder reads: the paper's choice (3.1)."""
 
     def __init__(self, mllm: Mllm, image_size: int) -> None:
-        """RecipeError when the MLLM reads no images of `image_size`: one side alone, or whole patches only."""
+        """Read images of `image_size`.
+
+        Raises:
+            UnsupportedSize: the MLLM reads one other size, or only whole patches.
+        """
         patch = mllm.pixels_per_patch
         if mllm.image_size not in (None, image_size):
-            raise RecipeError(
-                f"images.input_size is {image_size}, but the MLLM reads {mllm.image_size} pixels",
-                fix=f"--set images.input_size={mllm.image_size}",
-                code="BF-RECIPE-005",
-            )
+            raise UnsupportedSize(f"{image_size}, but the MLLM reads {mllm.image_size} pixels", mllm.image_size)
         if mllm.image_size is None and image_size % patch:
-            raise RecipeError(
-                f"images.input_size {image_size} is not a whole number of the MLLM's patches of {patch} pixels",
-                fix=f"--set images.input_size={max(patch, image_size // patch * patch)}",
-            )
+            nearest = max(patch, image_size // patch * patch)
+            raise UnsupportedSize(f"{image_size}, not a whole number of the MLLM's patches of {patch} pixels", nearest)
         self._mllm, self.image_size, self.channels = mllm, image_size, mllm.width
         self.grid = (image_size // patch, image_size // patch)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
+        """See `Encoder`."""
         adapter, model, processor = self._mllm.adapter, self._mllm.model, self._mllm.image_processor
         visual = adapter.visual(model)
         return {
@@ -77,29 +98,30 @@ class MllmEncoder:
         }
 
     def encode(self, pixels_BSS3: np.ndarray | Tensor) -> Tensor:
-        """uint8 (B, S, S, 3) -> float32 (B, P, C)."""
+        """See `Encoder`."""
         return self._mllm.encode(pixels_BSS3)
 
 
 class OpenClipEncoder:
-    """The image tower of an open_clip model: patch tokens of its last block, normed as the tower does before it pools.
+    """The image tower of an open_clip model: patch tokens of its last block, normed as the tower norms them.
 
     Tokens come from open_clip's own `forward_intermediates`.
     """
 
-    def __init__(self, model: nn.Module, name: str, image_size: int) -> None:
-        """RecipeError: a tower without patch tokens, or one for another image size than `image_size`."""
-        self._visual = model.visual.eval().requires_grad_(False)
-        own = self._visual.image_size
-        self.name, self.image_size = name, own if isinstance(own, int) else own[0]
+    def __init__(self, model: Any, name: str, image_size: int) -> None:
+        """Read the tower of `model`; `name` is recorded.
+
+        Raises:
+            UnsupportedSize: the tower reads another size.
+            UnsupportedTower: it is not a vision transformer.
+        """
+        self._visual: Any = model.visual.eval().requires_grad_(False)
+        size = self._visual.image_size
+        self.name, self.image_size = name, size if isinstance(size, int) else size[0]
         if self.image_size != image_size:
-            raise RecipeError(
-                f"images.input_size is {image_size}, but {name} reads {self.image_size} pixels",
-                fix=f"--set images.input_size={self.image_size}",
-                code="BF-RECIPE-005",
-            )
+            raise UnsupportedSize(f"{image_size}, but {name} reads {self.image_size} pixels", self.image_size)
         if not hasattr(self._visual, "forward_intermediates"):
-            raise RecipeError(f"the image tower of {name} has no patch tokens", fix="choose a vision transformer")
+            raise UnsupportedTower(f"the image tower of {name} has no patch tokens")
         # A tower that normalises after pooling, or pools by attention, has no norm that belongs to its patch tokens.
         pools_first = getattr(self._visual, "final_ln_after_pool", False)
         self._normalise = not pools_first and getattr(self._visual, "attn_pool", None) is None
@@ -108,6 +130,7 @@ class OpenClipEncoder:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
+        """See `Encoder`."""
         norm = "after the final norm" if self._normalise else "without a norm"
         return {
             "name": self.name,
@@ -124,7 +147,7 @@ class OpenClipEncoder:
         }
 
     def encode(self, pixels_BSS3: np.ndarray | Tensor) -> Tensor:
-        """uint8 (B, S, S, 3) -> float32 (B, P, C). ValueError on another size."""
+        """See `Encoder`."""
         pixels = torch.as_tensor(pixels_BSS3)
         if pixels.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(f"images must be (B, {self.image_size}, {self.image_size}, 3), not {tuple(pixels.shape)}")
@@ -132,11 +155,11 @@ class OpenClipEncoder:
 
     @torch.no_grad()
     def _maps(self, pixels_BSS3: Tensor) -> Tensor:
-        like = next(self._visual.parameters())
-        mean_C11, std_C11 = (torch.tensor(v, device=like.device).view(-1, 1, 1) for v in self._statistics())
-        pixels_BCSS = pixels_BSS3.to(like.device).permute(0, 3, 1, 2).float() / 255
+        weight, statistics = next(self._visual.parameters()), (self._visual.image_mean, self._visual.image_std)
+        mean_C11, std_C11 = (torch.tensor(v, device=weight.device).view(-1, 1, 1) for v in statistics)
+        pixels_BCSS = pixels_BSS3.to(weight.device).permute(0, 3, 1, 2).float() / 255
         out = self._visual.forward_intermediates(
-            ((pixels_BCSS - mean_C11) / std_C11).to(like.dtype),
+            ((pixels_BCSS - mean_C11) / std_C11).to(weight.dtype),
             indices=1,
             normalize_intermediates=self._normalise,
             intermediates_only=True,
@@ -144,56 +167,62 @@ class OpenClipEncoder:
         )
         return out["image_intermediates"][-1]
 
-    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return tuple(self._visual.image_mean), tuple(self._visual.image_std)
-
 
 class VaePatchEncoder:
-    """The diffusion model's VAE latents as patch latents, 4x4 of them a patch: the paper's rival of CLIP latents."""
+    """The diffusion model's VAE latents as patch latents, 4x4 in a patch: compared with CLIP latents in the paper."""
 
-    def __init__(self, vae: AutoencoderKL, image_size: int) -> None:
-        """RecipeError as `VaeEncoder`, or when the VAE's grid is no whole number of patches."""
+    def __init__(self, vae: Any, image_size: int) -> None:
+        """Read images of `image_size`.
+
+        Raises:
+            UnsupportedSize: as `VaeEncoder`, or the VAE's grid is not a whole number of patches.
+        """
         self._vae, self.image_size = VaeEncoder(vae, image_size), image_size
         channels, side, _ = self._vae.shape
         if side % VAE_PATCH:
-            raise RecipeError(
-                f"images.input_size {image_size} gives {side} VAE latents a side, no multiple of {VAE_PATCH}",
-                fix=f"--set images.input_size={image_size // side * VAE_PATCH * max(1, side // VAE_PATCH)}",
-                code="BF-RECIPE-005",
-            )
+            nearest = image_size // side * VAE_PATCH * max(1, side // VAE_PATCH)
+            raise UnsupportedSize(f"{image_size}, whose {side} VAE latents a side do not split by {VAE_PATCH}", nearest)
         self.grid, self.channels = (side // VAE_PATCH, side // VAE_PATCH), channels * VAE_PATCH**2
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        own = self._vae.identity
-        own = {name: own[name] for name in ("weights", "dtype", "scaling_factor", "shift_factor", "resize")}
-        layer = f"VAE latents, {VAE_PATCH}x{VAE_PATCH} a patch, channel first"
-        size = {"image_size": self.image_size, "grid": list(self.grid), "channels": self.channels}
-        return {"name": "vae", **own, "layer": layer, **size}
+        """See `Encoder`."""
+        vae = self._vae.identity
+        return {
+            "name": "vae",
+            **{name: vae[name] for name in ("weights", "dtype", "scaling_factor", "shift_factor", "resize")},
+            "layer": f"VAE latents, {VAE_PATCH}x{VAE_PATCH} a patch, channel first",
+            "image_size": self.image_size,
+            "grid": list(self.grid),
+            "channels": self.channels,
+        }
 
     def encode(self, pixels_BSS3: np.ndarray | Tensor) -> Tensor:
-        """uint8 (B, S, S, 3) -> float32 (B, P, C)."""
+        """See `Encoder`."""
         tiles_BcHhWw = self._vae.encode(pixels_BSS3).unflatten(3, (-1, VAE_PATCH)).unflatten(2, (-1, VAE_PATCH))
         return tiles_BcHhWw.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 class VaeEncoder:
-    """A diffusion model's VAE alone, for latents the ControlNet is trained on: scaled and shifted as the diffusion model does."""
+    """A diffusion model's VAE alone, for the latents that a ControlNet is trained on: shifted and scaled."""
 
-    def __init__(self, vae: AutoencoderKL, image_size: int) -> None:
-        """RecipeError when `image_size` is no multiple of what the VAE halves and the transformer joins."""
+    def __init__(self, vae: Any, image_size: int) -> None:
+        """Read images of `image_size`.
+
+        Raises:
+            UnsupportedSize: not a multiple of the VAE's factor times the transformer's packing.
+        """
         unit = 2 ** len(vae.config.block_out_channels)
         if image_size % unit:
-            raise RecipeError(
-                f"images.output_size {image_size} is not a multiple of {unit}",
-                fix=f"--set images.output_size={max(unit, image_size // unit * unit)}",
-            )
+            nearest = max(unit, image_size // unit * unit)
+            raise UnsupportedSize(f"{image_size}, not a multiple of {unit}", nearest)
         self._vae, self.image_size = vae.eval().requires_grad_(False), image_size
         side = 2 * image_size // unit
         self.shape: tuple[int, int, int] = (vae.config.latent_channels, side, side)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
+        """See `Encoder`."""
         config = self._vae.config
         return {
             "weights": weights_hash(self._vae.state_dict()),
@@ -207,11 +236,11 @@ class VaeEncoder:
 
     @torch.no_grad()
     def encode(self, pixels_BSS3: np.ndarray | Tensor) -> Tensor:
-        """uint8 (B, S, S, 3) -> float32 (B, c, h, w). The mean, so no randomness."""
+        """uint8 (B, S, S, 3) -> float32 (B, c, h, w); the mean, so deterministic."""
         return vae_encode(self._vae, torch.as_tensor(pixels_BSS3)).float()
 
 
 def _activation(tower: nn.Module) -> str:
-    """The classes of the tower's activation functions: GELU and QuickGELU fit the same weights."""
+    """The classes of the tower's activation functions: weights do not tell GELU from QuickGELU."""
     names = {type(module).__name__ for module in tower.modules()}
     return "+".join(sorted(name for name in names if any(word in name.lower() for word in _ACTIVATIONS)))

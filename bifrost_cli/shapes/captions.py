@@ -1,7 +1,7 @@
-"""Prompts of the built-in world: a small grammar over six categories, its reader, its split and its samplers.
+"""Prompts of the toy world: a small grammar over six categories, its parser, its split and its samplers.
 
-Comes in: text or a NumPy generator. Goes out: `Prompt`s with what an image must show, and scenes that show it.
-Knows no pixels. Categories and their names follow GenEval (Ghosh et al. 2023).
+A `Prompt` says what an image must show; `sample_scene` draws a scene that shows it. Categories and their names follow
+GenEval (Ghosh et al. 2023).
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ def _by_category() -> dict[tuple[str, bool], list[_Core]]:
     wordings = Counter(RELATIONS.values())
     table: dict[tuple[str, bool], list[_Core]] = {}
     for core in _cores():
-        copies = max(wordings.values()) // wordings.get(core.relation, max(wordings.values()))
+        most = max(wordings.values())
+        copies = most // wordings[core.relation] if core.relation else 1
         table.setdefault((core.category, core.things[0].colour is not None), []).extend([core] * copies)
     return table
 
@@ -185,6 +186,7 @@ def parse(text: str) -> Prompt:
             f" {', '.join(SHAPES)}; colours {', '.join(COLOURS)}; at the end, if wanted,"
             f" 'on a {'|'.join(TONES)} background'"
         )
+    assert match is not None
     return _prompt(match["opener"], core, match["tone"])
 
 
@@ -248,7 +250,7 @@ def sample_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
     colours, tones = list(COLOURS), list(TONES)
     if spec.relation:
         pairs = _cell_pairs(spec.relation)
-        cells = pairs[rng.integers(len(pairs))]
+        cells = list(pairs[rng.integers(len(pairs))])
     else:
         cells = sorted(rng.permutation(GRID**2)[: len(spec.things)].tolist())
     things = []

@@ -1,7 +1,7 @@
-"""Reading images of the built-in world back, and saying whether they show a prompt.
+"""Reading images of the toy world back, and checking whether they show a prompt.
 
-Comes in: RGB pixels of any size. Goes out: what stands where (`read_scene`) and a verdict with its reason (`check`).
-Uses no learned model: coloured regions, the colour of most of their pixels, and the shape whose sprite fits best.
+`read_scene` says what is where in RGB pixels of any size, `check` gives a verdict with its reason. No learned model:
+coloured regions, the colour of most of their pixels, and the shape whose sprite fits best.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _bank() -> tuple[np.ndarray, np.ndarray, list[tuple[str, float, float]]]:
 def _square_pixels(rgb: np.ndarray) -> np.ndarray:
     rgb = np.asarray(rgb)
     if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
-        raise ValueError(f"a picture is (height, width, 3) uint8, not {rgb.shape} {rgb.dtype}")
+        raise ValueError(f"an image is (height, width, 3) uint8, not {rgb.shape} {rgb.dtype}")
     if rgb.shape[:2] != (SIZE, SIZE):
         rgb = np.asarray(Image.fromarray(rgb).resize((SIZE, SIZE), Image.Resampling.BOX))
     return rgb.astype(np.float32)
@@ -86,7 +86,7 @@ def _square_pixels(rgb: np.ndarray) -> np.ndarray:
 
 def _background(pixels: np.ndarray) -> tuple[str, np.ndarray | None]:
     """The tone most light pixels are nearest to and their median (that of all would lean to crowded things)."""
-    away = np.linalg.norm(pixels[:, :, None] - np.float32(list(TONES.values())), axis=-1)
+    away = np.linalg.norm(pixels[:, :, None] - np.array(list(TONES.values()), np.float32), axis=-1)
     nearest = np.where(away.min(-1) < 2 * _TONE_REACH, away.argmin(-1), -1)
     counts = [int((nearest == index).sum()) for index in range(len(TONES))]
     index = int(np.argmax(counts))
@@ -99,7 +99,7 @@ def _background(pixels: np.ndarray) -> tuple[str, np.ndarray | None]:
 
 def _shares(rgb: np.ndarray, background: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each colour and pixel: its least-squares share over the background, 0 to 1, and what is left; (6, H, W)."""
-    towards = np.float32(list(COLOURS.values())) - background
+    towards = np.array(list(COLOURS.values()), np.float32) - background
     away = rgb - background
     lengths = (towards**2).sum(1)[:, None, None]
     along = np.moveaxis(away @ towards.T, -1, 0)

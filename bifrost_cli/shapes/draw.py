@@ -1,4 +1,4 @@
-"""Drawing a scene: `Scene` in, uint8 pixels out. Knows nothing of captions; same scene, same bytes, everywhere.
+"""Drawing a scene: the same scene gives the same bytes everywhere.
 
 A shape is rasterised once with 16x16 samples a pixel. Things of neighbouring cells never share a pixel (a sprite
 is 14 px wide, cells are 16 px apart, the jitter is 1 px), so ready-made patches are copied in and nothing is blended
@@ -76,7 +76,7 @@ def sprite(shape: str, dx: float = 0.0, dy: float = 0.0, size: int = SPRITE) -> 
 @cache
 def _patch(shape: str, colour: str, tone: str) -> np.ndarray:
     cover = sprite(shape)[..., None]
-    blend = cover * np.float32(COLOURS[colour]) + (1 - cover) * np.float32(TONES[tone])
+    blend = cover * np.array(COLOURS[colour], np.float32) + (1 - cover) * np.array(TONES[tone], np.float32)
     return np.rint(blend).astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Questions about an image of the built-in world, with their answers. `Scene` in, two strings out; knows no pixels."""
+"""Questions about an image of the toy world, with their answers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def place(thing: Thing) -> str:
 
 
 def _pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
-    return options[rng.integers(len(options))]
+    return options[int(rng.integers(len(options)))]
 
 
 def _number(count: int) -> str:

@@ -1,7 +1,4 @@
-"""What stands in an image of the built-in world: a background tone and things on a 4x4 grid of cells.
-
-Comes in: names and cells. Goes out: frozen, checked `Scene` values. Knows nothing of pixels, words or files.
-"""
+"""What an image of the toy world shows: a background tone, and things on a 4x4 grid of cells."""
 
 from __future__ import annotations
 

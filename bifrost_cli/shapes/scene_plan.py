@@ -1,7 +1,7 @@
 """Plans: a scene as one line of words, `"white ab redcircle cd bluesquare"`.
 
 The tone, then for each thing its cell word (row letter, column letter) and its thing word (colour and
-shape as one word). Comes in and goes out: text and `Scene`. A plan does not hold the pixel shifts.
+shape as one word). A plan does not hold the pixel shifts.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ def _things() -> dict[str, tuple[str, str]]:
 def write_plan(scene: Scene, prompt: Prompt | None = None) -> str:
     """The plan of `scene`; with the prompt it shows, things come in the prompt's order instead of reading order."""
     words = [scene.tone]
-    for thing in scene.things if prompt is None else _as_told(scene, prompt):
+    for thing in scene.things if prompt is None else _in_prompt_order(scene, prompt):
         words += [cell_words()[thing.cell], thing.colour + thing.shape]
     return " ".join(words)
 
 
-def _as_told(scene: Scene, prompt: Prompt) -> list[Thing]:
-    left, told = list(scene.things), []
+def _in_prompt_order(scene: Scene, prompt: Prompt) -> list[Thing]:
+    left, ordered = list(scene.things), []
     for wanted in prompt.spec.things:
-        told.append(next(t for t in left if t.shape == wanted.shape and wanted.colour in (None, t.colour)))
-        left.remove(told[-1])
-    return told + left
+        ordered.append(next(t for t in left if t.shape == wanted.shape and wanted.colour in (None, t.colour)))
+        left.remove(ordered[-1])
+    return ordered + left
 
 
 def read_plan(text: str) -> Scene:
-    """The scene a plan tells of, without pixel shifts; things may come in any order. ValueError when it is no plan."""
+    """The scene a plan describes, without pixel shifts; things may come in any order. ValueError: not a plan."""
     tone, *words = text.split() or [""]
     if tone not in TONES:
         raise ValueError(f"a plan begins with a tone ({', '.join(TONES)}), not with {tone!r}")

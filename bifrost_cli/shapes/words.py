@@ -1,7 +1,4 @@
-"""Every word of the built-in world: what its tiny tokenizers know as single tokens.
-
-In: nothing, or further texts. Out: a sorted list of words, the same on every machine. Knows no tokenizer.
-"""
+"""Every word of the toy world: what its tiny tokenizers know as single tokens, the same on every machine."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.safetensors_io import weights_hash
 from bifrost_cli.errors import RecipeError
 from bifrost_cli.loading.fingerprints import mllm_fingerprint
-from bifrost_cli.loading.loaders import ModelLoader
+from bifrost_cli.loading.loaders import ModelLoader, encoder_errors
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.encoders import MllmEncoder
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
@@ -146,7 +146,8 @@ def _require_encoder(recipe: Recipe, store: LatentsStore, mllm: Mllm, loader: Mo
     """The encoder of the same name must have the same weights and preprocessing, too."""
     own = recipe.latents.encoder == "mllm"
     size, images = recipe.images.input_size, recipe.images
-    encoder = MllmEncoder(mllm, size) if own else loader.encoder(recipe.latents, images)
+    with encoder_errors("images.input_size"):
+        encoder = MllmEncoder(mllm, size) if own else loader.encoder(recipe.latents, images)
     if store.encoder != encoder.identity:
         sides = ({"kind": "latents", "parents": [], "identity": side} for side in (store.encoder, encoder.identity))
         raise other_encoder(store, recipe, differences(*sides))

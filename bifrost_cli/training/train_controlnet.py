@@ -18,7 +18,7 @@ from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.errors import ArtifactError, RecipeError
 from bifrost_cli.loading.diffusion_families import check_settings
 from bifrost_cli.loading.fingerprints import diffusion_fingerprint
-from bifrost_cli.loading.loaders import ModelLoader
+from bifrost_cli.loading.loaders import ModelLoader, encoder_errors
 from bifrost_cli.models.diffusion.base import DiffusionModel, UnsupportedControl
 from bifrost_cli.models.diffusion.controlnet import controlnet_config
 from bifrost_cli.models.encoders import VaeEncoder
@@ -127,7 +127,8 @@ def new_control(recipe: Recipe, store: LatentsStore, diffusion: DiffusionModel, 
 
 def _require_diffusion(recipe: Recipe, store: LatentsStore, diffusion: DiffusionModel) -> None:
     """The VAE latents must be those of this diffusion model, at the recipe's size."""
-    now, then = VaeEncoder(diffusion.vae, recipe.images.output_size).identity, store.attributes["painter"]
+    with encoder_errors("images.output_size"):
+        now, then = VaeEncoder(diffusion.vae, recipe.images.output_size).identity, store.attributes["painter"]
     if now != then:
         sides = ({"kind": "latents", "parents": [], "identity": side} for side in (then or {}, now))
         raise ArtifactError(

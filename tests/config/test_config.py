@@ -172,7 +172,7 @@ def test_an_artifact_is_a_recipe(tmp_path):
     assert load_recipe(tmp_path / "a", ["branch.train.seed=8"]).branch.train.seed == 8
     with Draft.open(tmp_path / "b", "branch", {"x": 1}) as draft:
         draft.commit()
-    with pytest.raises(RecipeError, match="keeps no recipe"):
+    with pytest.raises(RecipeError, match="has no recipe"):
         load_recipe(tmp_path / "b")
 
 

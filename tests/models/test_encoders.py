@@ -15,7 +15,7 @@ from fixtures_mllm import random_mllm
 from bifrost_cli.config.schema import Images, Latents, Models, Recipe
 from bifrost_cli.errors import RecipeError
 from bifrost_cli.loading.loaders import ModelLoader, load_vae
-from bifrost_cli.models.encoders import MllmEncoder, OpenClipEncoder, VaeEncoder, VaePatchEncoder
+from bifrost_cli.models.encoders import MllmEncoder, OpenClipEncoder, UnsupportedSize, VaeEncoder, VaePatchEncoder
 
 CPU = torch.device("cpu")
 
@@ -59,9 +59,9 @@ def test_the_mllm_encoder_gives_the_visual_tokens_after_the_merge(mllm):
 def test_the_grid_follows_the_picture_size(mllm):
     encoder = MllmEncoder(mllm, 96)
     assert encoder.grid == (6, 6) and encoder.encode(images(2, 96)).shape == (2, 36, mllm.width)
-    with pytest.raises(RecipeError, match="whole number of the MLLM's patches of 16") as caught:
+    with pytest.raises(UnsupportedSize, match="whole number of the MLLM's patches of 16") as caught:
         MllmEncoder(mllm, 100)
-    assert caught.value.fix == "--set images.input_size=96"
+    assert caught.value.nearest == 96
 
 
 def test_identities_are_json_and_name_what_differs(mllm):
@@ -172,8 +172,9 @@ def test_the_vae_alone_gives_the_painters_latents(tmp_path):
     expected = diffusion.encode(torch.from_numpy(pixels))
     torch.testing.assert_close(encoder.encode(pixels), expected.float())
     assert encoder.shape == tuple(expected.shape[1:]) and encoder.identity == json.loads(json.dumps(encoder.identity))
-    with pytest.raises(RecipeError, match="output_size 63"):
+    with pytest.raises(UnsupportedSize, match="63, not a multiple") as caught:
         VaeEncoder(vae, 63)
+    assert caught.value.nearest == 56
 
 
 def test_vae_patches_are_the_vaes_latents_cut_in_tiles():

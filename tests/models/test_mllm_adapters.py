@@ -23,13 +23,13 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
 )
 
-from bifrost_cli.errors import BifrostError, RecipeError
+from bifrost_cli.errors import BifrostError
 from bifrost_cli.loading.loaders import load_mllm
 from bifrost_cli.models.branch.decoder_adapters import with_cache
 from bifrost_cli.models.branch.masking import draw_masks, random_orders
 from bifrost_cli.models.branch.sampling import sample_masked
 from bifrost_cli.models.branch.visual_branch import VisualBranch
-from bifrost_cli.models.encoders import MllmEncoder
+from bifrost_cli.models.encoders import MllmEncoder, UnsupportedSize
 from bifrost_cli.models.mllm.adapters import FAMILIES, adapter_of
 from bifrost_cli.models.mllm.chat_template import additive, chat_text, image_mask, text_mask
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
@@ -128,12 +128,12 @@ def test_the_encoder_says_what_it_is(mllm):
     with torch.no_grad():
         list(other.adapter.visual(other.model).parameters())[-1].add_(1)
     assert MllmEncoder(other, SIDE).identity["weights"] != encoder.identity["weights"]
-    with pytest.raises(RecipeError):
+    with pytest.raises(UnsupportedSize):
         MllmEncoder(mllm, SIDE + 4)
     if mllm.image_size:
-        with pytest.raises(RecipeError, match=f"but the MLLM reads {SIDE} pixels") as caught:
+        with pytest.raises(UnsupportedSize, match=f"but the MLLM reads {SIDE} pixels") as caught:
             MllmEncoder(mllm, 2 * SIDE)
-        assert caught.value.fix == f"--set images.input_size={SIDE}"
+        assert caught.value.nearest == SIDE
     else:
         assert MllmEncoder(mllm, 2 * SIDE).grid == (8, 8)
     with pytest.raises(ValueError, match="images of 32x28 pixels"):

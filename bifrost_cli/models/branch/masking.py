@@ -78,8 +78,8 @@ def draw_masks(
 def mask_schedule(patches: int, steps: int) -> list[int]:
     """How many patches are still masked after each decode step: MaskGIT's cosine schedule, as MAR uses it.
 
-    After step s (from 0) of K it is max(1, min(previous - 1, floor(P * cos(pi/2 * (s+1)/K)))), but 0 after the last. With
-    more steps than patches, some steps reveal nothing.
+    After step s (from 0) of K it is max(1, min(previous - 1, floor(P * cos(pi/2 * (s+1)/K)))), but 0 after the last.
+    With more steps than patches, some steps reveal nothing.
 
     Raises:
         ValueError: fewer than one patch or step.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class ChatTemplate:
     after `<|vision_start|>`.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     head: str = SYSTEM
     lead: str = ""
     trail: str = ""
@@ -80,7 +81,7 @@ class ChatTemplate:
     opening: str = OPENING
 
     @classmethod
-    def of_chat(cls, tokenizer: PreTrainedTokenizerBase, opening: str) -> ChatTemplate:
+    def of_chat(cls, tokenizer: Any, opening: str) -> ChatTemplate:
         """The tokenizer's own chat template around a user turn, up to where the assistant's text begins.
 
         Args:
