@@ -49,7 +49,8 @@ def with_cache(module: nn.Module, cache: Cache) -> dict[str, Cache]:
     Raises:
         TypeError: it has no such argument, and would silently ignore the cache.
     """
-    return {_cache_name(type(module)): cache}
+    kind: Any = type(module)
+    return {_cache_name(kind): cache}
 
 
 @lru_cache

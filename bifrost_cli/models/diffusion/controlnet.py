@@ -48,9 +48,7 @@ PUBLISHED_NAMES = {
 warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated", category=FutureWarning)
 
 
-def latent_controlnet(
-    transformer: Any, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2
-) -> FluxControlNetModel:
+def latent_controlnet(transformer: Any, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2) -> Any:
     """A new ControlNet for FLUX: copies of its first blocks; outputs and control embedder at zero.
 
     Source: section 3 of the paper (4 double blocks and 1 single block on FLUX.1-dev).
@@ -82,7 +80,7 @@ def latent_controlnet(
 
 def latent_sd3_controlnet(
     transformer: Any, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2
-) -> SD3ControlNetModel:
+) -> Any:
     """`latent_controlnet` for SD3, which has no single blocks and whose last block takes no residual.
 
     It reads the pooled text, as in diffusers' training of it; published ControlNets that read zeros are not supported.

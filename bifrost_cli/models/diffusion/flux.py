@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxControlNetModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from bifrost_cli.models.diffusion import rectified_flow
@@ -184,9 +184,7 @@ class FluxModel(DiffusionModel):
     ) -> torch.Tensor:
         return self._loss(vae_latents_Bchw, text, ControlInput(controlnet, control_BPC), generator)
 
-    def new_controlnet(
-        self, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2
-    ) -> FluxControlNetModel:
+    def new_controlnet(self, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2) -> nn.Module:
         return latent_controlnet(self.transformer, double_blocks, single_blocks, channels, ratio)
 
     def new_control(self, kind: str, channels: int, patches: int, ratio: int) -> nn.Module:

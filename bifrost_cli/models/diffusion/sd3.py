@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3ControlNetModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from bifrost_cli.models.diffusion import rectified_flow
@@ -71,8 +71,8 @@ class Sd3Model(DiffusionModel):
         if guidance == 1.0:
             return text
         empty = self._embed([""], max_tokens)
-        batched = (part.expand(len(prompts), *part.shape[1:]) for part in (empty.sequence_BTD, empty.pooled_BD))
-        return text._replace(empty=Sd3Prompt(*batched))
+        sequence_BTD, pooled_BD = (part.expand(len(prompts), *part.shape[1:]) for part in (empty[0], empty[1]))
+        return text._replace(empty=Sd3Prompt(sequence_BTD, pooled_BD))
 
     def _embed(self, prompts: Sequence[str], max_tokens: int) -> Sd3Prompt:
         """As stock SD3: both CLIPs side by side, zero-padded to T5's width, then T5; no attention masks."""
@@ -153,14 +153,12 @@ class Sd3Model(DiffusionModel):
             (residuals,) = control.model(**inputs, controlnet_cond=latents_BPC, conditioning_scale=control.scale)
         return self.transformer(**inputs, block_controlnet_hidden_states=residuals)[0]
 
-    def new_controlnet(
-        self, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2
-    ) -> SD3ControlNetModel:
+    def new_controlnet(self, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2) -> nn.Module:
         return latent_sd3_controlnet(self.transformer, double_blocks, single_blocks, channels, ratio)
 
     def control_loss(
         self,
-        controlnet: SD3ControlNetModel,
+        controlnet: nn.Module,
         vae_latents_Bchw: torch.Tensor,
         control_BPC: torch.Tensor,
         text: Sd3Prompt,
