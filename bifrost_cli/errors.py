@@ -47,7 +47,8 @@ Codes in use (a number keeps its meaning for ever):
     BF-ART-003     a draft of something else   BF-ART-004     two artifacts do not fit
     BF-ART-005     corrupt                     BF-ART-006     locked by another process
     BF-ART-007     weights that do not fit     BF-ART-008     not a safetensors file
-    BF-ART-009     a model of no known family  BF-ART-010  a model that lacks parts
+    BF-ART-009     a model of no known family  BF-ART-010     a model that lacks parts
+    BF-ART-011     another artifact needs it
     BF-STORE-001   not a latents store         BF-STORE-003   a store of other latents
     BF-STORE-005   corrupt shard               BF-STORE-006   rows are missing
     BF-MEM-001     out of memory               BF-NAN-001     not finite

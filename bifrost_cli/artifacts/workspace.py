@@ -1,16 +1,19 @@
-"""A workspace: a folder of artifacts.
+"""A workspace: a folder of artifacts, and the list of those that its commands wrote elsewhere (`-o pictures`).
 
-In: a folder, a kind, a reference. Out: the artifacts in it, newest first, and the one that a reference means. Drafts
-and broken folders are reported, never used. Does not know what artifacts hold.
+Drafts and damaged folders are reported, never used.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bifrost_cli.artifacts.files import append, make_folder
 from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST, Artifact
-from bifrost_cli.errors import ArtifactError, UsageError
+from bifrost_cli.errors import ArtifactError, BifrostError, UsageError
 
 MAKERS = {
     "latents": "bifrost extract-latents",
@@ -21,6 +24,7 @@ MAKERS = {
 }
 
 
+OUTSIDE = ".outside"  # in a workspace: a line of JSON for the path of each artifact that was written elsewhere
 BUILTIN = Path(__file__).parents[1] / "builtin"  # what ships with the package: models, and a trained artifact a kind
 
 
@@ -48,11 +52,16 @@ def default_path(workspace: Path | str, kind: str, identity: str) -> Path:
     return Path(workspace) / f"{kind}-{identity.removeprefix(kind + '-')}"
 
 
-def survey(workspace: Path | str) -> Survey:
-    """Look at every folder of the workspace. A workspace that does not exist is empty."""
-    result = Survey()
-    root = Path(workspace)
-    for path in sorted(root.iterdir()) if root.is_dir() else ():
+def survey(workspace: Path | str, *, outside: bool = False) -> Survey:
+    """Look at every folder of a workspace; one that does not exist is empty.
+
+    Args:
+        workspace: the folder.
+        outside: also look at what its commands wrote elsewhere (`remember_outside`), where it still is.
+    """
+    result, root = Survey(), Path(workspace)
+    folders = sorted(root.iterdir()) if root.is_dir() else []
+    for path in [*folders, *(_outside(root) if outside else ())]:
         if (path / MANIFEST).is_file():
             try:
                 result.artifacts.append(Artifact.open(path))
@@ -62,6 +71,41 @@ def survey(workspace: Path | str) -> Survey:
             result.drafts.append(path)
     result.artifacts.sort(key=lambda artifact: str(artifact.manifest["made"].get("when", "")), reverse=True)
     return result
+
+
+def remember_outside(workspace: Path | str, path: Path) -> None:
+    """Note an artifact that was written outside its workspace, so that `survey` finds it.
+
+    One whole line is appended, so that commands that end together lose none. The artifact is there whatever happens:
+    a workspace that cannot be written only does not know of it.
+    """
+    root, target = Path(os.path.realpath(workspace)), Path(os.path.realpath(path))
+    if target.parent == root or target.is_relative_to(BUILTIN) or target in map(Path.resolve, _outside(root)):
+        return
+    with contextlib.suppress(BifrostError, OSError, ValueError):
+        make_folder(root)
+        append(root / OUTSIDE, json.dumps(Path(os.path.relpath(target, root)).as_posix()) + "\n")
+
+
+def _outside(root: Path) -> list[Path]:
+    """The noted folders that are still there, each once."""
+    try:
+        lines = (root / OUTSIDE).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    found = {}
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError, OSError):  # half a line, after a power cut
+            path = Path(os.path.realpath(root / json.loads(line)))
+            if path.is_dir() and path.parent != Path(os.path.realpath(root)):
+                found[path] = None
+    return [_shown(path) for path in found]
+
+
+def _shown(path: Path) -> Path:
+    """As a person would type it: from the current folder when it is below."""
+    here = Path(os.path.realpath("."))
+    return path.relative_to(here) if path.is_relative_to(here) and path != here else path
 
 
 def find(workspace: Path | str, kind: str | None = None) -> list[Artifact]:
@@ -102,7 +146,7 @@ def resolve(workspace: Path | str, ref: Path | str, kind: str | None = None) -> 
     folder = Path(ref)
     if folder.is_dir():
         return _of_kind(Artifact.open(folder), kind)
-    found = find(workspace)
+    found = survey(workspace, outside=True).artifacts
     matches = [a for a in found if a.id.startswith(str(ref)) or a.id.split("-")[-1].startswith(str(ref))]
     if len(matches) == 1:
         return _of_kind(matches[0], kind)
@@ -135,7 +179,8 @@ def _of_kind(artifact: Artifact, kind: str | None) -> Artifact:
 
 def lineage(artifact: Artifact, *workspaces: Path | str) -> list[Ancestor]:
     """The artifact and all it was made from, depth first; parents are known by id, their path is a hint."""
-    known = {found.id: found for place in (artifact.path.parent, *workspaces) for found in find(place)}
+    places = (artifact.path.parent, *workspaces)
+    known = {found.id: found for place in places for found in survey(place, outside=True).artifacts}
     return _ancestors(artifact, known, 0)
 
 

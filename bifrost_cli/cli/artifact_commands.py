@@ -1,4 +1,4 @@
-"""`bifrost artifacts`: what a workspace holds, what one artifact is, whether it is whole, and what it was made from."""
+"""`bifrost artifacts`: what a workspace holds, what an artifact is and was made from, and what can be removed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from bifrost_cli.artifacts import Artifact, lineage, newest, resolve
+from bifrost_cli.artifacts.cleanup import Removable, leftovers, removable, remove_all
 from bifrost_cli.artifacts.workspace import Survey, survey
 from bifrost_cli.cli.command import Result, command
-from bifrost_cli.cli.options import Reference, Workspace
+from bifrost_cli.cli.options import DryRun, Reference, Workspace
 from bifrost_cli.errors import ArtifactError, Findings
-from bifrost_cli.runtime.ui import Ui
+from bifrost_cli.runtime.ui import Ui, counted
 
 RUNS = Path("runs")
-app = typer.Typer(help="List, show and check artifacts, and see what they were made from.")
+SHIPPED = ("builtin:branch", "builtin:controlnet")
+app = typer.Typer(help="List, show, check and remove artifacts, and see what they were made from.")
 
 
 @app.callback(invoke_without_command=True)
@@ -30,9 +32,11 @@ def _default(context: typer.Context) -> None:
 def ls(ui: Ui, workspace: Workspace = RUNS) -> Result:
     """List the artifacts of a workspace, newest first; unfinished and damaged folders too.
 
+    What its commands wrote elsewhere with -o is among them.
+
     Example: bifrost artifacts ls -w runs
     """
-    found = survey(workspace)
+    found = survey(workspace, outside=True)
     rows = [(a.id, _when(a), _size(a), str(a.path)) for a in found.artifacts]
     rows += [("(unfinished)", "", "", str(path)) for path in found.drafts]
     rows += [("(damaged)", "", "", str(path)) for path, _ in found.broken]
@@ -82,7 +86,7 @@ def verify(
     lines += [f"damaged  {path}: {reason}" for path, reasons in problems.items() for reason in reasons]
     data = {"whole": [str(a.path) for a in chosen if str(a.path) not in problems], "damaged": problems}
     fix = "make the damaged ones again at a new place; nothing was changed"
-    error = Findings(f"{len(problems)} artifacts are damaged", fix=fix) if problems else None
+    error = Findings(f"{counted(len(problems), 'damaged artifact')} found", fix=fix) if problems else None
     return Result(lines or [f"{workspace} holds no artifact"], data, error=error)
 
 
@@ -92,6 +96,8 @@ def show_lineage(ui: Ui, ref: Reference = None, workspace: Workspace = RUNS) -> 
 
     Example: bifrost artifacts lineage runs/report-0123456789ab
     """
+    if ref is None and not survey(workspace, outside=True).artifacts:
+        return Result(_nothing(workspace), {"lineage": []})
     tree = lineage(_choose(workspace, ref), workspace)
     lines = [
         f"{'  ' * one.depth}{one.id}  {one.artifact.path if one.artifact else '(not here any more)'}" for one in tree
@@ -103,10 +109,53 @@ def show_lineage(ui: Ui, ref: Reference = None, workspace: Workspace = RUNS) -> 
     return Result(lines, {"lineage": data})
 
 
+@command(app, "rm")
+def rm(
+    ui: Ui,
+    refs: Annotated[list[str], typer.Argument(metavar="REF...", help="Folders or ids; unfinished folders too.")],
+    workspace: Workspace = RUNS,
+    dry_run: DryRun = False,
+) -> Result:
+    """Remove artifacts. One that another artifact was made from is refused, unless both are named.
+
+    Example: bifrost artifacts rm samples-0123456789ab
+    """
+    return _removed(removable(workspace, refs), dry_run)
+
+
+@command(app, "gc")
+def gc(ui: Ui, workspace: Workspace = RUNS, dry_run: DryRun = False) -> Result:
+    """Remove unfinished folders that no process writes, and temporary files of killed processes.
+
+    An interrupted command whose folder is removed begins anew. Artifacts stay.
+
+    Example: bifrost artifacts gc --dry-run
+    """
+    return _removed(leftovers(workspace), dry_run)
+
+
+def _removed(items: list[Removable], dry_run: bool) -> Result:
+    if not dry_run:
+        remove_all(items)
+    verb = "would remove" if dry_run else "removed"
+    lines = [f"{verb}  {item.what:24}  {item.size / 1e6:>9.1f} MB  {item.path}" for item in items]
+    total = sum(item.size for item in items)
+    lines.append(f"{verb} {counted(len(items), 'item')}, {total / 1e6:.1f} MB" if items else "nothing to remove")
+    data = [{"path": str(item.path), "what": item.what, "bytes": item.size} for item in items]
+    return Result(lines, {"removed": data, "bytes": total, "dry_run": dry_run})
+
+
+def _nothing(workspace: Path) -> list[str]:
+    """What there is where a workspace holds no artifact."""
+    drafts = [f"unfinished: {path}; give the command that made it again" for path in survey(workspace).drafts]
+    shipped = [f"ships with bifrost: {resolve(workspace, ref).id}  ({ref})" for ref in SHIPPED]
+    return [f"{workspace} holds no artifact; make one: bifrost extract-latents", *drafts, *shipped]
+
+
 def _choose(workspace: Path, ref: str | None) -> Artifact:
     if ref is not None:
         return resolve(workspace, ref)
-    found = survey(workspace).artifacts
+    found = survey(workspace, outside=True).artifacts
     return found[0] if found else newest(workspace, "latents")
 
 

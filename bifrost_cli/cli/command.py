@@ -19,6 +19,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from bifrost_cli.artifacts.workspace import remember_outside
 from bifrost_cli.cli.options import AsJson, Debug, Flag, Offline, Quiet, Sets, recipe_option
 from bifrost_cli.errors import BifrostError, Interrupted
 from bifrost_cli.runtime.launch import distributed_env
@@ -31,7 +32,8 @@ _COMMON = {"as_json": AsJson, "quiet": Quiet, "debug": Debug, "offline": Offline
 class Result:
     """What a command prints: `lines` for people, `data` for --json, `path` for -q, then the `hint` on stderr.
 
-    `error` is raised after the printing: a command that finished, with findings.
+    `error` is raised after the printing: a command that finished, with findings. `artifacts` are the folders that were
+    made, which the workspace remembers where they lie outside.
     """
 
     lines: Sequence[str] = ()
@@ -39,6 +41,7 @@ class Result:
     path: Path | str | None = None
     hint: str | None = None
     error: BifrostError | None = None
+    artifacts: Sequence[Path] = ()
 
 
 Body = Callable[..., Result]
@@ -81,6 +84,8 @@ def command(
                     _check(check, given)
                 result = body(**given)
                 if distributed_env().rank == 0:  # of several processes the first one speaks
+                    for path in result.artifacts:
+                        remember_outside(given["workspace"], path)
                     _show(result, as_json, quiet)
             except KeyboardInterrupt as error:
                 again = "give the same command again; finished work is kept"

@@ -43,7 +43,9 @@ def import_checkpoint(
     data = {part.kind: {"id": part.id, "path": str(part.path)} for part in made}
     parts = " ".join(f"--{part.kind} {part.path}" for part in made)
     hint = f'next: bifrost generate "a red circle above a blue square" -o out.png --recipe {made[0].path} {parts}'
-    return Result([f"{part.id}  {part.path}" for part in made], data, "\n".join(str(p.path) for p in made), hint)
+    paths = [part.path for part in made]
+    lines = [f"{part.id}  {part.path}" for part in made]
+    return Result(lines, data, "\n".join(map(str, paths)), hint, artifacts=paths)
 
 
 @command(app, "export", check=preflight.export)

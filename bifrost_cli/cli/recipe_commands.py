@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from bifrost_cli.artifacts.files import make_folder, write_bytes
 from bifrost_cli.cli.command import Result, command
 from bifrost_cli.cli.options import Sets
+from bifrost_cli.errors import UsageError
 from bifrost_cli.runtime.ui import Ui
 
-app = typer.Typer(help="List, show and check recipes.")
+app = typer.Typer(help="List, show, check and copy recipes.")
 
 
 @app.callback(invoke_without_command=True)
@@ -73,6 +76,37 @@ def check(
     for name in names:
         load_recipe(name)
     return Result([f"ok  {name}" for name in names], {"ok": names})
+
+
+@command(app, "cp")
+def cp(
+    ui: Ui,
+    ref: Annotated[str, typer.Argument(metavar="RECIPE", help="A name, a file or an artifact.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new .yaml file.")],
+) -> Result:
+    """Copy a recipe into a file of your own, to change it there.
+
+    A shipped recipe and a file keep their comments; an artifact's recipe is written with every key.
+
+    Example: bifrost recipes cp tiny my.yaml
+    """
+    import yaml
+
+    from bifrost_cli.config.load import load_recipe, recipe_names, recipe_path
+
+    if file.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"{file} is not a .yaml file", fix=f"give {file.name or 'my'}.yaml")
+    if file.exists() or file.is_symlink():
+        raise UsageError(f"{file} exists already", fix="choose another name, or remove it", code="BF-USE-002")
+    recipe, source = load_recipe(ref), recipe_path(ref) if ref in recipe_names() else Path(ref)
+    text = (
+        source.read_bytes()
+        if source.is_file()
+        else yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100).encode()
+    )
+    make_folder(file.parent)
+    write_bytes(file, text)
+    return Result([str(file)], {"path": str(file)}, file, f"use it: --recipe {file}")
 
 
 def _at(data: dict[str, Any], key: str) -> Any:

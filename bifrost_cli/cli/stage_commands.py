@@ -252,7 +252,7 @@ def made(result: Artifact | Path | dict[str, Any]) -> Result:
         info = {key: value for key, value in result.info.items() if key != "recipe"}
         data = {"kind": result.kind, "id": result.id, "path": str(result.path), "info": info}
         next_step = _NEXT.get("controlnet" if has_own_conditioner(result) else result.kind)
-        return Result([f"{result.id}  {result.path}"], data, result.path, next_step)
+        return Result([f"{result.id}  {result.path}"], data, result.path, next_step, artifacts=[result.path])
     if isinstance(result, dict):
         return Result([f"{name}: {value}" for name, value in result.items()], result)
     return Result([str(result)], {"path": str(result)}, result)

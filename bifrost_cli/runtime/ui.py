@@ -15,6 +15,11 @@ from typing import Any
 PLAIN_EVERY = 30.0
 
 
+def counted(number: int, what: str) -> str:
+    """`1 image`, `2 images`: a count with its noun, which takes an s."""
+    return f"{number:,} {what}" + "s" * (number != 1)
+
+
 class Counter:
     """Counts and shows nothing; the base of the two that show."""
 

@@ -347,3 +347,53 @@ def test_commands_are_short():
     for name, body in inspect.getmembers(stage_commands, inspect.isfunction):
         if body.__module__ == stage_commands.__name__:
             assert len(inspect.getsource(body).splitlines()) < 50, name
+
+
+def test_lineage_of_an_empty_workspace_says_what_there_is(capsys, tmp_path):
+    Draft.open(tmp_path / "runs" / "half", "branch", {}).close()
+    assert run(["artifacts", "lineage"]) == 0
+    out = capsys.readouterr().out
+    assert "runs holds no artifact" in out and f"unfinished: {Path('runs', 'half')}" in out and "builtin:branch" in out
+    assert run(["artifacts", "lineage", "builtin:branch"]) == 0
+
+
+def test_what_a_command_writes_elsewhere_is_listed(stage, capsys, tmp_path):
+    stage("extract_latents", made(tmp_path / "images"))
+    assert run(["extract-latents", "-o", "images"]) == 0
+    capsys.readouterr()
+    assert run(["artifacts", "ls"]) == 0
+    assert capsys.readouterr().out.split()[-1] == "images"
+
+
+def test_rm_and_gc(capsys, tmp_path):
+    latents = made(tmp_path / "runs" / "l")
+    Draft.open(tmp_path / "runs" / "half", "branch", {}).close()
+    with Draft.open(tmp_path / "runs" / "b", "branch", {"y": 1}, [latents]) as draft:
+        branch = draft.commit()
+    for dry in (["--dry-run"], []):
+        capsys.readouterr()
+        assert run(["artifacts", "gc", "--json", *dry]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert [item["path"] for item in found["removed"]] == [str(Path("runs", "half"))]
+        assert (tmp_path / "runs" / "half").exists() == bool(dry)
+    assert run(["artifacts", "gc"]) == 0 and "nothing to remove" in capsys.readouterr().out
+    assert run(["artifacts", "rm", latents.id]) == 5
+    assert branch.id in capsys.readouterr().err
+    assert run(["artifacts", "rm", latents.id, branch.id, "--dry-run"]) == 0
+    assert "would remove 2 items" in capsys.readouterr().out and branch.path.is_dir() and latents.path.is_dir()
+    assert run(["artifacts", "rm", branch.id]) == 0
+    assert "removed 1 item," in capsys.readouterr().out
+    assert run(["artifacts", "rm", latents.id]) == 0 and not list(Path("runs").glob("*"))
+
+
+def test_recipes_cp(capsys, tmp_path):
+    assert run(["recipes", "cp", "tiny", "my/tiny.yaml"]) == 0
+    assert "--recipe my" in capsys.readouterr().err
+    assert (tmp_path / "my" / "tiny.yaml").read_bytes() == (ROOT / "recipes" / "tiny.yaml").read_bytes()
+    assert run(["recipes", "check", "my/tiny.yaml"]) == 0
+    builtin = str(ROOT / "bifrost_cli" / "builtin" / "branch")
+    assert run(["recipes", "cp", builtin, "branch.yaml"]) == 0 and run(["recipes", "check", "branch.yaml"]) == 0
+    (tmp_path / "bad.yaml").write_text("no: 1")
+    for ref, file in (("tiny", "my/tiny.yaml"), ("tiny", "my"), ("bad.yaml", "new.yaml"), ("nothing", "new.yaml")):
+        assert run(["recipes", "cp", ref, file]) == 2
+    assert not Path("new.yaml").exists()
