@@ -1,6 +1,7 @@
-"""How sure a share or a mean is: Wilson's interval for k right out of n, and the standard error of clustered values.
+"""Confidence intervals of shares and means, and the principal axes of latents.
 
-Comes in: counts or values. Goes out: bounds, or an error. Does not know what was counted.
+Wilson's interval for k right of n, the standard error of clustered values, Student's interval over seeds, and a
+one-sided bound where all seeds agree. Suffixes: N tokens, B images, P patches, C channels, K components.
 """
 
 from __future__ import annotations
@@ -10,21 +11,30 @@ from math import sqrt
 
 import numpy as np
 import torch
-from scipy.stats import t
+from scipy.special import stdtrit
 from torch import Tensor
 
 Z95 = 1.959963984540054  # 97.5 % point of the normal distribution
 
 
 def wilson(right: int, count: int, *, z: float = Z95) -> tuple[float, float]:
-    """Bounds of Wilson's score interval for a share (Wilson 1927); inside [0, 1] also for 0 or n right.
+    """Wilson's score interval for a share (Wilson 1927); inside [0, 1] for 0 or n right, too.
 
         (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
 
-    ValueError: no trials, or `right` outside 0..count.
+    Args:
+        right: successes.
+        count: trials.
+        z: point of the normal distribution; the default gives 95 %.
+
+    Returns:
+        The two bounds.
+
+    Raises:
+        ValueError: no trials, or `right` outside 0..count.
     """
     if count < 1 or not 0 <= right <= count:
-        raise ValueError(f"{right} right out of {count} is not a share")
+        raise ValueError(f"{right} of {count} is not a share")
     share, weight = right / count, z * z / count
     centre = share + weight / 2
     spread = sqrt(weight * (share * (1 - share) + weight / 4))
@@ -34,15 +44,24 @@ def wilson(right: int, count: int, *, z: float = Z95) -> tuple[float, float]:
 
 
 def clustered_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
-    """Standard error of a mean whose values belong together in clusters, such as the images of one prompt.
+    """Standard error of a mean of values that depend on each other within clusters, such as the images of a prompt.
 
         sqrt(G/(G-1) sum_g (sum_{i in g} (x_i - mean))^2) / n                  Miller 2024, section 2.2 (G clusters)
 
-    With one value a cluster it is the ordinary standard error; 0.0 for a single cluster. ValueError: no values.
+    Args:
+        values: n values.
+        clusters: the cluster of each; with one value a cluster the result is the ordinary standard error.
+
+    Returns:
+        The error; 0.0 for a single cluster.
+
+    Raises:
+        ValueError: no values, or another number of clusters.
     """
     if not values or len(values) != len(clusters):
         raise ValueError(f"{len(values)} values in {len(clusters)} clusters have no mean")
-    mean, sums = sum(values) / len(values), {}
+    mean = sum(values) / len(values)
+    sums: dict[Hashable, float] = {}
     for value, cluster in zip(values, clusters, strict=True):
         sums[cluster] = sums.get(cluster, 0.0) + value - mean
     if len(sums) < 2:
@@ -51,21 +70,50 @@ def clustered_error(values: Sequence[float], clusters: Sequence[Hashable]) -> fl
 
 
 def seed_interval(values: Sequence[float], *, low: float = -np.inf, high: float = np.inf) -> tuple[float, float]:
-    """Student's interval over seeds, mean -+ t(0.975, k - 1) s / sqrt(k), cut to what is possible (`low`, `high`).
+    """Student's 95 % interval over k seeds, mean -+ t(0.975, k - 1) s / sqrt(k); wide for three seeds.
 
-    It is wide for three seeds, as it should be. ValueError: fewer than two values.
+    Args:
+        values: the value of each seed.
+        low: smallest possible value, at which the interval is cut.
+        high: largest possible value.
+
+    Raises:
+        ValueError: fewer than two values.
     """
     if len(values) < 2:
-        raise ValueError(f"{len(values)} seeds say nothing about how seeds differ")
-    half = float(t.ppf(0.975, len(values) - 1)) * float(np.std(values, ddof=1)) / np.sqrt(len(values))
+        raise ValueError(f"an interval over seeds needs at least 2 values; here are {len(values)}")
+    half = float(stdtrit(len(values) - 1, 0.975)) * float(np.std(values, ddof=1)) / np.sqrt(len(values))
     mean = float(np.mean(values))
     return max(low, mean - half), min(high, mean + half)
 
 
-def principal_axes(tokens_NC: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and unit axes (C, K), the widest first, float64; K is `count`, or fewer for fewer tokens or channels.
+def share_interval(shares: Sequence[float], trials: int) -> tuple[float, float]:
+    """`seed_interval` of shares, but never of width zero: that all seeds agree is no certainty.
 
-    From the Gram matrix or the covariance, whichever is smaller. An axis points where its entries sum to more than 0.
+    Where all shares are 0 (or 1) it is the exact one-sided 95 % bound of Clopper and Pearson 1934: 0 to
+    1 - 0.05^(1/n); where they agree in between, Wilson's interval.
+
+    Args:
+        shares: share of successes of each seed, in [0, 1].
+        trials: n, the independent trials of one seed; the seeds may share their prompts, so they do not add up.
+    """
+    if len(set(shares)) > 1:
+        return seed_interval(shares, low=0.0, high=1.0)
+    bound = 1 - 0.05 ** (1 / trials)
+    if shares[0] in (0.0, 1.0):
+        return (0.0, bound) if shares[0] == 0.0 else (1 - bound, 1.0)
+    return wilson(round(shares[0] * trials), trials)
+
+
+def principal_axes(tokens_NC: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Principal axes, from the Gram matrix or the covariance, whichever is smaller.
+
+    Args:
+        tokens_NC: the tokens (N, C).
+        count: axes wanted; fewer come back for fewer tokens or channels.
+
+    Returns:
+        Mean (C,) and unit axes (C, K), the widest first, float64; the entries of an axis sum to more than 0.
     """
     tokens_NC = tokens_NC.double()
     mean_C = tokens_NC.mean(0)
@@ -81,7 +129,17 @@ def principal_axes(tokens_NC: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def as_colours(latents_BPC: Tensor, mean_C: Tensor, axes_CK: Tensor, scale_K: Tensor) -> Tensor:
-    """uint8 (B, P, 3): the first three components as red, green and blue, two of `scale` from grey to either end."""
+    """The first three principal components as red, green and blue.
+
+    Args:
+        latents_BPC: latents (B, P, C).
+        mean_C: mean of the axes.
+        axes_CK: unit axes, K at most 3.
+        scale_K: standard deviation along each axis; two of them lead from grey to either end.
+
+    Returns:
+        uint8 (B, P, 3).
+    """
     parts_BPK = (latents_BPC.double() - mean_C) @ axes_CK / scale_K.clamp_min(1e-12) / 4 + 0.5
     colours_BPK = (parts_BPK.clamp(0, 1) * 255).round().byte()
     return torch.nn.functional.pad(colours_BPK, (0, 3 - colours_BPK.shape[-1]), value=127)

@@ -27,7 +27,7 @@ from bifrost_cli.reports.evaluation_page import report_html
 from bifrost_cli.reports.facts import thumbnails
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.shapes.captions import held_out_prompts
-from bifrost_cli.stats import clustered_error, seed_interval
+from bifrost_cli.stats import clustered_error, share_interval
 from bifrost_cli.training.train_branch import train_branch
 from bifrost_cli.training.train_controlnet import train_controlnet
 
@@ -106,10 +106,13 @@ def table(measured: Mapping[str, Any]) -> str:
     heads = [asked, "right", "95 % over seeds", "seeds", *(["trained"] if timed else [])]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in measured["rows"]:
-        low, high = row["interval95"]
+        low, high = share_interval(row["seeds"], measured["prompts"])
+        interval = f"{low:.3f} to {high:.3f}"
+        if set(row["seeds"]) <= {row["value"]} & {0.0, 1.0}:  # no width: a one-sided bound
+            interval = f"at most {high:.3f}" if row["value"] == 0 else f"at least {low:.3f}"
         seeds = ", ".join(f"{value:.3f}" for value in row["seeds"])
         last = f" {row['seconds']} s |" if timed else ""
-        lines.append(f"| {row['name']} | {row['value']:.3f} | {low:.3f} to {high:.3f} | {seeds} |{last}")
+        lines.append(f"| {row['name']} | {row['value']:.3f} | {interval} | {seeds} |{last}")
     return "\n".join(lines) + "\n"
 
 
@@ -161,7 +164,7 @@ def _row(variant: str, cells: Sequence[_Cell]) -> dict[str, Any]:
     return {
         "name": variant,
         "value": sum(values) / len(values),
-        "interval95": list(seed_interval(values, low=0.0, high=1.0)),
+        "interval95": list(share_interval(values, len(set(prompts)))),
         "error_by_prompt": clustered_error(verdicts, prompts),
         "right": sum(cell.right for cell in cells),
         "count": len(verdicts),
@@ -196,7 +199,7 @@ def _report(name: str, ablation: Ablation, rows: list[dict[str, Any]], cells: Se
         "details": [],
         "categories": rows,
         "sentence": f"By the programmatic checker, {ablation.prompts} held-out {JUDGED[ablation.judge]} a seed. "
-        "Intervals are Student's over the seeds.",
+        "Intervals are Student's over the seeds; where all seeds agree, of one seed's images.",
     }
     return {
         "schema": SCHEMA,
@@ -217,7 +220,7 @@ def _report(name: str, ablation: Ablation, rows: list[dict[str, Any]], cells: Se
 
 def _plots(ablation: Ablation, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows with their intervals; with budgets also what is right against the seconds that it cost."""
-    told = f"Mean of {len(ablation.seeds)} seeds with Student's 95 % interval."
+    told = f"Mean of {len(ablation.seeds)} seeds, Student's 95 % interval; where all agree, one seed's."
     plots: list[dict[str, Any]] = [{"kind": "dots", "title": "Right, by variant", "rows": rows, "caption": told,
                                     "x": "share of images that are right"}]  # fmt: skip
     if ablation.budgets:

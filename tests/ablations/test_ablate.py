@@ -12,7 +12,7 @@ from bifrost_cli.ablations.schema import Ablation, ablation_names, load_ablation
 from bifrost_cli.cli.app import run
 from bifrost_cli.config.load import load_recipe
 from bifrost_cli.errors import RecipeError
-from bifrost_cli.stats import seed_interval
+from bifrost_cli.stats import seed_interval, share_interval, wilson
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -67,6 +67,24 @@ def test_the_interval_over_seeds_is_students():
     assert seed_interval([1.0, 1.0, 0.9], low=0.0, high=1.0)[1] == 1.0
     with pytest.raises(ValueError):
         seed_interval([0.5])
+
+
+def test_seeds_that_agree_are_no_certainty():
+    """0 of 64: the bound is the share at which 64 trials give none in one case of twenty."""
+    low, high = share_interval([0.0, 0.0, 0.0], 64)
+    assert low == 0.0 and (1 - high) ** 64 == pytest.approx(0.05) and high == pytest.approx(0.0457, abs=1e-4)
+    assert share_interval([1.0, 1.0], 64) == (1 - high, 1.0)
+    assert share_interval([0.5, 0.5, 0.5], 64) == wilson(32, 64)
+    assert share_interval([0.2, 0.4, 0.6], 64) == seed_interval([0.2, 0.4, 0.6], low=0.0, high=1.0)
+
+
+def test_the_table_says_a_bound_where_all_seeds_agree():
+    rows = [
+        {"name": name, "value": value, "seeds": [value] * 3} for name, value in (("a", 0.0), ("b", 1.0), ("c", 0.5))
+    ]
+    text = table({"name": "x", "question": "?", "prompts": 64, "rows": rows})
+    assert "| a | 0.000 | at most 0.046 |" in text and "| b | 1.000 | at least 0.954 |" in text
+    assert "| c | 0.500 | 0.381 to 0.619 |" in text
 
 
 def test_an_ablation_runs_continues_and_is_made_once(tmp_path, monkeypatch):
