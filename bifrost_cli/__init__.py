@@ -1,7 +1,11 @@
 """Bifrost: a frozen multimodal LLM and a frozen diffusion model, joined by patch-level CLIP latents.
 
-The five stages are plain functions that take a recipe and return an artifact; each is imported when it is first used,
-so that `import bifrost_cli` costs nothing.
+    from bifrost_cli import BifrostPipeline
+    pipe = BifrostPipeline.from_pretrained("builtin")
+    pipe("a red circle above a blue square", seed=0).images[0].save("out.png")
+
+Every command is a function here with the command's words. Each is imported when it is first used, so that
+`import bifrost_cli` costs nothing.
 """
 
 from __future__ import annotations
@@ -12,12 +16,20 @@ from typing import Any
 __version__ = "0.1.0"
 
 _WHERE = {
+    "BifrostPipeline": "bifrost_cli.generation.pipeline",
+    "LatentsStore": "bifrost_cli.data.latents.reader",
+    "ask": "bifrost_cli.generation.ask",
+    "evaluate": "bifrost_cli.evaluation.evaluate",
+    "export": "bifrost_cli.interop.export",
     "extract_latents": "bifrost_cli.extraction.extract",
+    "generate": "bifrost_cli.generation.generate",
+    "import_checkpoint": "bifrost_cli.interop.import_checkpoint",
+    "load_recipe": "bifrost_cli.config.load",
+    "plan": "bifrost_cli.planning.plan",
+    "reconstruct": "bifrost_cli.generation.reconstruct",
+    "report": "bifrost_cli.reports.report",
     "train_branch": "bifrost_cli.training.train_branch",
     "train_controlnet": "bifrost_cli.training.train_controlnet",
-    "generate": "bifrost_cli.generation.generate",
-    "evaluate": "bifrost_cli.evaluation.evaluate",
-    "load_recipe": "bifrost_cli.config.load",
 }
 __all__ = ["__version__", *_WHERE]
 

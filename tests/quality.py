@@ -9,15 +9,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from bifrost_cli import load_recipe
 from bifrost_cli.artifacts import Artifact
-from bifrost_cli.generation.pipeline import Decoder, Prior
-from bifrost_cli.loading.compatibility import GenerationModels
-from bifrost_cli.loading.loaders import ModelLoader
-from bifrost_cli.loading.offload import OffloadPolicy
+from bifrost_cli.generation.pipeline import BifrostPipeline
 from bifrost_cli.loading.resolve import BUILTIN
 from bifrost_cli.shapes.captions import CATEGORIES, held_out_prompts, sample_scene
 from bifrost_cli.shapes.checker import check
@@ -35,38 +31,29 @@ def main():
     asked = parser.parse_args()
     bases = [f"models.mllm={asked.system / 'mllm'}", f"models.diffusion={asked.system / 'flux'}"]
     recipe = load_recipe("tiny", [*bases, *asked.sets])
-    pair = GenerationModels(
-        Artifact.open(asked.system / "branch"), Artifact.open(asked.system / "controlnet"), "as given"
-    )
-    place, prompts = OffloadPolicy(torch.device("cpu"), "none"), held_out_prompts(asked.n, asked.seed)
-    halves = Prior.load(recipe, pair.branch, place), Decoder.load(recipe, pair.controlnet, place)
-    images = chain(*halves, prompts, plan=True)
+    prompts = held_out_prompts(asked.n, asked.seed)
+    parts = [Artifact.open(asked.system / kind) for kind in ("branch", "controlnet")]
+    pipe = BifrostPipeline(recipe, *parts, device="cpu")
+    images = chain(pipe, prompts, plan=True)
     show("full chain: plan, branch, ControlNet", prompts, images)
-    show("reconstruction of held-out pictures", prompts, reconstructions(halves[1], recipe, prompts))
-    show("chain without the plan", prompts, chain(*halves, prompts, plan=False))
-    show("FLUX with text alone", prompts, chain(*halves, prompts, plan=False, control_scale=0.0))
+    show("reconstruction of held-out pictures", prompts, reconstructions(pipe, prompts))
+    show("chain without the plan", prompts, chain(pipe, prompts, plan=False))
+    show("FLUX with text alone", prompts, chain(pipe, prompts, plan=False, control_scale=0.0))
     if asked.grid:
         sheet(images[:: len(images) // 32][:32]).save(asked.grid)
 
 
-def chain(prior, decoder_half, prompts, **settings):
+def chain(pipe, prompts, **settings):
     """One image a prompt, with these `generate` settings instead of the recipe's."""
-    recipe, place = prior.recipe, OffloadPolicy(torch.device("cpu"), "none")
-    changed = recipe.model_copy(update={"generate": recipe.generate.model_copy(update=settings)})
-    prior = Prior(prior.mllm, prior.branch, changed, place)
-    decoder_half = Decoder(decoder_half.diffusion, decoder_half.controlnet, changed, place)
-    texts = [prompt.text for prompt in prompts]
-    return [decoder_half.render(text, prior.predict(text, 0).latents_PC, 0) for text in texts]
+    return [np.asarray(pipe(prompt.text, seed=0, **settings).images[0]) for prompt in prompts]
 
 
-@torch.no_grad()
-def reconstructions(decoder_half, recipe, prompts):
+def reconstructions(pipe, prompts):
     """Held-out scenes drawn, encoded, and reconstructed from their latents alone (FLUX reads an empty prompt)."""
-    rng, encoder, made = np.random.default_rng(0), ModelLoader(recipe.models).encoder(recipe.latents, recipe.images), []
+    rng, images = np.random.default_rng(0), []
     for index, prompt in enumerate(prompts):
-        latents_BPC = encoder.encode(draw(sample_scene(rng, prompt))[None])
-        made.append(decoder_half.render("", latents_BPC[0], index))
-    return made
+        images.append(np.asarray(pipe.decode(pipe.encode(draw(sample_scene(rng, prompt))), seed=index)))
+    return images
 
 
 def show(title, prompts, images):

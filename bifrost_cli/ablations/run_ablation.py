@@ -21,8 +21,8 @@ from bifrost_cli.data.image_sets import ImageSet, drawn, from_samples
 from bifrost_cli.evaluation.metrics.shapes_accuracy import judge
 from bifrost_cli.extraction.extract import extract_latents
 from bifrost_cli.generation.generate import generate
-from bifrost_cli.generation.reconstruct_set import reconstruct_set
-from bifrost_cli.loading.compatibility import builtin
+from bifrost_cli.generation.reconstruct import reconstruct_set
+from bifrost_cli.loading.resolve import builtin
 from bifrost_cli.reports.evaluation_page import report_html
 from bifrost_cli.reports.facts import thumbnails
 from bifrost_cli.runtime.ui import Ui

@@ -1,210 +1,476 @@
-"""One prompt through the chain in two halves: words to patch latents, and patch latents to an image; each part timed.
+"""BifrostPipeline: prompts to images from Python, loaded once; the commands are callers of it.
 
-In: a recipe, trained artifacts, a prompt, a seed. Out: a `PredictedLatents`, then pixels. One image at a time on purpose: sums
-of floats differ in the last bit between batch sizes, and the same seed must give the same bytes alone or among others.
-The halves never meet, so that only one need be in memory. Knows no folder.
+As Kandinsky and Stable Cascade are split in diffusers, it is a prior (prompt to patch latents) and a decoder (patch
+latents to image), each of which works alone.
 """
 
 from __future__ import annotations
 
-import math
-import time
+import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
-from torch import nn
+from PIL import Image
+from pydantic import ValidationError
 
 from bifrost_cli.artifacts import Artifact
-from bifrost_cli.config.schema import Recipe
-from bifrost_cli.errors import RecipeError
-from bifrost_cli.loading.compatibility import require_base
-from bifrost_cli.loading.diffusion_families import check_settings, require_diffusion
-from bifrost_cli.loading.fingerprints import diffusion_fingerprint, mllm_fingerprint
-from bifrost_cli.loading.loaders import load_branch, load_controlnet, load_diffusion, load_mllm
-from bifrost_cli.loading.offload import OffloadPolicy
-from bifrost_cli.models.branch.masking import random_orders, raster_orders
-from bifrost_cli.models.branch.sampling import sample_masked
-from bifrost_cli.models.branch.visual_branch import VisualBranch
-from bifrost_cli.models.diffusion.base import ControlInput, DiffusionModel
-from bifrost_cli.models.diffusion.controlnet import image_tokens
-from bifrost_cli.models.mllm.chat_template import join_plan
-from bifrost_cli.models.mllm.frozen_mllm import Mllm, PromptCache
+from bifrost_cli.config.schema import Generate, Recipe
+from bifrost_cli.data.images import read_image, square
+from bifrost_cli.errors import ArtifactError, RecipeError, UsageError, memory_errors
+from bifrost_cli.generation.arguments import image_count, refuse, seeded, stacked
+from bifrost_cli.generation.choose_models import pretrained
+from bifrost_cli.generation.decoder import BifrostDecoder
+from bifrost_cli.generation.prior import BifrostPrior, PredictedLatents
+from bifrost_cli.generation.requests import ImageRequest, read_prompts
+from bifrost_cli.generation.stages import StageCallback
+from bifrost_cli.loading.compatibility import require_base, require_one_step, require_output_size
+from bifrost_cli.loading.fingerprints import diffusion_fingerprint
+from bifrost_cli.loading.loaders import ModelLoader
+from bifrost_cli.loading.offload import forget
+from bifrost_cli.loading.resolve import resolve_device
+from bifrost_cli.models.encoders import Encoder, MllmEncoder, VaePatchEncoder
 from bifrost_cli.runtime.ui import Ui
-from bifrost_cli.training.data_order import derive
 
-STAGES = ("plan", "prompt", "decode", "diffusion", "vae")
+StepCallback = Callable[["BifrostPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
 
 
-@dataclass(frozen=True)
-class PredictedLatents:
-    """What MLLM and branch made of a prompt: patch latents (P, C) float32 on the CPU, and the plan if there is one.
+@dataclass
+class BifrostPipelineOutput:
+    """What a call returns; entry i of every list belongs to image i.
 
-    `cut` is True when the prompt was longer than they read.
+    Attributes:
+        images: by `output_type`: `pil` a list of PIL images; `np` float32 (B, H, W, 3) in [0, 1]; `pt` the same as a
+            tensor (B, 3, H, W); `latent` VAE latents (B, c, h, w), which the diffusion model's VAE decodes.
+        latents: patch latents (B, P, C) of the prior, float32 on the CPU; `pipe.decode` takes them.
+        plans: what the MLLM wrote first, None without `generate.plan`.
+        prompts: the prompt of each image.
+        seeds: the seed of each image; `seed=` with one of them gives that image again.
+        cut: images whose prompt or plan was longer than the models read.
+        timings: seconds of each stage, over all images.
+        interrupted: True when `pipe.interrupt` ended the call; only whole images are returned.
     """
 
-    prompt: str
-    plan: str | None
-    cut: bool
-    latents_PC: torch.Tensor
+    images: Any
+    latents: torch.Tensor
+    plans: list[str | None]
+    prompts: list[str]
+    seeds: list[int]
+    cut: list[bool]
+    timings: dict[str, float] = field(default_factory=dict)
+    interrupted: bool = False
 
 
-class Prior:
-    """MLLM and branch: the half that makes patch latents of words. `seconds` adds up the time of each stage."""
-
-    def __init__(self, mllm: Mllm, branch: VisualBranch, recipe: Recipe, offload_policy: OffloadPolicy) -> None:
-        self.mllm, self.branch, self.recipe, self._offload_policy = mllm, branch, recipe, offload_policy
-        self.seconds: Counter[str] = Counter()
-        self._read = lru_cache(maxsize=1)(self._read_once)  # several images of a prompt follow each other
-
-    @classmethod
-    def load(cls, recipe: Recipe, artifact: Artifact, offload_policy: OffloadPolicy) -> Prior:
-        """ArtifactError BF-ART-004: the branch was trained on another MLLM than the recipe names."""
-        models, kind = recipe.models, {"device": offload_policy.home, "dtype": getattr(torch, recipe.models.dtype)}
-        mllm = load_mllm(models.mllm, **kind, revision=models.mllm_revision)
-        require_base(artifact, "mllm", models.mllm, mllm_fingerprint(models, mllm))
-        branch = load_branch(artifact, **kind, mllm=mllm)
-        offload_policy.settle(mllm.model, branch, frozen=[mllm.decoder])
-        return cls(mllm, branch, recipe, offload_policy)
-
-    @torch.no_grad()
-    def predict(self, prompt: str, seed: int) -> PredictedLatents:
-        """Decode order and head noise follow from (prompt, seed) alone."""
-        plan, cut, prefix = self._read(prompt)
-        settings, branch, noise_BPC = self.recipe.generate, self.branch, None
-        if branch.head_kind == "flow":
-            shape = (1, branch.patches, branch.channels)
-            noise_BPC = torch.randn(shape, generator=generator_of(seed, prompt, "head"))
-        with timed(self.seconds, "decode"), self._offload_policy.on(branch):
-            latents_BPC = sample_masked(
-                branch,
-                prefix,
-                self._unconditional if settings.branch_guidance != 1.0 else None,
-                steps=settings.decode_steps,
-                orders_BP=self._orders(prompt, seed),
-                guidance=settings.branch_guidance,
-                noise_BPC=noise_BPC,
-            ).cpu()
-        return PredictedLatents(prompt, plan, cut, latents_BPC[0])
-
-    def _orders(self, prompt: str, seed: int) -> torch.Tensor:
-        if self.recipe.generate.decode_order == "raster":
-            return raster_orders(1, self.branch.patches)
-        return random_orders(1, self.branch.patches, generator_of(seed, prompt, "order"))
-
-    def _read_once(self, prompt: str) -> tuple[str | None, bool, PromptCache]:
-        """Plan (if the recipe says so), whether the text was cut, and its keys and values."""
-        settings, plan = self.recipe.generate, None
-        with self._offload_policy.on(self.mllm.model):
-            if settings.plan:
-                with timed(self.seconds, "plan"):
-                    plan = self.mllm.write([prompt], settings.plan_instruction, settings.plan_tokens)[0]
-            if settings.branch_guidance != 1.0:
-                self._unconditional  # noqa: B018 while the MLLM is there
-            with timed(self.seconds, "prompt"):
-                layout = self.mllm.tokenize_prompts([join_plan(prompt, plan)], self.recipe.branch.max_text_tokens)
-                return plan, layout.truncated[0], self.mllm.encode_prompts(layout)
-
-    @cached_property
-    def _unconditional(self) -> PromptCache:
-        return self.mllm.encode_prompts(self.mllm.tokenize_prompts([""], self.recipe.branch.max_text_tokens))
+class _Interrupted(Exception):
+    """`interrupt` was set: leaves the stages of the image at hand."""
 
 
-class Decoder:
-    """Diffusion model and ControlNet: the half that makes an image of patch latents. `seconds` as the sketcher's."""
+class BifrostPipeline:
+    """Prior, decoder and image encoder of one recipe.
+
+    Args:
+        recipe: names of the frozen models and settings.
+        branch: the trained branch; without it there is no prior.
+        controlnet: the trained ControlNet; without it there is no decoder.
+        device: as the option of the command line.
+        one_half: keep only one of prior, decoder and encoder in memory, for a single pass over many images.
+        in_memory: copy weights out of their files, so that these may change or go.
+        ui: hears the plans and what was chosen.
+    """
 
     def __init__(
-        self, diffusion: DiffusionModel, controlnet: nn.Module, recipe: Recipe, offload_policy: OffloadPolicy
+        self,
+        recipe: Recipe,
+        branch: Artifact | None = None,
+        controlnet: Artifact | None = None,
+        *,
+        device: str = "auto",
+        one_half: bool = False,
+        in_memory: bool = False,
+        ui: Ui | None = None,
     ) -> None:
-        self.diffusion, self.controlnet, self.recipe, self._offload_policy = (
-            diffusion,
-            controlnet,
-            recipe,
-            offload_policy,
-        )
-        self.seconds: Counter[str] = Counter()
-        self._text = lru_cache(maxsize=1)(self._embed)
+        self.recipe, self.branch, self.controlnet = recipe, branch, controlnet
+        self.loader = ModelLoader(recipe.models, device, recipe.generate.offload, in_memory=in_memory)
+        self.one_half, self.seconds = one_half, Counter[str]()
+        self._ui, self._said, self._interrupt = ui or Ui(), "", False
+        self._prior: BifrostPrior | None = None
+        self._decoder: BifrostDecoder | None = None
+        self._encoder: Encoder | None = None
+        self._lock = threading.RLock()  # one call at a time; a callback may call again
 
     @classmethod
-    def load(cls, recipe: Recipe, artifact: Artifact, offload_policy: OffloadPolicy, ui: Ui | None = None) -> Decoder:
-        """ArtifactError BF-ART-004: the ControlNet was trained on another diffusion model than the recipe names."""
-        models, kind = recipe.models, {"device": offload_policy.home, "dtype": getattr(torch, recipe.models.dtype)}
-        diffusion = load_diffusion(models.diffusion, **kind, revision=models.diffusion_revision)
-        check_settings(recipe, diffusion, ui or Ui())
-        require_diffusion(artifact, models.diffusion, diffusion, diffusion_fingerprint(models, diffusion))
-        controlnet = load_controlnet(artifact, **kind)
-        offload_policy.settle(*diffusion.frozen_modules(), controlnet, frozen=diffusion.frozen_modules(but=("vae",)))
-        return cls(diffusion, controlnet, recipe, offload_policy)
+    def from_pretrained(
+        cls,
+        pretrained_name_or_path: Path | str = "builtin",
+        *,
+        branch: Path | str | None = None,
+        controlnet: Path | str | None = None,
+        workspace: Path | str = "runs",
+        sets: Sequence[str] = (),
+        revision: str | None = None,
+        device: str = "auto",
+        ui: Ui | None = None,
+    ) -> BifrostPipeline:
+        """Load everything, once.
 
-    @torch.no_grad()
-    def render(self, prompt: str, latents_PC: torch.Tensor, seed: int) -> np.ndarray:
-        """The image, uint8 (H, W, 3); its noise follows from (prompt, seed) alone."""
-        text, diffusion, device = self._text(prompt), self.diffusion, self._offload_policy.device
-        with timed(self.seconds, "diffusion"), self._offload_policy.on(diffusion.transformer, self.controlnet):
-            generator, latents_BPC = generator_of(seed, prompt, "diffusion"), latents_PC[None].to(device)
-            text = send_to_device(text, device)
-            vae_Bchw = diffuse(diffusion, self.controlnet, latents_BPC, text, generator, self.recipe)
-        with timed(self.seconds, "vae"), self._offload_policy.on(diffusion.vae):
-            return diffusion.decode(vae_Bchw)[0].numpy()
+        Args:
+            pretrained_name_or_path: `builtin`; a recipe's name or YAML file; an artifact's folder (a branch, a
+                ControlNet or samples: its recipe and its weights); a folder of artifacts; or a hub id of such a folder.
+            branch: a branch artifact instead of the one that would be chosen.
+            controlnet: a ControlNet artifact likewise.
+            workspace: where a recipe's artifacts are chosen from, as by `bifrost generate`.
+            sets: recipe keys to change, each `section.key=value`.
+            revision: of a hub id.
+            device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+            ui: hears what was chosen and why.
 
-    def cuts(self, prompt: str) -> bool:
-        """True when the prompt is longer than the diffusion model reads."""
-        return self.diffusion.too_long(prompt, self.recipe.models.diffusion_text_tokens)
-
-    def _embed(self, prompt: str) -> Any:
-        settings, diffusion = self.recipe.generate, self.diffusion
-        encoders = diffusion.frozen_modules(but=("transformer", "vae"))
-        with timed(self.seconds, "prompt"), self._offload_policy.on(*encoders):
-            return diffusion.embed([prompt], self.recipe.models.diffusion_text_tokens, settings.guidance_scale)
-
-
-@contextmanager
-def timed(seconds: Counter[str], stage: str) -> Iterator[None]:
-    """Add the time spent inside, the device's work included."""
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds[stage] += time.perf_counter() - start
-
-
-def diffuse(
-    diffusion: DiffusionModel,
-    controlnet: nn.Module,
-    latents_BPC: torch.Tensor,
-    text: Any,
-    generator: torch.Generator,
-    recipe: Recipe,
-) -> torch.Tensor:
-    """Patch latents (1, P, C) -> VAE latents (1, c, h, w) of the recipe's output size.
-
-    RecipeError BF-RECIPE-005 when that size has not the image tokens that the ControlNet is for.
-    """
-    settings, size = recipe.generate, recipe.images.output_size
-    noise_Bchw = diffusion.noise(size, generator)
-    tokens, wanted = noise_Bchw.shape[-1] * noise_Bchw.shape[-2] // 4, image_tokens(controlnet, latents_BPC.shape[1])
-    if wanted not in (None, tokens):
-        side = 2 * math.isqrt(wanted) * diffusion.factor
-        raise RecipeError(
-            f"images.output_size {size} makes {tokens} image tokens; the ControlNet gives {wanted}",
-            fix=f"--set images.output_size={side}",
-            code="BF-RECIPE-005",
+        Raises:
+            ArtifactError: there are no such artifacts, or two that do not fit.
+            RecipeError: the recipe cannot be used.
+            EnvironmentProblem: a model or the device is not here.
+        """
+        ui = ui or Ui()
+        recipe, models = pretrained(
+            pretrained_name_or_path,
+            branch=branch,
+            controlnet=controlnet,
+            workspace=workspace,
+            sets=sets,
+            revision=revision,
         )
-    control = ControlInput(controlnet, latents_BPC, settings.control_scale)
-    return diffusion.denoise(noise_Bchw, text, control=control, steps=settings.steps, guidance=settings.guidance_scale)
+        ui.say(models.why)
+        require_one_step(models.branch, recipe.generate.decode_steps)
+        pipe = cls(recipe, models.branch, models.controlnet, device=device, in_memory=True, ui=ui)
+        _ = pipe.prior, pipe.decoder
+        return pipe
+
+    # ---- the parts --------------------------------------------------------------------------------------------------
+
+    @property
+    def prior(self) -> BifrostPrior:
+        """MLLM and branch, loaded when first used. ArtifactError BF-ART-001: the pipeline has no branch."""
+        if self._prior is None:
+            self._unload_others()
+            if self.one_half and self.controlnet is not None:  # before hours of predicted latents, not after
+                models = self.recipe.models
+                require_base(self.controlnet, "painter", models.diffusion, diffusion_fingerprint(models))
+            self._prior = BifrostPrior.load(self.recipe, _there(self.branch, "branch"), self.loader)
+            self._prior.seconds = self.seconds
+        return self._prior
+
+    @property
+    def decoder(self) -> BifrostDecoder:
+        """Diffusion model and ControlNet, loaded when first used. ArtifactError BF-ART-001: it has no ControlNet."""
+        if self._decoder is None:
+            self._unload_others()
+            controlnet = _there(self.controlnet, "controlnet")
+            self._decoder = BifrostDecoder.load(self.recipe, controlnet, self.loader, self._ui)
+            self._decoder.seconds = self.seconds
+        return self._decoder
+
+    @property
+    def encoder(self) -> Encoder:
+        """The image encoder of `latents.encoder`; it shares the MLLM or the VAE with the half that is loaded."""
+        if self._encoder is None:
+            name, size = self.recipe.latents.encoder, self.recipe.images.input_size
+            if name == "mllm" and self._prior is not None:
+                return MllmEncoder(self._prior.mllm, size)
+            if name == "vae" and self._decoder is not None:
+                return VaePatchEncoder(self._decoder.diffusion.vae, size)
+            self._unload_others()
+            self._encoder = self.loader.encoder(self.recipe.latents, self.recipe.images)
+        return self._encoder
+
+    def _unload_others(self) -> None:
+        if self.one_half:
+            self._prior = self._decoder = self._encoder = None
+            forget()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts compute."""
+        return self.loader.policy.device
+
+    def to(self, device: str | torch.device) -> BifrostPipeline:
+        """Move to another device, where results differ at most in rounding: random numbers are drawn on the CPU."""
+        return self._change(device=resolve_device(str(device)))
+
+    def enable_model_cpu_offload(self) -> BifrostPipeline:
+        """Keep each part in main memory until it works; the same bytes."""
+        return self._change(offload="model")
+
+    def enable_sequential_cpu_offload(self) -> BifrostPipeline:
+        """Bring the layers of a part to the device one by one: the least memory, slow; the same bytes."""
+        return self._change(offload="sequential")
+
+    def _change(self, **place: Any) -> BifrostPipeline:
+        with self._lock:
+            halves = [half for half in (self._prior, self._decoder) if half is not None]
+            self.loader.policy.change(*(module for half in halves for module in half.modules), **place)
+            self.loader.device, self._encoder = self.device, None
+            for half in halves:
+                half.forget_prompts()
+        return self
+
+    # ---- generating -------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        prompt: str | Path | Sequence[str],
+        *,
+        num_images: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        decode_steps: int | None = None,
+        branch_guidance: float | None = None,
+        control_scale: float | None = None,
+        plan: bool | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> BifrostPipelineOutput:
+        """Generate images; what is None is as the recipe says.
+
+        Args:
+            prompt: one, a list, or a file with one a line (Path).
+            num_images: images of each prompt, with seeds that count up; `num_images_per_prompt` means the same.
+            seed: of the first image of each prompt. (prompt, seed, settings, weights) decide an image's bytes: they are
+                those of `bifrost generate --seed`, alone or among others.
+            generator: instead of `seed`; one, or one for each image. Only its seed is read (see `seed_of`), so it can
+                be on any device and means the same on each.
+            num_inference_steps: diffusion steps (`generate.steps`).
+            guidance_scale: the diffusion model's guidance.
+            decode_steps: steps of the branch.
+            branch_guidance: weight of the prompt in the branch.
+            control_scale: weight of the ControlNet.
+            plan: let the MLLM write a dense description first.
+            height: pixels a side; images are square, and the ControlNet fixes their size.
+            width: the same as `height`.
+            negative_prompt: refused: neither half was trained with one.
+            output_type: `pil`, `np`, `pt` or `latent`; see `BifrostPipelineOutput`.
+            callback_on_step_end: called as `callback(pipe, step, timestep, kwargs)` after each step of both loops.
+                `kwargs` holds `latents` (a copy), `stage` (`decode`: patch latents, and `timestep` is the number of
+                patches still masked; `diffusion`: VAE latents, 1000 to 0), `index`, `prompt` and `seed` of the image.
+                What it raises ends the call; `pipe.interrupt = True` ends it too, and returns the whole images.
+            callback_on_step_end_tensor_inputs: `latents` is all there is.
+
+        Raises:
+            UsageError: an argument that cannot be used; the message says which can.
+        """
+        count = image_count(num_images, num_images_per_prompt)
+        settings = self._settings(
+            steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            decode_steps=decode_steps,
+            branch_guidance=branch_guidance,
+            control_scale=control_scale,
+            plan=plan,
+        )
+        refuse(negative_prompt, output_type, callback_on_step_end_tensor_inputs)
+        prompts = read_prompts(prompt, self._ui)
+        requests = seeded(prompts, count, seed, generator)
+        with self._lock:
+            size = self._size(height, width)
+            self._interrupt, before = False, Counter(self.seconds)
+            images, predicted, interrupted = [], [], False
+            try:
+                for request in requests:
+                    on_step = self._on_step(callback_on_step_end, request)
+                    latents = self.predict(request, settings=settings, callback=on_step)
+                    images.append(self._image(request, latents, output_type, settings, size, on_step))
+                    predicted.append(latents)
+            except _Interrupted:
+                interrupted = True
+        made = requests[: len(images)]
+        return BifrostPipelineOutput(
+            images=stacked(images, output_type),
+            latents=torch.stack([latents.latents_PC for latents in predicted]) if predicted else torch.empty(0),
+            plans=[latents.plan for latents in predicted],
+            prompts=[request.prompt for request in made],
+            seeds=[request.seed for request in made],
+            cut=[latents.cut or self.decoder.cuts(latents.prompt) for latents in predicted],
+            timings={stage: spent - before[stage] for stage, spent in self.seconds.items() if spent > before[stage]},
+            interrupted=interrupted,
+        )
+
+    @property
+    def interrupt(self) -> bool:
+        """Set it to True, from a callback or another thread, and the running call ends after its step."""
+        return self._interrupt
+
+    @interrupt.setter
+    def interrupt(self, value: bool) -> None:
+        self._interrupt = value
+
+    def encode(self, image: Image.Image | np.ndarray | Path | str) -> torch.Tensor:
+        """Patch latents (P, C) of the centre square of an image, float32 on the CPU; BadImage when it is none.
+
+        Args:
+            image: a PIL image, an array uint8 (H, W, 3), or a file.
+        """
+        if isinstance(image, Image.Image):
+            rgb = np.asarray(image.convert("RGB"))
+        elif isinstance(image, np.ndarray):
+            rgb = image
+        else:
+            rgb = read_image(Path(image), self.recipe.images).rgb
+        if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[-1] != 3:
+            raise UsageError(f"an image is uint8 (H, W, 3), not {rgb.dtype} {rgb.shape}", fix="give a PIL image")
+        with self._lock, torch.no_grad():
+            encoder = self.encoder
+            shared = [] if self._encoder is not None else self._shared_modules()
+            with self.loader.policy.on(*shared):
+                pixels_BHWC = square(rgb, encoder.image_size)[None].copy()  # Pillow lends a read-only array
+                return encoder.encode(pixels_BHWC)[0].float().cpu()
+
+    def _shared_modules(self) -> list[torch.nn.Module]:
+        if self.recipe.latents.encoder == "mllm" and self._prior is not None:
+            return [self._prior.mllm.model]
+        return [self._decoder.diffusion.vae] if self._decoder is not None else []
+
+    def decode(
+        self,
+        latents: torch.Tensor,
+        prompt: str = "",
+        *,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        control_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Any:
+        """The image of patch latents (P, C): from `encode`, or of an earlier call. Arguments as of a call.
+
+        With the empty prompt it is what `bifrost reconstruct` writes.
+        """
+        settings = self._settings(steps=num_inference_steps, guidance_scale=guidance_scale, control_scale=control_scale)
+        refuse(None, output_type, ("latents",))
+        if not isinstance(latents, torch.Tensor) or latents.ndim != 2:
+            raise UsageError("patch latents are a tensor (P, C)", at=f"got {getattr(latents, 'shape', type(latents))}",
+                             fix="give those of one image, as encode returns them")  # fmt: skip
+        (request,) = seeded([prompt], 1, seed, generator)
+        with self._lock:
+            size, self._interrupt = self._size(height, width, len(latents)), False
+            on_step = self._on_step(callback_on_step_end, request)
+            predicted = PredictedLatents(prompt, None, False, latents)
+            image = self._image(request, predicted, output_type, settings, size, on_step)
+        return image if output_type == "pil" else stacked([image], output_type)
+
+    # ---- one image, for the commands --------------------------------------------------------------------------------
+
+    def predict(
+        self, request: ImageRequest, *, settings: Generate | None = None, callback: StageCallback | None = None
+    ) -> PredictedLatents:
+        """Patch latents of a request. OutOfMemory names the setting that needs less."""
+        with memory_errors(f"predicting the latents of {request.name}", self._needs_less()):
+            predicted = self.prior.predict(request.prompt, request.seed, settings=settings, callback=callback)
+        if predicted.plan is not None and self._said != request.prompt:
+            self._ui.say(f"plan {request.index}: {predicted.plan}")
+            self._said = request.prompt
+        return predicted
+
+    def render(self, request: ImageRequest, predicted: PredictedLatents, prompt: str | None = None) -> np.ndarray:
+        """The image of a request, uint8 (H, W, 3); `prompt` instead of the request's is what FLUX or SD3 reads."""
+        with memory_errors(f"generating {request.name}", self._needs_less()):
+            text = request.prompt if prompt is None else prompt
+            return self.decoder.render(text, predicted.latents_PC, request.seed)
+
+    def cuts(self, request: ImageRequest, predicted: PredictedLatents) -> bool:
+        """True when any model read less than the whole prompt or plan."""
+        return predicted.cut or self.decoder.cuts(request.prompt)
+
+    def _image(
+        self,
+        request: ImageRequest,
+        predicted: PredictedLatents,
+        output_type: str,
+        settings: Generate,
+        size: int,
+        callback: StageCallback,
+    ) -> Any:
+        with memory_errors(f"generating {request.name}", self._needs_less()):
+            vae_latents_Bchw = self.decoder.denoise(
+                request.prompt,
+                predicted.latents_PC,
+                request.seed,
+                settings=settings,
+                output_size=size,
+                callback=callback,
+            )
+            if output_type == "latent":
+                return vae_latents_Bchw[0]
+            return Image.fromarray(self.decoder.decode(vae_latents_Bchw))
+
+    def _on_step(self, callback: StepCallback | None, request: ImageRequest) -> StageCallback:
+        def on_step(stage: str, step: int, timestep: Any, latents: torch.Tensor) -> None:
+            if callback is not None:
+                shown = latents.clone()
+                facts = {"index": request.index, "prompt": request.prompt, "seed": request.seed}
+                returned = callback(self, step, timestep, {"latents": shown, "stage": stage, **facts})
+                if returned and returned.get("latents", shown) is not shown:
+                    raise UsageError("callback_on_step_end returned other latents", at="it can watch and stop a step, "
+                                     "not change it", fix="return its kwargs, or nothing")  # fmt: skip
+            if self._interrupt:
+                raise _Interrupted
+
+        return on_step
+
+    def _settings(self, **changes: Any) -> Generate:
+        """The recipe's `generate` section with what was given; UsageError for a value that it does not take."""
+        given = {key: value for key, value in changes.items() if value is not None}
+        try:
+            settings = Generate.model_validate({**self.recipe.generate.model_dump(), **given})
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = {"steps": "num_inference_steps"}.get(str(problem["loc"][0]), problem["loc"][0])
+            raise UsageError(f"{name}={problem['input']!r}: {problem['msg']}", fix=f"give another {name}") from error
+        if self.branch is not None and "decode_steps" in given:
+            require_one_step(self.branch, settings.decode_steps)
+        return settings
+
+    def _size(self, height: int | None, width: int | None, patches: int | None = None) -> int:
+        """Pixels a side; UsageError when they are not those that the ControlNet is for."""
+        size = height if height is not None else width
+        if size is None:
+            return self.recipe.images.output_size
+        if width not in (None, size):
+            raise UsageError(f"height={height} and width={width}: images are square", fix="give one of them")
+        if type(size) is not int or size < 1:
+            raise UsageError(f"height={size!r} is not a number of pixels", fix="leave it out, or give an integer")
+        try:
+            decoder = self.decoder
+            require_output_size(size, decoder.diffusion, decoder.controlnet, patches or self.prior.branch.patches)
+            if size % (2 * decoder.diffusion.factor):
+                raise RecipeError("", fix=f"--set images.output_size={self.recipe.images.output_size}")
+        except RecipeError as error:
+            right = str(error.fix).rpartition("=")[2]
+            raise UsageError(f"height={size} does not fit: this ControlNet is for {right} pixels",
+                             fix=f"height={right}, or leave it out") from error  # fmt: skip
+        return size
+
+    def _needs_less(self) -> str:
+        policy = self.loader.policy
+        stronger = {"none": "model", "model": "sequential"}.get(policy.offload) if policy.weights == "dtype" else None
+        if stronger or policy.offload == "none":
+            return f"--set generate.offload={stronger or 'model'} (the same bytes)"
+        return "--set models.weights=nf4 --set generate.offload=model, or a GPU with more memory"
 
 
-def generator_of(seed: int, prompt: str, purpose: str) -> torch.Generator:
-    """Random numbers of one image for one purpose, on the CPU: the same on every device and beside any others."""
-    return torch.Generator().manual_seed(derive(seed, prompt, purpose))
-
-
-def timing_line(seconds: Counter[str]) -> str:
-    """`plan 0.4 s, prompt 0.1 s, ...` for the stages that ran."""
-    return ", ".join(f"{stage} {seconds[stage]:.2f} s" for stage in STAGES if stage in seconds)
+def _there(artifact: Artifact | None, kind: str) -> Artifact:
+    if artifact is None:
+        raise ArtifactError(f"this pipeline has no {kind}", fix=f"{kind}=FOLDER", code="BF-ART-001")
+    return artifact

@@ -1,33 +1,33 @@
-"""reconstruct: image -> patch latents -> image, to see what the latents keep; the branch has no part in it.
+"""reconstruct: images to patch latents and back, to see what the latents keep; the branch has no part in it.
 
-In: a recipe, an image, a ControlNet (given, or found). Out: one PNG file. Does not know the branch.
+`reconstruct` makes one PNG file, `reconstruct_set` a samples artifact that an interrupted run continues.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from bifrost_cli import __version__
-from bifrost_cli.artifacts import Artifact
+from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
 from bifrost_cli.artifacts.files import make_folder, write_bytes
 from bifrost_cli.artifacts.identity import provenance
 from bifrost_cli.config.schema import Recipe
-from bifrost_cli.data.images import read_image, square
+from bifrost_cli.data.image_sets import PROMPTS, ImageSet
+from bifrost_cli.data.images import read_image
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import UsageError
-from bifrost_cli.generation.pipeline import Decoder
-from bifrost_cli.generation.requests import destination
-from bifrost_cli.loading.compatibility import choose_controlnet
-from bifrost_cli.loading.loaders import ModelLoader
-from bifrost_cli.loading.offload import OffloadPolicy, deciding, forget
-from bifrost_cli.loading.resolve import resolve_device
+from bifrost_cli.generation.choose_models import choose_controlnet
+from bifrost_cli.generation.generate import write_lines
+from bifrost_cli.generation.pipeline import BifrostPipeline
+from bifrost_cli.generation.prior import PredictedLatents
+from bifrost_cli.generation.requests import ImageRequest, destination, generate_settings, image_settings
+from bifrost_cli.generation.samples_folder import SamplesFolder
 from bifrost_cli.runtime.ui import Ui
 
 
-@torch.no_grad()
 def reconstruct(
     recipe: Recipe,
     image: Path | str,
@@ -40,38 +40,42 @@ def reconstruct(
     device: str = "auto",
     ui: Ui | None = None,
 ) -> Path:
-    """Encode a square of the image, generate it again from its latents, write `output` (PNG) and return its path.
+    """Encode the centre square of an image, generate it again from its latents, and write it as a PNG.
 
-    `prompt` is what the diffusion model reads beside the latents. BadImage (4): an image that cannot be used; UsageError (2):
-    the output exists or is no PNG; ArtifactError (5): a ControlNet for other latents or another diffusion model.
+    Args:
+        recipe: models and settings.
+        image: a file.
+        output: FILE.png, which must not exist.
+        prompt: what the diffusion model reads beside the latents.
+        controlnet: a ControlNet artifact; None chooses (`choose_controlnet`).
+        workspace: where artifacts are looked up.
+        seed: of the noise that the diffusion model starts from.
+        device: where to compute.
+        ui: hears what was chosen.
+
+    Returns:
+        The path of the PNG.
+
+    Raises:
+        BadImage: (4) the image cannot be used.
+        UsageError: (2) the output exists or is not a PNG.
+        ArtifactError: (5) a ControlNet for other latents or another diffusion model.
     """
-    ui = ui or Ui()
-    file = _file(output)
+    ui, file = ui or Ui(), destination(output, 1)
+    if file is None:
+        raise UsageError(f"{output} is not a PNG file", fix=f"-o {output}.png")
     decoded = read_image(Path(image), recipe.images)
     for note in decoded.notes:
         ui.say(f"{image}: {note}")
-    place = resolve_device(device)
-    encoder = ModelLoader(recipe.models, place).encoder(recipe.latents, recipe.images)
-    chosen, why = choose_controlnet(controlnet, encoder.identity, workspace)
+    pipe = BifrostPipeline(recipe, device=device, one_half=True, ui=ui)
+    pipe.controlnet, why = choose_controlnet(controlnet, pipe.encoder.identity, workspace)
     ui.say(why)
-    pixels_BHWC = square(decoded.rgb, recipe.images.input_size)[None]
-    grid, latents_BPC = encoder.grid, encoder.encode(pixels_BHWC.copy())
-    del encoder  # two large models, one after the other
-    forget()
-    decoder_half = Decoder.load(
-        recipe, chosen, OffloadPolicy(place, recipe.generate.offload, recipe.models.weights), ui
-    )
-    made_HWC = decoder_half.render(prompt, latents_BPC[0], seed)
+    rows, columns = pipe.encoder.grid
+    predicted = PredictedLatents(prompt, None, False, pipe.encode(decoded.rgb))
+    pixels_HWC = pipe.render(ImageRequest(0, prompt, seed), predicted)
     make_folder(file.parent)
-    write_bytes(file, png_bytes(made_HWC, _facts(recipe, chosen, prompt, seed)))
-    ui.say(f"{file}: reconstructed from {grid[0]}x{grid[1]} latents of {image}")
-    return file
-
-
-def _file(output: Path | str) -> Path:
-    file = destination(output, 1)
-    if file is None:
-        raise UsageError(f"{output} is no PNG file", fix=f"-o {output}.png")
+    write_bytes(file, png_bytes(pixels_HWC, _facts(recipe, pipe.controlnet, prompt, seed)))
+    ui.say(f"{file}: reconstructed from {rows}x{columns} latents of {image}")
     return file
 
 
@@ -79,8 +83,59 @@ def _facts(recipe: Recipe, controlnet: Artifact, prompt: str, seed: int) -> dict
     settings = {
         "images": recipe.images.model_dump(mode="json"),
         "latents": recipe.latents.model_dump(mode="json"),
-        "generate": deciding(recipe),
+        "generate": generate_settings(recipe),
     }
     facts = {"settings": settings, "artifacts": {"controlnet": controlnet.id}, "versions": provenance()["versions"]}
     plain = {"reconstruction": "yes", "prompt": prompt, "seed": str(seed), "Software": f"bifrost {__version__}"}
     return plain | {key: json.dumps(value) for key, value in facts.items()}
+
+
+def reconstruct_set(
+    recipe: Recipe,
+    images: ImageSet,
+    *,
+    controlnet: Path | str | None = None,
+    workspace: Path | str = "runs",
+    seed: int = 0,
+    device: str = "auto",
+    ui: Ui | None = None,
+) -> Artifact:
+    """Encode each image of a set and generate it again from its latents alone: the diffusion model reads no text.
+
+    Arguments and errors as `reconstruct`; all are encoded before one is rendered. Stopped (75): a signal between
+    images; the same call again continues.
+
+    Returns:
+        A samples artifact whose image i is the i-th of the set.
+    """
+    ui = ui or Ui()
+    pipe = BifrostPipeline(recipe, device=device, one_half=True, ui=ui)
+    pipe.controlnet, why = choose_controlnet(controlnet, pipe.encoder.identity, workspace)
+    ui.say(why)
+    parents = [pipe.controlnet]
+    settings = image_settings(recipe, encoder=pipe.encoder.identity)
+    identity = {
+        "reconstructions of": images.digest,
+        "count": len(images.entries),
+        "seed": seed,
+        "settings": settings,
+    }
+    folder = default_path(workspace, "samples", identity_id("samples", identity, parents))
+    requests = [ImageRequest(index, entry.prompt or "", seed) for index, entry in enumerate(images.entries)]
+
+    def encode(request: ImageRequest) -> PredictedLatents:
+        return PredictedLatents(request.prompt, None, False, pipe.encode(images.entries[request.index].load()))
+
+    def render(request: ImageRequest, predicted: PredictedLatents) -> tuple[dict[str, bytes], dict[str, Any]]:
+        pixels_HWC = pipe.render(request, predicted, prompt="")
+        return {request.name: png_bytes(pixels_HWC, {"reconstruction": "yes"})}, {}
+
+    def commit(draft: Draft, facts: Mapping[int, dict[str, Any]]) -> Artifact:
+        lines = [{"index": r.index, "file": r.name, "prompt": r.prompt or None, "plan": None, "seed": r.seed,
+                  "of": images.entries[r.index].name} for r in requests]  # fmt: skip
+        write_lines(draft.path / PROMPTS, lines)
+        info = {"settings": settings, "recipe": recipe.model_dump(mode="json")}
+        return draft.commit(info, made={"seed": seed, "device": device}, cost={"samples": len(requests)})
+
+    samples = SamplesFolder(folder, identity, parents, requests, ui)
+    return samples.fill(encode, render, commit, latents_first=True)

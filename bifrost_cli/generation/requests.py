@@ -1,8 +1,4 @@
-"""What is to be generated: prompts from the command line or a file, and where each image goes.
-
-In: prompts, a file of prompts, an output name. Out: `ImageRequest`s (one an image) and a `Destination`; UsageError for what
-cannot be generated or would be overwritten. Does not know models; reads no image.
-"""
+"""What is to be generated: prompts, seeds, and where each image goes. Imports no model library, to refuse quickly."""
 
 from __future__ import annotations
 
@@ -11,9 +7,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from bifrost_cli.config.schema import Recipe, identity_of
 from bifrost_cli.errors import UsageError
 from bifrost_cli.runtime.ui import Ui
+from bifrost_cli.training.data_order import derive
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_BYTES = 64 * 1024
 FILE_BYTES = 1 << 28  # of a file of prompts
@@ -43,6 +45,25 @@ def image_requests(prompts: Sequence[str], copies: int, seed: int) -> Iterator[I
         rendered[prompt] += 1
 
 
+def generator_of(seed: int, prompt: str, purpose: str) -> torch.Generator:
+    """Random numbers of one image for one purpose, on the CPU: the same on every device and beside any others."""
+    import torch
+
+    return torch.Generator().manual_seed(derive(seed, prompt, purpose))
+
+
+def generate_settings(recipe: Recipe) -> dict[str, Any]:
+    """What of the `generate` section decides an image, and the prompt tokens of the diffusion model."""
+    return {**identity_of(recipe.generate), "painter_tokens": recipe.models.diffusion_text_tokens}
+
+
+def image_settings(recipe: Recipe, **more: Any) -> dict[str, Any]:
+    """What of a recipe decides an image beside prompt, seed and weights, as identities and PNG files record it."""
+    quantized = {"weights": recipe.models.weights} if recipe.models.weights != "dtype" else {}
+    sizes = {"paint_size": recipe.images.output_size, **more}
+    return {**generate_settings(recipe), **sizes, "dtype": recipe.models.dtype, **quantized}
+
+
 def read_prompts(prompts: str | Path | Sequence[str], ui: Ui) -> list[str]:
     """One prompt (str), a file with one a line (Path), or a list of them; each checked.
 
@@ -56,6 +77,8 @@ def read_prompts(prompts: str | Path | Sequence[str], ui: Ui) -> list[str]:
     if not given:
         raise UsageError("there is no prompt", fix=_EXAMPLE)
     for number, prompt in enumerate(given, start=1):
+        if not isinstance(prompt, str):
+            raise UsageError(f"prompt {number} is {type(prompt).__name__}, not text", fix=_EXAMPLE)
         _check(prompt, f"prompt {number}" if len(given) > 1 else "the prompt")
     return given
 
@@ -71,7 +94,7 @@ def destination(output: Path | str | None, images: int) -> Path | None:
     path = Path(output)
     suffix = path.suffix.lower()
     if suffix in OTHER_FORMATS:
-        raise UsageError(f"{path} would not be a PNG", at="pictures are written as PNG alone",
+        raise UsageError(f"{path} would not be a PNG", at="images are written as PNG only",
                          fix=f"-o {path.with_suffix('.png')}")  # fmt: skip
     if suffix != ".png":
         if path.exists() and not path.is_dir():

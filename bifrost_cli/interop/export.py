@@ -22,7 +22,8 @@ from bifrost_cli.data.sharded_checkpoint import INDEX
 from bifrost_cli.errors import ArtifactError, UsageError
 from bifrost_cli.interop.model_card import model_card
 from bifrost_cli.interop.published_names import public_name, published_name
-from bifrost_cli.loading.compatibility import builtin, has_own_conditioner, trained_on
+from bifrost_cli.loading.compatibility import has_own_conditioner, trained_on
+from bifrost_cli.loading.resolve import builtin
 from bifrost_cli.models.diffusion.controlnet import to_published
 from bifrost_cli.runtime.ui import Ui
 

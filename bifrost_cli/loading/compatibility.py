@@ -1,74 +1,26 @@
-"""Which branch and which ControlNet generate together.
+"""Which artifacts, models, stores and settings fit together: every such check, in one place.
 
-In: what the user named, and a workspace. Out: a `GenerationModels` and the sentence that says why. Two parts fit when they were
-trained on latents of the same encoder, grid and channels; that is read from their manifests, before any weight. Does
-not know models.
+Each raises an error that names both sides, as early as what it compares is known.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+import math
 from typing import Any
 
-from bifrost_cli.artifacts import Artifact, find, resolve
+from torch import nn
+
+from bifrost_cli.artifacts import Artifact
+from bifrost_cli.artifacts.files import read_json
+from bifrost_cli.config.schema import Recipe
 from bifrost_cli.errors import ArtifactError, RecipeError
-from bifrost_cli.loading.resolve import BUILTIN
+from bifrost_cli.models.diffusion.base import DiffusionModel
+from bifrost_cli.models.diffusion.controlnet import config_family, image_tokens
+from bifrost_cli.runtime.ui import Ui
 
 _SHARED = ("encoder", "grid", "channels")
 
-
-@dataclass(frozen=True)
-class GenerationModels:
-    """A branch and a ControlNet that fit; `why` is the first line of a command."""
-
-    branch: Artifact
-    controlnet: Artifact
-    why: str
-
-
-def choose_models(branch: Path | str | None, controlnet: Path | str | None, workspace: Path | str) -> GenerationModels:
-    """What was given; for the rest the newest of the workspace that fits; else the built-in.
-
-    ArtifactError BF-ART-004 names both identities when what was given does not fit, BF-ART-001 when nothing is there.
-    """
-    given_branch = resolve(workspace, branch, "branch") if branch is not None else None
-    given_controlnet = resolve(workspace, controlnet, "controlnet") if controlnet is not None else None
-    branches = [given_branch] if given_branch else find(workspace, "branch")
-    controlnets = [given_controlnet] if given_controlnet else find(workspace, "controlnet")
-    if given_branch and given_controlnet:
-        require_fit(given_branch, given_controlnet)
-        return GenerationModels(given_branch, given_controlnet, _says(given_branch, given_controlnet, "as given"))
-    for one in branches:
-        if has_own_conditioner(one) and not given_controlnet:
-            return GenerationModels(one, one, f"{one.id}: learned queries, which hold their own control")
-        for other in controlnets:
-            if fits(one, other):
-                return GenerationModels(
-                    one, other, _says(one, other, f"the newest pair in {workspace} that fits together")
-                )
-    return _with_builtin(given_branch, given_controlnet, workspace)
-
-
-def choose_controlnet(
-    controlnet: Path | str | None, encoder: dict[str, Any], workspace: Path | str
-) -> tuple[Artifact, str]:
-    """The ControlNet for latents of `encoder`: the given one, else the newest that fits, else the built-in; and why."""
-    if controlnet is not None:
-        found = resolve(workspace, controlnet, "controlnet")
-        require_encoder(found, encoder)
-        return found, f"controlnet {found.id}: as given"
-    for found in find(workspace, "controlnet"):
-        if found.identity.get("encoder") == encoder:
-            return found, f"controlnet {found.id}: the newest in {workspace} that fits the encoder"
-    found = builtin("controlnet")
-    require_encoder(found, encoder)
-    return found, f"controlnet {found.id}: built in, because {workspace} holds none that fits the encoder"
-
-
-def builtin(kind: str) -> Artifact:
-    """The trained part that ships with the package."""
-    return Artifact.open(BUILTIN / kind)
+# ---- trained artifacts --------------------------------------------------------------------------------------------
 
 
 def has_own_conditioner(branch: Artifact) -> bool:
@@ -135,28 +87,51 @@ def require_base(trained: Artifact, base: str, name: str, weights: str) -> None:
     )
 
 
+def check_settings(recipe: Recipe, diffusion: DiffusionModel, ui: Ui) -> None:
+    """RecipeError BF-RECIPE-005 for more text tokens than the model reads; a line for guidance that it ignores."""
+    settings, models, name = recipe.generate, recipe.models, recipe.models.diffusion
+    if models.diffusion_text_tokens > diffusion.most_tokens:
+        raise RecipeError(
+            f"models.diffusion_text_tokens is {models.diffusion_text_tokens}; {name} reads at most "
+            f"{diffusion.most_tokens}",
+            fix=f"--set models.diffusion_text_tokens={diffusion.most_tokens}",
+            code="BF-RECIPE-005",
+        )
+    if "guidance_scale" in settings.model_fields_set and not diffusion.reads_guidance:
+        ui.say(f"generate.guidance_scale {settings.guidance_scale:g} changes nothing: {name} has no guidance")
+
+
+def require_diffusion(controlnet: Artifact, name: str, diffusion: DiffusionModel, weights: str) -> None:
+    """ArtifactError BF-ART-004 unless the ControlNet was made for this family and on these weights (their hash); both
+    are named."""
+    family = config_family(read_json(controlnet.file("config.json")))
+    if family != diffusion.family:
+        raise ArtifactError(
+            f"controlnet {controlnet.id} is for {family}, and {name} is {diffusion.family}",
+            at=f"{controlnet.path}: {family}\n{name}: {diffusion.family}",
+            fix=f"give the recipe that it was trained with: --recipe {controlnet.path}",
+            code="BF-ART-004",
+        )
+    require_base(controlnet, "painter", name, weights)
+
+
+def require_output_size(size: int, diffusion: DiffusionModel, controlnet: nn.Module, patches: int) -> None:
+    """RecipeError BF-RECIPE-005 unless an image of `size` pixels a side has the image tokens that the ControlNet makes
+    of so many patches."""
+    side, wanted = size // (2 * diffusion.factor), image_tokens(controlnet, patches)
+    if wanted not in (None, side * side):
+        raise RecipeError(
+            f"images.output_size {size} makes {side * side} image tokens; the ControlNet gives {wanted}",
+            fix=f"--set images.output_size={2 * math.isqrt(wanted) * diffusion.factor}",
+            code="BF-RECIPE-005",
+        )
+
+
 def described(artifact: Artifact) -> str:
     """Encoder, weights, grid and channels in one line."""
     shared = trained_on(artifact)
     grid = "x".join(map(str, shared["grid"]))
     return f"{_encoder(shared['encoder'])}, grid {grid}, {shared['channels']} channels"
-
-
-def _with_builtin(branch: Artifact | None, controlnet: Artifact | None, workspace: Path | str) -> GenerationModels:
-    pair = (branch or builtin("branch"), controlnet or builtin("controlnet"))
-    if branch or controlnet:
-        require_fit(*pair)
-        return GenerationModels(
-            *pair, _says(*pair, f"{workspace} holds no other part that fits the given one, so it is built in")
-        )
-    counts = " and ".join(f"{len(find(workspace, kind))} {kind}" for kind in ("branch", "controlnet"))
-    return GenerationModels(
-        *pair, _says(*pair, f"the built-in pair, because {workspace} holds no pair that fits ({counts})")
-    )
-
-
-def _says(branch: Artifact, controlnet: Artifact, why: str) -> str:
-    return f"{branch.id} and {controlnet.id}: {why}"
 
 
 def _encoder(identity: dict[str, Any]) -> str:

@@ -24,14 +24,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.files import read_json
-from bifrost_cli.config.schema import Recipe
-from bifrost_cli.errors import ArtifactError, RecipeError
-from bifrost_cli.loading.compatibility import require_base
-from bifrost_cli.models.diffusion.base import DiffusionModel
-from bifrost_cli.models.diffusion.controlnet import config_family
-from bifrost_cli.runtime.ui import Ui
+from bifrost_cli.errors import ArtifactError
 
 _SHOWN = 3
 # A family's parts: each is a folder that the class beside it reads.
@@ -82,33 +76,6 @@ def require_part(folder: Path | str, part: str, wanted: type) -> None:
     gone = sorted({name for index in indexes for name in index if not (place / name).is_file()})
     if gone or not any(place.glob("*.safetensors")):
         raise _lacking(f"{place} lacks {', '.join(gone[:_SHOWN]) or 'its weights: there is no .safetensors file'}")
-
-
-def check_settings(recipe: Recipe, diffusion: DiffusionModel, ui: Ui) -> None:
-    """RecipeError BF-RECIPE-005 for more tokens than the diffusion model knows; a line for guidance that it does not read."""
-    settings, models, name = recipe.generate, recipe.models, recipe.models.diffusion
-    if models.diffusion_text_tokens > diffusion.most_tokens:
-        raise RecipeError(
-            f"models.diffusion_text_tokens is {models.diffusion_text_tokens}; {name} knows {diffusion.most_tokens} at most",
-            fix=f"--set models.diffusion_text_tokens={diffusion.most_tokens}",
-            code="BF-RECIPE-005",
-        )
-    if "guidance_scale" in settings.model_fields_set and not diffusion.reads_guidance:
-        ui.say(f"generate.guidance_scale {settings.guidance_scale:g} changes nothing: {name} has no guidance")
-
-
-def require_diffusion(controlnet: Artifact, name: str, diffusion: DiffusionModel, weights: str) -> None:
-    """ArtifactError BF-ART-004 unless the ControlNet was made for this family and on these weights (their hash); both
-    are named."""
-    family = config_family(read_json(controlnet.file("config.json")))
-    if family != diffusion.family:
-        raise ArtifactError(
-            f"controlnet {controlnet.id} is for {family}, and {name} is {diffusion.family}",
-            at=f"{controlnet.path}: {family}\n{name}: {diffusion.family}",
-            fix=f"give the recipe that it was trained with: --recipe {controlnet.path}",
-            code="BF-ART-004",
-        )
-    require_base(controlnet, "painter", name, weights)
 
 
 def _class_of(folder: Path, part: str) -> str | None:

@@ -68,22 +68,30 @@ class ModelLoader:
         models: names, revisions, number format and quantization of the frozen models.
         device: where they compute: a name as `resolve_device` takes it, or a device.
         offload: `generate.offload`. What is loaded lies where `policy.home` says until `policy.settle` makes it ready.
+        in_memory: copy weights that would lie on the CPU as a mapped file, so that the file may change or go.
     """
 
-    def __init__(self, models: Models, device: torch.device | str = "cpu", offload: str = "none") -> None:
+    def __init__(
+        self, models: Models, device: torch.device | str = "cpu", offload: str = "none", *, in_memory: bool = False
+    ) -> None:
         self.models, self.dtype = models, getattr(torch, models.dtype)
         self.device = resolve_device(device) if isinstance(device, str) else device
         self.policy = OffloadPolicy(self.device, offload, models.weights)
+        self._in_memory = in_memory
 
     def mllm(self) -> Mllm:
         """The multimodal LLM. Raises what `load_mllm` does."""
         models = self.models
-        return load_mllm(models.mllm, self.policy.home, self.dtype, revision=models.mllm_revision)
+        mllm = load_mllm(models.mllm, self.policy.home, self.dtype, revision=models.mllm_revision)
+        self._copied(mllm.model)
+        return mllm
 
     def diffusion(self) -> DiffusionModel:
         """The diffusion model, whole. Raises what `load_diffusion` does."""
         models = self.models
-        return load_diffusion(models.diffusion, self.policy.home, self.dtype, revision=models.diffusion_revision)
+        diffusion = load_diffusion(models.diffusion, self.policy.home, self.dtype, revision=models.diffusion_revision)
+        self._copied(*diffusion.frozen_modules())
+        return diffusion
 
     def vae(self) -> AutoencoderKL:
         """The diffusion model's VAE alone, on the device. Raises what `load_diffusion` does."""
@@ -106,11 +114,18 @@ class ModelLoader:
 
     def branch(self, artifact: Artifact, mllm: Mllm) -> VisualBranch:
         """A trained branch of this MLLM. Raises what `load_branch` does."""
-        return load_branch(artifact, self.policy.home, self.dtype, mllm=mllm)
+        return self._copied(load_branch(artifact, self.policy.home, self.dtype, mllm=mllm))
 
     def controlnet(self, artifact: Artifact) -> nn.Module:
         """A trained ControlNet. Raises what `load_controlnet` does."""
-        return load_controlnet(artifact, self.policy.home, self.dtype)
+        return self._copied(load_controlnet(artifact, self.policy.home, self.dtype))
+
+    def _copied(self, *modules: Any) -> Any:
+        for module in modules if self._in_memory else ():
+            for tensor in (*module.parameters(), *module.buffers()):
+                if tensor.device.type == "cpu":
+                    tensor.data = tensor.data.clone()
+        return modules[0]
 
 
 @contextmanager

@@ -1,7 +1,6 @@
-"""Where the parts of a chain are while they work: on the device, or in main memory until they are needed.
+"""Where models are while they work and while they wait: on the device, or in main memory until they are needed.
 
-In: loaded modules, a device, the recipe's `generate.offload` and `models.weights`. Out: modules that compute on the
-device. What they compute does not depend on where they wait. Does not know what they are for.
+What they compute does not depend on it.
 """
 
 from __future__ import annotations
@@ -9,32 +8,37 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from weakref import WeakSet
 
 import torch
 from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
-from bifrost_cli.config.schema import Recipe, identity_of
+from bifrost_cli.errors import UsageError
 from bifrost_cli.loading.quantize import layers_of, quantize_layers
 
 CPU = torch.device("cpu")
 
 
-def deciding(recipe: Recipe) -> dict[str, Any]:
-    """What of a recipe decides a generated image beside weights, prompt and seed, as JSON values."""
-    return {**identity_of(recipe.generate), "painter_tokens": recipe.models.diffusion_text_tokens}
-
-
 class OffloadPolicy:
-    """`none`: everything stays on the device. `model`: a part is there while it works (`on`). `sequential`: the layers
-    of a part come one by one, by accelerate's hooks, and only what is in no layer stays. Parts with weights of 8 or 4
-    bits stay in any case: they are made on the device."""
+    """How parts of a pipeline share a device.
+
+    Args:
+        device: where they compute.
+        offload: `none`: everything stays on the device. `model`: a part is there while it works (`on`). `sequential`:
+            the layers of a part come one by one, by accelerate's hooks, and only what is in no layer stays.
+        weights: `models.weights`. Parts in 8 or 4 bits stay on the device in any case: they are made there.
+    """
 
     def __init__(self, device: torch.device, offload: str = "none", weights: str = "dtype") -> None:
         self.device, self.offload, self.weights = device, offload, weights
-        self.home = device if (offload, weights) == ("none", "dtype") else CPU  # where weights are loaded to
-        self._staying: set[int] = set()
+        self._staying: WeakSet[nn.Module] = WeakSet()
+
+    @property
+    def home(self) -> torch.device:
+        """Where weights are loaded to."""
+        return self.device if (self.offload, self.weights) == ("none", "dtype") else CPU
 
     def settle(self, *parts: nn.Module, frozen: Sequence[nn.Module] = ()) -> None:
         """Make freshly loaded parts ready; `frozen` ones (parts, or inside parts) get the recipe's weights.
@@ -48,14 +52,31 @@ class OffloadPolicy:
             stays = not quantized.isdisjoint(map(id, part.modules()))
             if stays or self.offload == "none":
                 nn.Module.to(part, self.device)  # diffusers' own `to` warns of what it takes for a mistake
-                self._staying.add(id(part))
+                self._staying.add(part)
             elif self.offload == "sequential":
                 _stream(part, self.device)
+
+    def change(self, *parts: nn.Module, device: torch.device | None = None, offload: str | None = None) -> None:
+        """Take settled parts to another device, or under another `offload`.
+
+        Raises:
+            UsageError: their weights have 8 or 4 bits, which stay where they were made.
+        """
+        if self.weights != "dtype":
+            raise UsageError(f"weights in {self.weights} stay on the device that they were made on",
+                             fix="load again, with device=... and --set generate.offload=...")  # fmt: skip
+        for part in parts:
+            if self.offload == "sequential":
+                remove_hook_from_submodules(part)
+            nn.Module.to(part, CPU)
+        self.device, self.offload = device or self.device, offload or self.offload
+        self._staying = WeakSet()
+        self.settle(*parts)
 
     @contextmanager
     def on(self, *parts: nn.Module) -> Iterator[None]:
         """The parts work inside."""
-        moved = [part for part in parts if self.offload == "model" and id(part) not in self._staying]
+        moved = [part for part in parts if self.offload == "model" and part not in self._staying]
         for part in moved:
             nn.Module.to(part, self.device)
         try:

@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import dynamic_module_utils
 
+from bifrost_cli.artifacts import Artifact
 from bifrost_cli.errors import ArtifactError, BifrostError, EnvironmentProblem, memory_errors
 from bifrost_cli.loading.hub import HUB_ERRORS, first_line, hub_problem
 
@@ -34,6 +35,11 @@ def resolve_device(name: str) -> torch.device:
         raise EnvironmentProblem(f"there is no device {name} here", at=first_line(error),
                                  fix="--device cpu, or bifrost doctor", code="BF-ENV-001") from error  # fmt: skip
     return device
+
+
+def builtin(kind: str) -> Artifact:
+    """The branch or the ControlNet that ships with the package."""
+    return Artifact.open(BUILTIN / kind)
 
 
 def resolve_model(ref: str, *, revision: str | None = None, patterns: Sequence[str] = MODEL_FILES) -> str:

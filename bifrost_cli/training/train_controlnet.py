@@ -16,7 +16,7 @@ from bifrost_cli.artifacts.identity import differences
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.errors import ArtifactError, RecipeError
-from bifrost_cli.loading.diffusion_families import check_settings
+from bifrost_cli.loading.compatibility import check_settings
 from bifrost_cli.loading.fingerprints import diffusion_fingerprint
 from bifrost_cli.loading.loaders import ModelLoader, encoder_errors
 from bifrost_cli.models.diffusion.base import DiffusionModel, UnsupportedControl

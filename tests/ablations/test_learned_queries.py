@@ -11,10 +11,11 @@ from bifrost_cli.config.load import load_recipe
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.errors import ArtifactError, BifrostError, RecipeError
 from bifrost_cli.extraction.extract import extract_latents
+from bifrost_cli.generation.choose_models import choose_models
 from bifrost_cli.generation.generate import generate
 from bifrost_cli.interop.export import export
-from bifrost_cli.loading.compatibility import builtin, choose_models
 from bifrost_cli.loading.loaders import load_branch, load_controlnet, load_diffusion, load_mllm
+from bifrost_cli.loading.resolve import builtin
 from bifrost_cli.models.branch.masking import random_orders
 from bifrost_cli.models.branch.sampling import sample_masked
 from bifrost_cli.models.diffusion.flux import FluxModel

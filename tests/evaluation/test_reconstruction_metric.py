@@ -27,7 +27,7 @@ from bifrost_cli.evaluation.networks.load_networks import load_lpips
 from bifrost_cli.evaluation.reference import images_for
 from bifrost_cli.evaluation.registry import BUILTIN, explained
 from bifrost_cli.extraction.extract import extract_latents
-from bifrost_cli.generation.reconstruct_set import reconstruct_set
+from bifrost_cli.generation.reconstruct import reconstruct_set
 from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.runtime.ui import Ui
 

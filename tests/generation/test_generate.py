@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from fixtures_flux import System, save_part, save_system
 from safetensors.numpy import load_file
+from torch import nn
 
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.data.png import png_pixels, png_text
 from bifrost_cli.errors import ArtifactError, RecipeError, Stopped, UsageError
-from bifrost_cli.generation import pipeline
+from bifrost_cli.generation.choose_models import choose_models
 from bifrost_cli.generation.generate import generate
 from bifrost_cli.generation.requests import image_requests, read_prompts
-from bifrost_cli.loading import compatibility
+from bifrost_cli.loading import loaders, resolve
 from bifrost_cli.runtime.ui import Ui
 
 
@@ -172,7 +173,7 @@ def test_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch, prompts,
 def test_a_dry_run_says_what_is_there_and_reads_no_weight(system: System, tmp_path: Path, monkeypatch) -> None:
     half = render(system, ["a star"], tmp_path / "out", n=2)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(pipeline, "load_mllm", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loaders, "load_mllm", lambda *a, **k: pytest.fail("weights were loaded"))
     plan = render(system, ["a star", "a circle"], half.path, n=2, dry_run=True)
     assert (plan["prompts"], plan["pictures"], plan["pictures_there"]) == (2, 4, 2)
     assert plan["branch"] == system.branch.id and plan["controlnet"] == system.controlnet.id
@@ -193,9 +194,9 @@ def test_long_and_foreign_prompts(system: System, tmp_path: Path) -> None:
 
 
 def test_parts_that_do_not_fit_are_named_before_loading(system: System, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(pipeline, "load_mllm", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loaders, "load_mllm", lambda *a, **k: pytest.fail("weights were loaded"))
     other = {"encoder": {**system.encoder, "weights": "f" * 64}, "grid": [8, 8], "channels": 128}
-    stranger = save_part(tmp_path / "other", "controlnet", pipeline.torch.nn.Linear(1, 1), {}, other)
+    stranger = save_part(tmp_path / "other", "controlnet", nn.Linear(1, 1), {}, other)
     with pytest.raises(ArtifactError) as caught:
         render(system, "a star", tmp_path / "out.png", controlnet=stranger.path)
     assert caught.value.code == "BF-ART-004" and caught.value.exit_code == 5
@@ -204,7 +205,7 @@ def test_parts_that_do_not_fit_are_named_before_loading(system: System, tmp_path
 
 def test_a_branch_of_another_mllm_is_refused(system: System, tmp_path: Path) -> None:
     shared = {key: system.branch.identity[key] for key in ("encoder", "grid", "channels")}
-    other = save_part(tmp_path / "b", "branch", pipeline.torch.nn.Linear(1, 1), {}, {**shared, "mllm": "e" * 64})
+    other = save_part(tmp_path / "b", "branch", nn.Linear(1, 1), {}, {**shared, "mllm": "e" * 64})
     with pytest.raises(ArtifactError, match="another mllm") as caught:
         render(system, "a star", tmp_path / "out.png", branch=other.path)
     assert "eeeeeeeeeeee" in str(caught.value) and caught.value.code == "BF-ART-004"
@@ -212,7 +213,7 @@ def test_a_branch_of_another_mllm_is_refused(system: System, tmp_path: Path) -> 
 
 def test_a_controlnet_of_another_painter_is_refused(system: System, tmp_path: Path) -> None:
     identity = {**system.controlnet.identity, "painter": "d" * 64}
-    other = save_part(tmp_path / "c", "controlnet", pipeline.torch.nn.Linear(1, 1), {}, identity)
+    other = save_part(tmp_path / "c", "controlnet", nn.Linear(1, 1), {}, identity)
     with pytest.raises(ArtifactError, match="another painter|another diffusion"):
         render(system, "a star", tmp_path / "out.png", controlnet=other.path)
 
@@ -225,19 +226,19 @@ def test_a_paint_size_that_does_not_fit_says_which_does(system: System, tmp_path
 
 
 def test_the_newest_pair_that_fits_else_the_builtin(system: System, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(compatibility, "BUILTIN", system.branch.path.parent)
-    workspace, one = tmp_path / "runs", pipeline.torch.nn.Linear(1, 1)
+    monkeypatch.setattr(resolve, "BUILTIN", system.branch.path.parent)
+    workspace, one = tmp_path / "runs", nn.Linear(1, 1)
     shared = {key: system.branch.identity[key] for key in ("encoder", "grid", "channels")}
-    assert compatibility.choose_models(None, None, workspace).branch.id == system.branch.id
+    assert choose_models(None, None, workspace).branch.id == system.branch.id
     fitting = save_part(workspace / "branch-a", "branch", one, {}, {**shared, "mllm": "a", "try": 1})
     save_part(workspace / "controlnet-a", "controlnet", one, {}, {**shared, "grid": [9, 9]})
-    found = compatibility.choose_models(None, None, workspace)
+    found = choose_models(None, None, workspace)
     assert found.branch.id == system.branch.id and "1 branch and 1 controlnet" in found.why
     fits = save_part(workspace / "controlnet-b", "controlnet", one, {}, {**shared, "try": 2})
     save_part(workspace / "branch-b", "branch", one, {}, {**shared, "channels": 9, "mllm": "a"})
-    found = compatibility.choose_models(None, None, workspace)
+    found = choose_models(None, None, workspace)
     assert (found.branch.id, found.controlnet.id) == (fitting.id, fits.id) and "newest pair" in found.why
-    half = compatibility.choose_models(system.branch.path, None, workspace)
+    half = choose_models(system.branch.path, None, workspace)
     assert (half.branch.id, half.controlnet.id) == (system.branch.id, fits.id)
 
 
@@ -253,7 +254,7 @@ def test_orders_and_prompts_of_a_file(tmp_path: Path) -> None:
 def test_reading_a_weight_that_does_not_fit(system: System, tmp_path: Path) -> None:
     config = json.loads(system.controlnet.file("config.json").read_text())
     identity = {**system.controlnet.identity, "broken": True}
-    broken = save_part(tmp_path / "c", "controlnet", pipeline.torch.nn.Linear(1, 1), config, identity)
+    broken = save_part(tmp_path / "c", "controlnet", nn.Linear(1, 1), config, identity)
     with pytest.raises(ArtifactError, match="do not fit its config.json") as caught:
         render(system, "a star", tmp_path / "out.png", controlnet=broken.path)
     assert "unexpected" in str(caught.value) or "missing" in str(caught.value)

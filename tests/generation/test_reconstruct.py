@@ -13,8 +13,9 @@ from bifrost_cli.data.images import BadImage
 from bifrost_cli.data.png import png_bytes, png_pixels, png_text
 from bifrost_cli.errors import ArtifactError, UsageError
 from bifrost_cli.generation.ask import ask
+from bifrost_cli.generation.choose_models import choose_controlnet
 from bifrost_cli.generation.reconstruct import reconstruct
-from bifrost_cli.loading import compatibility
+from bifrost_cli.loading import resolve
 from bifrost_cli.loading.loaders import load_mllm
 from bifrost_cli.loading.resolve import resolve_device
 
@@ -45,11 +46,11 @@ def test_the_latents_decide_the_picture(system: System, image: Path, tmp_path: P
 
 
 def test_the_controlnet_is_found_and_must_fit(system: System, image: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(compatibility, "BUILTIN", system.branch.path.parent)
-    assert compatibility.choose_controlnet(None, system.encoder, tmp_path)[0].id == system.controlnet.id
+    monkeypatch.setattr(resolve, "BUILTIN", system.branch.path.parent)
+    assert choose_controlnet(None, system.encoder, tmp_path)[0].id == system.controlnet.id
     identity = {**system.controlnet.identity, "encoder": {**system.encoder, "weights": "f" * 64}}
     stranger = save_part(tmp_path / "runs" / "controlnet-x", "controlnet", nn.Linear(1, 1), {}, identity)
-    assert compatibility.choose_controlnet(None, system.encoder, tmp_path / "runs")[0].id == system.controlnet.id
+    assert choose_controlnet(None, system.encoder, tmp_path / "runs")[0].id == system.controlnet.id
     with pytest.raises(ArtifactError, match="another encoder") as caught:
         reconstruct(system.recipe, image, output=tmp_path / "o.png", controlnet=stranger.path, device="cpu")
     assert caught.value.code == "BF-ART-004" and "ffffffffffff" in str(caught.value)

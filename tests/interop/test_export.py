@@ -25,8 +25,8 @@ from bifrost_cli.interop.export_mllm import export_mllm
 from bifrost_cli.interop.import_checkpoint import import_checkpoint
 from bifrost_cli.interop.model_card import model_card
 from bifrost_cli.interop.published_names import public_name
-from bifrost_cli.loading.compatibility import builtin
 from bifrost_cli.loading.loaders import load_branch, load_mllm
+from bifrost_cli.loading.resolve import builtin
 from bifrost_cli.models.branch.sampling import sample_masked
 
 

@@ -13,11 +13,12 @@ import torch
 from fixtures_flux import System, save_system
 
 from bifrost_cli.errors import OutOfMemory, Stopped
-from bifrost_cli.generation import pipeline
+from bifrost_cli.generation.decoder import BifrostDecoder
 from bifrost_cli.generation.generate import generate
-from bifrost_cli.generation.pipeline import Decoder, Prior
+from bifrost_cli.generation.prior import BifrostPrior
 from bifrost_cli.generation.reconstruct import reconstruct
-from bifrost_cli.loading.offload import OffloadPolicy
+from bifrost_cli.loading import loaders
+from bifrost_cli.loading.loaders import ModelLoader
 
 PROMPTS = ["a star", "a red circle"]
 APART = ("model", "sequential")
@@ -55,7 +56,7 @@ def test_the_same_pictures_and_the_same_artifact(system: System, plain, tmp_path
 @pytest.mark.parametrize("offload", ["none", *APART])
 def test_the_mllm_is_gone_before_the_painter_comes(system: System, tmp_path: Path, monkeypatch, offload: str) -> None:
     alive: list[weakref.ref] = []
-    load_mllm, load_diffusion = pipeline.load_mllm, pipeline.load_diffusion
+    load_mllm, load_diffusion = loaders.load_mllm, loaders.load_diffusion
 
     def load_and_watch(*args, **options):
         mllm = load_mllm(*args, **options)
@@ -67,16 +68,17 @@ def test_the_mllm_is_gone_before_the_painter_comes(system: System, tmp_path: Pat
         assert (alive[0]() is None) == (offload != "none")
         return load_diffusion(*args, **options)
 
-    monkeypatch.setattr(pipeline, "load_mllm", load_and_watch)
-    monkeypatch.setattr(pipeline, "load_diffusion", look_and_load)
+    monkeypatch.setattr(loaders, "load_mllm", load_and_watch)
+    monkeypatch.setattr(loaders, "load_diffusion", look_and_load)
     render(system, tmp_path / "out.png", offload, "a star")
     assert len(alive) == 1
 
 
 def test_layers_are_nowhere_between_calls_and_the_rest_stays(system: System) -> None:
-    offload_policy = OffloadPolicy(torch.device("cpu"), "sequential")
-    prior = Prior.load(told(system, "sequential"), system.branch, offload_policy)
-    decoder_half = Decoder.load(told(system, "sequential"), system.controlnet, offload_policy)
+    recipe = told(system, "sequential")
+    loader = ModelLoader(recipe.models, "cpu", "sequential")
+    prior = BifrostPrior.load(recipe, system.branch, loader)
+    decoder_half = BifrostDecoder.load(recipe, system.controlnet, loader)
     predict = prior.predict("a star", 0)
     decoder_half.render("a star", predict.latents_PC, 0)
     for module in (
@@ -93,15 +95,15 @@ def test_layers_are_nowhere_between_calls_and_the_rest_stays(system: System) -> 
 
 
 def test_an_interrupted_run_sketches_nothing_twice(system: System, plain, tmp_path: Path, monkeypatch) -> None:
-    predict, sketched = Prior.predict, []
+    predict, sketched = BifrostPrior.predict, []
 
-    def sketch_and_stop(self, prompt, seed):
+    def sketch_and_stop(self, prompt, seed, **options):
         sketched.append(prompt)
         if len(sketched) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return predict(self, prompt, seed)
+        return predict(self, prompt, seed, **options)
 
-    monkeypatch.setattr(Prior, "predict", sketch_and_stop)
+    monkeypatch.setattr(BifrostPrior, "predict", sketch_and_stop)
     with pytest.raises(Stopped, match="0 of 2"):
         render(system, tmp_path / "out", "model")
     (kept,) = (tmp_path / "out" / "work" / "sketches").iterdir()
@@ -113,7 +115,7 @@ def test_a_lack_of_memory_names_the_next_offload(system: System, tmp_path: Path,
     def hungry(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(pipeline, "diffuse", hungry)
+    monkeypatch.setattr(BifrostDecoder, "denoise", hungry)
     for offload, stronger in (("none", "model"), ("model", "sequential")):
         with pytest.raises(OutOfMemory) as found:
             render(system, tmp_path / "out.png", offload, "a star")

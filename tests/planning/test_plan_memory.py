@@ -16,7 +16,8 @@ from memory_meter import peak_bytes, weight_bytes
 from transformers import AutoModelForImageTextToText, T5Config, T5EncoderModel
 
 from bifrost_cli.config.load import load_recipe
-from bifrost_cli.generation.pipeline import Decoder, Prior
+from bifrost_cli.generation.decoder import BifrostDecoder
+from bifrost_cli.generation.prior import BifrostPrior
 from bifrost_cli.loading.loaders import load_diffusion, load_mllm
 from bifrost_cli.loading.offload import OffloadPolicy
 from bifrost_cli.models.branch.visual_branch import VisualBranch
@@ -139,8 +140,9 @@ class Measured:
         blocks = (settings.double_blocks, settings.single_blocks)
         controlnet = torch.nn.Module.to(latent_controlnet(self.diffusion.transformer, *blocks, self.mllm.width), dtype)
         place = OffloadPolicy(torch.device("cpu"))
-        first = Prior(self.mllm, branch, self.recipe, place)
-        second = Decoder(self.diffusion, controlnet.eval(), self.recipe, place)
+        first = BifrostPrior(self.mllm, branch, self.recipe.generate, self.recipe.branch.max_text_tokens, place)
+        sizes = (self.recipe.images.output_size, self.recipe.models.diffusion_text_tokens)
+        second = BifrostDecoder(self.diffusion, controlnet.eval(), self.recipe.generate, *sizes, place)
         held = [self.mllm.model, branch, controlnet, *self.frozen]
         return peak_bytes(lambda: second.render("a red circle", first.predict("a red circle", 0).latents_PC, 0), held)
 

@@ -14,7 +14,7 @@ from test_images import encoded, texture
 from test_webdataset import archive, image
 
 from bifrost_cli.data.latents.reader import LatentsStore
-from bifrost_cli.generation import generate
+from bifrost_cli.generation import pipeline
 from bifrost_cli.loading.loaders import ModelLoader
 
 PNG = encoded(texture(), "PNG")
@@ -116,7 +116,7 @@ def test_29_two_spellings_of_one_name(inputs, tmp_path, capsys):
 @pytest.fixture
 def render(inputs, tmp_path, capsys, monkeypatch):
     """`bifrost generate --prompts` with a diffusion model of noise."""
-    monkeypatch.setattr(generate, "Pipeline", lambda *rest: Noise(lambda: None, False))
+    monkeypatch.setattr(pipeline, "BifrostPipeline", lambda *rest, **more: Noise(lambda: None, False))
     parts = [word for kind in ("branch", "controlnet") for word in (f"--{kind}", _part(tmp_path / "it", kind))]
 
     def run_it(text: str | bytes, *more: object) -> tuple[int, str]:

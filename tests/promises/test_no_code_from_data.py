@@ -22,7 +22,7 @@ from test_webdataset import archive, image
 
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.safetensors_io import save_tensors
-from bifrost_cli.generation import generate
+from bifrost_cli.generation import pipeline
 from bifrost_cli.loading.loaders import ModelLoader
 
 
@@ -209,7 +209,7 @@ def test_names_of_files_and_words_of_captions_and_prompts(here, capsys, monkeypa
     system = save_system(here / "in" / "system")
     prompts = here / "in" / f"{SHELL}.txt"
     prompts.write_text(f"{SHELL}\n-o canary\n")
-    monkeypatch.setattr(generate, "Pipeline", lambda *rest: Noise(lambda: None, False))
+    monkeypatch.setattr(pipeline, "BifrostPipeline", lambda *rest, **more: Noise(lambda: None, False))
     code, said = told(capsys, here / "in", "generate", "--prompts", prompts, "-o", out / "samples", "--branch",
                       system.branch.path, "--controlnet", system.controlnet.path, "--device", "cpu")  # fmt: skip
     assert code == 0 and sorted(path.name for path in (out / "samples").glob("*.png")) == ["00000.png", "00001.png"]

@@ -26,7 +26,7 @@ from bifrost_cli.artifacts import Artifact
 from bifrost_cli.config.schema import Recipe, Train
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.errors import ArtifactError
-from bifrost_cli.generation import generate, resume_log
+from bifrost_cli.generation import generate, pipeline, samples_folder
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.training import training_run as training
 
@@ -118,15 +118,15 @@ def _paint(folder: Path, count: int, kill_after: int, dry_run: bool = False) -> 
             os.kill(os.getpid(), signal.SIGKILL)
         seen["painted"] += 1
 
-    real = resume_log.sha256_file
+    real = samples_folder.sha256_file
 
     def counted(path: Path) -> str:
         seen["read"] += 1
         return real(path)
 
     parts = {"branch": _part(folder, "branch"), "controlnet": _part(folder, "controlnet")}
-    with (disk(Watched()), mock.patch.object(generate, "Pipeline", lambda *rest: Noise(work, False)),
-          mock.patch.object(resume_log, "sha256_file", counted)):  # fmt: skip
+    with (disk(Watched()), mock.patch.object(pipeline, "BifrostPipeline", lambda *rest, **more: Noise(work, False)),
+          mock.patch.object(samples_folder, "sha256_file", counted)):  # fmt: skip
         made = generate.generate(Recipe(), prompts, output=folder / OUT, **parts, dry_run=dry_run)
     return made if dry_run else seen
 

@@ -1,0 +1,164 @@
+"""Which branch and which ControlNet generate together, and what `BifrostPipeline.from_pretrained` means by a name.
+
+Two artifacts fit when they were trained on latents of the same encoder, grid and channels: that is read from their
+manifests, before any weight.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bifrost_cli.artifacts import Artifact, find, lineage, resolve
+from bifrost_cli.artifacts.manifest import MANIFEST
+from bifrost_cli.config.load import load_recipe, recipe_names
+from bifrost_cli.config.schema import Recipe
+from bifrost_cli.errors import ArtifactError
+from bifrost_cli.loading.compatibility import fits, has_own_conditioner, require_encoder, require_fit
+from bifrost_cli.loading.resolve import builtin, resolve_model
+
+Ref = Path | str | None
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ("*.json", "*.safetensors", "*.csv", "*.png", "*.txt", "*.jsonl", "*.md")
+
+
+@dataclass(frozen=True)
+class GenerationModels:
+    """A branch and a ControlNet that fit; `why` is the first line of a command."""
+
+    branch: Artifact
+    controlnet: Artifact
+    why: str
+
+    @property
+    def parents(self) -> tuple[Artifact, ...]:
+        """What samples are made from: learned queries bring their own control."""
+        return (self.branch,) if has_own_conditioner(self.branch) else (self.branch, self.controlnet)
+
+
+def choose_models(branch: Ref, controlnet: Ref, workspace: Path | str) -> GenerationModels:
+    """What was given; for the rest the newest of the workspace that fits; else the built-in one.
+
+    Args:
+        branch: an artifact's folder, id or beginning of an id; `builtin` is the one of this package.
+        controlnet: likewise. With the built-in branch, the built-in ControlNet unless another is given.
+        workspace: where ids are looked up and the rest is chosen from.
+
+    Raises:
+        ArtifactError: BF-ART-004, naming both sides, when what was given does not fit; BF-ART-001 when it is not there.
+    """
+    if str(branch) == "builtin" and controlnet is None:
+        controlnet = "builtin"
+    given_branch, given_controlnet = _given(branch, "branch", workspace), _given(controlnet, "controlnet", workspace)
+    branches = [given_branch] if given_branch else find(workspace, "branch")
+    controlnets = [given_controlnet] if given_controlnet else find(workspace, "controlnet")
+    if given_branch and given_controlnet:
+        require_fit(given_branch, given_controlnet)
+        return _models(given_branch, given_controlnet, "as given")
+    for candidate in branches:
+        if has_own_conditioner(candidate) and not given_controlnet:
+            return GenerationModels(
+                candidate, candidate, f"{candidate.id}: learned queries, which hold their own control"
+            )
+        for other in controlnets:
+            if fits(candidate, other):
+                return _models(
+                    candidate,
+                    other,
+                    f"the newest pair in {workspace} that fits together; --branch builtin is the built-in pair",
+                )
+    return _with_builtin(given_branch, given_controlnet, workspace)
+
+
+def choose_controlnet(controlnet: Ref, encoder: dict[str, Any], workspace: Path | str) -> tuple[Artifact, str]:
+    """The ControlNet for latents of `encoder`: the given one, else the newest that fits, else the built-in; and why."""
+    if (given := _given(controlnet, "controlnet", workspace)) is not None:
+        require_encoder(given, encoder)
+        return given, f"controlnet {given.id}: as given"
+    for candidate in find(workspace, "controlnet"):
+        if candidate.identity.get("encoder") == encoder:
+            return candidate, f"controlnet {candidate.id}: the newest in {workspace} that fits the encoder"
+    ours = builtin("controlnet")
+    require_encoder(ours, encoder)
+    return ours, f"controlnet {ours.id}: built in, because {workspace} holds none that fits the encoder"
+
+
+def pretrained(
+    ref: Path | str,
+    *,
+    branch: Ref = None,
+    controlnet: Ref = None,
+    workspace: Path | str = "runs",
+    sets: Sequence[str] = (),
+    revision: str | None = None,
+) -> tuple[Recipe, GenerationModels]:
+    """The recipe and the artifacts that a name means; see `BifrostPipeline.from_pretrained`."""
+    path = Path(ref).expanduser()
+    if str(ref) == "builtin":
+        return load_recipe(None, sets), choose_models(branch or "builtin", controlnet, workspace)
+    if str(ref) not in recipe_names():
+        if path.is_dir():
+            return _of_folder(path, branch, controlnet, sets)
+        if not path.exists() and path.suffix not in (".yaml", ".yml") and _HUB_ID.fullmatch(str(ref)):
+            patterns = [*_HUB_FILES, *(f"*/{name}" for name in _HUB_FILES)]
+            folder = resolve_model(str(ref), revision=revision, patterns=patterns)
+            return _of_folder(Path(folder), branch, controlnet, sets)
+    return load_recipe(ref, sets), choose_models(branch, controlnet, workspace)
+
+
+def _of_folder(folder: Path, branch: Ref, controlnet: Ref, sets: Sequence[str]) -> tuple[Recipe, GenerationModels]:
+    """An artifact, or a folder of artifacts; what it does not hold is chosen from beside it."""
+    if (folder / MANIFEST).is_file():
+        artifact = Artifact.open(folder)
+        if artifact.kind not in ("branch", "controlnet", "samples"):
+            raise ArtifactError(f"{folder} is a {artifact.kind} artifact, which does not generate images",
+                                fix="give a branch, a controlnet or samples", code="BF-ART-001")  # fmt: skip
+        if artifact.kind == "samples":
+            parents = {parent["kind"]: _parent(artifact, parent) for parent in artifact.parents}
+            branch, controlnet = branch or parents.get("branch"), controlnet or parents.get("controlnet")
+        elif artifact.kind == "branch":
+            branch = folder
+        else:
+            controlnet = folder
+        return load_recipe(folder, sets), choose_models(branch, controlnet, folder.parent)
+    if not any(find(folder, kind) for kind in ("branch", "controlnet")):
+        raise ArtifactError(
+            f"{folder} holds no branch and no controlnet artifact",
+            fix=f"give a folder that does; published weights are imported first: bifrost import {folder}",
+            code="BF-ART-001",
+        )
+    models = choose_models(branch, controlnet, folder)
+    trained = models.branch if models.branch.path.parent == folder else models.controlnet
+    return load_recipe(trained.path, sets), models
+
+
+def _parent(artifact: Artifact, parent: dict[str, Any]) -> Path:
+    here = [ancestor.artifact for ancestor in lineage(artifact) if ancestor.id == parent["id"]]
+    if here and here[0] is not None:
+        return here[0].path
+    if builtin(parent["kind"]).id == parent["id"]:
+        return builtin(parent["kind"]).path
+    raise ArtifactError(f"the {parent['kind']} {parent['id']} that made {artifact.path} is not here any more",
+                        fix=f"name another: {parent['kind']}=FOLDER", code="BF-ART-001")  # fmt: skip
+
+
+def _given(ref: Ref, kind: str, workspace: Path | str) -> Artifact | None:
+    if ref is None:
+        return None
+    return builtin(kind) if str(ref) == "builtin" else resolve(workspace, ref, kind)
+
+
+def _with_builtin(branch: Artifact | None, controlnet: Artifact | None, workspace: Path | str) -> GenerationModels:
+    pair = (branch or builtin("branch"), controlnet or builtin("controlnet"))
+    if branch or controlnet:
+        require_fit(*pair)
+        return _models(*pair, f"{workspace} holds nothing else that fits the given one, so the other is built in")
+    counts = " and ".join(f"{len(find(workspace, kind))} {kind}" for kind in ("branch", "controlnet"))
+    return _models(*pair, f"the built-in pair, because {workspace} holds no pair that fits ({counts})")
+
+
+def _models(branch: Artifact, controlnet: Artifact, why: str) -> GenerationModels:
+    return GenerationModels(branch, controlnet, f"{branch.id} and {controlnet.id}: {why}")
