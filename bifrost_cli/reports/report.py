@@ -86,7 +86,7 @@ def unfinished_training(folder: Path) -> bool:
 def _resolve(workspace: Path, ref: Path | str) -> Artifact:
     if str(ref) not in BUILTIN:
         return resolve(workspace, ref)
-    from bifrost_cli.loading.compatibility import builtin  # torch; every other reference does without
+    from bifrost_cli.loading.resolve import builtin  # torch; every other reference does without
 
     return builtin(str(ref).removeprefix("builtin:"))
 
