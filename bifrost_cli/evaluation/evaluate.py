@@ -120,7 +120,7 @@ def _provider(recipe: Recipe, workspace: Path, device: str, ui: Ui) -> ImageProv
         return generate(recipe, *args, save_latents=True, workspace=workspace, device=device, ui=ui, **options)
 
     def reconstruct(images: ImageSet) -> Artifact:
-        from bifrost_cli.generation.reconstruct_set import reconstruct_set
+        from bifrost_cli.generation.reconstruct import reconstruct_set
 
         return reconstruct_set(recipe, images, workspace=workspace, device=device, ui=ui)
 
