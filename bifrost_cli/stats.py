@@ -35,12 +35,14 @@ def wilson(right: int, count: int, *, z: float = Z95) -> tuple[float, float]:
     """
     if count < 1 or not 0 <= right <= count:
         raise ValueError(f"{right} of {count} is not a share")
-    share, weight = right / count, z * z / count
-    centre = share + weight / 2
-    spread = sqrt(weight * (share * (1 - share) + weight / 4))
-    low = 0.0 if right == 0 else (centre - spread) / (1 + weight)
-    high = 1.0 if right == count else (centre + spread) / (1 + weight)
-    return low, high
+    low, high = _score_interval(right / count, count, z)
+    return 0.0 if right == 0 else low, 1.0 if right == count else high
+
+
+def _score_interval(share: float, trials: float, z: float) -> tuple[float, float]:
+    weight = z * z / trials
+    centre, spread = share + weight / 2, sqrt(weight * (share * (1 - share) + weight / 4))
+    return (centre - spread) / (1 + weight), (centre + spread) / (1 + weight)
 
 
 def clustered_error(values: Sequence[float], clusters: Sequence[Hashable]) -> float:
@@ -67,6 +69,25 @@ def clustered_error(values: Sequence[float], clusters: Sequence[Hashable]) -> fl
     if len(sums) < 2:
         return 0.0
     return sqrt(len(sums) / (len(sums) - 1) * sum(total**2 for total in sums.values())) / len(values)
+
+
+def clustered_interval(values: Sequence[float], clusters: Sequence[Hashable]) -> tuple[float, float]:
+    """95 % interval of a mean of values in [0, 1] that belong together in clusters, such as the images of one prompt.
+
+    Wilson's interval for as many independent trials as would have the clustered error, p (1 - p) / error^2 (Dean and
+    Pagano 2015, "effective sample size"). Where all clusters agree, each counts as one trial: never of width zero.
+
+    Args:
+        values: right (1) or wrong (0), or scores between.
+        clusters: that of each value; with one value a cluster and right or wrong it is Wilson's interval.
+    """
+    binary, groups = set(values) <= {0, 1}, len(set(clusters))
+    if binary and groups == len(values):
+        return wilson(int(sum(values)), groups)
+    error, mean = clustered_error(values, clusters), sum(values) / len(values)
+    trials = mean * (1 - mean) / error**2 if error > 1e-9 else groups
+    low, high = _score_interval(mean, min(trials, len(values)) if binary else trials, Z95)
+    return max(0.0, min(low, mean)), min(1.0, max(high, mean))
 
 
 def seed_interval(values: Sequence[float], *, low: float = -np.inf, high: float = np.inf) -> tuple[float, float]:

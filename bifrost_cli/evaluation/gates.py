@@ -1,6 +1,7 @@
 """Gates: limits that a report's numbers must keep, for a pipeline that stops when they do not (`--gate 'fid<12.5'`).
 
-A gate holds when it holds for the worse end of the value's interval.
+One rule for all: a gate holds when it holds for the worse end of the value's 95 % interval. A value without an
+uncertainty is compared as it is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 
 from bifrost_cli.errors import UsageError
 from bifrost_cli.evaluation.registry import gate_names
+
+Z95 = 1.959963984540054  # 97.5 % point of the normal distribution; `stats` would import torch
 
 _FORM = re.compile(r"\s*([a-z0-9_-]+?)\s*(<=|>=|<|>)\s*(-?[0-9.]+(?:e-?[0-9]+)?)\s*")
 
@@ -57,5 +60,5 @@ class Gate:
 def _interval(result: Mapping[str, Any]) -> tuple[float, float]:
     if "interval95" in result:
         return result["interval95"][0], result["interval95"][1]
-    error = result.get("standard_error", 0.0)
-    return result["value"] - error, result["value"] + error
+    half = Z95 * result.get("standard_error", 0.0)
+    return result["value"] - half, result["value"] + half

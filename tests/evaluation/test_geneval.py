@@ -127,12 +127,18 @@ def test_the_summary_by_hand():
     errors = [row["error_by_prompt"] for row in found["categories"]]
     # single_object: clusters (1, 1), (1, 0) about 3/4: sums 1/2, -1/2 -> sqrt(2 (1/4 + 1/4)) / 4
     assert errors[0] == pytest.approx(0.25) and found["standard_error"] == pytest.approx(np.hypot(*errors) / 2)
+    # its interval is that of 3/4 x 1/4 / 0.25^2 = 3 trials; the mean's is made of the tasks' half widths
+    low, high = found["categories"][0]["interval95"]
+    assert (low, high) == pytest.approx((0.2561, 0.9632), abs=1e-4)
+    below = [row["value"] - row["interval95"][0] for row in found["categories"]]
+    assert found["interval95"][0] == pytest.approx(found["value"] - np.hypot(*below) / 2)
 
 
 def test_a_whole_benchmark_is_not_called_a_part():
     lines = [{"category": name, "right": True, "prompt": f"{name} {number}"}
              for name, count in PROMPTS.items() for number in range(count)]  # fmt: skip
     found = geneval_row(lines, "here")
+    assert found["interval95"][1] == 1 > found["interval95"][0] > 0.97 and "100.0% to" not in found["spread"]
     assert found["value"] == 1 and found["details"] == ["553 of 553 images are right",
                                                         "553 of 553 prompts have one that is right"]  # fmt: skip
     assert "position 99 of 100" in geneval_row(lines[:-101] + lines[-100:], "here")["details"][-1]

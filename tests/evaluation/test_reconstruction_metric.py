@@ -241,11 +241,13 @@ def test_planned_and_unplanned_pictures_are_not_mixed():
 
 @pytest.mark.parametrize(
     ("text", "holds"),
-    [("fid<12.5", True), ("fid<12.2", False), ("fid<=12.3", True), ("shapes>=0.8", True), ("shapes>0.81", False),
-     ("frechet_distance>11.8", False)],
+    [("fid<12.6", True), ("fid<12.5", False), ("fid<=12.588", True), ("shapes>=0.8", True), ("shapes>0.81", False),
+     ("frechet_distance>11.5", False), ("frechet_distance>11.4", True), ("is>3", True)],
 )  # fmt: skip
 def test_a_gate_holds_only_when_the_worse_end_does(text, holds):
+    """The worse end of the 95 % interval, for every metric: 12 -+ 1.96 x 0.3 is 11.412 to 12.588."""
     found = [{"metric": "frechet_distance", "value": 12.0, "standard_error": 0.3},
+             {"metric": "inception_score", "value": 3.5},
              {"metric": "shapes_accuracy", "value": 0.9, "interval95": [0.8, 0.95]}]  # fmt: skip
     assert Gate.of(text).check(found)["holds"] == holds
 

@@ -25,7 +25,7 @@ from bifrost_cli.evaluation.benchmarks.geneval_files import (
 )
 from bifrost_cli.evaluation.eval_report import SCHEMA, headline, report_json
 from bifrost_cli.evaluation.inputs import require_one_kind, require_one_source
-from bifrost_cli.evaluation.metrics.geneval import geneval_row
+from bifrost_cli.evaluation.metrics.geneval import PROTOCOL, geneval_row
 from bifrost_cli.evaluation.metrics.metric import generated_from, plan_warnings
 from bifrost_cli.reports.evaluation_page import report_html
 from bifrost_cli.runtime.ui import Ui
@@ -73,7 +73,7 @@ def import_geneval(
     plans = [line["plan"] for line in lines]
     require_one_source(plans, str(path))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    identity = {"schema": SCHEMA, "geneval": digest}
+    identity = {"schema": SCHEMA, "geneval": digest, "protocol": PROTOCOL}
     place = Path(output) if output else default_path(workspace, "report", identity_id("report", identity, []))
     with Draft.open(place, "report", identity) as draft:
         if draft.complete:

@@ -75,11 +75,11 @@ class ClipScore(Metric):
     def _row(self, name: str, scores_N: np.ndarray, prompts: list[str], details: list[str]) -> dict[str, Any]:
         from bifrost_cli.stats import clustered_error
 
-        (label, rule), error = _RULES[name], clustered_error(scores_N.tolist(), prompts)
-        identity = self.identity
+        (label, rule), error, count = _RULES[name], clustered_error(scores_N.tolist(), prompts), len(set(prompts))
+        known, identity = {"standard_error": error} if count > 1 else {}, self.identity
         return row(
-            name, label, float(scores_N.mean()), n_gen=len(scores_N), standard_error=error, extractor=identity,
-            spread=f"standard error {error:.2g}, {len(set(prompts))} prompts", details=details,
+            name, label, float(scores_N.mean()), n_gen=len(scores_N), extractor=identity, details=details, **known,
+            spread=f"standard error {error:.2g}, {count} prompts" if known else "one prompt, so its error is unknown",
             sentence=f"Mean of {rule} over {len(scores_N)} images, by {identity['name']} (weights "
             f"{identity['weights'][:12]}). Compare only with numbers of the same CLIP and rule.",
         )  # fmt: skip

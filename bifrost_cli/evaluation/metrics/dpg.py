@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from bifrost_cli.evaluation.networks.vqa import VqaJudge
     from bifrost_cli.runtime.ui import Ui
 
-PROTOCOL = "bifrost-dpg/1"
+PROTOCOL = "bifrost-dpg/2"  # 2: intervals by prompt, of kinds of questions too
 
 
 class Dpg(Metric):
@@ -36,8 +36,8 @@ class Dpg(Metric):
     name, help = "dpg", "DPG-Bench's --questions, by the MLLM."
     protocol = (
         "DPG-Bench's graph of questions for each prompt, answered yes or no by the recipe's MLLM or --judge (the first "
-        "word's probabilities); a question counts only with those it depends on; the mean over images, its error "
-        "clustered by prompt. Published numbers are mPLUG's."
+        "word's probabilities); a question counts only with those it depends on; the mean over images, "
+        "intervals clustered by prompt. Published numbers are mPLUG's."
     )
     needs_prompts = True
     options = (
@@ -91,13 +91,14 @@ class Dpg(Metric):
         return [self._row(lines, answered, source)]
 
     def _row(self, lines: Sequence[Line], answered: Sequence[Mapping[str, Any]], source: str) -> dict[str, Any]:
-        from bifrost_cli.stats import Z95, clustered_error
+        from bifrost_cli.stats import clustered_error, clustered_interval
 
         scores, prompts = [line["numbers"]["dpg"] for line in lines], [line["prompt"] for line in lines]
-        value, error, judge = sum(scores) / len(scores), clustered_error(scores, prompts), self._judge.identity
+        (low, high), judge = clustered_interval(scores, prompts), self._judge.identity
         return row(
-            "dpg", f"DPG-Bench by {judge['name']}", value, format="share", n_gen=len(lines), standard_error=error,
-            spread=f"95 % by prompt: {max(0, value - Z95 * error):.1%} to {min(1, value + Z95 * error):.1%}",
+            "dpg", f"DPG-Bench by {judge['name']}", sum(scores) / len(scores), format="share", n_gen=len(lines),
+            standard_error=clustered_error(scores, prompts), interval95=[low, high],
+            spread=f"95 % by prompt: {low:.1%} to {high:.1%}",
             details=[f"{len(answered)} answers about {len(lines)} images of {len(set(prompts))} prompts"],
             categories=_shares(answered, "broad"), detailed=_shares(answered, "detailed"), protocol=PROTOCOL,
             extractor=judge, painted_from=source,
@@ -115,4 +116,4 @@ class Dpg(Metric):
 
 def _shares(answered: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
     names = sorted({answer[key] for answer in answered})
-    return [share(name, [answer for answer in answered if answer[key] == name]) for name in names]
+    return [share(name, [answer for answer in answered if answer[key] == name], by_prompt=True) for name in names]

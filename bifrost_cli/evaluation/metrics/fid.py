@@ -8,6 +8,7 @@ from typing import Any
 from bifrost_cli.evaluation.metrics.feature_metric import FEATURES, PROTOCOL, FeatureMetric, Features
 
 POINTS = 15  # sizes of subsets that the limit is extrapolated from
+BELOW_ZERO = ", below zero: too few images to tell the distance from none"
 SEED_IMAGES = 4  # images of each seed, at least, for a distance of its own
 
 
@@ -44,7 +45,7 @@ class Fid(FeatureMetric):
             "standard_error": error,
             "at_infinity": {"value": limit, "seed": 0, "points": POINTS},
             "spread": f"standard error {error:.2g}",
-            "details": [f"extrapolated to N -> infinity: {limit:.4g}"],
+            "details": [f"extrapolated to N -> infinity (FID_inf): {limit:.4g}{BELOW_ZERO if limit < 0 else ''}"],
         }
         if features.floor_ND is not None:
             true = frechet(gaussian(features.floor_ND), reference)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from bifrost_cli.evaluation.networks.detector import ColourNamer, Detector
     from bifrost_cli.runtime.ui import Ui
 
-PROTOCOL = "bifrost-geneval/1"
+PROTOCOL = "bifrost-geneval/2"  # 2: intervals of tasks by prompt
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 
 
@@ -41,7 +41,7 @@ class GenEval(Metric):
     protocol = (
         "GenEval's six tasks: objects by a Mask2Former of transformers above 0.3 (counting 0.9), at most 16 of a "
         "class, none merged; a position counts beyond a tenth of both sizes; a colour is the nearest of ten in a CLIP, "
-        "on the object's crop over grey #999; the mean of the tasks' means, errors clustered by prompt. The original "
+        "on the object's crop over grey #999; the mean of the tasks' means, with intervals by prompt. The original "
         "scorer uses mmdet's Mask2Former: its results come in by bifrost geneval import."
     )
     needs_prompts, keys = True, ("clip",)
@@ -116,24 +116,26 @@ class GenEval(Metric):
 
 
 def geneval_row(lines: Sequence[Mapping[str, Any]], judge: str, sentence: str = "", **more: Any) -> dict[str, Any]:
-    """The summary of judged images (`category`, `right`, `prompt`): each task's share with its interval, and the
-    unweighted mean of the tasks, whose error is that of theirs when the images of a prompt are one cluster."""
+    """The summary of judged images (`category`, `right`, `prompt`): each task's share, and the unweighted mean of the
+    tasks. The images of a prompt are one cluster; the mean's interval is made of the tasks' (Zou and Donner 2008)."""
     from bifrost_cli.evaluation.benchmarks.geneval_rules import PROMPTS
-    from bifrost_cli.stats import Z95, clustered_error
+    from bifrost_cli.stats import clustered_error
 
     rows = []
     for name in PROMPTS:
         if task := [line for line in lines if line["category"] == name]:
             error = clustered_error([float(line["right"]) for line in task], [line["prompt"] for line in task])
-            rows.append({**share(name, task), "error_by_prompt": error})
+            rows.append({**share(name, task, by_prompt=True), "error_by_prompt": error})
     value = sum(found["value"] for found in rows) / len(rows)
-    error = math.sqrt(sum(found["error_by_prompt"] ** 2 for found in rows)) / len(rows)
+    error = math.hypot(*(found["error_by_prompt"] for found in rows)) / len(rows)
+    low, high = (math.hypot(*(found["value"] - found["interval95"][end] for found in rows)) / len(rows)
+                 for end in (0, 1))  # fmt: skip
     right = [line for line in lines if line["right"]]
     prompts = {name: len({line["prompt"] for line in lines if line["category"] == name}) for name in PROMPTS}
     odd = [f"{name} {prompts[name]} of {count}" for name, count in PROMPTS.items() if prompts[name] != count]
     return row(
         "geneval", f"GenEval {judge}", value, format="share", n_gen=len(lines), standard_error=error, sentence=sentence,
-        spread=f"95 % by prompt: {max(0, value - Z95 * error):.1%} to {min(1, value + Z95 * error):.1%}",
+        interval95=[value - low, value + high], spread=f"95 % by prompt: {value - low:.1%} to {value + high:.1%}",
         details=[f"{len(right)} of {len(lines)} images are right",
                  f"{len({line['prompt'] for line in right})} of {len({line['prompt'] for line in lines})} prompts have "
                  "one that is right",

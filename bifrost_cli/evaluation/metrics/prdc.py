@@ -21,6 +21,7 @@ class Prdc(FeatureMetric):
 
     def measure(self, features: Features) -> dict[str, Any]:
         from bifrost_cli.evaluation.formulas.manifold import prdc
+        from bifrost_cli.stats import wilson
 
         made_ND, real_MD = features.images_ND, self.reference_features(features)
         found = prdc(made_ND, real_MD, neighbours=NEIGHBOURS)
@@ -31,6 +32,7 @@ class Prdc(FeatureMetric):
             **found,
             "neighbours": NEIGHBOURS,
             "adm": {"precision": adm["precision"], "recall": adm["recall"], "neighbours": ADM_NEIGHBOURS},
+            "interval95": list(wilson(round(precision * len(made_ND)), len(made_ND))),
             "standard_error": float((precision * (1 - precision) / len(made_ND)) ** 0.5),
             "spread": f"recall {found['recall']:.4g}, density {found['density']:.4g}, coverage {found['coverage']:.4g}",
             "details": [f"with {ADM_NEIGHBOURS} neighbours, as ADM: precision {adm['precision']:.4g}, "

@@ -82,12 +82,13 @@ def shapes_row(judged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def share(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many of the lines are `right`, with Wilson's interval; {} for no lines."""
-    from bifrost_cli.stats import wilson
+def share(name: str, lines: Sequence[Mapping[str, Any]], by_prompt: bool = False) -> dict[str, Any]:
+    """How many of the lines are `right`, with Wilson's interval, or one clustered by prompt; {} for no lines."""
+    from bifrost_cli.stats import clustered_interval
 
     if not lines:
         return {}
-    right = sum(line["right"] for line in lines)
-    return {"name": name, "value": right / len(lines), "interval95": list(wilson(right, len(lines))),
-            "right": right, "count": len(lines)}  # fmt: skip
+    right = [int(line["right"]) for line in lines]
+    clusters = [line["prompt"] for line in lines] if by_prompt else range(len(lines))
+    return {"name": name, "value": sum(right) / len(lines), "interval95": list(clustered_interval(right, clusters)),
+            "right": sum(right), "count": len(lines)}  # fmt: skip
