@@ -48,8 +48,8 @@ def report(
         if ref is None:
             return _empty(workspace, there.drafts)
         ui.say(f"{ref}, the newest in {workspace}")
-    made = report(ref, other, output=output, workspace=workspace, force=force_compare, device=device, ui=ui)
-    return Result([str(made)], {"path": str(made)}, made, "open it in a browser")
+    page = report(ref, other, output=output, workspace=workspace, force=force_compare, device=device, ui=ui)
+    return Result([str(page)], {"path": str(page)}, page, "open it in a browser")
 
 
 def _empty(workspace: Path, drafts: list[Path]) -> Result:

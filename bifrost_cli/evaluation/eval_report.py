@@ -16,7 +16,7 @@ from bifrost_cli.evaluation.metrics.metric import Metric
 from bifrost_cli.evaluation.reference import Reference
 from bifrost_cli.evaluation.request import EvalRequest
 from bifrost_cli.reports.artifact_pages import lineage_plots
-from bifrost_cli.reports.facts import flat, image_lines, lineage_lines
+from bifrost_cli.reports.page import flat, image_lines, lineage_lines
 from bifrost_cli.runtime.ui import Ui
 
 SCHEMA = "bifrost.eval/3"

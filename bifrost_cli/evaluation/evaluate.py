@@ -16,7 +16,7 @@ from bifrost_cli.evaluation.metrics.metric import Metric, MetricInputs
 from bifrost_cli.evaluation.registry import report_order
 from bifrost_cli.evaluation.request import EvalRequest, request_of
 from bifrost_cli.reports.evaluation_page import report_html
-from bifrost_cli.reports.facts import thumbnails
+from bifrost_cli.reports.page import thumbnails
 from bifrost_cli.runtime.ui import Ui
 
 
@@ -89,8 +89,9 @@ def evaluate(
         command = command_of(request, recipe.evaluate, images, workspace)
         report = evaluation.report(recipe.name, request.min_samples, command, workspace, ui)
         shown = thumbnails(beside_originals(images, compared))
+        pairs = "Each image: original | reconstruction." if compared and compared.originals else ""
         write_json(draft.path / "report.json", report)
-        write_bytes(draft.path / "report.html", report_html(report, shown).encode("utf-8"))
+        write_bytes(draft.path / "report.html", report_html(report, shown, pairs).encode("utf-8"))
         lines = [headline(result) for result in report["results"]]
         numbers = {result["metric"]: result["value"] for result in report["results"]}
         info = {**numbers, "headline": lines, "recipe": recipe.model_dump(mode="json")}

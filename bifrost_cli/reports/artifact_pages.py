@@ -19,11 +19,9 @@ from bifrost_cli.data.image_sets import from_samples
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.png import GUTTER, png_bytes, png_pixels
 from bifrost_cli.errors import BifrostError
-from bifrost_cli.reports.facts import flat, image_lines, lineage_lines, thumbnails
-from bifrost_cli.reports.latents_plots import MAP, channels, clouds, evenly, histogram, maps
-from bifrost_cli.reports.page import Card, Cell, Page, Shown, gallery
+from bifrost_cli.reports.page import Card, Cell, Page, Shown, flat, gallery, image_lines, lineage_lines, thumbnails
+from bifrost_cli.reports.plots import MAP, channels, clouds, evenly, health, histogram, maps, training_plots
 from bifrost_cli.reports.report import TRAININGS
-from bifrost_cli.reports.training_curves import health, training_plots
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.training.data_order import held_out
 

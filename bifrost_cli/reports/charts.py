@@ -25,15 +25,6 @@ _RULE = 'stroke="var(--line, currentColor)" stroke-width="1" opacity=".6"'
 _SOFT = 'fill="var(--soft, currentColor)"'
 
 
-class Point(NamedTuple):
-    """A measured point with the bounds of its interval; without an interval all three are the same."""
-
-    x: float
-    y: float
-    low: float
-    high: float
-
-
 class _Axis(NamedTuple):
     """Numbers from `low` to `high` on pixels from `start` to `end`."""
 
@@ -86,17 +77,19 @@ def lines(series: Mapping[str, Sequence[tuple[float, ...]]], x: str, y: str, *, 
     Raises:
         ValueError: no points, or a value that is not finite.
     """
-    curves = {name: sorted(_point(values) for values in points) for name, points in series.items() if points}
+    curves = {name: sorted(map(_bounded, points)) for name, points in series.items() if points}
     if not curves:
         raise ValueError("no points to draw")
     everything = [point for curve in curves.values() for point in curve]
     heights = [number for point in everything for number in point[1:]]
     up = _axis(heights, TOP + PLOT, TOP, share=max(heights) > 0.5, powers="y" in powers)
-    across = _axis([point.x for point in everything], _left(up), WIDTH - 14, exact=True, powers="x" in powers)
+    across = _axis([point[0] for point in everything], _left(up), WIDTH - 14, exact=True, powers="x" in powers)
     parts = [_ticks_below(across, TOP, TOP + PLOT, x), _ticks_left(up, across, y)]
     parts += [_line(name, curve, across, up, number) for number, (name, curve) in enumerate(curves.items())]
     legend, height = _legend(list(curves) if len(curves) > 1 else [], TOP + PLOT + BELOW, _dash)
-    values = "; ".join(f"{name}: " + ", ".join(f"{p.x:g} {p.y:.3f}" for p in curve) for name, curve in curves.items())
+    values = "; ".join(
+        f"{name}: " + ", ".join(f"{a:g} {b:.3f}" for a, b, *_ in curve) for name, curve in curves.items()
+    )
     return _svg(height, f"{y} against {x}. {values}", [*parts, legend])
 
 
@@ -125,7 +118,7 @@ def lineage_graph(edges: Sequence[tuple[str, str | None]], links: Mapping[str, s
     """
     products: dict[str, set[str]] = {}
     for name, product in edges:
-        products.setdefault(name, set()).update({product} - {None})
+        products.setdefault(name, set()).update([product] if product else [])
     steps = {name: _steps(name, products) for name in products}
     rows: list[list[str]] = []
     for step in sorted(set(steps.values()), reverse=True):
@@ -152,16 +145,14 @@ def _dot(row: Mapping[str, Any], axis: _Axis, middle: float) -> str:
     )
 
 
-def _line(name: str, curve: Sequence[Point], across: _Axis, up: _Axis, number: int) -> str:
+def _line(name: str, curve: Sequence[tuple[float, ...]], across: _Axis, up: _Axis, number: int) -> str:
+    path = " ".join(f"{across.at(x):.1f},{up.at(y):.1f}" for x, y, *_ in curve)
     colour = COLOURS[number % len(COLOURS)]
-    path = " ".join(f"{across.at(point.x):.1f},{up.at(point.y):.1f}" for point in curve)
     marks = "".join(
-        f'<line x1="{(x := across.at(point.x)):.1f}" x2="{x:.1f}" y1="{up.at(point.low):.1f}" '
-        f'y2="{up.at(point.high):.1f}" stroke="{colour}" stroke-width="5" opacity=".3"/>'
-        f'<circle cx="{x:.1f}" cy="{up.at(point.y):.1f}" r="3" fill="{colour}">'
-        f"<title>{escape(name)}: {_number(point.y)} at {_number(point.x)}</title></circle>"
-        for point in curve
-        if len(curve) <= MARKED
+        f'<line x1="{across.at(x):.1f}" x2="{across.at(x):.1f}" y1="{up.at(low):.1f}" y2="{up.at(high):.1f}" '
+        f'stroke="{colour}" stroke-width="5" opacity=".3"/><circle cx="{across.at(x):.1f}" cy="{up.at(y):.1f}" r="3" '
+        f'fill="{colour}"><title>{escape(name)}: {_number(y)} at {_number(x)}</title></circle>'
+        for x, y, low, high in (curve if len(curve) <= MARKED else ())
     )
     return f'<polyline points="{path}" {_stroke(number)}/>{marks}'
 
@@ -264,8 +255,9 @@ def _short(name: str) -> str:
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
-def _point(values: Sequence[float]) -> Point:
-    return Point(*values) if len(values) == 4 else Point(values[0], values[1], values[1], values[1])
+def _bounded(values: Sequence[float]) -> tuple[float, ...]:
+    """(x, y, low, high); without an interval the bounds are y."""
+    return tuple(values) if len(values) == 4 else (values[0], values[1], values[1], values[1])
 
 
 def _axis(
@@ -300,7 +292,7 @@ def _powers(low: float, high: float) -> list[float]:
     """1, 2 and 5 times the powers of ten from low to high, or only the powers where those would be many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     parts = (1, 2, 5) if high < 1000 * low else (1,)
-    return [found for power in powers for part in parts if low <= (found := part * 10.0**power) <= high]
+    return [tick for power in powers for part in parts if low <= (tick := part * 10.0**power) <= high]
 
 
 def _number(value: float) -> str:

@@ -19,11 +19,9 @@ from bifrost_cli.data.image_sets import EvalImage, ImageSet, from_samples
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.reports.artifact_pages import parents_of
 from bifrost_cli.reports.evaluation_page import number
-from bifrost_cli.reports.facts import flat, lineage_lines, thumbnails
-from bifrost_cli.reports.latents_plots import MAP, channels, evenly, histogram, maps
-from bifrost_cli.reports.page import Cell, Page, Shown, Table
+from bifrost_cli.reports.page import Cell, Page, Shown, Table, flat, lineage_lines, thumbnails
+from bifrost_cli.reports.plots import MAP, channels, evenly, health, histogram, maps, training_plots
 from bifrost_cli.reports.report import TRAININGS
-from bifrost_cli.reports.training_curves import health, training_plots
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.stats import Z95
 

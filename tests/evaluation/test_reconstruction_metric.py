@@ -92,6 +92,7 @@ def _artifacts(workspace, kind):
 
 def test_the_page_shows_originals_beside_reconstructions_and_says_that_lpips_is_missing(report, monkeypatch):
     page = report.file("report.html").read_text()
+    assert "original | reconstruction" in page
     assert "PSNR" in page and page.count("<img") == COUNT
     assert "LPIPS is left out" in page and "alexnet-owt-7be5be79.pth" in page
 

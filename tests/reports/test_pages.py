@@ -267,19 +267,19 @@ def test_the_keyboard_alone_enlarges_a_picture_and_filters(browser, pages):
         assert page.evaluate("document.activeElement.tagName") == "SUMMARY", "the focus stays where it was"
 
 
-def contrast(page):
-    """Of each kind of text against what is behind it, by WCAG's formula."""
-    return page.evaluate("""() => {
-        const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => v / 255).map(v =>
-            v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b }
-        const ground = e => { const c = getComputedStyle(e).backgroundColor
-            return c.endsWith(', 0)') ? ground(e.parentElement) : c }
-        const names = ['h1', '.soft', '.card .soft', 'figcaption', 'svg text', '.right', '.wrong', 'pre', 'td']
-        return names.map(name => {
-            const e = document.querySelector(name), style = getComputedStyle(e)
-            const front = light(e.closest('svg') ? style.fill : style.color), behind = light(ground(e))
-            return (Math.max(front, behind) + .05) / (Math.min(front, behind) + .05) })
-    }""")
+LIGHT = """() => {
+    const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => v / 255).map(v =>
+        v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b }
+    const ratio = (a, b) => (Math.max(light(a), light(b)) + .05) / (Math.min(light(a), light(b)) + .05)
+    const ground = e => { const c = getComputedStyle(e).backgroundColor
+        return c.endsWith(', 0)') ? ground(e.parentElement) : c }
+    return (BODY)()
+}"""
+
+
+def contrast(page, body):
+    """Contrasts by WCAG's formula, of what `body` compares by ratio(a, b) and ground(element)."""
+    return page.evaluate(LIGHT.replace("BODY", body))
 
 
 @pytest.mark.parametrize("scheme", ("light", "dark"))
@@ -287,7 +287,29 @@ def test_text_can_be_read_in_light_and_dark(browser, pages, scheme):
     with opened(browser, pages["report"], color_scheme=scheme) as page:
         behind = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert (min(map(int, re.findall(r"\d+", behind))) > 128) == (scheme == "light")
-        assert min(contrast(page)) >= 4.5
+        names = "['h1', '.soft', '.card .soft', 'figcaption', 'svg text', '.right', '.wrong', 'pre', 'td']"
+        texts = f"""() => {names}.map(name => {{
+            const e = document.querySelector(name), style = getComputedStyle(e)
+            return ratio(e.closest('svg') ? style.fill : style.color, ground(e)) }})"""
+        assert min(contrast(page, texts)) >= 4.5
+
+
+@pytest.mark.parametrize("scheme", ("light", "dark"))
+def test_curves_can_be_told_from_the_page(browser, pages, scheme):
+    """Every colour of a series against what it is drawn on, by WCAG's bound for graphics."""
+    with opened(browser, pages["branches"], color_scheme=scheme) as page:
+        ratios = contrast(
+            page,
+            """() => {
+            const svg = document.querySelector('.plots svg')
+            return [...Array(6).keys()].map(i => {
+                const line = document.createElementNS('http://www.w3.org/2000/svg', 'line')
+                line.setAttribute('stroke', i ? `var(--series-${i + 1})` : 'var(--bar)')
+                svg.append(line)
+                return ratio(getComputedStyle(line).stroke, ground(svg)) })
+        }""",
+        )
+        assert len(ratios) == 6 and min(ratios) >= 3
 
 
 def test_it_prints(browser, pages, tmp_path):

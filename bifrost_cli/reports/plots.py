@@ -1,0 +1,168 @@
+"""The plots of a training, of a latents store and of predicted latents, as a report's JSON (`charts` draws them).
+
+A plot has `kind` (dots, lines or points), `title`, `caption`, the names of its axes and its series.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bifrost_cli.artifacts import Artifact
+from bifrost_cli.data.latents.reader import LatentsStore
+from bifrost_cli.data.png import png_bytes
+from bifrost_cli.data.safetensors_io import load_tensors
+from bifrost_cli.stats import as_colours, principal_axes
+
+CURVE = 120  # points of a curve; each is the mean of the steps it stands for
+LOSSES = ("loss", "loss_caption", "loss_no_text", "loss_shuffled")
+UNUSED = 0.9  # a loss above this share of the loss with another row's text: the text is hardly used
+SAMPLED, CLOUD, BINS, MAP = 256, 600, 24, 128  # rows of a store, tokens of a cloud, bars of a histogram, px of a map
+MEANING = {
+    "cosine": "Mean over tokens of the cosine between predicted and true latents; 1 is the same direction.",
+    "variance": "Variance of predicted to that of true latents; well below 1: predictions are means of many images.",
+}
+
+
+# ---- a training -----------------------------------------------------------------------------------------------------
+
+
+def training_plots(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Losses of trainings by name, their validation losses, and the other numbers of their validations.
+
+    A table of a single line is no plot: its numbers are `health`'s.
+    """
+    steps = {name: _curve(read_table(path / "losses.csv"), "loss") for name, path in folders.items()}
+    tables = {name: read_table(path / "validation.csv") for name, path in folders.items()}
+    held = {_name(name, column, folders): _curve(table, column) for name, table in tables.items()
+            for column in LOSSES if column in table}  # fmt: skip
+    other = sorted({column for table in tables.values() for column in table} - {*LOSSES, "step"})
+    plots = [
+        _plot("Loss while training", "Means of neighbouring steps.", steps, "loss"),
+        _plot("Loss on held-out rows", "With another row's text or latents (shuffled) it should be far higher.", held,
+              "loss"),
+    ]  # fmt: skip
+    for column in other:
+        curves = {name: _curve(table, column) for name, table in tables.items() if column in table}
+        plots.append(_plot(f"{column.capitalize()} on held-out rows", MEANING.get(column, ""), curves, column))
+    return [plot for plot in plots if any(len(points) > 1 for points in plot["series"].values())]
+
+
+def health(folder: Path) -> tuple[dict[str, float], list[str]]:
+    """The numbers of the last validation, and what they warn of."""
+    table = read_table(folder / "validation.csv")
+    last = {name: values[-1] for name, values in table.items() if values}
+    warnings = []
+    if "loss_shuffled" in last and last["loss"] > UNUSED * last["loss_shuffled"]:
+        warnings.append(
+            f"The loss with another row's input ({last['loss_shuffled']:.4g}) is hardly above the loss "
+            f"({last['loss']:.4g}): what is given is not used yet."
+        )
+    return last, warnings
+
+
+def read_table(path: Path) -> dict[str, list[float]]:
+    """The columns of a table that a training wrote; {} when it is not there. Its last line may be half written."""
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))
+    whole = [row for row in rows[1:] if len(row) == len(rows[0])]
+    return {name: [float(row[place]) for row in whole] for place, name in enumerate(rows[0])} if rows else {}
+
+
+def _curve(table: Mapping[str, list[float]], column: str) -> list[list[float]]:
+    steps, values = table.get("step", []), table.get(column, [])
+    size = max(1, math.ceil(len(steps) / CURVE))
+    spans = [slice(start, start + size) for start in range(0, len(steps), size)]
+    return [[steps[span][-1], sum(values[span]) / len(values[span])] for span in spans]
+
+
+def _name(training: str, column: str, folders: Mapping[str, Path]) -> str:
+    return f"{training}: {column}" if len(folders) > 1 else column
+
+
+def _plot(title: str, caption: str, curves: Mapping[str, list[list[float]]], y: str) -> dict[str, Any]:
+    series = {name: points for name, points in curves.items() if points}
+    powers = "y" if y == "loss" else ""
+    return {"kind": "lines", "title": title, "caption": caption, "series": series, "x": "step", "y": y,
+            "powers": powers}  # fmt: skip
+
+
+# ---- latents --------------------------------------------------------------------------------------------------------
+
+
+def evenly(count: int, limit: int) -> list[int]:
+    """At most `limit` of range(count), evenly spaced."""
+    return list(range(0, count, -(-count // limit))) if count else []
+
+
+def maps(store: LatentsStore, rows: Sequence[int]) -> list[bytes]:
+    """A PNG a row: each token in the colour of its first three principal components, whose axes are of SAMPLED rows
+    of the whole store. StoreError: damage."""
+    axes = _axes(_tokens(store))
+    latents_BPC = torch.from_numpy(store.latents(rows)).double()
+    pixels_BHW3 = as_colours(latents_BPC, *axes).unflatten(1, store.grid).numpy()
+    size = max(1, MAP // max(store.grid))
+    return [png_bytes(pixels.repeat(size, axis=0).repeat(size, axis=1)) for pixels in pixels_BHW3]
+
+
+def clouds(true: LatentsStore, samples: Artifact) -> list[dict[str, Any]]:
+    """True and predicted tokens along the true ones' first two components; [] where no latents were kept.
+
+    Errors: StoreError or ArtifactError for damage.
+    """
+    names = sorted(name for name in samples.files if name.startswith("latents/"))
+    if not names:
+        return []
+    predicted_BPC = torch.stack([load_tensors(samples.file(names[place]))[0]["latents"].double()
+                            for place in evenly(len(names), SAMPLED)])  # fmt: skip
+    if predicted_BPC.shape[-1] != true.channels:
+        return []
+    tokens_NC = _tokens(true)
+    mean_C, axes_C2 = principal_axes(tokens_NC, 2)
+    sides = {"true latents": tokens_NC, "predicted latents": predicted_BPC.flatten(0, 1)}
+    series = {name: ((_some(side_NC) - mean_C) @ axes_C2).tolist() for name, side_NC in sides.items()}
+    caption = "A token is a point. Predictions that lie together in the middle are means of many images."
+    return [{"kind": "points", "title": "Principal components of the latents", "caption": caption, "series": series,
+             "x": "first component", "y": "second component"}]  # fmt: skip
+
+
+def histogram(store: LatentsStore) -> dict[str, Any]:
+    """How long tokens are: a line through the share of tokens in each of BINS bins."""
+    norms_N = _tokens(store).norm(dim=1).numpy()
+    shares, edges = np.histogram(norms_N, BINS, weights=np.full(len(norms_N), 1 / len(norms_N)))
+    middles = (edges[1:] + edges[:-1]) / 2
+    return {"kind": "lines", "title": "Norms of tokens", "caption": f"Share of {len(norms_N)} tokens, in {BINS} bins.",
+            "series": {"share": [[float(x), float(y)] for x, y in zip(middles, shares, strict=True)]},
+            "x": "norm", "y": "share of tokens", "powers": ""}  # fmt: skip
+
+
+def channels(store: LatentsStore) -> dict[str, Any]:
+    """Mean and deviation of every channel, by number, from the store's attributes."""
+    numbers = evenly(store.channels, 256)
+    series = {name: [[place, float(values_C[place])] for place in numbers]
+              for name, values_C in (("mean", store.mean_C), ("standard deviation", store.std_C))}  # fmt: skip
+    return {"kind": "lines", "title": "Channels", "caption": "Over all tokens of the store.", "series": series,
+            "x": "channel", "y": "value", "powers": ""}  # fmt: skip
+
+
+def _tokens(store: LatentsStore) -> Tensor:
+    """Tokens (N, C) float64 of evenly spaced rows."""
+    return torch.from_numpy(store.latents(evenly(store.rows, SAMPLED))).double().flatten(0, 1)
+
+
+def _some(tokens_NC: Tensor) -> Tensor:
+    return tokens_NC[evenly(len(tokens_NC), CLOUD)]
+
+
+def _axes(tokens_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    mean_C, axes_C3 = principal_axes(tokens_NC, 3)
+    return mean_C, axes_C3, ((tokens_NC - mean_C) @ axes_C3).std(0)
