@@ -58,8 +58,13 @@ Codes in use (a number keeps its meaning for ever):
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
+
+_HIDDEN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, bytes that are no UTF-8, line and paragraph separators
+_DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder what stands beside them
 
 
 class BifrostError(Exception):
@@ -68,6 +73,7 @@ class BifrostError(Exception):
     code = "BF-BUG-001"
     exit_code = 1
     elsewhere = False  # True: another process of the same job says it, so this one need not
+    in_result = False  # True: the JSON object that was printed holds it already
 
     def __init__(self, message: str, *, at: str | None = None, fix: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
@@ -154,8 +160,32 @@ def memory_errors(what: str, fix: str) -> Iterator[None]:
 
 def render(error: BifrostError) -> str:
     """The error as its user reads it: one line, then `at:` and `fix:` where there is something to say."""
-    lines = [f"error[{error.code}]: {error.message}"]
+    lines = [f"error[{error.code}]: {printable(error.message)}"]
     for label, text in (("at: ", error.at), ("fix:", error.fix)):
         if text:
-            lines.append(f"  {label} " + str(text).replace("\n", "\n       "))
+            lines.append(f"  {label} " + "\n       ".join(printable(line) for line in str(text).split("\n")))
     return "\n".join(lines)
+
+
+def as_json(error: BifrostError) -> dict[str, Any]:
+    """The error as --json prints it."""
+    return {
+        "code": error.code,
+        "message": error.message,
+        "at": error.at,
+        "fix": error.fix,
+        "exit_code": error.exit_code,
+    }
+
+
+def printable(text: str) -> str:
+    """One line for a terminal: a name or a prompt cannot break it, colour it or move the cursor; such characters are
+    escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        char.encode("unicode_escape", "surrogatepass").decode()
+        if char in _DIRECTION or unicodedata.category(char) in _HIDDEN
+        else char
+        for char in text
+    )

@@ -15,6 +15,7 @@ from bifrost_cli.artifacts.files import append, make_folder
 from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST, Artifact
 from bifrost_cli.errors import ArtifactError, BifrostError, UsageError
 
+SHIPPED = ("builtin:branch", "builtin:controlnet")
 MAKERS = {
     "latents": "bifrost extract-latents",
     "branch": "bifrost train branch",

@@ -1,14 +1,17 @@
 """`bifrost`: the tree of commands, and the one place where an exception becomes a message and an exit code.
 
-In: the command line. Out: an exit code (0 ok, 1 bug, 2 usage or recipe, 3 environment, 4 data, 5 artifact, 6 memory,
-7 diverged, 8 findings, 75 stopped, 130 interrupted). Imports no stage and no torch: each command imports its own.
+Exit codes: 0 ok, 1 bug, 2 usage or recipe, 3 environment, 4 data, 5 artifact, 6 memory, 7 diverged, 8 findings,
+75 stopped, 130 interrupted, 141 nobody reads the output any more. Imports no torch: each command imports what it needs.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import gc
+import io
+import json
 import logging
 import os
 import sys
@@ -40,12 +43,14 @@ from bifrost_cli.errors import (
     is_out_of_memory,
     render,
 )
+from bifrost_cli.errors import as_json as error_json
 from bifrost_cli.runtime.launch import leave_status
+
+CLOSED_PIPE = 141  # as a shell counts a command that SIGPIPE ended
 
 app = typer.Typer(
     name="bifrost",
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -81,25 +86,46 @@ def main() -> None:
     code = run()
     leave_status(code)
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)  # everything is written; taking half a million objects apart would cost another second
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run one command line and return its exit code; every error has been printed."""
+    """Run one command line and return its exit code; every error has been printed.
+
+    With --json an error is one object on stdout, too, unless the command's own object holds it.
+    """
     _prepare_environment()
+    streams, given = (sys.stdout, sys.stderr), sys.argv[1:] if arguments is None else arguments
     try:
-        return int(app(arguments, prog_name="bifrost", standalone_mode=False) or 0)
+        code = int(app(arguments, prog_name="bifrost", standalone_mode=False) or 0)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return CLOSED_PIPE
     except BaseException as error:  # noqa: B036 the last line of defence: nothing reaches the user as a traceback
-        if isinstance(error, SystemExit):
-            return error.code if isinstance(error.code, int) else 1
-        if hasattr(error, "format_message") and not error.format_message():
-            return 2  # a group without a command: its help has been printed
-        told = explain(error)
-        if not told.elsewhere:
-            print(render(told), file=sys.stderr)
-        return told.exit_code
+        if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):  # of Typer, or of rich
+            sys.stdout, sys.stderr = streams
+            return CLOSED_PIPE
+        with contextlib.suppress(BrokenPipeError):
+            return _tell(error, "--json" in given)
+        return CLOSED_PIPE
+    return code
+
+
+def _tell(error: BaseException, as_json: bool) -> int:
+    """Print an error; its exit code."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if hasattr(error, "format_message") and not error.format_message():
+        return 2  # a group without a command: its help has been printed
+    problem = explain(error)
+    if not problem.elsewhere:
+        if as_json and not problem.in_result:
+            print(json.dumps(error_json(problem), indent=1, sort_keys=True, default=str), flush=True)
+        print(render(problem), file=sys.stderr)
+    return problem.exit_code
 
 
 def _prepare_environment() -> None:
@@ -109,6 +135,9 @@ def _prepare_environment() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if "WORLD_SIZE" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else each process warns that it used all parameters
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal cannot show fails no command
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the hub's and the loaders' own bars: only on a terminal
 

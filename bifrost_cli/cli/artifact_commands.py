@@ -10,14 +10,13 @@ import typer
 
 from bifrost_cli.artifacts import Artifact, lineage, newest, resolve
 from bifrost_cli.artifacts.cleanup import Removable, leftovers, removable, remove_all
-from bifrost_cli.artifacts.workspace import Survey, survey
+from bifrost_cli.artifacts.workspace import SHIPPED, Survey, survey
 from bifrost_cli.cli.command import Result, command
-from bifrost_cli.cli.options import DryRun, Reference, Workspace
+from bifrost_cli.cli.options import DryRun, Reference, Workspace, artifact_arguments
 from bifrost_cli.errors import ArtifactError, Findings
 from bifrost_cli.runtime.ui import Ui, counted
 
 RUNS = Path("runs")
-SHIPPED = ("builtin:branch", "builtin:controlnet")
 app = typer.Typer(help="List, show, check and remove artifacts, and see what they were made from.")
 
 
@@ -64,7 +63,10 @@ def show(ui: Ui, ref: Reference = None, workspace: Workspace = RUNS) -> Result:
 @command(app, "verify")
 def verify(
     ui: Ui,
-    refs: Annotated[list[str] | None, typer.Argument(metavar="REF...", help="(default: all of the workspace)")] = None,
+    refs: Annotated[
+        list[str] | None,
+        artifact_arguments("(default: all of the workspace)"),
+    ] = None,
     workspace: Workspace = RUNS,
 ) -> Result:
     """Read every byte of artifacts and compare it with their manifests. Exit code 8 when something is wrong.
@@ -112,7 +114,10 @@ def show_lineage(ui: Ui, ref: Reference = None, workspace: Workspace = RUNS) -> 
 @command(app, "rm")
 def rm(
     ui: Ui,
-    refs: Annotated[list[str], typer.Argument(metavar="REF...", help="Folders or ids; unfinished folders too.")],
+    refs: Annotated[
+        list[str],
+        artifact_arguments("Folders or ids; unfinished folders too."),
+    ],
     workspace: Workspace = RUNS,
     dry_run: DryRun = False,
 ) -> Result:

@@ -21,7 +21,8 @@ from typer.core import TyperCommand
 
 from bifrost_cli.artifacts.workspace import remember_outside
 from bifrost_cli.cli.options import AsJson, Debug, Flag, Offline, Quiet, Sets, recipe_option
-from bifrost_cli.errors import BifrostError, Interrupted
+from bifrost_cli.errors import BifrostError, Interrupted, printable
+from bifrost_cli.errors import as_json as error_json
 from bifrost_cli.runtime.launch import distributed_env
 from bifrost_cli.runtime.ui import TerminalUi, Ui
 
@@ -144,12 +145,15 @@ def _load(given: dict[str, Any], flags: Sequence[Flag]) -> Any:
 
 def _show(result: Result, as_json: bool, quiet: bool) -> None:
     if as_json:
-        print(json.dumps(result.data, indent=1, sort_keys=True, default=str))
+        data = dict(result.data)
+        if result.error:
+            data["error"], result.error.in_result = error_json(result.error), True
+        print(json.dumps(data, indent=1, sort_keys=True, default=str))
     elif quiet and result.path is not None:
         print(result.path)
     else:
         for line in result.lines:
-            print(line)
+            print(printable(line))
     sys.stdout.flush()
     if result.hint and not quiet:
         print(result.hint, file=sys.stderr)

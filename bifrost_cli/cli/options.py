@@ -34,10 +34,38 @@ class Flag(NamedTuple):
         return "key_" + self.key.replace(".", "_")
 
 
+def complete_recipe(incomplete: str) -> list[str]:
+    """The shipped recipes that begin so; a shell adds files itself when there are none."""
+    from bifrost_cli.config.load import recipe_names
+
+    return [name for name in recipe_names() if name.startswith(incomplete)]
+
+
+def complete_artifact(context: typer.Context, incomplete: str) -> list[str]:
+    """The ids of a workspace's artifacts, and what ships with the package."""
+    from bifrost_cli.artifacts.workspace import SHIPPED, survey
+
+    ids = [a.id for a in survey(context.params.get("workspace") or "runs", outside=True).artifacts]
+    return [ref for ref in (*ids, *SHIPPED) if ref.startswith(incomplete)]
+
+
+def artifact_option(name: str, text: str) -> Any:
+    """An option that names an artifact of the workspace."""
+    return typer.Option(name, metavar="REF", help=text, autocompletion=complete_artifact)
+
+
+def artifact_arguments(text: str) -> Any:
+    """An argument that names artifacts of the workspace."""
+    return typer.Argument(metavar="REF...", help=text, autocompletion=complete_artifact)
+
+
 def recipe_option(default: str) -> Any:
     """--recipe, with the recipe that a command takes when nothing is said."""
     text = f"A shipped name, a YAML file or an artifact folder. (default: {default})"
-    return Annotated[str, typer.Option("--recipe", metavar="REF", help=text, show_default=False)]
+    return Annotated[
+        str,
+        typer.Option("--recipe", metavar="REF", help=text, show_default=False, autocompletion=complete_recipe),
+    ]
 
 
 def _go_offline(value: bool) -> None:
@@ -87,8 +115,19 @@ Resume = Annotated[
     str,
     typer.Option("--resume", metavar="auto|PATH", help="auto, a run folder, or the newest checkpoint of a run."),
 ]
-Reference = Annotated[str | None, typer.Argument(metavar="REF", help="A folder or an id.  (default: the newest)")]
-Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")]
+Reference = Annotated[
+    str | None,
+    typer.Argument(metavar="REF", help="A folder or an id.  (default: the newest)", autocompletion=complete_artifact),
+]
+RecipeReference = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="RECIPE", help="A name, a file or an artifact.  (default: tiny)", autocompletion=complete_recipe
+    ),
+]
+Version = Annotated[
+    bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Print the version.")
+]
 
 # ---- options of every command
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from bifrost_cli.cli.command import Result, command
-from bifrost_cli.cli.options import Recipe, Sets, Workspace
+from bifrost_cli.cli.options import Recipe, RecipeReference, Sets, Workspace
 from bifrost_cli.errors import Findings
 from bifrost_cli.runtime.ui import Ui
 
@@ -23,9 +23,7 @@ Gpu = Annotated[
 @command(app, "plan")
 def plan(
     ui: Ui,
-    ref: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="A name, a file or an artifact.  (default: tiny)")
-    ] = None,
+    ref: RecipeReference = None,
     sets: Sets = None,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many devices share the work.")] = 1,
     gpu: Gpu = "h100",

@@ -9,7 +9,7 @@ import typer
 
 from bifrost_cli.artifacts.files import make_folder, write_bytes
 from bifrost_cli.cli.command import Result, command
-from bifrost_cli.cli.options import Sets
+from bifrost_cli.cli.options import RecipeReference, Sets
 from bifrost_cli.errors import UsageError
 from bifrost_cli.runtime.ui import Ui
 
@@ -39,9 +39,7 @@ def ls(ui: Ui) -> Result:
 @command(app, "show")
 def show(
     ui: Ui,
-    ref: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="A name, a file or an artifact.  (default: tiny)")
-    ] = None,
+    ref: RecipeReference = None,
     sets: Sets = None,
     keys: Annotated[bool, typer.Option("--keys", help="Every key, its value and its meaning.")] = False,
 ) -> Result:
@@ -56,7 +54,7 @@ def show(
     recipe = load_recipe(ref, sets or ())
     data = recipe.model_dump(mode="json")
     if not keys:
-        return Result([yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100).rstrip()], data)
+        return Result(yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100).splitlines(), data)
     lines = [f"{key} = {_at(data, key)}  # {info.description}" for key, info in all_keys(type(recipe))]
     return Result(lines, {key: info.description for key, info in all_keys(type(recipe))})
 

@@ -26,6 +26,7 @@ from bifrost_cli.cli.options import (
     Recipe,
     Resume,
     Workspace,
+    artifact_option,
 )
 from bifrost_cli.runtime import launch
 from bifrost_cli.runtime.ui import Ui
@@ -45,10 +46,14 @@ app.add_typer(train, name="train")
 app.add_typer(bench, name="bench")
 
 Latents = Annotated[
-    str | None, typer.Option("--latents", metavar="REF", help="A latents artifact.  (default: the newest)")
+    str | None,
+    artifact_option("--latents", "A latents artifact.  (default: the newest)"),
 ]
-Branch = Annotated[str | None, typer.Option("--branch", metavar="REF", help="A branch artifact.")]
-ControlNet = Annotated[str | None, typer.Option("--controlnet", metavar="REF", help="A ControlNet artifact.")]
+Branch = Annotated[str | None, artifact_option("--branch", "A branch artifact.")]
+ControlNet = Annotated[
+    str | None,
+    artifact_option("--controlnet", "A ControlNet artifact."),
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same bytes.")]
 Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or WebP file.")]
 
@@ -210,7 +215,7 @@ def ask(
     from bifrost_cli.generation.ask import ask
 
     answer = ask(recipe, image, question, device=device, ui=ui)
-    return Result([answer], {"image": str(image), "question": question, "answer": answer})
+    return Result(answer.splitlines() or [""], {"image": str(image), "question": question, "answer": answer})
 
 
 @command(bench, "decode")

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from bifrost_cli.errors import printable
+
 PLAIN_EVERY = 30.0
 
 
@@ -43,7 +45,7 @@ class TerminalUi(Ui):
     """Lines and progress on stderr."""
 
     def say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Counter]:
@@ -82,7 +84,7 @@ class _Bar(Counter):
 
         self._started = time.monotonic()
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),

@@ -21,6 +21,7 @@ import bifrost_cli.cli.stage_commands as stage_commands
 from bifrost_cli import errors
 from bifrost_cli.artifacts import Artifact, Draft
 from bifrost_cli.cli.app import run
+from bifrost_cli.evaluation.registry import metric_flags
 
 ROOT = Path(__file__).parents[2]
 STAGES = {
@@ -165,6 +166,8 @@ def test_every_option_a_command_hands_over_exists_in_the_stage(stage, name):
     functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
     arguments = next(node for node in functions if node.name == name).args
     known = {argument.arg for argument in (*arguments.args, *arguments.kwonlyargs)}
+    if arguments.kwarg:  # the options of the metrics
+        known |= {option.name.replace("-", "_") for _, _, options in metric_flags() for option in options}
     assert set(calls[0]) - {"args"} <= known
     assert len(calls[0]["args"]) <= len(arguments.args)
 
