@@ -15,8 +15,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxControlNetModel, FluxTransformer2DModel
 from safetensors.torch import load_file
 
+from bifrost_cli.interop.published_names import from_published
 from bifrost_cli.models.diffusion.base import ControlInput
-from bifrost_cli.models.diffusion.controlnet import controlnet_from_config, from_published
+from bifrost_cli.models.diffusion.controlnet import controlnet_from_config
 from bifrost_cli.models.diffusion.flux import FluxModel, FluxPrompt, pack, unpack
 
 Row = tuple[str, float, float]

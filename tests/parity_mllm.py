@@ -23,7 +23,7 @@ from bifrost_cli.models.branch.sampling import sample_masked
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.mllm.chat_template import TokenizedPrompts, image_mask, text_mask, tokenize_prompts
 from bifrost_cli.models.mllm.frozen_mllm import Mllm, PromptCache
-from bifrost_cli.models.mllm.qwen2_5_vl import encode_patches
+from bifrost_cli.models.mllm.qwen import encode_patches
 
 Row = tuple[str, float, float]
 BRANCH = VISUAL = 1e-4

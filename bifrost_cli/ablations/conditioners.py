@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bifrost_cli.models.diffusion.base import Conditioner
-from bifrost_cli.models.diffusion.latent_embedder import PatchLatentEmbedder
+from bifrost_cli.models.diffusion.controlnet import PatchLatentEmbedder
 
 EXPANSION = 8  # width of TokenConditioner's hidden layer, in text widths
 

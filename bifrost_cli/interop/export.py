@@ -21,10 +21,9 @@ from bifrost_cli.data.safetensors_io import load_tensors, save_tensors
 from bifrost_cli.data.sharded_checkpoint import INDEX
 from bifrost_cli.errors import ArtifactError, UsageError
 from bifrost_cli.interop.model_card import model_card
-from bifrost_cli.interop.published_names import public_name, published_name
+from bifrost_cli.interop.published_names import public_name, published_name, to_published
 from bifrost_cli.loading.compatibility import has_own_conditioner, trained_on
 from bifrost_cli.loading.resolve import builtin
-from bifrost_cli.models.diffusion.controlnet import to_published
 from bifrost_cli.runtime.ui import Ui
 
 _BUILTIN = ("builtin:branch", "builtin:controlnet")

@@ -21,15 +21,19 @@ from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.safetensors_io import misfits, shapes_of, weights_hash
 from bifrost_cli.data.sharded_checkpoint import ShardedCheckpoint, few
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem
-from bifrost_cli.interop.published_names import OWN, Names, published_name
+from bifrost_cli.interop.published_names import (
+    OWN,
+    Names,
+    config_from_published,
+    from_published,
+    published_name,
+    to_published,
+)
 from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.diffusion.controlnet import (
-    config_from_published,
     controlnet_config,
     controlnet_from_config,
-    from_published,
-    to_published,
 )
 from bifrost_cli.models.diffusion.flux import FluxModel
 from bifrost_cli.models.encoders import MllmEncoder

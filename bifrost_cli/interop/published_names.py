@@ -6,10 +6,14 @@ What the published code has no name for (normalized latents, the flow head, late
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 OWN = "bifrost."
 _BRANCH = {
@@ -29,6 +33,11 @@ _MLLM = (
     ("vision_language_model.lm_head.", "lm_head."),
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Published prefix -> ours; every other name of a published ControlNet is diffusers' own and stays.
+_CONTROLNET = {
+    "up_sampling_block.": "controlnet_x_embedder.",
+    "controlnet_x_embedder.": "controlnet_x_embedder.proj.",
+}
 IGNORED = ("vision_gen_vae_model.", "diffusion_decoder.")
 
 
@@ -102,3 +111,38 @@ def public_name(name: str) -> str:
         rest = Path(rest).name
     prefix = prefix.removesuffix(":local-dir")
     return f"{prefix}:{rest}" if prefix.startswith(("builtin", "open_clip")) else rest
+
+
+# ---- the ControlNet -------------------------------------------------------------------------------------------------
+
+
+def config_from_published(config: dict[str, Any], channels: int) -> dict[str, Any]:
+    """A published `flux_controlnet/config.json` as `controlnet_from_config` takes it.
+
+    Args:
+        config: keys that the stock class does not know are left out.
+        channels: C of the patch latents, which the published code does not record.
+    """
+    from diffusers import FluxControlNetModel  # not needed for names
+
+    known = inspect.signature(FluxControlNetModel.__init__).parameters
+    return {**{key: value for key, value in config.items() if key in known}, "control_channels": channels}
+
+
+def from_published(weights: Mapping[str, T]) -> dict[str, T]:
+    """The published `flux_controlnet/` state dict under our names (same tensors, nothing dropped)."""
+    return {_renamed(name, _CONTROLNET.items()): tensor for name, tensor in weights.items()}
+
+
+def to_published(weights: Mapping[str, T]) -> dict[str, T]:
+    """The inverse of `from_published`."""
+    # The other way round: our name of the projection begins with our name of the upsampler.
+    names = [(ours, published) for published, ours in reversed(_CONTROLNET.items())]
+    return {_renamed(name, names): tensor for name, tensor in weights.items()}
+
+
+def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
+    for old, new in prefixes:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name

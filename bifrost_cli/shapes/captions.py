@@ -20,24 +20,10 @@ from bifrost_cli.shapes.scene import COLOURS, GRID, JITTER, SHAPES, TONES, Scene
 
 CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 COUNTS = {"two": 2, "three": 3, "four": 4}
-RELATIONS = {
-    "above": "above",
-    "below": "below",
-    "left of": "left",
-    "to the left of": "left",
-    "right of": "right",
-    "to the right of": "right",
-}
-OPENERS = (
-    "",
-    "a picture of ",
-    "a drawing of ",
-    "an image of ",
-    "a photo of ",
-    "a sketch of ",
-    "a painting of ",
-    "a view of ",
-)
+RELATIONS = {"above": "above", "below": "below"}
+RELATIONS |= {f"{words}{side} of": side for side in ("left", "right") for words in ("", "to the ")}
+_MEDIA = ("a picture", "a drawing", "an image", "a photo", "a sketch", "a painting", "a view")
+OPENERS = ("", *(f"{medium} of " for medium in _MEDIA))
 HELD_OUT_SHARE = 0.2
 _WEIGHTS = (0.1, 0.15, 0.15, 0.1, 0.3, 0.2)  # half of the prompts: position and color_attribution
 _ENDING_SHARE = 0.25

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from bifrost_cli.shapes.captions import Prompt
-from bifrost_cli.shapes.scene import COLOURS, GRID, SHAPES, TONES, Scene, Thing
+from bifrost_cli.shapes.scene import COLOURS, GRID, SHAPES, Scene, Thing
 
 EMPTY = "none"
 _LETTERS = "abcd"
@@ -30,11 +30,6 @@ def thing_words() -> tuple[str, ...]:
     return tuple(colour + shape for colour in COLOURS for shape in SHAPES)
 
 
-@lru_cache(maxsize=1)
-def _things() -> dict[str, tuple[str, str]]:
-    return {colour + shape: (shape, colour) for colour in COLOURS for shape in SHAPES}
-
-
 def write_plan(scene: Scene, prompt: Prompt | None = None) -> str:
     """The plan of `scene`; with the prompt it shows, things come in the prompt's order instead of reading order."""
     words = [scene.tone]
@@ -49,25 +44,6 @@ def _in_prompt_order(scene: Scene, prompt: Prompt) -> list[Thing]:
         ordered.append(next(t for t in left if t.shape == wanted.shape and wanted.colour in (None, t.colour)))
         left.remove(ordered[-1])
     return ordered + left
-
-
-def read_plan(text: str) -> Scene:
-    """The scene a plan describes, without pixel shifts; things may come in any order. ValueError: not a plan."""
-    tone, *words = text.split() or [""]
-    if tone not in TONES:
-        raise ValueError(f"a plan begins with a tone ({', '.join(TONES)}), not with {tone!r}")
-    if len(words) % 2:
-        raise ValueError(f"a plan goes on with pairs of a cell and a thing; the last word {words[-1]!r} stands alone")
-    return Scene(tone, tuple(_read_thing(*pair) for pair in zip(words[::2], words[1::2], strict=True)))
-
-
-def _read_thing(cell: str, word: str) -> Thing:
-    if cell not in cell_words():
-        raise ValueError(f"no such cell: {cell!r} (aa to dd, row then column)")
-    if word not in _things():
-        raise ValueError(f"no such thing: {word!r} (for example redcircle)")
-    shape, colour = _things()[word]
-    return Thing(shape, colour, *divmod(cell_words().index(cell), GRID))
 
 
 def fill_cells(scene: Scene, order: Sequence[int]) -> str:

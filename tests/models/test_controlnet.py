@@ -11,12 +11,12 @@ from diffusers import FluxTransformer2DModel
 from fixtures_flux import tiny_controlnet, tiny_painter
 from parity_flux import check_controlnet
 
+from bifrost_cli.interop.published_names import from_published
 from bifrost_cli.models.diffusion.base import ControlInput, UnsupportedControl
 from bifrost_cli.models.diffusion.controlnet import (
     PatchLatentEmbedder,
     controlnet_config,
     controlnet_from_config,
-    from_published,
     latent_controlnet,
 )
 

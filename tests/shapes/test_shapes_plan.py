@@ -6,12 +6,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from fixtures_plans import read_plan
 
 from bifrost_cli.shapes.captions import plural, sample_prompt, sample_scene
 from bifrost_cli.shapes.draw import crowded_scene
 from bifrost_cli.shapes.questions import NUMBERS, describe, sample_question
 from bifrost_cli.shapes.scene import Scene, Thing
-from bifrost_cli.shapes.scene_plan import cell_classes, cell_words, fill_cells, read_plan, thing_words, write_plan
+from bifrost_cli.shapes.scene_plan import cell_classes, cell_words, fill_cells, thing_words, write_plan
 
 SCENE = Scene("white", (Thing("square", "blue", 2, 3, 1, -1), Thing("circle", "red", 0, 1)))
 
@@ -36,24 +37,6 @@ def test_plans_round_trip():
     for scene in scenes(1000):
         still = Scene(scene.tone, tuple(Thing(t.shape, t.colour, t.row, t.col) for t in scene.things))
         assert read_plan(write_plan(scene)) == still
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "black ab redcircle",
-        "white ab",
-        "white redcircle ab",
-        "white ae redcircle",
-        "white ab redcircles",
-        "white ab redcircle ab bluesquare",
-        "ab redcircle",
-    ],
-)
-def test_garbage_is_no_plan(text):
-    with pytest.raises(ValueError):
-        read_plan(text)
 
 
 def test_filled_cells_follow_the_order_given():

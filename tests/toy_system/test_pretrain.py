@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fixtures_plans import read_plan
 
 from bifrost_cli import load_recipe
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.errors import UsageError
 from bifrost_cli.shapes.captions import held_out, sample_prompt, sample_scene
-from bifrost_cli.shapes.scene_plan import cell_classes, read_plan
+from bifrost_cli.shapes.scene_plan import cell_classes
 from bifrost_cli.toy_system.pretrain import PARTS, pretrain
 from bifrost_cli.toy_system.train_mllm import MllmTask
 

@@ -18,16 +18,8 @@ def sample_mask_ratio(
 ) -> Tensor:
     """Mask ratios from a normal distribution truncated to [low, high] (MAR, section 4.2).
 
-    Args:
-        n: how many.
-        generator: one uniform number is drawn for each.
-        mean: of the normal distribution.
-        sd: its standard deviation.
-        low: lowest ratio.
-        high: highest ratio.
-
     Returns:
-        n ratios, float64 on the CPU.
+        n ratios, float64 on the CPU; one uniform number is drawn from the generator for each.
 
     Raises:
         ValueError: ends out of order or outside [0, 1], or sd not above 0.

@@ -89,13 +89,9 @@ class VisualBranch(nn.Module):
 
         What is trained is float32 whatever the MLLM's dtype; what is not (see `tune`) is the MLLM's tensors themselves.
 
-        Args:
+        Args as for the class, and:
             mllm: the frozen model.
-            patches: P.
             channels: C; None is the MLLM's own width.
-            head: as for the class.
-            normalize: as for the class.
-            tune: as for the class.
             random_start: draw the decoder's layers anew, as their stock class does (an ablation).
             generator: of what is random; None is seed 0.
         """

@@ -1,8 +1,8 @@
 """The latent ControlNet: the stock ControlNet of FLUX or SD3, with a control embedder that reads patch latents.
 
 Residuals come from the stock forward; the only module that is replaced is the control embedder.
-Legend: B images, P patches, C latent channels, D the transformer's width, r image tokens on a side of each patch (2 in
-the paper), N = r r P image tokens.
+Legend: B images, P patches, C latent channels, D the transformer's width, H W patch grid, r image tokens on a side of
+each patch (2 in the paper), N = r r P image tokens.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import copy
 import inspect
 import math
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from diffusers import FluxControlNetModel, SD3ControlNetModel
 from torch import nn
 
 from bifrost_cli.models.diffusion.base import Conditioner, UnsupportedControl
-from bifrost_cli.models.diffusion.latent_embedder import PatchLatentEmbedder
 from bifrost_cli.runtime.plugins import plugins
 
 # Family of diffusion models -> the stock class, and its module that is replaced.
@@ -38,14 +36,41 @@ CONDITIONERS = plugins(
     base=Conditioner,
 )
 
-# Published prefix -> ours; every other name in `flux_controlnet/` is diffusers' own and stays.
-PUBLISHED_NAMES = {
-    "up_sampling_block.": "controlnet_x_embedder.",
-    "controlnet_x_embedder.": "controlnet_x_embedder.proj.",
-}
-
 # Stock FluxControlNetModel (diffusers 0.42) itself imports the rotary embedding from its deprecated place.
 warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated", category=FutureWarning)
+
+
+class PatchLatentEmbedder(nn.Module):
+    """Upsamples patch latents r times and projects them to the transformer's width (r = 2: the paper's upsampler).
+
+    `proj` starts at zero, so that an untrained ControlNet changes nothing.
+    """
+
+    def __init__(self, channels: int, width: int, ratio: int = 2) -> None:
+        super().__init__()
+        self.ratio = ratio
+        self.upconv = nn.ConvTranspose2d(channels, channels, kernel_size=ratio, stride=ratio)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.proj = nn.Linear(channels, width)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def upsample(self, latents_BPC: torch.Tensor) -> torch.Tensor:
+        """(B, H*W, C) row-major -> (B, rH*rW, C) row-major. ValueError: P is not a square number."""
+        side = math.isqrt(latents_BPC.shape[1])
+        if side * side != latents_BPC.shape[1]:
+            raise ValueError(f"{latents_BPC.shape[1]} patches are not a square grid")
+        grid_BCHW = latents_BPC.mT.unflatten(2, (side, side))
+        fine_BCHW = torch.relu(self.bn1(self.upconv(grid_BCHW)))
+        fine_BCHW = self.bn2(self.conv(fine_BCHW))
+        skip_BCHW = nn.functional.interpolate(grid_BCHW, scale_factor=self.ratio, mode="nearest")
+        return torch.relu(fine_BCHW + skip_BCHW).flatten(2).mT
+
+    def forward(self, latents_BPC: torch.Tensor) -> torch.Tensor:
+        """(B, P, C) -> (B, N, D)."""
+        return self.proj(self.upsample(latents_BPC))
 
 
 def latent_controlnet(transformer: Any, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2) -> Any:
@@ -134,36 +159,6 @@ def image_tokens(controlnet: nn.Module, patches: int) -> int | None:
 def config_family(config: dict[str, Any]) -> str:
     """The family of diffusion models that the ControlNet of this config is for."""
     return config.get("family", "FLUX")
-
-
-def config_from_published(config: dict[str, Any], channels: int) -> dict[str, Any]:
-    """A published `flux_controlnet/config.json` as `controlnet_from_config` takes it.
-
-    Args:
-        config: keys that the stock class does not know are left out.
-        channels: C of the patch latents, which the published code does not record.
-    """
-    known = inspect.signature(FluxControlNetModel.__init__).parameters
-    return {**{key: value for key, value in config.items() if key in known}, "control_channels": channels}
-
-
-def from_published(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The published `flux_controlnet/` state dict under our names (same tensors, nothing dropped)."""
-    return {_renamed(name, PUBLISHED_NAMES.items()): tensor for name, tensor in weights.items()}
-
-
-def to_published(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inverse of `from_published`."""
-    # The other way round: our name of the projection begins with our name of the upsampler.
-    names = [(ours, published) for published, ours in reversed(PUBLISHED_NAMES.items())]
-    return {_renamed(name, names): tensor for name, tensor in weights.items()}
-
-
-def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
-    for old, new in prefixes:
-        if name.startswith(old):
-            return new + name.removeprefix(old)
-    return name
 
 
 def _with_embedder(controlnet: Any, family: str, channels: int, ratio: int) -> Any:

@@ -56,8 +56,8 @@ class MllmAdapter(ABC):
 FAMILIES = plugins(
     "bifrost.mllm_families",
     {
-        "qwen2_5_vl": "bifrost_cli.models.mllm.qwen2_5_vl:Qwen25VLAdapter",
-        "qwen3_vl": "bifrost_cli.models.mllm.qwen3_vl:Qwen3VLAdapter",
+        "qwen2_5_vl": "bifrost_cli.models.mllm.qwen:Qwen25VLAdapter",
+        "qwen3_vl": "bifrost_cli.models.mllm.qwen:Qwen3VLAdapter",
         "llava": "bifrost_cli.models.mllm.llava:LlavaAdapter",
         "llava_next": "bifrost_cli.models.mllm.llava:LlavaNextAdapter",
         "llava_onevision": "bifrost_cli.models.mllm.llava:LlavaOnevisionAdapter",

@@ -22,27 +22,14 @@ ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 OPENING = "<|vision_start|>"
 _PLACEHOLDER = "(the prompt)"
 
-# The published list has 19 openers. Not all of them are known here: the others are those that captioning models write
-# most. Longer ones stand first, so that they match before their beginnings do.
+# The published list has 19 openers. Not all of them are known here: the others are what captioning models write most.
+_VERBS = "prominently features,features,depicts,displays,captures,presents,contains,showcases,shows,is of"
 CAPTION_OPENERS = (
     "The image you sent shows",
-    "The image prominently features",
-    "The image features",
-    "The image depicts",
-    "The image displays",
-    "The image captures",
-    "The image presents",
-    "The image contains",
-    "The image showcases",
-    "The image shows",
-    "The image is of",
+    *(f"The image {verb}" for verb in _VERBS.split(",")),
     "An image of",
-    "This image features",
-    "This image depicts",
-    "This image shows",
-    "This is an image of",
-    "This is a picture of",
-    "This is a photo of",
+    *(f"This image {verb}" for verb in ("features", "depicts", "shows")),
+    *(f"This is {medium} of" for medium in ("an image", "a picture", "a photo")),
     "In this image,",
 )
 

@@ -1,6 +1,16 @@
-"""Qwen2.5-VL (3B to 72B), the paper's MLLM: the published prompt; patch latents are the merged visual tokens.
+"""Qwen2.5-VL (3B to 72B), the paper's MLLM, and Qwen3-VL: patch latents are the merged visual tokens.
 
-Legend as in `adapters`; N patches of all images, before the 2x2 merge.
+Legend as in `adapters`; N patches of all images, before the 2x2 merge. Qwen3-VL differs in this:
+
+* Keys are normed in every head before they are rotated. The copied decoder does it too, and so does `kv_prefix` where
+  it computes the last layer's keys itself.
+* The three rotary axes are interleaved over the head's width. Text has one position on all three and image tokens have
+  0, so any interleaving gives the same angles.
+* DeepStack: while the frozen model reads an image, features of three earlier layers of the visual encoder are added to
+  its first hidden states at image positions. The branch predicts only the merged tokens, which are what the ControlNet
+  reads; a predicted token enters the next pass without that addition. `ask` uses the stock model, with DeepStack.
+* There is no system turn, and a Thinking checkpoint opens `<think>` before the image: the template is the checkpoint's
+  own, followed by `<|vision_start|>`.
 """
 
 from __future__ import annotations
@@ -16,10 +26,12 @@ from transformers import (
     ProcessorMixin,
     Qwen2_5_VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 from bifrost_cli.models.mllm.adapters import MllmAdapter
-from bifrost_cli.models.mllm.chat_template import ChatTemplate
+from bifrost_cli.models.mllm.chat_template import OPENING, ChatTemplate
 
 
 class Qwen25VLAdapter(MllmAdapter):
@@ -54,6 +66,18 @@ class Qwen25VLAdapter(MllmAdapter):
             "activation": model.model.visual.config.hidden_act,
             "layer": "visual encoder after the 2x2 merge (pooler_output)",
         }
+
+
+class Qwen3VLAdapter(Qwen25VLAdapter):
+    """The adapter of Qwen3-VL."""
+
+    towers = ("qwen3_vl_vision",)
+
+    def template(self, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
+        return ChatTemplate.of_chat(tokenizer, OPENING)
+
+    def processor(self, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, images: Any) -> ProcessorMixin:
+        return Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(), chat_template=tokenizer.chat_template)
 
 
 @torch.no_grad()
