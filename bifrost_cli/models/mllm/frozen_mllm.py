@@ -124,8 +124,6 @@ class Mllm:
         layers: list[Any] = list(cache.layers)
         return PromptCache(tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers), attention_BT)
 
-    prefix = encode_prompts
-
     # ---- images -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
