@@ -26,7 +26,6 @@ from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.training.data_order import held_out
 
 ROWS_SHOWN, STEPS_SHOWN = 24, 4
-GRID_NOTE = "Held-out rows: true | predicted."
 GRID_ROWS = 8  # held-out rows of a training's sample grid
 FUNNEL = ("seen", "readable", "captioned", "used")
 
@@ -45,8 +44,8 @@ def artifact_page(artifact: Artifact, workspace: Path, device: str, ui: Ui) -> P
         folded={"Settings": settings(artifact), "Made with": made.get("versions", {})},
     )
     if artifact.kind in TRAININGS:
-        stores = parents_of(artifact, "latents", workspace)
-        _add_training(page, artifact.path, artifact.path / "samples", stores, artifact.identity)
+        parents = [line.artifact for line in lineage(artifact, workspace)[1:] if line.artifact]
+        _add_training(page, artifact.path, artifact.path / "samples", parents, artifact.identity)
         if "parameters" in artifact.info:
             count = artifact.info["parameters"]
             short = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
@@ -63,10 +62,10 @@ def artifact_page(artifact: Artifact, workspace: Path, device: str, ui: Ui) -> P
 def unfinished_page(folder: Path, draft: Mapping[str, Any], workspace: Path) -> Page:
     """The page of a training that is still running, or was stopped; `draft` is what its draft.json holds."""
     known = {artifact.id: artifact for place in (folder.parent, workspace) for artifact in find(place, "latents")}
-    stores = [LatentsStore.open(known[parent["id"]]) for parent in draft.get("parents", ()) if parent["id"] in known]
+    parents = [known[parent["id"]] for parent in draft.get("parents", ()) if parent["id"] in known]
     page = Page(f"Training of a {draft['kind']}", f"unfinished, in {folder.name}")
     identity = draft.get("identity", {})
-    _add_training(page, folder / "work", folder / "work" / "samples", stores, identity)
+    _add_training(page, folder / "work", folder / "work" / "samples", parents, identity)
     page.folded = {"Settings": {name: str(value) for name, value in flat(identity)}}
     return page
 
@@ -80,31 +79,30 @@ def settings(artifact: Artifact) -> dict[str, str]:
 
 
 def _add_training(
-    page: Page, tables: Path, sheets: Path, stores: Sequence[LatentsStore], identity: Mapping[str, Any]
+    page: Page, tables: Path, sheets: Path, parents: Sequence[Artifact], identity: Mapping[str, Any]
 ) -> None:
     last, page.notes = health(tables)
     page.cards = [Card(name.replace("_", " "), f"{value:.4g}", [f"at step {last['step']:.0f}"])
                   for name, value in last.items() if name != "step"]  # fmt: skip
     page.plots = training_plots({"training": tables})
+    page.gallery_title, page.gallery_notes = "Sample grids", ["Held-out rows: true | predicted."]
     paths = sorted(sheets.glob("step-*.png")) if sheets.is_dir() else []
-    if not paths:
-        return
-    page.gallery_title = "Sample grids"
     paths = [paths[-1 - place] for place in evenly(len(paths), STEPS_SHOWN)][::-1]
-    held = identity.get("settings", {}).get("train", {}).get("validation_rows", 0)
-    if stores and held:
-        page.gallery_notes = [GRID_NOTE]
-        page.gallery = _held_rows(stores[0], held_out(stores[0].keys, held)[1][:GRID_ROWS], paths)
-    else:
-        page.gallery_notes = [
-            "Held-out rows, in pairs: true | predicted. Their latents, which know the prompts, are not here."
-        ]
-        sheets_ = [(path.stem, path.read_bytes()) for path in paths]
-        page.gallery = [Cell([Shown(data, png_pixels(data).shape[1])], {"name": stem}) for stem, data in sheets_]
+    count = identity.get("settings", {}).get("train", {}).get("validation_rows", 0)
+    try:
+        (store,) = (LatentsStore.open(parent) for parent in parents if parent.kind == "latents")
+        page.gallery = _held_rows(store, held_out(store.keys, count)[1][:GRID_ROWS], paths)
+    except (ValueError, BifrostError):  # the latents, which hold the prompts, are not here any more, or not whole
+        sheets_by_step = {path.stem: path.read_bytes() for path in paths}
+        page.gallery = [Cell([Shown(sheet, png_pixels(sheet).shape[1])], {"name": step})
+                        for step, sheet in sheets_by_step.items()]  # fmt: skip
+        page.gallery_wide = True
 
 
 def _held_rows(store: LatentsStore, rows: Sequence[int], paths: Sequence[Path]) -> list[Cell]:
     """A cell for each held-out row: the true side of its pair, and the predicted side at each step."""
+    if not paths:
+        return []
     pairs = {int(path.stem.rpartition("-")[2]): _cut(png_pixels(path.read_bytes()), len(rows)) for path in paths}
     cells = []
     for place, row in enumerate(rows):
@@ -119,10 +117,8 @@ def _held_rows(store: LatentsStore, rows: Sequence[int], paths: Sequence[Path]) 
 def _cut(sheet_HWC: np.ndarray, count: int) -> list[np.ndarray]:
     """The images of a contact sheet of `count`."""
     columns = math.ceil(math.sqrt(count))
-    height, width = (
-        (sheet_HWC.shape[0] - GUTTER) // math.ceil(count / columns),
-        (sheet_HWC.shape[1] - GUTTER) // columns,
-    )
+    height = (sheet_HWC.shape[0] - GUTTER) // math.ceil(count / columns)
+    width = (sheet_HWC.shape[1] - GUTTER) // columns
     corners = [(GUTTER + place // columns * height, GUTTER + place % columns * width) for place in range(count)]
     return [sheet_HWC[top : top + height - GUTTER, left : left + width - GUTTER] for top, left in corners]
 
@@ -172,11 +168,11 @@ def _decoded(store: LatentsStore, rows: list[int], recipe: Any, device: str, ui:
 
 def lineage_plots(samples: Artifact, workspace: Path) -> list[dict[str, Any]]:
     """Of what samples came from, as far as it is here: losses of the trainings, and true beside predicted latents."""
-    plots = []
+    plots: list[dict[str, Any]] = []
     for kind in TRAININGS:
         for artifact in parents_of(samples, kind, workspace):
-            (losses, *_) = training_plots({kind: artifact.path}) or [None]
-            plots += [{**losses, "title": f"Loss of the {kind}'s training"}] if losses else []
+            losses = training_plots({kind: artifact.path})[:1]
+            plots += [{**plot, "title": f"Loss of the {kind}'s training"} for plot in losses]
     stores = parents_of(samples, "latents", workspace)
     return plots + (clouds(stores[0], samples) if stores else [])
 

@@ -104,8 +104,8 @@ def _unlike(reports: Mapping[str, Any], first: Mapping[str, Any], second: Mappin
 def _change(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
     """The difference, with an interval where both have standard errors, as of independent sets."""
     change = second["value"] - first["value"]
-    errors = [result.get("standard_error") for result in (first, second)]
-    if None in errors:
+    errors = [result["standard_error"] for result in (first, second) if result.get("standard_error") is not None]
+    if len(errors) < 2:
         return f"{change:+.4g}"
     half = Z95 * hypot(*errors)
     return f"{change:+.4g} (95 %: {change - half:+.4g} to {change + half:+.4g})"

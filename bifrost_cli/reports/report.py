@@ -49,12 +49,12 @@ def report(
     """
     ui, workspace = ui or Ui(), Path(workspace)
     if other is not None:
-        sides = [_resolve(workspace, side) for side in (ref, other)]
+        sides = [resolve(workspace, side) for side in (ref, other)]
         _check_pair(*sides)
     elif is_draft(Path(ref)):
         return _unfinished(Path(ref), output, workspace)
     else:
-        sides = [_resolve(workspace, ref)]
+        sides = [resolve(workspace, ref)]
     file = _file(output, workspace, "-and-".join(side.id for side in sides))
     for side in sides:
         if side.kind != "latents":  # a store checks what it reads; it may be terabytes
@@ -62,7 +62,7 @@ def report(
     if other is not None:
         from bifrost_cli.reports.compare import compare_page  # torch and zarr, after everything that can be refused
 
-        page = compare_page(*sides, workspace, force, ui)
+        page = compare_page(sides[0], sides[1], workspace, force, ui)
     elif sides[0].kind == "report":
         return _write(file, sides[0].file("report.html").read_text("utf-8"))
     else:
@@ -81,14 +81,6 @@ def is_draft(folder: Path) -> bool:
 def unfinished_training(folder: Path) -> bool:
     """Whether a folder is a training that is not finished; it has a page already."""
     return is_draft(folder) and read_json(folder / DRAFT).get("kind") in TRAININGS
-
-
-def _resolve(workspace: Path, ref: Path | str) -> Artifact:
-    if str(ref) not in BUILTIN:
-        return resolve(workspace, ref)
-    from bifrost_cli.loading.resolve import builtin  # torch; every other reference does without
-
-    return builtin(str(ref).removeprefix("builtin:"))
 
 
 def _check_pair(first: Artifact, second: Artifact) -> None:

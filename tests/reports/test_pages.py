@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -40,6 +41,15 @@ def test_a_training_shows_curves_health_grids_and_where_it_came_from(pages):
                   "predicted, step ", CAPTIONS[0], "Made from"):  # fmt: skip
         assert words in shown, words
     assert "<polyline" in pages["branch"].read_text("utf-8") and "trained parameters" in shown
+
+
+def test_without_its_latents_a_training_shows_its_grids_whole(pages, tmp_path):
+    branch = next((pages["report"].parent / "runs").glob("branch-*"))
+    moved = shutil.copytree(branch, tmp_path / "moved")
+    page = report(moved, workspace=tmp_path, output=tmp_path / "a.html")
+    sheets = sorted(path.stem for path in moved.glob("samples/step-*.png"))
+    assert sheets and all(sheet in text(page) for sheet in sheets) and "true | predicted" in text(page)
+    assert page.read_text("utf-8").count("<img") == len(sheets)
 
 
 def test_a_sample_grid_is_cut_where_the_training_put_it_together():
