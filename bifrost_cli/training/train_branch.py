@@ -38,6 +38,8 @@ from bifrost_cli.training.training_run import (
 LOOKED_AT = 2000  # rows whose texts are measured before the training; a store may have millions
 # Other values of branch.target than latents: a function that changes the prepared run into one for that target.
 TARGETS = plugins("bifrost.branch_targets", {"queries": "bifrost_cli.ablations.learned_queries:prepare"})
+# Other values of branch.init than mllm: a function that draws the decoder of a new branch from a seed.
+STARTS = plugins("bifrost.branch_starts", {"random": "bifrost_cli.ablations.random_start:draw_decoder"})
 
 
 @together
@@ -110,6 +112,7 @@ def train_branch(
 def build_branch(recipe: Recipe, store: LatentsStore, mllm: Mllm) -> VisualBranch:
     """The untrained branch: copied from the MLLM, sized for the store, its new layers drawn from the recipe's seed."""
     settings = recipe.branch
+    seed = derive(settings.train.seed, "init")
     branch = VisualBranch.from_mllm(
         mllm,
         store.grid[0] * store.grid[1],
@@ -117,9 +120,10 @@ def build_branch(recipe: Recipe, store: LatentsStore, mllm: Mllm) -> VisualBranc
         head=settings.head,
         normalize=settings.normalize,
         tune=tuned(recipe),
-        random_start=settings.init == "random",
-        generator=torch.Generator().manual_seed(derive(settings.train.seed, "init")),
+        generator=torch.Generator().manual_seed(seed),
     )
+    if settings.init != "mllm":
+        STARTS[settings.init](branch, seed)
     if settings.normalize:
         branch.set_statistics(torch.from_numpy(store.mean_C), torch.from_numpy(store.std_C))
     return branch

@@ -82,7 +82,6 @@ class VisualBranch(nn.Module):
         head: str = "linear",
         normalize: bool = False,
         tune: dict[str, int] | None = None,
-        random_start: bool = False,
         generator: torch.Generator | None = None,
     ) -> VisualBranch:
         """A new branch: layers and final norm copied; mask token and positions zero; head small and random.
@@ -92,7 +91,6 @@ class VisualBranch(nn.Module):
         Args as for the class, and:
             mllm: the frozen model.
             channels: C; None is the MLLM's own width.
-            random_start: draw the decoder's layers anew, as their stock class does (an ablation).
             generator: of what is random; None is seed 0.
         """
         with init_empty_weights():
@@ -105,12 +103,7 @@ class VisualBranch(nn.Module):
         weights |= frozen | {f"decoder.{name}": stock[name].to(torch.float32, copy=True) for name in copied}
         weights |= {name: buffer for name, buffer in branch.named_buffers() if name in branch.state_dict()}
         branch.load_state_dict(weights, assign=True)
-        generator = generator or torch.Generator().manual_seed(0)
-        branch._init_new(generator)
-        if random_start:
-            with torch.random.fork_rng(devices=[]):  # the stock initialisation draws from the global generator
-                torch.manual_seed(generator.initial_seed())
-                branch.decoder.apply(lambda module: _draw_anew(branch.decoder, module))
+        branch._init_new(generator or torch.Generator().manual_seed(0))
         return branch.to(mllm.device)
 
     @classmethod
@@ -243,13 +236,6 @@ class VisualBranch(nn.Module):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
                 nn.init.zeros_(module.bias)
         start_low_rank(self.decoder, generator)
-
-
-def _draw_anew(decoder: Any, module: nn.Module) -> None:
-    tensors: list[Any] = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    for tensor in tensors:
-        tensor._is_hf_initialized = False  # a mark of transformers that would keep the copied numbers
-    decoder._init_weights(module)
 
 
 def _health(predicted_NC: Tensor, true_NC: Tensor) -> dict[str, Tensor]:
