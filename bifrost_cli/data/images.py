@@ -1,8 +1,7 @@
 """One image from untrusted bytes: RGB, upright, opaque, 8 bit, or a reason why not.
 
-In: a file or its bytes, and the recipe's rules (`images`: max_pixels, min_side, background, animated). Out: `DecodedImage`,
-whose notes tell what had to be done to it, or `BadImage`. Does not know captions, folders or models. Formats are
-decided by content, from a short list; the pixel count is checked before anything is decoded.
+Formats are decided by content, from a short list; the pixel count is checked before anything is decoded. Each mode of
+Pillow has one rule of how it becomes 8-bit sRGB.
 """
 
 from __future__ import annotations
@@ -13,18 +12,21 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from bifrost_cli.config.schema import Images
-from bifrost_cli.data.image_modes import to_rgb
 from bifrost_cli.errors import DataError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_ASPECT = 20
 FILE_BYTES = 1 << 29  # of one image: more than the largest that is decoded has without compression
 _ORIENTATION = 0x0112
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO = 0
+_SAMPLES = {2: "signed", 3: "floating-point", 4: "undefined", 5: "complex", 6: "complex"}  # 1 is unsigned
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -70,10 +72,28 @@ class DecodedImage:
 def read_image(source: bytes | Path | str, rules: Images) -> DecodedImage:
     """Read one image: EXIF orientation applied, colours in sRGB, transparency over `rules.background`, first frame.
 
-    BadImage says why not: empty, not an image, truncated, damaged, more than `max_pixels`, a side below `min_side`,
-    longer than 20 to 1, 32 bits a channel. Any exception of the decoder counts as damage.
+    Args:
+        source: the file, or its bytes.
+        rules: the recipe's `images` section.
+
+    Returns:
+        The image, with notes on what was repaired or converted.
+
+    Raises:
+        BadImage: with the reason, and the file's name where there is one: empty, not an image, truncated, damaged, more
+            than `max_pixels`, a side below `min_side`, longer than 20 to 1, samples that are not unsigned or of 32
+            bits. Any exception of the decoder counts as damage.
     """
-    data = source if isinstance(source, bytes) else read_regular(Path(source))
+    if isinstance(source, bytes):
+        return _read(source, rules)
+    try:
+        return _read(read_regular(Path(source)), rules)
+    except BadImage as error:
+        error.at = str(source)
+        raise
+
+
+def _read(data: bytes, rules: Images) -> DecodedImage:
     if not data:
         raise BadImage("empty file")
     try:
@@ -121,6 +141,10 @@ def square(rgb: np.ndarray, size: int) -> np.ndarray:
 def _decode(data: bytes, rules: Images) -> DecodedImage:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _check_size(image.size, rules)
+        if image.format == "TIFF":
+            _check_tiff(image)
+        if image.format == "WEBP" and _webp_ends_in_zeros(data):
+            raise BadImage("truncated: the end of its image data is zeros")
         if image.mode in ("I", "F"):  # Pillow would clip the one and blacken the other
             raise BadImage("32-bit image, export as 8-bit")
         ends = image.format != "PNG" or _png_ends(data)
@@ -129,23 +153,61 @@ def _decode(data: bytes, rules: Images) -> DecodedImage:
         return _upright(image, data, rules, notes)
 
 
+def _check_tiff(image: Image.Image) -> None:
+    """BadImage for samples that Pillow reads as if they were unsigned integers."""
+    tags = getattr(image, "tag_v2", {})
+    kind = _first(tags.get(_TIFF_SAMPLE_FORMAT)) or 1
+    if kind in _SAMPLES and image.mode not in ("I", "F"):
+        raise BadImage(f"TIFF with {_SAMPLES[kind]} samples; export it with unsigned integers of 8 or 16 bits")
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple) and value else value
+
+
 def _is_open_jpeg(data: bytes) -> bool:
-    """A JPEG with no end-of-image marker after its last scan. In scan data 0xff is never followed by 0xd9."""
-    return data.startswith(b"\xff\xd8\xff") and b"\xff\xd9" not in data[max(0, data.rfind(b"\xff\xda")) :]
+    """A JPEG that ends before its end-of-image marker. What follows that marker, as the film of a motion photo, is not
+    looked at."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return False
+    at = 2
+    while 0 <= (at := data.find(b"\xff", at)) < len(data) - 1:
+        marker = data[at + 1]
+        if marker == 0xD9:
+            return False
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD7:  # in scan data
+            at += 1 if marker == 0xFF else 2
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return True
 
 
 def _decode_open_jpeg(data: bytes, rules: Images) -> DecodedImage:
-    """Only the end marker is missing when bytes put before a new one change nothing; else image data is too."""
-    scan = data.rstrip(b"\xff")
+    """Only the end marker is missing when bytes put before a new one change nothing; else image data is too.
+
+    Zeros at the end are no image data: a download into a file that had its full size from the start leaves them.
+    """
+    scan = data.rstrip(b"\xff\0")
     image, *others = (_decode(scan + filler + b"\xff\xd9", rules) for filler in (b"", b"\xaa" * 128, b"\xfe" * 128))
     if not all(np.array_equal(image.rgb, other.rgb) for other in others):
         raise BadImage("truncated")
     return DecodedImage(image.rgb, ("minor-damage", *image.notes))
 
 
+def _webp_ends_in_zeros(data: bytes) -> bool:
+    """Whether the last 64 bytes of a still image's data are zeros, which compressed data never are."""
+    at = 12
+    while at + 8 <= len(data):
+        name, size = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
+        if name in (b"VP8 ", b"VP8L"):
+            return size >= 64 and not data[at + 8 : at + 8 + size][-64:].strip(b"\0")
+        at += 8 + size + size % 2
+    return False
+
+
 def _upright(image: Image.Image, data: bytes, rules: Images, notes: list[str]) -> DecodedImage:
     turn, turn_notes = _turn(image)
-    rgb, mode_notes = to_rgb(image, rules.background)
+    rgb, mode_notes = _to_rgb(image, rules.background)
     if image.format == "PNG" and data[24] == 16 and "16-bit" not in mode_notes:
         mode_notes = (*mode_notes, "16-bit")
     upright = rgb if turn is None else rgb.transpose(turn)
@@ -194,6 +256,47 @@ def _turn(image: Image.Image) -> tuple[Image.Transpose | None, list[str]]:
     if orientation in _UPRIGHT:
         return _UPRIGHT[orientation], ["exif-rotated"]
     return None, [] if orientation in (0, 1) else ["exif-ignored"]
+
+
+def _to_rgb(image: Image.Image, background: str) -> tuple[Image.Image, tuple[str, ...]]:
+    """`image` (8 or 16 bits a channel) as mode RGB in sRGB, transparency over `background`, and the notes."""
+    notes: list[str] = []
+    icc, mode = image.info.get("icc_profile"), image.mode
+    if mode.startswith("I;16"):
+        image = _eight_bits(image)
+        notes.append("16-bit")
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    base = image if image.mode in ("CMYK", "L") else image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
+    if mode == "CMYK":
+        notes.append("cmyk")
+    rgb, colour_notes = _to_srgb(base, icc)
+    notes += colour_notes
+    if alpha is not None and alpha.getextrema()[0] < 255:
+        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, background), alpha)
+        notes.append("alpha")
+    return rgb, tuple(notes)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit (in TIFF also 12-bit) grey scaled and rounded; Pillow's own conversion cuts all above 255 to white."""
+    grey, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
+    top = 4095 if _first(tags.get(_TIFF_BITS)) == 12 else 65535
+    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8 bits and leaves 16 as they are
+        grey = top - np.minimum(grey, top)
+    return Image.fromarray(((grey * 255 + top // 2) // top).astype(np.uint8))
+
+
+def _to_srgb(base: Image.Image, icc: bytes | None) -> tuple[Image.Image, list[str]]:
+    if not icc:
+        return base.convert("RGB"), []
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        if ImageCms.getProfileDescription(profile).strip().startswith("sRGB"):
+            return base.convert("RGB"), []
+        srgb = ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(base, profile, srgb, outputMode="RGB"), ["icc-converted"]
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return base.convert("RGB"), ["icc-ignored"]
 
 
 def _not_an_image(data: bytes) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from bifrost_cli.data.image_sets import EvalImage, ImageSet
 from bifrost_cli.data.images import BadImage
-from bifrost_cli.data.sources.problems import Problem, SourceError
+from bifrost_cli.data.sources.item import Problem, SourceError
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.evaluation.feature_statistics import Statistics, load_statistics, save_statistics, statistics_path
 from bifrost_cli.evaluation.formulas.frechet import gaussian

@@ -1,16 +1,13 @@
-"""data check: everything that is wrong with a source, before any model is loaded.
-
-In: a recipe and a source. Out: the funnel, every problem, and the error with which an extraction would stop, if any.
-Runs the scan of extract-latents and nothing else; writes nothing. Knows no encoder and no store.
-"""
+"""data check: everything that is wrong with a source, before any model is loaded. Writes nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from bifrost_cli.config.schema import Recipe
-from bifrost_cli.data.sources.problems import Problem, SourceError
+from bifrost_cli.data.sources.item import Problem, SourceError
 from bifrost_cli.data.sources.scan import refuse_problems, scan
 from bifrost_cli.errors import DataError
 from bifrost_cli.runtime.ui import Ui
@@ -18,7 +15,8 @@ from bifrost_cli.runtime.ui import Ui
 
 @dataclass(frozen=True)
 class Checked:
-    """What a source gives: the funnel and other counts ({} when it cannot be listed), and what is wrong with it."""
+    """What a source gives: the funnel and other counts ({} when it cannot be listed), every problem, and the error with
+    which an extraction would stop, if any."""
 
     problems: tuple[Problem, ...]
     stops: DataError | None
@@ -30,11 +28,11 @@ def check_source(recipe: Recipe, source: str, *, ui: Ui | None = None) -> Checke
     """Scan `source` under the recipe's rules, going on where an extraction stops. Errors that are not the data's own
     (2, 3) are raised."""
     ui, rules = ui or Ui(), recipe.latents
-    milder = {"bad_image": "skip", "max_bad": 1.0}
+    milder: dict[str, Any] = {"bad_image": "skip", "max_bad": 1.0}
     if rules.missing_caption == "stop":
         milder["missing_caption"] = "skip"
     try:
-        found = scan(source, rules.model_copy(update=milder), recipe.images, ui.progress)
+        found = scan(source, rules.model_copy(update=milder), recipe.images, ui.progress, stop=False)
     except DataError as error:
         return Checked(error.problems if isinstance(error, SourceError) else (), error)
     for line in found.said:

@@ -16,8 +16,8 @@ from bifrost_cli.artifacts.files import canonical_json, make_folder, write_bytes
 from bifrost_cli.config.load import load_recipe
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.image_sets import ImageSet, entries_of
+from bifrost_cli.data.sources.item import Problem, SourceError
 from bifrost_cli.data.sources.listing import folder_of
-from bifrost_cli.data.sources.problems import Problem, SourceError
 from bifrost_cli.data.sources.scan import SHAPES, Sample, Scan, scan
 from bifrost_cli.errors import BifrostError, DataError, UsageError
 from bifrost_cli.runtime.ui import Ui

@@ -19,7 +19,7 @@ from bifrost_cli.data.latents.index import INDEX
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.latents.writer import StoreWriter
 from bifrost_cli.data.latents.zarr_layout import StoreLayout
-from bifrost_cli.data.sources.problems import Problem, SourceError
+from bifrost_cli.data.sources.item import Problem, SourceError
 from bifrost_cli.data.sources.scan import Sample, Scan, refuse_too_many
 from bifrost_cli.errors import DiskFull, Stopped
 from bifrost_cli.extraction.choose_source import choose_source, digest, listed, refuse_output, scan_source, write_events

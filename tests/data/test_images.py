@@ -304,3 +304,66 @@ def test_square_resizes_the_short_side_and_cuts_the_centre() -> None:
     assert square(texture(300, 100), 64).shape == (64, 64, 3)
     assert np.array_equal(square(texture(64, 64), 64), texture(64, 64))
     assert square(texture(33, 47), 448).shape == (448, 448, 3)
+
+
+# ---- zeros where data should be, films behind photographs, depths of TIFF ---------------------------------------------
+
+
+@pytest.mark.parametrize("quality", [75, 95])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_a_jpeg_whose_end_is_zeros_is_truncated(quality: int, options: dict) -> None:
+    whole = encoded(texture(256, 256), "JPEG", quality=quality, **options)
+    for share in (0.5, 0.9):
+        keep = int(len(whole) * share)
+        assert reason(whole[:keep] + bytes(len(whole) - keep)).startswith("truncated")
+    assert read_image(whole[:-2] + bytes(64), RULES).notes == ("minor-damage",), "only its end marker is missing"
+    assert read_image(whole + bytes(64), RULES).notes == (), "what follows the end marker does not matter"
+
+
+@pytest.mark.parametrize("lossless", [True, False])
+def test_a_webp_whose_end_is_zeros_is_truncated(lossless: bool) -> None:
+    whole = encoded(texture(128, 128), "WEBP", lossless=lossless)
+    assert read_image(whole, RULES).notes == ()
+    assert reason(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2)).startswith("truncated")
+
+
+def test_a_film_behind_a_photograph_is_not_looked_at() -> None:
+    whole = encoded(texture(), "JPEG")
+    film = b"\0\0\0\x18ftypmp42" + b"\xff\xda\0\x08film" + bytes(range(200))
+    assert np.array_equal(read_image(whole + film, RULES).rgb, read_image(whole, RULES).rgb)
+    assert read_image(whole + film, RULES).notes == ()
+
+
+def grey_tiff(pixels: np.ndarray, bits: int, photometric: int, data: bytes, sample_format: int = 1) -> bytes:
+    height, width = pixels.shape
+    rows = [(256, width), (257, height), (258, bits), (259, 1), (262, photometric), (273, 0), (277, 1), (278, height),
+            (279, len(data)), (339, sample_format)]  # fmt: skip
+    start = 8 + 2 + 12 * len(rows) + 4
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, start if tag == 273 else value) for tag, value in rows)
+    return b"II*\0" + struct.pack("<IH", 8, len(rows)) + entries + struct.pack("<I", 0) + data
+
+
+def test_grey_tiffs_of_every_depth_show_the_same_image() -> None:
+    grey = texture()[..., 0]
+    twelve = (grey.astype(int) * 4095 // 255).ravel()
+    packed = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in zip(twelve[::2], twelve[1::2]))
+    deep = grey.astype(np.uint16) * 257
+    for data in (grey_tiff(grey, 8, 1, grey.tobytes()), grey_tiff(grey, 8, 0, (255 - grey).tobytes()),
+                 grey_tiff(grey, 16, 1, deep.astype("<u2").tobytes()), grey_tiff(grey, 12, 1, packed),
+                 grey_tiff(grey, 16, 0, (65535 - deep).astype("<u2").tobytes())):  # fmt: skip
+        assert np.array_equal(read_image(data, RULES).rgb, np.stack([grey] * 3, -1))
+
+
+def test_tiffs_whose_numbers_mean_something_else_are_refused() -> None:
+    grey = texture()[..., 0]
+    assert "signed samples" in reason(grey_tiff(grey, 8, 1, grey.tobytes(), sample_format=2))
+    assert reason(grey_tiff(grey, 16, 1, bytes(2 * grey.size), sample_format=2))
+    assert reason(grey_tiff(grey, 12, 0, bytes(2 * grey.size)))
+
+
+def test_an_error_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "holiday.heic").write_bytes(b"\0\0\0\x20ftypheic00000000")
+    for path in (tmp_path / "holiday.heic", tmp_path / "nothere.png"):
+        with pytest.raises(BadImage) as caught:
+            read_image(path, RULES)
+        assert caught.value.at == str(path)

@@ -164,3 +164,16 @@ def test_a_data_set_that_is_not_there_and_a_library_that_is_not(
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(EnvironmentProblem, match="needs the package datasets"):
         scan("hf:any", RULES)
+
+
+@pytest.mark.parametrize("column", ["image", "caption"])
+def test_a_cell_that_unpacks_to_far_more_than_it_takes_is_not_unpacked(tmp_path: Path, column: str) -> None:
+    cells = {"image": [image()], "caption": ["x"], column: [b"\0" * (1 << 29) + b"\0"]}
+    types = {"image": pa.binary(), "caption": pa.string()}
+    whole = pa.table({name: pa.array(cells[name], type=types[name]) for name in types})
+    path = tmp_path / "a.parquet"
+    pq.write_table(whole, path, compression="zstd", use_dictionary=False)
+    del whole
+    assert path.stat().st_size < 1 << 20
+    expected = "BF-DATA-003" if column == "image" else "BF-DATA-005"
+    assert "unpacks from" in refused(path, expected)

@@ -14,10 +14,11 @@ from PIL import Image
 
 from bifrost_cli.config.schema import Images, Latents
 from bifrost_cli.data.images import BadImage
-from bifrost_cli.data.sources.problems import SourceError
+from bifrost_cli.data.sources.item import SourceError
 from bifrost_cli.data.sources.scan import scan
 from bifrost_cli.errors import BifrostError, DataError, EnvironmentProblem, UsageError
 from bifrost_cli.shapes.captions import held_out
+from bifrost_cli.training.data_order import image_of
 
 RULES = Latents()
 SKIP = Latents(bad_image="skip", max_bad=1.0, missing_caption="skip")
@@ -222,8 +223,73 @@ def test_an_empty_list_and_a_missing_file(tmp_path: Path) -> None:
     assert "no lines" in refused(tmp_path, "BF-DATA-001")
     listed(tmp_path, {"file_name": "gone.png", "caption": "x"})
     assert "file not found" in refused(tmp_path, "BF-DATA-003")
-    listed(tmp_path, {"file_name": "gone.png", "caption": "x"}, {"file_name": "gone.png", "caption": "y"})
-    assert "more than one image" in refused(tmp_path, "BF-DATA-006")
+
+
+def test_several_captions_of_one_image_are_rows_of_their_own(tmp_path: Path) -> None:
+    put(tmp_path, "a.png", None)
+    put(tmp_path, "b.png", None)
+    rows = [{"file_name": name, "caption": text} for name, text in (("a.png", "x"), ("b.png", "z"), ("a.png", "y"))]
+    listed(tmp_path, *rows, rows[0])
+    samples = scan(tmp_path, RULES).samples
+    assert [(s.key, s.caption) for s in samples] == [("a", "x"), ("a#1", "y"), ("b", "z")]
+    assert {image_of(s.key) for s in samples} == {"a", "b"}, "an image's rows stay on one side of validation"
+    flipped = scan(tmp_path, Latents(flip=True)).samples
+    assert [s.key for s in flipped] == ["a", "a#flip", "a#1", "a#1#flip", "b", "b#flip"]
+
+
+def test_one_problem_hides_no_other(tmp_path: Path) -> None:
+    """A caption that is no text, a broken image and two of one key: each costs its own image, and all are listed."""
+    for name in ("a", "b", "c", "d", "e"):
+        put(tmp_path, f"{name}.png")
+    put(tmp_path, "a.jpg")
+    (tmp_path / "b.txt").write_bytes(b"the artist\x92s dot")
+    (tmp_path / "c.png").write_bytes(b"<html>404</html>")
+    (tmp_path / "d.txt").unlink()
+    assert "1 captions in" in refused(tmp_path, "BF-DATA-002", SKIP)
+    found = scan(tmp_path, SKIP, stop=False)
+    assert [s.key for s in found.samples] == ["e"] and found.funnel["seen"] == 3
+    assert sorted(event.event for event in found.events) == ["bad-image", "caption", "key", "missing-caption"]
+    (tmp_path / "b.txt").write_text("a dot")
+    assert "'a.jpg' and 'a.png'" in refused(tmp_path, "BF-DATA-006", SKIP)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_tables_of_an_imagefolder_are_read_and_those_below_are_named(tmp_path: Path, name: str) -> None:
+    put(tmp_path / "train", "a.png", None)
+    rows = '{"file_name": "a.png", "text": "x"}\n' if name.endswith("jsonl") else "file_name,text\na.png,x\n"
+    (tmp_path / "train" / name).write_text(rows)
+    assert [s.caption for s in scan(tmp_path / "train", RULES).samples] == ["x"]
+    for rules in (RULES, Latents(recursive=True)):
+        message = refused(tmp_path, "BF-DATA-002", rules)
+        assert f"train/{name}" in message and f"give the folder of one: {tmp_path / 'train'}" in message
+
+
+def test_paths_into_the_folder_of_the_table_do_not_leave_it(tmp_path: Path) -> None:
+    put(tmp_path / "sub", "a.png", None)
+    put(tmp_path, "b.png", None)
+    listed(
+        tmp_path, {"file_name": str(tmp_path / "b.png"), "caption": "x"}, {"file_name": "sub\\a.png", "caption": "y"}
+    )
+    assert [(s.key, s.caption) for s in scan(tmp_path, RULES).samples] == [("b", "x"), ("sub/a", "y")]
+    for name in (str(tmp_path / ".." / tmp_path.name / "b.png"), str(tmp_path.parent / "b.png"), "sub\\..\\..\\b.png"):
+        listed(tmp_path, {"file_name": name, "caption": "x"})
+        assert "--set latents.allow_outside=true" in refused(tmp_path, "BF-DATA-005")
+
+
+def test_linked_folders_are_named_with_the_way_to_read_them(tmp_path: Path) -> None:
+    put(tmp_path / "real", "a.png")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "batch").symlink_to(tmp_path / "real")
+    message = refused(tmp_path / "set", "BF-DATA-001", Latents(recursive=True))
+    assert "give the folder that one leads to" in message and "recursive=true" not in message
+    (tmp_path / "set" / "b.png").symlink_to(put(tmp_path, "b.png"))
+    (tmp_path / "set" / "b.txt").write_text("x")
+    assert "--set latents.allow_outside=true" in refused(tmp_path / "set", "BF-DATA-003")
+
+
+def test_a_folder_may_have_the_name_of_an_archive(tmp_path: Path) -> None:
+    put(tmp_path / "photos.tar", "a.png")
+    assert [s.key for s in scan(tmp_path / "photos.tar", RULES).samples] == ["a"]
 
 
 def test_links_devices_and_pipes(tmp_path: Path) -> None:
@@ -241,7 +307,7 @@ def test_links_devices_and_pipes(tmp_path: Path) -> None:
     for name in ("b", "inside", "dangling", "loop", "device", "pipe"):
         (source / f"{name}.txt").write_text("x")
     found = scan(source, Latents(bad_image="skip", max_bad=1.0, recursive=True))
-    assert [s.key for s in found.samples] == ["a", "inside"] and found.counts["folders not entered"] == 1
+    assert [s.key for s in found.samples] == ["a", "inside"] and found.counts["linked folders not entered"] == 1
     reasons = {Path(event.where).name: event.reason for event in found.events}
     assert "outside the source folder" in reasons["b.png"] and "outside" in reasons["device.png"]
     assert reasons["dangling.png"] == "dangling link" and reasons["pipe.png"] == "not a regular file"
@@ -323,6 +389,25 @@ def test_a_csv_gives_samples_and_says_which_columns(tmp_path: Path) -> None:
                Latents(image_column="wo", caption_column="was"))  # fmt: skip
     assert [s.caption for s in tsv.samples] == ["ein Bild"] and tsv.said == ()
     assert tsv.counts["images not in list.tsv"] == 1
+
+
+def test_a_quotation_mark_in_a_tsv_swallows_no_row(tmp_path: Path) -> None:
+    rows = [
+        'a.png\t"half of a quote',
+        'b.png\tends with a quote"',
+        'c.png\t"whole, ""inner"" too"',
+        'd.png\t"a" and "b"',
+    ]
+    for name in "cd":
+        put(tmp_path, f"{name}.png", None)
+    found = scan(table(tmp_path, "list.tsv", "image\tcaption\n" + "\n".join(rows) + "\n"), RULES)
+    assert [s.caption for s in found.samples] == [
+        '"half of a quote', 'ends with a quote"', 'whole, "inner" too', '"a" and "b"']  # fmt: skip
+
+
+def test_a_long_cell_that_nobody_reads_stops_no_table(tmp_path: Path) -> None:
+    found = scan(table(tmp_path, "list.csv", f"image,text,base64\na.png,x,{'A' * 200_000}\n"), RULES)
+    assert [s.caption for s in found.samples] == ["x"]
 
 
 @pytest.mark.parametrize(

@@ -204,3 +204,19 @@ def test_a_server_without_ranges_and_one_that_hangs_up(tmp_path: Path, monkeypat
         assert "whole files only" in refused(f"{base}/a.tar", "BF-ENV-020", exit_code=3)
         server.shutdown()
     assert "cannot be read" in refused(f"{base}/list.csv", "BF-ENV-020", exit_code=3)
+
+
+def test_names_with_dots_are_samples_and_parts_of_a_sample_are_not(tmp_path: Path) -> None:
+    members = [("12.5mm.png", image(1)), ("12.5mm.txt", b"one"), ("v1.2.png", image(2)), ("v1.2.json", b'{"text": "two"}'),
+               ("3.png", image(3)), ("3.txt", b"three"), ("3.mask.png", image(4)), ("3.tar.gz", b"x")]  # fmt: skip
+    found = scan(archive(tmp_path / "a.tar", *members), RULES)
+    assert [(s.key, s.caption) for s in found.samples] == [("12.5mm", "one"), ("3", "three"), ("v1.2", "two")]
+    assert found.counts[".mask.png members"] == 1 and found.counts[".tar.gz members"] == 1
+
+
+def test_a_pattern_reads_the_archives_that_are_there(tmp_path: Path) -> None:
+    for number in (0, 2, 10):
+        archive(tmp_path / f"s-{number:03d}.tar", (f"{number}.png", image(number)), (f"{number}.txt", b"x"))
+    assert len(scan(f"{tmp_path}/s-*.tar", RULES).samples) == 3
+    assert "quote a pattern" in refused(f"{tmp_path}/s-{{000..003}}.tar", "BF-DATA-001")
+    assert "no file matches" in refused(f"{tmp_path}/t-*.tar", "BF-USE-001", exit_code=2)

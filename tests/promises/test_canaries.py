@@ -77,13 +77,13 @@ def test_written_in_place(seen, tmp_path, monkeypatch):
 def test_random_state_not_restored(seen, tmp_path, monkeypatch):
     drawn, start = [], loop._start
     monkeypatch.setattr(loop, "_start", lambda *rest: drawn.clear() or start(*rest))
-    monkeypatch.setattr(loop, "derive", lambda *parts: drawn.append(1) or len(drawn))
+    monkeypatch.setattr(loop, "micro_seed", lambda *parts: drawn.append(1) or len(drawn))
     with seen(TRAIN) as wanted:
         errors(TRAIN, tmp_path, wanted, "rename", errno.EIO)
 
 
 def test_a_lock_that_does_not_lock(seen, tmp_path, monkeypatch):
-    monkeypatch.setattr(lock.fcntl, "flock", lambda descriptor, operation: None)
+    monkeypatch.setattr(lock, "_try_lock", lambda descriptor: True)
     with seen(EXTRACT) as wanted:
         second_writer(EXTRACT, tmp_path, wanted)
 

@@ -1,8 +1,8 @@
 """A folder of images: captions in .txt files beside them, or the class that a folder stands for.
 
-In: a folder. Out: a `Listing`. With `latents.captions: folders` (ImageNet's layout) an image's caption is the name of
+With `latents.captions: folders` (ImageNet's layout) an image's caption is the name of
 the folder it lies in, looked up in `latents.class_names` where that is given. Never opens a device, follows a linked
-folder, or leaves the source folder unless the recipe allows it. Does not decode images.
+folder, or leaves the source folder unless the recipe allows it.
 """
 
 from __future__ import annotations
@@ -16,61 +16,77 @@ from pathlib import Path
 
 from bifrost_cli.config.schema import Latents
 from bifrost_cli.data.images import BadImage, read_regular
-from bifrost_cli.data.sources.caption_text import MAX_BYTES, clean_text, decode_caption
+from bifrost_cli.data.sources.captions import MAX_BYTES, clean_text, decode_caption
 from bifrost_cli.data.sources.item import (
     EXTENSIONS,
     LOOKED_FOR,
     OUTSIDE,
     Listing,
+    Problem,
+    SourceError,
     SourceItem,
     in_key_order,
     key_of,
-    refuse_twins,
 )
-from bifrost_cli.data.sources.problems import Problem, SourceError
 from bifrost_cli.errors import DataError
 
+TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _REFUSED = {".eps", ".ps", ".pdf", ".svg", ".ico", ".psd", ".heic", ".heif", ".avif"}  # seen, and refused by content
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 
 
 def list_folder(root: Path, rules: Latents) -> Listing:
-    """DataError: no images, two images with one key, a class without a name. SourceError: captions that cannot be
-    read, each listed."""
+    """The images of a folder. DataError: none. SourceError: classes without a name, each listed."""
     counts: Counter[str] = Counter()
     classes = rules.captions == "folders"
     paths = list(walk(root, rules.recursive or classes, counts))
     if not paths:
         raise _no_images(root, counts)
     names = [path.relative_to(root).as_posix() for path in paths]
-    refuse_twins(names)
+    problems: list[Problem] = []
+    said: tuple[str, ...] = ()
     if classes:
         captions, said = _class_captions(root, paths, rules)
     else:
-        captions, said = _text_captions(root, paths, rules), ()
-    entries = (
-        SourceItem(
-            key_of(name),
-            str(path),
-            partial(read_regular, path),
-            captions.get(path),
-            problem=None if inside(path, root, rules) else OUTSIDE,
+        captions = {path: _text_caption(path.with_suffix(".txt"), root, rules, problems) for path in paths}
+        if not any(captions.values()):
+            refuse_tables_below(root)
+    unread = {problem.where for problem in problems}
+    named = [
+        (name, SourceItem(key_of(name), str(path), partial(read_regular, path), captions.get(path),
+                          problem=None if inside(path, root, rules) else OUTSIDE))
+        for name, path in zip(names, paths, strict=True) if str(path.with_suffix(".txt")) not in unread
+    ]  # fmt: skip
+    entries, everything = in_key_order(named, problems)
+    return Listing(entries, dict(counts), said, everything)
+
+
+def table_in(root: Path) -> Path | None:
+    """The table that Hugging Face's imagefolder keeps beside the images."""
+    return next((root / name for name in TABLE_NAMES if (root / name).exists()), None)
+
+
+def refuse_tables_below(root: Path) -> None:
+    """DataError: the captions are in tables of the folders below, each a source of its own."""
+    if below := [table for folder in sorted(root.iterdir()) if folder.is_dir() and (table := table_in(folder))]:
+        raise DataError(
+            f"the captions of {root} are in tables of the folders below it",
+            at="\n".join(map(str, below[:5])),
+            fix=f"give the folder of one: {below[0].parent}",
+            code="BF-DATA-002",
         )
-        for name, path in zip(names, paths, strict=True)
-    )
-    return Listing(in_key_order(entries), dict(counts), said)
 
 
 def walk(folder: Path, recursive: bool, counts: Counter[str]) -> Iterator[Path]:
     """Every file that looks like an image; what is passed over is counted."""
-    for found in sorted(os.scandir(folder), key=lambda found: found.name):
-        path = Path(found.path)
-        if found.name.startswith("."):
+    for file in sorted(os.scandir(folder), key=lambda file: file.name):
+        path = Path(file.path)
+        if file.name.startswith("."):
             counts["hidden files"] += 1
-        elif found.is_dir(follow_symlinks=False) and recursive:
+        elif file.is_dir(follow_symlinks=False) and recursive:
             yield from walk(path, recursive, counts)
         elif os.path.isdir(path):  # unlike DirEntry.is_dir, False for a loop of links
-            counts["folders not entered"] += 1
+            counts["linked folders not entered" if file.is_symlink() else "folders not entered"] += 1
         elif _looks_like_image(path):
             yield path
         else:
@@ -95,24 +111,19 @@ def _looks_like_image(path: Path) -> bool:
 
 
 def _no_images(root: Path, counts: Counter[str]) -> DataError:
+    refuse_tables_below(root)
     seen = ", ".join(f"{number} {name}" for name, number in counts.items()) or "nothing"
     fix = "give a folder that holds images"
     if counts[".tar files"]:
         fix = f"name the archives: '{root}/NAME-{{000..099}}.tar'"
+    elif counts["linked folders not entered"]:
+        fix = "links to folders are not followed: give the folder that one leads to"
     elif counts["folders not entered"]:
         fix = "look into the folders too: --set latents.recursive=true"
     return DataError(f"no images in {root}, looked for {'/'.join(LOOKED_FOR)}", at=f"it holds {seen}", fix=fix)
 
 
 # ---- captions beside the images ------------------------------------------------------------------------------------
-
-
-def _text_captions(root: Path, paths: list[Path], rules: Latents) -> dict[Path, str | None]:
-    problems: list[Problem] = []
-    captions = {path: _text_caption(path.with_suffix(".txt"), root, rules, problems) for path in paths}
-    if problems:
-        raise SourceError(f"{len(problems)} captions in {root} cannot be read", problems, code="BF-DATA-002")
-    return captions
 
 
 def _text_caption(path: Path, root: Path, rules: Latents, problems: list[Problem]) -> str | None:

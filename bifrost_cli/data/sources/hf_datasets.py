@@ -1,6 +1,6 @@
-"""A data set of Hugging Face's library: an id on the hub, or a folder.
+"""A data set of Hugging Face's library: an id on the hub, or a folder, as `NAME_OR_PATH[:SPLIT]`.
 
-In: `NAME_OR_PATH[:SPLIT]`. Out: a `Listing`. The library downloads and indexes; images come as the bytes they were
+The library downloads and indexes; images come as the bytes they were
 stored as, and are decoded by our reader. Data sets that bring code of their own are refused by the library.
 """
 
@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from bifrost_cli.config.schema import Latents
-from bifrost_cli.data.sources.columns import PLAN, Columns, caption_of, choose_columns, text_of
-from bifrost_cli.data.sources.item import Listing, SourceItem, key_of
+from bifrost_cli.data.sources.captions import PLAN, Columns, caption_of, choose_columns, text_of
+from bifrost_cli.data.sources.item import Listing, Problem, SourceItem, key_of
 from bifrost_cli.data.sources.parquet import bytes_of_cell
-from bifrost_cli.data.sources.problems import Problem, SourceError
 from bifrost_cli.data.sources.remote import read_place
 from bifrost_cli.errors import DataError, EnvironmentProblem
 
@@ -25,18 +24,17 @@ _BATCH = 4096
 
 def list_hub(name: str, rules: Latents) -> Listing:
     """EnvironmentProblem: the `hf` extra is missing, or the data set cannot be reached. DataError: no such split, no
-    such column (naming those it has), a column of another kind. SourceError: captions that are no text, each listed."""
+    such column (naming those it has), a column of another kind."""
     path, _, split = name.partition(":")
     rows = _load(path, split)
     columns = choose_columns(rows.column_names, name, rules)
     images = _images(rows, columns.image, name)
     problems: list[Problem] = []
     entries = tuple(_entries(rows, images, columns, name, problems))
-    if problems:
-        raise SourceError(f"{len(problems)} rows of {name} cannot be used", problems, code="BF-DATA-005")
-    if not entries:
+    if not entries and not problems:
         raise DataError(f"no images in {name}: it has no rows")
-    return Listing(entries, said=(f"data set: {name}, split {split or 'train'}, {len(entries)} rows", *columns.said))
+    said = (f"data set: {name}, split {split or 'train'}, {len(entries)} rows", *columns.said)
+    return Listing(entries, said=said, problems=tuple(problems))
 
 
 def _load(path: str, split: str) -> Any:

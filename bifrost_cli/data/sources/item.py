@@ -1,7 +1,6 @@
-"""What every kind of source gives: entries in key order, each with a way to read its bytes when asked for.
+"""What every kind of source gives: images with captions, in key order, and the problems that were met.
 
-In: nothing. Out: `Entry` and `Listing`, and the rules all sources share: how a name becomes a key, that no two images
-have one key, what a name may not do. A million entries stay in memory; their images never do. Knows no format.
+A million entries stay in memory; their images never do.
 """
 
 from __future__ import annotations
@@ -10,16 +9,42 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 from urllib.parse import quote
 
 from bifrost_cli.errors import DataError
 
 LOOKED_FOR = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 EXTENSIONS = {f".{name}" for name in (*LOOKED_FOR, "jpe", "jfif", "apng")}
-OUTSIDE = "a link to a file outside the source folder"
+OUTSIDE = "a link to a file outside the source folder (--set latents.allow_outside=true follows it)"
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What kind (caption, image, ...), where, and why."""
+
+    event: str
+    where: str
+    reason: str
+
+    def as_json(self) -> dict[str, str]:
+        return asdict(self)
+
+
+class SourceError(DataError):
+    """Problems of one kind that stop the command; `problems` holds every one."""
+
+    def __init__(self, message: str, problems: Sequence[Problem], *, code: str, fix: str | None = None) -> None:
+        lines = [f"{problem.where}: {problem.reason}" for problem in problems[:_SHOWN]]
+        if len(problems) > _SHOWN:
+            lines.append(f"and {len(problems) - _SHOWN} more")
+        super().__init__(message, at="\n".join(lines), fix=fix or "mend or remove them", code=code)
+        self.problems = tuple(problems)
+        self.all_shown = len(problems) <= _SHOWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +65,13 @@ class SourceItem:
 
 @dataclass(frozen=True)
 class Listing:
-    """Entries in key order, counts of what was left aside, and lines that tell a person what was chosen."""
+    """Entries in key order, counts of what was left aside, lines that tell a person what was chosen, and problems that
+    stop an extraction: captions, rows or keys that cannot be used, each of which costs its own entry and no other."""
 
     entries: tuple[SourceItem, ...]
     counts: dict[str, int] = field(default_factory=dict)
     said: tuple[str, ...] = ()
-
-
-def in_key_order(entries: Iterable[SourceItem]) -> tuple[SourceItem, ...]:
-    return tuple(sorted(entries, key=lambda entry: entry.key))
+    problems: tuple[Problem, ...] = ()
 
 
 def key_of(name: str) -> str:
@@ -60,20 +83,29 @@ def _stem(name: str) -> str:
     return Path(name).with_suffix("").as_posix()
 
 
-def refuse_twins(names: Iterable[str]) -> None:
-    """DataError: two images with one key (a.jpg, a.png), or two spellings of one name (composed and decomposed
-    accents)."""
-    groups = defaultdict(list)
-    for name in names:
-        groups[unicodedata.normalize("NFC", _stem(name))].append(name)
-    twins = [group for group in groups.values() if len(group) > 1]
-    if twins:
-        raise DataError(
-            f"{len(twins)} keys belong to more than one image",
-            at="\n".join(" and ".join(ascii(name) for name in group) for group in twins[:5]),
-            fix="rename or remove one of each",
-            code="BF-DATA-006",
-        )
+def in_key_order(
+    named: Sequence[tuple[str, SourceItem]], problems: Sequence[Problem]
+) -> tuple[tuple[SourceItem, ...], tuple[Problem, ...]]:
+    """Entries in key order and all problems of a listing.
+
+    Two images with one key (a.jpg, a.png), or two spellings of one name (composed and decomposed accents), are a
+    problem and no entries. Rows of one image that differ in their caption are rows of their own, `#1`, `#2` and so on
+    after the key.
+    """
+    groups: dict[str, list[tuple[str, SourceItem]]] = defaultdict(list)
+    for name, entry in named:
+        groups[unicodedata.normalize("NFC", _stem(name))].append((name, entry))
+    entries, clashes = [], []
+    for group in groups.values():
+        if len({(name, entry.where) for name, entry in group}) > 1:
+            clashes.append(Problem("key", " and ".join(ascii(name) for name, _ in group), "one key for several images"))
+            continue
+        different: dict[Any, SourceItem] = {}
+        for _, entry in group:
+            different.setdefault((entry.caption, entry.plan), entry)
+        for number, entry in enumerate(different.values()):
+            entries.append(replace(entry, key=f"{entry.key}#{number}") if number else entry)
+    return tuple(sorted(entries, key=lambda entry: entry.key)), (*problems, *clashes)
 
 
 def leaves(name: str) -> bool:

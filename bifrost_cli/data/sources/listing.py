@@ -1,49 +1,60 @@
-"""Which kind of source a text means, and its listing.
+"""Which kind of source a text means: a folder, a table, archives, a data set of the hub, or what a plug-in reads.
 
-In: what the user typed: a folder, a table, archives, a data set of the hub, local or remote. Out: a `Listing`, or the
-error that says what can be given. Decodes no image.
+Another package adds a scheme by an entry point of the group `bifrost.sources`, a function of what follows `SCHEME:` and
+of the recipe's `latents` section that returns a `Listing`:
+
+    [project.entry-points."bifrost.sources"]
+    lmdb = "my_package.lmdb:list_lmdb"
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from bifrost_cli.config.schema import Latents
-from bifrost_cli.data.sources.folder import list_folder
+from bifrost_cli.data.sources.folder import list_folder, table_in
 from bifrost_cli.data.sources.hf_datasets import HUB, list_hub
 from bifrost_cli.data.sources.item import Listing
 from bifrost_cli.data.sources.parquet import list_parquet
-from bifrost_cli.data.sources.remote import expand, is_remote, suffix_of
-from bifrost_cli.data.sources.table import METADATA, TABLES, list_tables
+from bifrost_cli.data.sources.remote import SCHEMES, expand, is_remote, suffix_of
+from bifrost_cli.data.sources.table import TABLES, list_tables
 from bifrost_cli.data.sources.webdataset import list_tars
-from bifrost_cli.errors import DataError, RecipeError
+from bifrost_cli.errors import BifrostError, DataError, EnvironmentProblem, RecipeError
+from bifrost_cli.runtime.plugins import plugins
 
 PARQUET = ".parquet"
 _FIX = "give a folder of images with .txt captions, a table (.jsonl, .csv, ...), .tar archives, or shapes:2048"
+# Listers of other packages by scheme. The names of ours stand here so that none of them can be taken.
+SOURCES = plugins("bifrost.sources", {name: None for name in ("hf", "shapes", *SCHEMES)})
 
 
 def list_source(source: str, rules: Latents) -> Listing:
-    """Entries of a source, sorted by key.
+    """The images of a source, and what of it cannot be used.
 
-    DataError: nothing there, no images, two images with one key. SourceError: captions that cannot be read, broken
-    lines, paths that leave the source (each problem listed). RecipeError: a setting that this source would ignore.
+    Raises:
+        DataError: nothing there, no images, a list that cannot be read at all.
+        RecipeError: a setting that this source would ignore.
+        EnvironmentProblem: a package is missing or a plug-in fails, a server cannot be reached.
     """
+    if scheme := _plugin_scheme(source):
+        return _of_plugin(scheme, source, rules)
     try:
         if source.startswith(HUB) and not is_remote(source):
             refuse_ignored(rules, "a data set", captions="files", class_names=None)
             return list_hub(source.removeprefix(HUB), rules)
         places = expand(source)
         suffix = suffix_of(places[0])
-        if suffix in (*TABLES, PARQUET) and (is_remote(source) or not Path(places[0]).is_dir()):
+        is_file = is_remote(source) or not Path(places[0]).is_dir()
+        if suffix in (*TABLES, PARQUET) and is_file:
             return _of_tables(places, rules)
-        if suffix == ".tar":
+        if suffix == ".tar" and is_file:
             refuse_ignored(rules, "archives", captions="files", image_column=None)
             return list_tars(places, rules)
         root = Path(source)
         if is_remote(source) or not root.is_dir():
             raise _no_source(source)
-        metadata = root / METADATA
-        if metadata.exists() and rules.captions == "files":
+        if rules.captions == "files" and (metadata := table_in(root)):
             return _of_tables([str(metadata)], rules)
         refuse_ignored(rules, "a folder", image_column=None, caption_column=None)
         if rules.captions == "files":
@@ -51,6 +62,33 @@ def list_source(source: str, rules: Latents) -> Listing:
         return list_folder(root, rules)
     except PermissionError as error:
         raise DataError(f"{error.filename} is not readable by this user") from error
+
+
+def _plugin_scheme(source: str) -> str | None:
+    """The scheme of a source that a plug-in reads; a file of that name comes first."""
+    match = re.match(r"([a-z][a-z0-9+.-]+):", source)
+    ours = ("hf", "shapes", *SCHEMES)
+    if match is None or match[1] not in SOURCES or Path(source).exists():
+        return None
+    SOURCES[match[1]]  # two of one name, or a plug-in that does not load, stop here
+    return None if match[1] in ours else match[1]
+
+
+def _of_plugin(scheme: str, source: str, rules: Latents) -> Listing:
+    try:
+        listing = SOURCES[scheme](source.removeprefix(f"{scheme}:"), rules)
+        if not isinstance(listing, Listing):
+            raise TypeError(f"it returned {type(listing).__name__}, not a Listing")
+        return listing
+    except BifrostError:
+        raise
+    except Exception as error:  # whatever somebody else's code does
+        raise EnvironmentProblem(
+            f"the plug-in for {scheme}: failed on {source}",
+            at=f"{type(error).__name__}: {error}",
+            fix="ask its author, or give another source",
+            code="BF-ENV-004",
+        ) from error
 
 
 def folder_of(source: str) -> Path | None:

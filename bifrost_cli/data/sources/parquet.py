@@ -1,13 +1,13 @@
 """Parquet files of captions and either the images themselves or their paths.
 
-In: the places of a table's parts. Out: a `Listing`. Images are read again when asked for, a row group at a time: two
-row groups of a file are in memory at most, never a column of images. Decodes no image.
+Images are read a row group at a time, when they are needed: two row groups of a file are in memory at most, never a
+column of images. A row group that would unpack to far more than it takes in the file is not read.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
@@ -16,20 +16,22 @@ from typing import Any
 
 from bifrost_cli.config.schema import Latents
 from bifrost_cli.data.images import BadImage
-from bifrost_cli.data.sources.columns import PLAN, Columns, caption_of, choose_columns, text_of
-from bifrost_cli.data.sources.item import Listing, SourceItem, in_key_order, key_of, refuse_twins
-from bifrost_cli.data.sources.problems import Problem, SourceError
+from bifrost_cli.data.sources.captions import PLAN, Columns, caption_of, choose_columns, text_of
+from bifrost_cli.data.sources.item import Listing, Problem, SourceItem, in_key_order, key_of
 from bifrost_cli.data.sources.remote import is_remote, open_place, reading
 from bifrost_cli.data.sources.table import path_entry
 from bifrost_cli.errors import DataError, EnvironmentProblem
 
 NULL = "the image cell is null"
 _BATCH = 4096
+_UNPACKED, _RATIO = 1 << 29, 100  # bytes of a column in a row group, and times what it takes in the file
 
 
 def list_parquet(places: list[str], rules: Latents) -> Listing:
-    """DataError: a file that is not there, is no Parquet file, has no rows, or lacks a column (naming those it has).
-    SourceError: cells that cannot be used, each listed."""
+    """The images of a table's parts.
+
+    DataError: a file that is not there, is no Parquet file, has no rows, or lacks a column (naming those it has).
+    """
     problems: list[Problem] = []
     said: tuple[str, ...] = ()
     named: list[tuple[str, SourceItem]] = []
@@ -40,12 +42,10 @@ def list_parquet(places: list[str], rules: Latents) -> Listing:
         said = said or columns.said
         prefix = f"{Path(place).stem}/" if len(places) > 1 else ""
         named += _named_entries(file, columns, prefix, rules, problems)
-    if problems:
-        raise SourceError(f"{len(problems)} rows of {places[0]} cannot be used", problems, code="BF-DATA-005")
-    if not named:
+    if not named and not problems:
         raise DataError(f"no images in {places[0]}: it has no rows")
-    refuse_twins(name for name, _ in named)
-    return Listing(in_key_order(entry for _, entry in named), said=said)
+    entries, everything = in_key_order(named, problems)
+    return Listing(entries, said=said, problems=everything)
 
 
 def bytes_of_cell(cell: Any) -> bytes:
@@ -129,6 +129,8 @@ class _File:
         wanted = [*columns.captions, PLAN, *([] if embedded else [columns.image])]
         present = [name for name in self.columns if name in wanted]
         try:
+            for group in range(len(self._starts) - 1):
+                self._refuse_bomb(group, present)
             if not present:
                 yield from ({} for _ in range(self._starts[-1]))
             for batch in self._file.iter_batches(_BATCH, columns=present) if present else ():
@@ -144,7 +146,23 @@ class _File:
         except self._errors as error:
             raise BadImage(f"damaged, or changed during the run: {error}") from error
 
+    def _refuse_bomb(self, group: int, columns: Sequence[str]) -> None:
+        """DataError for a column that would unpack to more memory than any honest one, before it is unpacked."""
+        chunks = self._file.metadata.row_group(group)
+        for chunk in map(chunks.column, range(chunks.num_columns)):
+            size, packed = chunk.total_uncompressed_size, max(1, chunk.total_compressed_size)
+            if chunk.path_in_schema.split(".")[0] in columns and size > _UNPACKED and size > _RATIO * packed:
+                raise DataError(
+                    f"{self.place}: column {chunk.path_in_schema} unpacks from {packed:,} to {size:,} bytes",
+                    fix="write it again in smaller row groups, or leave it out",
+                    code="BF-DATA-005",
+                )
+
     def _read_group(self, group: int, column: str) -> Any:
+        try:
+            self._refuse_bomb(group, [column])
+        except DataError as error:
+            raise BadImage(error.message) from error
         return self._file.read_row_group(group, columns=[column]).column(0)
 
     def _type(self, column: str) -> Any:

@@ -7,6 +7,7 @@ schemes below are opened: fsspec knows others that run commands. Does not know w
 
 from __future__ import annotations
 
+import glob
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,11 +70,15 @@ def suffix_of(place: str) -> str:
 
 
 def expand(pattern: str) -> list[str]:
-    """`shards-{000..099}.tar` as its files, in order; what has no braces, or exists as it is, stands for itself.
+    """`shards-{000..099}.tar` or a local `shards-*.tar` as its files, in order; what exists as it is stands for itself.
 
-    UsageError: a range that runs backwards, or more than 100,000 files.
+    UsageError: a range that runs backwards, or more than 100,000 files; a pattern that nothing matches.
     """
     found = _RANGE.search(pattern)
+    if not is_remote(pattern) and re.search(r"[*?]", pattern) and not Path(pattern).exists():
+        if not (files := sorted(glob.glob(pattern))):
+            raise UsageError(f"no file matches {pattern}", fix="for example 'shards-*.tar', in quotes")
+        return files
     if not found or (not is_remote(pattern) and Path(pattern).exists()):
         return [pattern]
     first, last = found.groups()

@@ -1,20 +1,19 @@
 """A source of captioned images, checked before any model is loaded.
 
-In: anything `listing` knows, or `shapes:N[:SEED]` (scenes of the built-in world, training split), and the recipe's
-rules. Out: `Scan`: samples in key order, the funnel (seen, readable, captioned, used), and every problem as an event;
-or the error that stops. Every image is decoded once here, so that a bad one shows before the encoder starts. Knows no
-store and no encoder.
+A source is anything `listing` knows, or `shapes:N[:SEED]` (scenes of the built-in world, training split). Every image is
+decoded once here, so that a bad one shows before the encoder starts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,8 @@ import numpy as np
 
 from bifrost_cli.config.schema import Images, Latents
 from bifrost_cli.data.images import Animated, BadImage, DecodedImage, read_image
-from bifrost_cli.data.sources.item import SourceItem
+from bifrost_cli.data.sources.item import Problem, SourceError, SourceItem
 from bifrost_cli.data.sources.listing import list_source, refuse_ignored
-from bifrost_cli.data.sources.problems import Problem, SourceError
-from bifrost_cli.data.sources.sample import Sample, Scan, with_flips
 from bifrost_cli.errors import RecipeError, UsageError
 from bifrost_cli.shapes.captions import Prompt, sample_prompt, sample_scene
 from bifrost_cli.shapes.draw import draw
@@ -35,6 +32,35 @@ from bifrost_cli.shapes.scene_plan import write_plan
 
 SHAPES = "shapes:"
 _BLOCK = 1024  # images handed to the threads at once
+FLIP = "#flip"  # follows the key; keys hold no other `#`, so that both rows of an image can be told to belong together
+_SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
+_IMAGES = Images()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One captioned image; `sha256` is that of the file (of the pixels, where there is no file).
+
+    `load()` reads it again; BadImage when it is not what the scan saw.
+    """
+
+    key: str
+    caption: str
+    plan: str | None
+    sha256: str
+    load: Callable[[], DecodedImage]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a source gives: samples in key order, the funnel, other counts, problems that did not stop, and lines that
+    tell a person what was chosen."""
+
+    samples: tuple[Sample, ...]
+    funnel: dict[str, int]
+    counts: dict[str, int] = field(default_factory=dict)
+    events: tuple[Problem, ...] = ()
+    said: tuple[str, ...] = ()
 
 
 class _Silent:
@@ -48,14 +74,29 @@ Progress = Callable[[int, str], AbstractContextManager[Any]]
 def scan(
     source: str | Path,
     rules: Latents,
-    images: Images = Images(),
+    images: Images = _IMAGES,
     progress: Progress = lambda total, what: nullcontext(_Silent()),
+    *,
+    stop: bool = True,
 ) -> Scan:
-    """Look at everything `source` holds; `progress(total, what)` opens a counter that is advanced image by image.
+    """Look at everything that a source holds.
 
-    UsageError: a malformed `shapes:`. RecipeError: a setting that is wrong of this source. DataError: no images, keys
-    that clash, nothing left to use. SourceError: captions or images that stop under the recipe's rules, with all
-    problems of that kind.
+    Args:
+        source: see the head of this file.
+        rules: which images and captions are used, and what stops.
+        images: what every reading of an image obeys.
+        progress: `progress(total, what)` opens a counter that is advanced image by image.
+        stop: stop at captions, rows and keys that cannot be used; otherwise they are events, and their images are left
+            out.
+
+    Returns:
+        Samples in key order, the funnel (seen, readable, captioned, used), and every problem as an event.
+
+    Raises:
+        UsageError: a malformed `shapes:`.
+        RecipeError: a setting that is wrong of this source.
+        DataError: no images, nothing left to use.
+        SourceError: captions, rows, keys or images that stop under the rules, with all problems of that kind.
     """
     if str(source).startswith(SHAPES):
         if rules.flip:
@@ -68,6 +109,8 @@ def scan(
         refuse_ignored(rules, "the built-in world", **ignored)
         return _scan_shapes(str(source), progress)
     listing = list_source(str(source), rules)
+    if stop:
+        _refuse_listed(listing.problems, source)
     captioned, missing = _captioned(listing.entries, source, rules)
     with progress(len(listing.entries), "checking images") as bar:
         checked = list(_checked(listing.entries, images, bar))
@@ -89,12 +132,10 @@ def scan(
         "used": len(samples),
     }
     if not samples:
-        raise SourceError(
-            f"nothing in {source} can be used: {_shown(funnel)}",
-            (*missing, *bad, *animated),
-            fix="see --missing-caption and --bad-image",
-            code="BF-DATA-001",
-        )
+        events = (*listing.problems, *missing, *bad, *animated)
+        ways = [fix for event, fix in _WAYS.items() if any(problem.event == event for problem in events)]
+        fix = ", ".join(ways) or "mend or remove them"
+        raise SourceError(f"nothing in {source} can be used: {_shown(funnel)}", events, fix=fix, code="BF-DATA-001")
     notes = Counter(note for _, found in readable for note in found.notes)
     duplicates = len(samples) - len({sample.sha256 for sample in samples})
     counts = {**listing.counts, **({"duplicates": duplicates} if duplicates else {}), **dict(sorted(notes.items()))}
@@ -103,7 +144,7 @@ def scan(
         funnel |= {"flipped": funnel.pop("used"), "used": 2 * len(samples)}
         samples, notes_on_flips = with_flips(samples)
         said += notes_on_flips
-    return Scan(samples, funnel, counts, (*missing, *bad, *animated), said)
+    return Scan(samples, funnel, counts, (*listing.problems, *missing, *bad, *animated), said)
 
 
 # ---- captions --------------------------------------------------------------------------------------------------------
@@ -167,8 +208,29 @@ def _sort_problems(
 
 def refuse_problems(found: Scan, source: str | Path, rules: Latents) -> None:
     """SourceError where `scan` under these rules stops for what a scan under milder ones found."""
+    _refuse_listed(found.events, source)
     for event, refuse in (("missing-caption", _refuse_missing), ("bad-image", _refuse_bad)):
         refuse([problem for problem in found.events if problem.event == event], found.funnel["seen"], source, rules)
+
+
+# What a listing could not use, by event: the sentence, the code, the fix.
+_LISTED = {
+    "caption": ("captions in {} cannot be read", "BF-DATA-002", "save them as UTF-8, or remove them"),
+    "metadata": ("lines of {} cannot be used", "BF-DATA-005", None),
+    "row": ("rows of {} cannot be used", "BF-DATA-005", None),
+    "key": ("keys of {} belong to more than one image", "BF-DATA-006", "rename or remove one of each"),
+}
+_WAYS = {
+    "missing-caption": "write the captions, or --missing-caption empty (use an empty one)",
+    "bad-image": "mend the images",
+    "animated": "--set images.animated=first (use the first frame)",
+}
+
+
+def _refuse_listed(problems: Sequence[Problem], source: str | Path) -> None:
+    for event, (sentence, code, fix) in _LISTED.items():
+        if those := [problem for problem in problems if problem.event == event]:
+            raise SourceError(f"{len(those)} {sentence.format(source)}", those, code=code, fix=fix)
 
 
 def _refuse_missing(missing: Sequence[Problem], of: int, source: str | Path, rules: Latents) -> None:
@@ -212,6 +274,27 @@ def _load(read: Callable[[], bytes], sha256: str, rules: Images) -> DecodedImage
 
 def _shown(funnel: dict[str, int]) -> str:
     return ", ".join(f"{name} {number}" for name, number in funnel.items())
+
+
+# ---- mirror images ----------------------------------------------------------------------------------------------------
+
+
+def with_flips(samples: Sequence[Sample]) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
+    """Each sample followed by its mirror image under the same caption and plan, and a line that counts the captions
+    that speak of left or right, which are not true of the mirror image."""
+    both = tuple(
+        one
+        for sample in samples
+        for one in (sample, replace(sample, key=sample.key + FLIP, load=partial(_flipped, sample.load)))
+    )
+    wrong = sum(bool(_SIDES.search(f"{sample.caption} {sample.plan or ''}")) for sample in samples)
+    said = f"flip: {wrong} of {len(samples)} captions say left or right, which is wrong of their flipped row"
+    return both, (said,) if wrong else ()
+
+
+def _flipped(load: Callable[[], DecodedImage]) -> DecodedImage:
+    image = load()
+    return DecodedImage(np.ascontiguousarray(image.rgb[:, ::-1]), (*image.notes, "flipped"))
 
 
 # ---- the built-in world ----------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Tables of images and captions: JSONL, CSV and TSV with the images' paths.
 
-In: the places of one table, or of the parts of one. Out: a `Listing`. A path is read as seen from its table, and stays
-below the table's folder unless the recipe allows more. Decodes no image.
+A path is read as seen from its table, and stays below the table's folder unless the recipe allows more.
 """
 
 from __future__ import annotations
@@ -14,22 +13,19 @@ from typing import Any
 
 from bifrost_cli.config.schema import Latents
 from bifrost_cli.data.images import BadImage
-from bifrost_cli.data.sources.columns import PLAN, Columns, caption_of, choose_columns, text_of
+from bifrost_cli.data.sources.captions import PLAN, Columns, caption_of, choose_columns, text_of
 from bifrost_cli.data.sources.folder import inside, walk
-from bifrost_cli.data.sources.item import OUTSIDE, Listing, SourceItem, in_key_order, key_of, leaves, refuse_twins
-from bifrost_cli.data.sources.problems import Problem, SourceError
+from bifrost_cli.data.sources.item import OUTSIDE, Listing, Problem, SourceItem, in_key_order, key_of, leaves
 from bifrost_cli.data.sources.remote import beside, is_remote, read_place, suffix_of
 from bifrost_cli.data.sources.table_rows import DELIMITERS, Row, csv_rows, jsonl_rows
 from bifrost_cli.errors import DataError
 
-METADATA = "metadata.jsonl"
 TABLES = (".jsonl", ".csv", ".tsv")
 _TABLE_BYTES = 1 << 32  # of one table, which is read whole
 
 
 def list_tables(places: list[str], rules: Latents) -> Listing:
-    """DataError: a table that is not there, has no rows or lacks a column, two images with one key. SourceError:
-    lines that cannot be used, each listed."""
+    """The images that a table names. DataError: it is not there, has no rows, or lacks a column."""
     problems: list[Problem] = []
     found = ((place, line, row) for place in places for line, row in _rows(place))
     rows = [one for one in found if _is_row(one, problems)]
@@ -44,11 +40,8 @@ def list_tables(places: list[str], rules: Latents) -> Listing:
         columns = choose_columns(present, places[0], rules, mixed=jsonl)
         said = columns.said
         named = list(_named_entries(rows, columns, rules, problems))
-    if problems:
-        raise SourceError(f"{len(problems)} lines of {places[0]} cannot be used", problems, code="BF-DATA-005")
-    refuse_twins(name for name, _ in named)
-    entries = in_key_order(entry for _, entry in named)
-    return Listing(entries, _not_listed(places, entries, rules), said)
+    entries, everything = in_key_order(named, problems)
+    return Listing(entries, _not_listed(places, entries, rules), said, everything)
 
 
 def _rows(place: str) -> Iterator[tuple[int, Row | ValueError]]:
@@ -82,13 +75,26 @@ def _named_entries(
 
 def path_entry(place: str, name: str, caption: str | None, plan: str | None, rules: Latents) -> SourceItem:
     """The entry of an image that a table at `place` names. ValueError when the name leaves the table's folder."""
+    name = _below(name, place)
     if not rules.allow_outside and leaves(name):
-        raise ValueError(f"the path {name!r} leaves the source folder (latents.allow_outside is false)")
+        raise ValueError(f"the path {name!r} leaves the source folder (--set latents.allow_outside=true allows it)")
     where = beside(place, name)
     linked = not is_remote(where) and not inside(Path(where), Path(place).parent, rules)
     return SourceItem(
         key_of(name.lstrip("/")), where, partial(read_place, where), caption, plan, OUTSIDE if linked else None
     )
+
+
+def _below(name: str, place: str) -> str:
+    """`name` as seen from the table: an absolute path into its own folder, or one with backslashes, is no way out."""
+    if is_remote(place) or is_remote(name):
+        return name
+    if "\\" in name and not (Path(place).parent / name).exists():
+        name = name.replace("\\", "/")
+    folder = Path(place).absolute().parent
+    if Path(name).is_absolute() and ".." not in Path(name).parts and Path(name).is_relative_to(folder):
+        return Path(name).relative_to(folder).as_posix()
+    return name
 
 
 def _not_listed(places: list[str], entries: tuple[SourceItem, ...], rules: Latents) -> dict[str, int]:

@@ -1,8 +1,4 @@
-"""Rows of JSONL, CSV and TSV files from untrusted bytes.
-
-In: a file's bytes. Out: its rows in order, each with its line number, and what is wrong with the lines that are no
-rows. Does not know what the columns mean.
-"""
+"""Rows of JSONL, CSV and TSV files from untrusted bytes, each with its line number, and what is wrong with the others."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ from typing import Any
 from bifrost_cli.errors import DataError
 
 LINE_BYTES = 1 << 20
+csv.field_size_limit(1 << 30)  # a cell of a column that nobody reads must not stop the table; captions have their own
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 Row = dict[str, Any]
@@ -40,8 +37,10 @@ def _json_row(line: bytes) -> Row:
 
 
 def csv_rows(data: bytes, where: str, suffix: str) -> Iterator[tuple[int, Row | ValueError]]:
-    """(line, row by column name); a field in quotes may hold line ends. The first line names the columns.
+    """(line, row by column name); the first line names the columns.
 
+    In CSV a field in quotes may hold line ends. In TSV a line is a row, and a quotation mark is a character, unless it
+    stands at both ends of a field: a caption that begins with one must not swallow the rows that follow.
     DataError: not UTF-8 (naming the byte), no columns, a column named twice.
     """
     try:
@@ -50,7 +49,8 @@ def csv_rows(data: bytes, where: str, suffix: str) -> Iterator[tuple[int, Row | 
         raise DataError(
             f"{where} is not UTF-8 at byte {error.start}", fix="save it as UTF-8", code="BF-DATA-005"
         ) from None
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITERS[suffix], strict=True)
+    stream = io.StringIO(text, newline="")
+    reader: Any = _TsvReader(stream) if suffix == ".tsv" else csv.reader(stream, strict=True)
     header = _header(reader, where)
     try:
         for fields in reader:
@@ -60,9 +60,30 @@ def csv_rows(data: bytes, where: str, suffix: str) -> Iterator[tuple[int, Row | 
         yield reader.line_num, ValueError(str(error))
 
 
+class _TsvReader:
+    """Lines of a TSV as lists of fields, with `line_num` as csv.reader has it."""
+
+    def __init__(self, stream: io.StringIO) -> None:
+        self._stream, self.line_num = stream, 0
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return self
+
+    def __next__(self) -> list[str]:
+        line = next(self._stream).rstrip("\r\n")
+        self.line_num += 1
+        return [self._unquoted(field) for field in line.split("\t")] if line else []
+
+    @staticmethod
+    def _unquoted(field: str) -> str:
+        inner = field[1:-1]
+        quoted = len(field) > 1 and field[0] == field[-1] == '"' and '"' not in inner.replace('""', "")
+        return inner.replace('""', '"') if quoted else field
+
+
 def _header(reader: Any, where: str) -> list[str]:
     try:
-        header = next(reader, [])
+        header: list[str] = next(reader, [])
     except csv.Error as error:
         raise DataError(f"{where}:1 cannot be read: {error}", code="BF-DATA-005") from error
     twice = {name for name in header if header.count(name) > 1}

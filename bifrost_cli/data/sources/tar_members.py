@@ -1,7 +1,6 @@
 """The members of a tar archive from untrusted bytes, header by header.
 
-In: an open file that can seek. Out: regular members with their place in the file, in order, or an error naming member
-and byte. Nothing is extracted or decompressed. Unlike Python's tarfile, an archive without its two closing blocks is an
+Nothing is extracted or decompressed. Unlike Python's tarfile, an archive without its two closing blocks is an
 error: a cut at a member's border would lose the rest in silence. Reads ustar, GNU long names and pax paths and sizes.
 """
 
@@ -33,7 +32,8 @@ class Member:
 
 def members(stream: BinaryIO, where: str) -> Iterator[Member]:
     """Every member that is no folder. DataError BF-DATA-005: compressed, cut short, or a header that is none."""
-    size, at, named = stream.seek(0, 2), 0, {}
+    size, at = stream.seek(0, 2), 0
+    named: dict[str, str] = {}
     while (header := _block(stream, at, where)) != _ZEROS:
         kind = header[156:157]
         member = _member(header, at, kind, named, where)

@@ -1,8 +1,8 @@
 """WebDataset archives: members of one name and several extensions are one sample.
 
-In: the places of tar files. Out: a `Listing`. An image is jpg, png or webp; its caption txt, or a field of json, or,
-with `latents.class_names`, the line whose number cls holds. Any other member is counted and never opened. Members that
-are links, devices or leave the archive become entries that say so. Decodes no image.
+An image is jpg, png or webp; its caption txt, or a field of json, or, with `latents.class_names`, the line whose number
+cls holds. Any other member is counted and never opened. Members that are links, devices or leave the archive become
+entries that say so. A name may hold dots (v1.2.png); `0.mask.png` beside `0.png` is a part of sample 0 and no image.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from typing import BinaryIO
 
 from bifrost_cli.config.schema import Latents
 from bifrost_cli.data.images import FILE_BYTES, BadImage
-from bifrost_cli.data.sources.caption_text import MAX_BYTES, decode_caption
-from bifrost_cli.data.sources.columns import CAPTIONS, PLAN, text_of
+from bifrost_cli.data.sources.captions import CAPTIONS, MAX_BYTES, PLAN, decode_caption, text_of
 from bifrost_cli.data.sources.folder import class_names
-from bifrost_cli.data.sources.item import Listing, SourceItem, in_key_order, key_of, refuse_twins
-from bifrost_cli.data.sources.problems import Problem, SourceError
+from bifrost_cli.data.sources.item import Listing, Problem, SourceItem, in_key_order, key_of
 from bifrost_cli.data.sources.remote import open_place, read_span, reading
 from bifrost_cli.data.sources.tar_members import Member, members
 from bifrost_cli.errors import DataError
@@ -32,23 +30,24 @@ Part = tuple[Member, str | dict | None]  # a member, and what was read of it if 
 
 
 def list_tars(places: list[str], rules: Latents) -> Listing:
-    """DataError: an archive that is not there, is damaged or cut short (naming member and byte), or has no images;
-    two images or two texts of one sample. SourceError: captions that cannot be read, each listed."""
+    """The images of archives.
+
+    DataError: an archive that is not there, is damaged or cut short (naming member and byte), or has no images; two
+    images or two texts of one sample.
+    """
     counts: Counter[str] = Counter()
     problems: list[Problem] = []
     names = tuple(class_names(rules.class_names).values()) if rules.class_names else ()
-    named = []
+    named: list[tuple[str, SourceItem]] = []
     for place in places:
         prefix = f"{Path(place).stem}/" if len(places) > 1 else ""
         named += _named_entries(place, prefix, names, rules, counts, problems)
-    if problems:
-        raise SourceError(f"{len(problems)} captions in {places[0]} cannot be read", problems, code="BF-DATA-002")
-    if not named:
+    if not named and not problems:
         seen = ", ".join(f"{number} {name}" for name, number in counts.items()) or "nothing"
         raise DataError(f"no images in {places[0]}, looked for {'/'.join(_IMAGES)}", at=f"it holds {seen}",
                         fix="give archives with an image and a .txt or .json of the same name")  # fmt: skip
-    refuse_twins(name for name, entry in named if not entry.problem)
-    return Listing(in_key_order(entry for _, entry in named), {name: n for name, n in counts.items() if n})
+    entries, everything = in_key_order(named, problems)
+    return Listing(entries, {name: n for name, n in counts.items() if n}, problems=everything)
 
 
 def _named_entries(
@@ -58,7 +57,10 @@ def _named_entries(
     samples, refused = _samples(place, counts, problems)
     for member in refused:
         key = key_of(f"{prefix}{member.start}.bin")
-        yield member.name, SourceItem(key, f"{place}: {member.name}", lambda: b"", problem=member.problem)
+        yield (
+            f"{prefix}{member.start}.bin",
+            SourceItem(key, f"{place}: {member.name}", lambda: b"", problem=member.problem),
+        )
     for parts in samples.values():
         images = [member for extension, (member, _) in parts.items() if extension in _IMAGES]
         texts = {extension: text for extension, (_, text) in parts.items()}
@@ -84,22 +86,34 @@ def _samples(
     try:
         stream = open_place(place)
     except BadImage as error:
-        raise DataError(f"{place} does not exist or cannot be read", at=error.message) from error
+        fix = "to read the archives that are there, quote a pattern: 'shards-*.tar'"
+        raise DataError(f"{place} does not exist or cannot be read", at=error.message, fix=fix) from error
     with reading(place), stream:
         for member in members(stream, place):
             folder, _, name = member.name.rpartition("/")
-            base, _, extension = name.partition(".")
-            extension = extension.lower()
+            base, _, extension = name.rpartition(".")
+            base, extension = (base, extension.lower()) if base else (name, "")
             if member.problem:
                 refused.append(member)
-            elif not base or extension not in (*_IMAGES, *_TEXTS):
-                counts[f".{extension} members" if base else "hidden members"] += 1
+            elif name.startswith(".") or extension not in (*_IMAGES, *_TEXTS):
+                rest = name.partition(".")[2].lower()
+                counts["hidden members" if name.startswith(".") else f".{rest} members"] += 1
             elif extension in (sample := samples[f"{folder}/{base}"]):
                 raise DataError(f"{place} has two members {member.name}", at=f"the second at byte {member.start - 512}",
                                 fix="make the archive again with one of them", code="BF-DATA-006")  # fmt: skip
             else:
                 sample[extension] = (member, _text(stream, member, extension, place, problems))
+    for name in [name for name, parts in samples.items() if _is_part(name, parts, samples)]:
+        for extension in samples.pop(name):
+            counts[f".{name.rpartition('/')[2].partition('.')[2].lower()}.{extension} members"] += 1
     return samples, refused
+
+
+def _is_part(name: str, parts: dict[str, Part], samples: dict[str, dict[str, Part]]) -> bool:
+    """Whether `0.mask` belongs to a sample `0` that has an image: it has no text of its own."""
+    folder, _, base = name.rpartition("/")
+    short = f"{folder}/{base.partition('.')[0]}"
+    return short != name and not set(parts) & set(_TEXTS) and bool(set(samples.get(short, ())) & set(_IMAGES))
 
 
 def _text(stream: BinaryIO, member: Member, extension: str, place: str, problems: list[Problem]) -> str | dict | None:

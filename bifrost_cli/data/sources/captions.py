@@ -1,22 +1,46 @@
-"""Which columns of a table are the image, the caption and the plan.
+"""Captions from untrusted bytes, and which columns of a table hold the image, the caption and the plan.
 
-In: the names of a table's columns, and the recipe's. Out: the choice, with a line that says it, or an error that names
-the columns there are. Does not know how a table is stored.
+Text stays as it is but for a byte order mark, surrounding space and line ends (\\n); Unicode is not normalised.
 """
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bifrost_cli.config.schema import Latents
-from bifrost_cli.data.sources.caption_text import clean_text
 from bifrost_cli.errors import DataError
 
+MAX_BYTES = 64 * 1024
 IMAGES = ("file_name", "image", "image_path", "filename", "path", "file", "jpg", "png", "webp", "img")
 CAPTIONS = ("caption", "text", "prompt", "description", "txt")
 PLAN = "plan"
+
+
+def decode_caption(data: bytes) -> str:
+    """UTF-8, or UTF-16 with a byte order mark. ValueError says what is wrong, and at which byte."""
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        name = "UTF-16" if encoding == "utf-16" else "UTF-8"
+        raise ValueError(f"not {name} at byte {error.start}") from None
+    return clean_text(text)
+
+
+def clean_text(text: str) -> str:
+    """Line ends and surrounding space put right. ValueError: NUL, half a surrogate pair, more than 64 KB."""
+    if "\0" in text:
+        raise ValueError(f"a NUL character at {text.index(chr(0))}")
+    try:
+        size = len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise ValueError(f"half a surrogate pair at character {error.start}") from None
+    if size > MAX_BYTES:
+        raise ValueError(f"{size} bytes, more than {MAX_BYTES}")
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 @dataclass(frozen=True)
