@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +11,7 @@ import typer
 
 from bifrost_cli.cli.command import Result, command
 from bifrost_cli.cli.options import Recipe, RecipeReference, Sets, Workspace
-from bifrost_cli.errors import Findings
+from bifrost_cli.errors import Findings, UsageError
 from bifrost_cli.runtime.ui import Ui
 
 app = typer.Typer()
@@ -37,11 +38,23 @@ def plan(
     Example: bifrost plan bifrost1-7b --memory 80GB
     """
     from bifrost_cli.config.load import load_recipe
-    from bifrost_cli.planning.plan import parse_memory, plan
+    from bifrost_cli.planning.model_configs import require_plannable
 
     limit = None if memory is None else parse_memory(memory)
-    found = plan(load_recipe(ref, sets or ()), gpus=gpus, gpu=gpu, memory_limit=limit, images=images)
+    recipe = load_recipe(ref, sets or ())
+    require_plannable(recipe)
+    from bifrost_cli.planning.plan import plan  # 6 s of model libraries, after whatever can be refused without them
+
+    found = plan(recipe, gpus=gpus, gpu=gpu, memory_limit=limit, images=images)
     return Result(list(_plan_lines(found)), found)
+
+
+def parse_memory(text: str) -> int:
+    """`24GB` in bytes; a GB is 10^9, which leaves a card of 24 GiB some room. UsageError for other text."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*GB?\s*", text, flags=re.IGNORECASE)
+    if not match or not float(match[1]):
+        raise UsageError(f"{text!r} is not an amount of memory", fix="for example --memory 24GB")
+    return round(float(match[1]) * 1e9)
 
 
 def _plan_lines(found: dict[str, Any]) -> Iterator[str]:
@@ -54,12 +67,12 @@ def _plan_lines(found: dict[str, Any]) -> Iterator[str]:
     rate = f"{device['utilisation']:.0%} of {device['peak'] / 1e12:.0f} TFLOP/s"
     yield f"peak memory of one device, and time on {device['gpus']} x {device['gpu']} at {rate}"
     for name, stage in found["stages"].items():
-        own = {"extract-latents": f"{images:,} pictures", "generate": "one image"}
+        own = {"extract-latents": f"{images:,} images", "generate": "one image"}
         what, peak = own.get(name, f"{stage['times']:,} steps"), _bytes(stage["memory"]["peak"])
         yield f"  {name:18}{peak:>10}  {what:>18}  {_hours(stage['hours']):>9}  {stage['flops_each']:.2g} FLOPs each"
         if "fits" in stage:
             yield f"    {_fits(stage)}"
-    yield f"disk for {images:,} pictures"
+    yield f"disk for {images:,} images"
     for name, size in found["disk"].items():
         yield f"  {name.replace('_', ' '):32}{_bytes(size):>9}"
     yield "downloads"

@@ -1,29 +1,51 @@
-"""What each stage of a recipe computes, and how long a device takes.
+"""Floating-point operations of each stage of a recipe, and the peak rates of known devices.
 
-In: a `System` and its recipe. Out: floating-point operations of one step or one image; peaks of known devices. The
-longest text that the recipe allows is assumed. Knows no memory and no disk.
+An addition and a multiplication count as two; a backward pass costs two forward passes; texts are as long as the recipe
+allows. Transformers are counted by formula (every weight once a token, and attention): `torch.utils.flop_counter` takes
+2 s to pass FLUX's meta model and cannot pass the MLLM's vision tower; tests/planning holds the formulas to its counts.
+The VAE, whose convolutions no short formula describes, is counted by it.
 """
 
 from __future__ import annotations
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from bifrost_cli.config.schema import Recipe
-from bifrost_cli.planning import flops
 from bifrost_cli.planning.meta_models import MetaModels, numbers
 
 # Dense bfloat16 operations a second, by the makers' data sheets.
 DEVICES = {"b200": 2250e12, "h200": 989e12, "h100": 989e12, "a100": 312e12, "l40s": 362e12, "rtx4090": 165e12,
            "rtx3090": 71e12}  # fmt: skip
+FLUX_BLOCK = 12  # weights that one token meets in a block, in squares of the width: its own stream's in a double block
+
+
+def linear(parameters: int, tokens: int) -> int:
+    """Operations of `parameters` weights, each met once by every one of `tokens` tokens."""
+    return 2 * parameters * tokens
+
+
+def attention(queries: int, keys: int, width: int, layers: int) -> int:
+    """Scores and weighted values of `queries` tokens over `keys` tokens, `width` channels in all heads."""
+    return 4 * queries * keys * width * layers
+
+
+def vae_pass(system: MetaModels, side: int, *, decode: bool = False) -> int:
+    """The VAE's encoder, or its decoder, on one image of `side` pixels a side, counted on the meta model."""
+    vae, small = system.vae, side // system.factor
+    shape = (1, vae.config.latent_channels, small, small) if decode else (1, 3, side, side)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        (vae.decode if decode else vae.encode)(torch.empty(shape, device="meta"))
+    return counter.get_total_flops()
 
 
 def extraction(system: MetaModels, recipe: Recipe) -> int:
-    """One image through the encoder and, if the store keeps them, the VAE."""
+    """One image through the encoder and, if the store keeps its latents, the VAE."""
+    vae = vae_pass(system, recipe.images.output_size) if recipe.latents.vae else 0
     if system.encoder is system.vae:
-        return (1 + recipe.latents.vae) * _vae(system, recipe.images.output_size)
+        return vae + vae_pass(system, recipe.images.input_size)
     merge = getattr(system.mllm.config.vision_config, "spatial_merge_size", 1) if system.own_encoder else 1
-    total = flops.linear(numbers(system.encoder), (system.grid * merge) ** 2)
-    if recipe.latents.vae:
-        total += _vae(system, recipe.images.output_size)
-    return total
+    return vae + linear(numbers(system.encoder), (system.grid * merge) ** 2)
 
 
 def branch_step(system: MetaModels, recipe: Recipe) -> int:
@@ -31,15 +53,15 @@ def branch_step(system: MetaModels, recipe: Recipe) -> int:
     train, text = recipe.branch.train, recipe.branch.max_text_tokens
     rows = train.batch_size * train.accumulate
     passes = 4 if train.gradient_checkpointing else 3
-    return rows * (_prompt(system, text) + passes * _branch(system, text))
+    return rows * (prompt_pass(system, text) + passes * branch_pass(system, text))
 
 
 def controlnet_step(system: MetaModels, recipe: Recipe) -> int:
-    """One optimizer step: texts, FLUX forward and back to where the ControlNet speaks, the ControlNet itself."""
+    """One optimizer step: texts, FLUX forward and back to the first residual of the ControlNet, the ControlNet."""
     train = recipe.controlnet.train
     again = 1 if train.gradient_checkpointing else 0
-    text = flops.linear(numbers(system.text_encoder_2), recipe.models.diffusion_text_tokens)
-    step = (2 + again) * _flux(system, recipe) + (3 + again) * _controlnet(system, recipe)
+    text = linear(numbers(system.text_encoder_2), recipe.models.diffusion_text_tokens)
+    step = (2 + again) * flux_pass(system, recipe) + (3 + again) * controlnet_pass(system, recipe)
     return train.batch_size * train.accumulate * (text + step)
 
 
@@ -47,43 +69,42 @@ def image(system: MetaModels, recipe: Recipe) -> int:
     """One image from its prompt."""
     settings, text = recipe.generate, recipe.branch.max_text_tokens
     halves = 1 if settings.branch_guidance == 1.0 else 2
-    total = halves * (_prompt(system, text) + settings.decode_steps * _branch(system, text))
+    total = halves * (prompt_pass(system, text) + settings.decode_steps * branch_pass(system, text))
     if settings.plan:
-        total += flops.linear(numbers(system.mllm.model.language_model), text + settings.plan_tokens)
-    total += flops.linear(numbers(system.text_encoder_2), recipe.models.diffusion_text_tokens)
-    total += settings.steps * (_flux(system, recipe) + _controlnet(system, recipe))
-    return total + _vae(system, recipe.images.output_size)
+        total += linear(numbers(system.mllm.model.language_model), text + settings.plan_tokens)
+    total += linear(numbers(system.text_encoder_2), recipe.models.diffusion_text_tokens)
+    total += settings.steps * (flux_pass(system, recipe) + controlnet_pass(system, recipe))
+    return total + vae_pass(system, recipe.images.output_size, decode=True)
 
 
-def _prompt(system: MetaModels, text: int) -> int:
+def prompt_pass(system: MetaModels, text: int) -> int:
+    """A prompt of `text` tokens through the MLLM's decoder layers; causal attention is half of full attention."""
     layers = system.mllm.model.language_model.layers
     config = system.mllm.config.text_config
-    return flops.linear(numbers(layers), text) + flops.attention(text, text, config.hidden_size, len(layers)) // 2
+    return linear(numbers(layers), text) + attention(text, text, config.hidden_size, len(layers)) // 2
 
 
-def _branch(system: MetaModels, text: int) -> int:
+def branch_pass(system: MetaModels, text: int) -> int:
+    """All patches through the branch, over the keys and values of `text` prompt tokens and their own."""
     config, patches = system.mllm.config.text_config, system.grid**2
-    seen = flops.attention(patches, text + patches, config.hidden_size, config.num_hidden_layers)
-    return flops.linear(numbers(system.branch), patches) + seen
+    over_all = attention(patches, text + patches, config.hidden_size, config.num_hidden_layers)
+    return linear(numbers(system.branch), patches) + over_all
 
 
-def _flux(system: MetaModels, recipe: Recipe) -> int:
+def flux_pass(system: MetaModels, recipe: Recipe) -> int:
+    """One image's tokens and its text through FLUX's blocks."""
     config = system.transformer.config
-    return _blocks(system, recipe, config.num_layers + config.num_single_layers)
+    return _flux_blocks(system, recipe, config.num_layers + config.num_single_layers)
 
 
-def _controlnet(system: MetaModels, recipe: Recipe) -> int:
+def controlnet_pass(system: MetaModels, recipe: Recipe) -> int:
+    """The same tokens through the ControlNet's blocks, and the latents through its embedder."""
     settings, embedder = recipe.controlnet, system.controlnet.controlnet_x_embedder
-    blocks = _blocks(system, recipe, settings.double_blocks + settings.single_blocks)
-    return blocks + flops.linear(numbers(embedder), system.image_tokens())
+    blocks = _flux_blocks(system, recipe, settings.double_blocks + settings.single_blocks)
+    return blocks + linear(numbers(embedder), system.image_tokens())
 
 
-def _blocks(system: MetaModels, recipe: Recipe, blocks: int) -> int:
+def _flux_blocks(system: MetaModels, recipe: Recipe, blocks: int) -> int:
     config, tokens = system.transformer.config, system.image_tokens() + recipe.models.diffusion_text_tokens
     width = config.num_attention_heads * config.attention_head_dim
-    return blocks * flops.linear(flops.FLUX_BLOCK * width**2, tokens) + flops.attention(tokens, tokens, width, blocks)
-
-
-def _vae(system: MetaModels, side: int) -> int:
-    config = system.vae.config
-    return flops.vae_half(side**2, tuple(config.block_out_channels), config.layers_per_block)
+    return blocks * linear(FLUX_BLOCK * width**2, tokens) + attention(tokens, tokens, width, blocks)

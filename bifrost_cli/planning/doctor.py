@@ -115,7 +115,7 @@ def _device(recipe: Recipe) -> Finding:
     free, total = torch.cuda.mem_get_info()
     told = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
     try:
-        from bifrost_cli.planning.memory_estimate import estimates
+        from bifrost_cli.planning.memory import estimates
         from bifrost_cli.planning.meta_models import build
 
         wanted = estimates(build(recipe), recipe)["generate"].peak

@@ -1,14 +1,13 @@
-"""plan: what a recipe needs, before anything is fetched, loaded or computed.
+"""`bifrost plan`: what a recipe needs, before anything is fetched, loaded or computed.
 
-In: a recipe, a number of devices, their memory, a number of images. Out: one object of plain values: parts, memory
-by stage and what would make it fit, disk, steps, operations, hours, downloads with licences. Reads configurations only.
+Parameters, memory by stage and the settings that would make it fit, disk, steps, operations, hours, and downloads with
+their licences, as plain values. Only configurations are read.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -17,10 +16,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from bifrost_cli.config.schema import Recipe, Train
-from bifrost_cli.errors import UsageError
 from bifrost_cli.planning import compute, memory
-from bifrost_cli.planning.memory_estimate import STAGES, estimate, estimates
-from bifrost_cli.planning.meta_models import DIFFUSION_PARTS, MetaModels, about, build, numbers
+from bifrost_cli.planning.memory import STAGES, estimate, estimates
+from bifrost_cli.planning.meta_models import MetaModels, build, numbers
+from bifrost_cli.planning.model_configs import DIFFUSION_PARTS, about
 
 UTILISATION = 0.4  # of the device's peak; what well-fed trainings of this size reach
 _LINE = 400  # bytes of a row in a store's index
@@ -29,17 +28,28 @@ _LINE = 400  # bytes of a row in a store's index
 def plan(
     recipe: Recipe, *, gpus: int = 1, gpu: str = "h100", memory_limit: int | None = None, images: int = 1_000_000
 ) -> dict[str, Any]:
-    """Everything a recipe needs on `gpus` devices of one kind, for a store of `images` images. Sizes in bytes.
+    """Everything that a recipe needs.
 
-    memory_limit: bytes of one device; every stage then says whether it fits, and which settings would make it fit.
-    RecipeError BF-RECIPE-004: a model whose configuration is not here.
+    Args:
+        recipe: the recipe.
+        gpus: number of devices.
+        gpu: their kind, a key of `compute.DEVICES`.
+        memory_limit: bytes of one device; each stage then says whether it fits, and which settings would make it fit.
+        images: images of the latents store.
+
+    Returns:
+        JSON values; sizes in bytes.
+
+    Raises:
+        RecipeError: a model or a setting that cannot be planned.
     """
     system = build(recipe)
-    found = estimates(system, recipe, gpus)
-    stages = {name: {"memory": asdict(found[name]), **work} for name, work in _work(system, recipe, gpus, gpu, images)}
+    memory_of = estimates(system, recipe, gpus)
+    work_of = dict(_work(system, recipe, gpus, gpu, images))
+    stages: dict[str, dict[str, Any]] = {name: {"memory": asdict(memory_of[name]), **work_of[name]} for name in STAGES}
     if memory_limit is not None:
         for name, stage in stages.items():
-            stage["fits"] = found[name].peak <= memory_limit
+            stage["fits"] = memory_of[name].peak <= memory_limit
             stage["fits_with"] = _fitting(system, recipe, gpus, name, memory_limit)
     return {
         "recipe": recipe.name,
@@ -51,14 +61,6 @@ def plan(
         "disk": _disk(system, recipe, images),
         "downloads": list(_downloads(system)),
     }  # fmt: skip
-
-
-def parse_memory(text: str) -> int:
-    """`24GB` in bytes; a GB is 10^9, which leaves a card of 24 GiB some room. UsageError for anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*GB?\s*", text, flags=re.IGNORECASE)
-    if not match or not float(match[1]):
-        raise UsageError(f"{text!r} is not an amount of memory", fix="for example --memory 24GB")
-    return round(float(match[1]) * 1e9)
 
 
 # ---- parts ----------------------------------------------------------------------------------------------------------
@@ -106,9 +108,9 @@ def _work(system: MetaModels, recipe: Recipe, gpus: int, gpu: str, images: int) 
 
 
 def _disk(system: MetaModels, recipe: Recipe, images: int) -> dict[str, int]:
-    wanted, side = recipe.latents, recipe.images.output_size // system.factor
-    rows, bytes_each = images * (1 + wanted.flip), {"float16": 2, "int8": 1}[wanted.storage]
-    vae = 2 * system.vae.config.latent_channels * side * side if wanted.vae else 0
+    latents, side = recipe.latents, recipe.images.output_size // system.factor
+    rows, bytes_each = images * (1 + latents.flip), {"float16": 2, "int8": 1}[latents.storage]
+    vae = 2 * system.vae.config.latent_channels * side * side if latents.vae else 0
     sizes = {"latents": rows * (bytes_each * system.grid**2 * system.channels + _LINE), "vae_latents": rows * vae}
     for name in ("branch", "controlnet"):
         train, parameters = getattr(recipe, name).train, numbers(getattr(system, name), trained=True)
@@ -122,7 +124,7 @@ def _checkpoint(train: Train, parameters: int) -> int:
 
 
 def _downloads(system: MetaModels) -> Iterator[dict[str, Any]]:
-    """What the hub would send: the published weights are bfloat16."""
+    """Downloads from the hub, whose published weights are bfloat16."""
     models, diffusion = system.recipe.models, (getattr(system, part) for part in DIFFUSION_PARTS)
     for model, parameters in ((models.mllm, numbers(system.mllm)), (models.diffusion, numbers(*diffusion))):
         if facts := about(model):
@@ -133,13 +135,13 @@ def _downloads(system: MetaModels) -> Iterator[dict[str, Any]]:
 
 
 def _fitting(system: MetaModels, recipe: Recipe, gpus: int, stage: str, limit: int) -> list[str] | None:
-    """Settings under which a stage fits, none that it fits without; None when no such settings are known."""
+    """A minimal list of settings under which a stage fits; None when none is known."""
     peak = partial(_peak, system, recipe, gpus, stage)
     chosen: list[dict[str, Any]] = []
     if peak(chosen) <= limit:
         return []
     for saving in _savings(recipe, gpus, stage):
-        more = [one for one in chosen if one.keys() != saving.keys()] + [saving]
+        more = [each for each in chosen if each.keys() != saving.keys()] + [saving]
         size = peak(more)
         chosen = more if size < math.inf else chosen
         if size <= limit:
@@ -147,13 +149,13 @@ def _fitting(system: MetaModels, recipe: Recipe, gpus: int, stage: str, limit: i
     else:
         return None
     for saving in reversed(chosen):
-        fewer = [one for one in chosen if one is not saving]
+        fewer = [each for each in chosen if each is not saving]
         chosen = fewer if peak(fewer) <= limit else chosen
     return [f"{key}={json.dumps(value)}" for saving in chosen for key, value in saving.items()]
 
 
 def _savings(recipe: Recipe, gpus: int, stage: str) -> Iterator[dict[str, Any]]:
-    """Settings that need less memory, those that cost least in time or quality first."""
+    """Settings that save memory, those that cost least time or quality first."""
     if stage == "extract-latents":
         yield from ({"latents.batch_size": size} for size in _halves(recipe.latents.batch_size))
     if stage == "generate":
@@ -187,7 +189,7 @@ def _halves(size: int) -> Iterator[int]:
 
 
 def _peak(system: MetaModels, recipe: Recipe, gpus: int, stage: str, savings: list[dict[str, Any]]) -> float:
-    """The peak under other settings; infinite when they contradict each other."""
+    """Peak memory under changed settings; infinite when they contradict each other."""
     changed = recipe.model_dump()
     for key, value in (pair for saving in savings for pair in saving.items()):
         *path, last = key.split(".")
@@ -196,7 +198,7 @@ def _peak(system: MetaModels, recipe: Recipe, gpus: int, stage: str, savings: li
             section = section[part]
         section[last] = value
     try:
-        wanted = Recipe.model_validate(changed)
+        other = Recipe.model_validate(changed)
     except ValidationError:
         return math.inf
-    return estimate(stage, system.of(wanted), wanted, gpus).peak
+    return estimate(stage, system.of(other), other, gpus).peak

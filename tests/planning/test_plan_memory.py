@@ -25,7 +25,7 @@ from bifrost_cli.models.diffusion.controlnet import latent_controlnet
 from bifrost_cli.models.diffusion.flux import FluxModel
 from bifrost_cli.models.encoders import MllmEncoder, VaeEncoder
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
-from bifrost_cli.planning.memory_estimate import estimates
+from bifrost_cli.planning.memory import estimates
 from bifrost_cli.planning.meta_models import build
 from bifrost_cli.toy_system import tiny_models
 from bifrost_cli.training.branch_task import BranchTask
