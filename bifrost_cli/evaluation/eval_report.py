@@ -96,8 +96,8 @@ class Evaluation:
 
 def report_json(**parts: Any) -> dict[str, Any]:
     """A report.json; what is not given is empty."""
-    empty = {"gen": None, "ref": None, "n_ref": None, "seeds": [], "plots": [], "skipped": {"unreadable": 0},
-             "warnings": [], "lineage": [], "env": {}}  # fmt: skip
+    empty: dict[str, Any] = {"gen": None, "ref": None, "n_ref": None, "seeds": [], "plots": [], "warnings": [],
+                             "skipped": {"unreadable": 0}, "lineage": [], "env": {}}  # fmt: skip
     return {"schema": SCHEMA, **empty, **parts}
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from bifrost_cli.data.image_sets import EvalImage, ImageSet
-    from bifrost_cli.evaluation.networks.clip_scorer import ClipScorer
+    from bifrost_cli.evaluation.networks.feature_network import ClipScorer
     from bifrost_cli.runtime.ui import Ui
 
 _RULES = {"clip_cosine_x100": ("CLIP cosine x 100", "100 max(cos, 0)"),
@@ -57,8 +57,7 @@ class ClipScore(Metric):
     def _cosines(self, entries: Sequence[EvalImage], ui: Ui) -> tuple[np.ndarray, np.ndarray]:
         import numpy as np
 
-        from bifrost_cli.evaluation.networks.clip_scorer import HESSEL_PREFIX
-        from bifrost_cli.evaluation.networks.feature_network import BATCH
+        from bifrost_cli.evaluation.networks.feature_network import BATCH, HESSEL_PREFIX
 
         scorer, plain, prefixed = self._scorer, [], []
         with ui.progress(len(entries), "CLIPScore") as bar:
@@ -90,7 +89,7 @@ class ClipScore(Metric):
 
 def load_scorer(inputs: MetricInputs) -> ClipScorer:
     """The recipe's CLIP (`evaluate.clip`), loaded once for all metrics that use it."""
-    from bifrost_cli.evaluation.networks.clip_scorer import ClipScorer
+    from bifrost_cli.evaluation.networks.feature_network import ClipScorer
     from bifrost_cli.loading.open_clip_models import features_name, load_open_clip, load_tokenizer
 
     ref = inputs.settings.clip

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from bifrost_cli.evaluation.metrics.feature_metric import FEATURES, PROTOCOL, FeatureMetric, Features
+
+if TYPE_CHECKING:
+    from bifrost_cli.evaluation.formulas.frechet import Gaussian
 
 POINTS = 15  # sizes of subsets that the limit is extrapolated from
 BELOW_ZERO = ", below zero: too few images to tell the distance from none"
@@ -22,24 +25,22 @@ class Fid(FeatureMetric):
         f"for N -> infinity images (FID_inf) a line in 1/N through {POINTS} sizes (seed 0). It is called FID only in "
         "Inception features. With several seeds each seed's value is given."
     )
-    gates = ("fid", "frechet_distance")
+    gates: ClassVar[tuple[str, ...]] = ("fid", "frechet_distance")
     keyed, inception = ("frechet_distance", "Frechet distance"), ("fid", "FID")
 
     def measure(self, features: Features) -> dict[str, Any]:
         from bifrost_cli.evaluation.formulas.frechet import (
             frechet,
             frechet_at_infinity,
-            from_moments,
             gaussian,
             jackknife_error,
             shown,
         )
 
-        real = features.reference
-        reference = from_moments(real.mean_D, real.covariance_DD, real.count)
+        reference = self.gaussian_of(features)
         raw, error = frechet(gaussian(features.images_ND), reference), jackknife_error(features.images_ND, reference)
         limit = frechet_at_infinity(features.images_ND, reference, points=POINTS)
-        found = {
+        found: dict[str, Any] = {
             "value": shown(raw),
             "raw": raw,
             "standard_error": error,
@@ -53,7 +54,14 @@ class Fid(FeatureMetric):
             found["details"].append(f"true images in the samples' place: {shown(true):.4g}")
         return found | self._by_seed(features, reference, found["details"])
 
-    def _by_seed(self, features: Features, reference: Any, details: list[str]) -> dict[str, Any]:
+    def gaussian_of(self, features: Features) -> Gaussian:
+        """The reference's moments."""
+        from bifrost_cli.evaluation.formulas.frechet import from_moments
+
+        assert features.reference is not None
+        return from_moments(features.reference.mean_D, features.reference.covariance_DD, features.reference.count)
+
+    def _by_seed(self, features: Features, reference: Gaussian, details: list[str]) -> dict[str, Any]:
         """The distance of each seed's images, where several seeds made equally many: the spread between seeds is the
         only one that says what another run would give. Each is of fewer images, so more biased."""
         import numpy as np
@@ -78,5 +86,5 @@ class SpatialFid(Fid):
     protocol = (
         "As fid, of the first 7 channels of Inception's mixed_6/conv, flattened row by row (NHWC), as ADM's evaluator."
     )
-    gates = ()
-    layer, keyed, inception = "spatial", ("sfid", "sFID"), None
+    gates = ("sfid",)
+    layer, keyed, inception = "spatial", ("sfid", "sFID"), ("sfid", "sFID")

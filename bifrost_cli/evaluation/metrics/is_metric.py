@@ -21,7 +21,7 @@ class InceptionScore(FeatureMetric):
     layer, keyed = "logits", ("inception_score", "Inception score")
 
     def measure(self, features: Features) -> dict[str, Any]:
-        from bifrost_cli.evaluation.formulas.inception_score import inception_scores
+        from bifrost_cli.evaluation.formulas.feature_formulas import inception_scores
 
         scores = inception_scores(features.images_ND, splits=SPLITS, seed=SEED)
         error = float(scores.std(ddof=1) / SPLITS**0.5)

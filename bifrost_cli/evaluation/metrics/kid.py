@@ -21,11 +21,11 @@ class Kid(FeatureMetric):
     keyed, inception = ("kernel_distance", "Kernel distance"), ("kid", "KID")
 
     def measure(self, features: Features) -> dict[str, Any]:
-        from bifrost_cli.evaluation.formulas.kernel_distance import jackknife_error, kernel_distance, subset_distances
+        from bifrost_cli.evaluation.formulas.feature_formulas import kernel_distance, kernel_error, subset_distances
 
         made_ND, real_MD = features.images_ND, self.reference_features(features)
-        error = jackknife_error(made_ND, real_MD)
-        found = {"value": kernel_distance(made_ND, real_MD), "standard_error": error,
+        error = kernel_error(made_ND, real_MD)
+        found: dict[str, Any] = {"value": kernel_distance(made_ND, real_MD), "standard_error": error,
                  "spread": f"standard error {error:.2g}", "details": []}  # fmt: skip
         if min(len(made_ND), len(real_MD)) >= SUBSET_SIZE:
             values = subset_distances(made_ND, real_MD, subsets=SUBSETS, size=SUBSET_SIZE, seed=SEED)

@@ -20,7 +20,7 @@ class Prdc(FeatureMetric):
     keyed = ("prdc", "Precision")
 
     def measure(self, features: Features) -> dict[str, Any]:
-        from bifrost_cli.evaluation.formulas.manifold import prdc
+        from bifrost_cli.evaluation.formulas.feature_formulas import prdc
         from bifrost_cli.stats import wilson
 
         made_ND, real_MD = features.images_ND, self.reference_features(features)

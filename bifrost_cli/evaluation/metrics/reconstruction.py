@@ -65,6 +65,7 @@ class Reconstruction(Metric):
                 raise
             lpips = f"{error.message}. {error.at}; {error.fix}"
         encoder = ModelLoader(inputs.models, inputs.device).encoder(inputs.latents, inputs.rules)
+        assert inputs.reference is not None and inputs.reference.images is not None  # `needs_reference`, `reconstructs`
         return cls(inputs.reference.images, encoder, lpips)
 
     def compute(self, images: ImageSet, lines: Sequence[Line], ui: Ui) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import torch
 from bifrost_cli.data.safetensors_io import weights_hash
 from bifrost_cli.errors import DataError
 from bifrost_cli.evaluation.benchmarks.geneval_rules import COLORS, THRESHOLD, Detection
-from bifrost_cli.evaluation.networks.clip_scorer import ClipScorer
+from bifrost_cli.evaluation.networks.feature_network import ClipScorer
 
 # What GenEval calls some of COCO's classes, by the names that checkpoints give them.
 NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard", "motorbike": "motorcycle",
