@@ -22,7 +22,6 @@ from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.models import row_noise
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.diffusion.base import DiffusionModel
-from bifrost_cli.models.diffusion.controlnet import controlnet_config
 from bifrost_cli.models.mllm.frozen_mllm import Mllm, PromptCache
 from bifrost_cli.models.row_noise import RowSlice
 from bifrost_cli.runtime.ui import Ui
@@ -100,7 +99,7 @@ def prepare(run: TrainingRun, branch: VisualBranch, mllm: Mllm, ui: Ui) -> Train
     control = new_control(recipe, store, diffusion, run.train.seed).float()
     if run.train.gradient_checkpointing:
         save_memory(control, diffusion.transformer)
-    base, config = diffusion_fingerprint(recipe.models, diffusion), controlnet_config(control)
+    base, config = diffusion_fingerprint(recipe.models, diffusion), diffusion.controlnet_config(control)
     conditioner = {"config": config, "drop_prompt": recipe.controlnet.drop_prompt}
     tokens = recipe.models.diffusion_text_tokens
     diffusion_identity = {"painter": base, "painter_tokens": tokens, "control": conditioner}

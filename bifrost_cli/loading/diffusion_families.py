@@ -1,66 +1,48 @@
-"""A diffusion model's folder, its recipe and its ControlNet: which family it is of, and whether they fit.
+"""Which family a diffusion model's folder is of, and whether all its parts are there: built-in ones and plug-ins.
 
-In: a local folder; a loaded diffusion model with a recipe or a ControlNet artifact. Out: a family's name, or an error that
-names both sides. Reads the small JSON files of a folder, never its weights.
+Reads the small JSON files of a folder, never its weights.
 """
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-from typing import Any
 
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-)
 from torch import nn
-from transformers import (
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5EncoderModel,
-    T5Tokenizer,
-)
 
 from bifrost_cli.artifacts.files import read_json
 from bifrost_cli.errors import ArtifactError
+from bifrost_cli.models.diffusion.base import DiffusionModel
+from bifrost_cli.models.diffusion.flux import FluxModel
+from bifrost_cli.models.diffusion.sd3 import Sd3Model
+from bifrost_cli.runtime.plugins import plugins
 
+DIFFUSION_MODELS = plugins("bifrost.diffusion_models", {"FLUX": FluxModel, "SD3": Sd3Model}, base=DiffusionModel)
 _SHOWN = 3
-# A family's parts: each is a folder that the class beside it reads.
-_DIFFUSION = {"vae": AutoencoderKL, "scheduler": FlowMatchEulerDiscreteScheduler, "tokenizer": CLIPTokenizer}
-PARTS: dict[str, dict[str, Any]] = {
-    "FLUX": {
-        **_DIFFUSION,
-        "transformer": FluxTransformer2DModel,
-        "text_encoder": CLIPTextModel,
-        "text_encoder_2": T5EncoderModel,
-        "tokenizer_2": T5Tokenizer,
-    },
-    "SD3": {
-        **_DIFFUSION,
-        "transformer": SD3Transformer2DModel,
-        "text_encoder": CLIPTextModelWithProjection,
-        "text_encoder_2": CLIPTextModelWithProjection,
-        "text_encoder_3": T5EncoderModel,
-        "tokenizer_2": CLIPTokenizer,
-        "tokenizer_3": T5Tokenizer,
-    },
-}
 
 
-def diffusion_family(folder: Path | str) -> str:
+def diffusion_class(folder: Path | str) -> type[DiffusionModel]:
     """The family of the diffusers pipeline in `folder`, by its transformer's class.
 
-    ArtifactError BF-ART-009: of no known family, or not a pipeline at all.
+    Raises:
+        ArtifactError: BF-ART-009, of no known family, or not a pipeline at all.
+        EnvironmentProblem: the folder is of no built-in family, and a plug-in does not load.
     """
-    families = {parts["transformer"].__name__: family for family, parts in PARTS.items()}
-    found = _class_of(Path(folder), "transformer")
-    if found not in families:
-        known = ", ".join(f"{name} ({family})" for name, family in families.items())
-        raise _unfit(f"{folder} holds no diffusion model of a known family", f"transformer: {found}\nknown: {known}")
-    return families[found]
+    name, known = _class_of(Path(folder), "transformer"), []
+    for family in DIFFUSION_MODELS:  # built-in ones first, so that plug-ins are imported for other models only
+        kind = DIFFUSION_MODELS[family]
+        transformer = kind.parts["transformer"].partition(":")[2]
+        if transformer == name:
+            return kind
+        known.append(f"{transformer} ({family})")
+    raise _unfit(f"{folder} holds no diffusion model of a known family",
+                 f"transformer: {name}\nknown: {', '.join(known)}")  # fmt: skip
+
+
+def part_classes(kind: type[DiffusionModel]) -> dict[str, type]:
+    """The folders of a family's pipeline and the class that reads each."""
+    named = {part: value.partition(":") for part, value in kind.parts.items()}
+    return {part: getattr(importlib.import_module(module), name) for part, (module, _, name) in named.items()}
 
 
 def require_part(folder: Path | str, part: str, wanted: type) -> None:

@@ -31,15 +31,13 @@ from bifrost_cli.config.schema import Images, Latents, Models
 from bifrost_cli.data.safetensors_io import load_tensors, misfits, shapes_of
 from bifrost_cli.data.sharded_checkpoint import ShardedCheckpoint
 from bifrost_cli.errors import ArtifactError, RecipeError
-from bifrost_cli.loading.diffusion_families import PARTS, diffusion_family, require_part
+from bifrost_cli.loading.diffusion_families import DIFFUSION_MODELS, diffusion_class, part_classes, require_part
 from bifrost_cli.loading.offload import OffloadPolicy
 from bifrost_cli.loading.open_clip_models import features_name, load_open_clip
 from bifrost_cli.loading.resolve import MODEL_FILES, model_errors, resolve_device, resolve_model
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.diffusion.base import DiffusionModel
-from bifrost_cli.models.diffusion.controlnet import controlnet_from_config
-from bifrost_cli.models.diffusion.flux import FluxModel
-from bifrost_cli.models.diffusion.sd3 import Sd3Model
+from bifrost_cli.models.diffusion.controlnet import config_family
 from bifrost_cli.models.encoders import (
     Encoder,
     MllmEncoder,
@@ -52,7 +50,6 @@ from bifrost_cli.models.mllm.adapters import adapter_of, require_known
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
 
 _FAMILY_FILES = ("model_index.json", "*/config.json")
-_DIFFUSION_MODELS = {diffusion.family: diffusion for diffusion in (FluxModel, Sd3Model)}
 _CONFIG = "config.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SHOWN = 5
@@ -163,7 +160,9 @@ def load_mllm(
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         if ShardedCheckpoint.open(folder, pickles_too=True) is None:
             ShardedCheckpoint.open(folder)  # says so if pickles are all there is
-        model = _whole(AutoModelForImageTextToText, folder, dtype=dtype, trust_remote_code=False)
+        # A config.json can ask for another attention, whose sums differ in the last bits.
+        attention = {"attn_implementation": "sdpa", "trust_remote_code": False}
+        model = _whole(AutoModelForImageTextToText, folder, dtype=dtype, **attention)
         return Mllm(model.to(device), _tokenizer(processor), processor.image_processor)
 
 
@@ -180,16 +179,19 @@ def _tokenizer(processor: ProcessorMixin) -> PreTrainedTokenizerBase:
 def load_diffusion(
     ref: str, device: torch.device, dtype: torch.dtype = torch.float32, *, revision: str | None = None
 ) -> DiffusionModel:
-    """A frozen FLUX or SD3 from a diffusers pipeline folder. EnvironmentProblem or ArtifactError as `load_mllm`."""
-    family = diffusion_family(
-        resolve_model(ref, revision=revision, patterns=_FAMILY_FILES)
-    )  # before gigabytes are fetched
-    patterns = ["model_index.json", *(f"{part}/{name}" for part in PARTS[family] for name in MODEL_FILES)]
+    """The frozen diffusion model of a diffusers pipeline folder, of any family in `DIFFUSION_MODELS`.
+
+    Raises:
+        EnvironmentProblem, ArtifactError: as `load_mllm`.
+    """
+    # which family it is of and what it lacks is known before gigabytes are fetched
+    family = diffusion_class(resolve_model(ref, revision=revision, patterns=_FAMILY_FILES))
+    classes = part_classes(family)
+    patterns = ["model_index.json", *(f"{part}/{name}" for part in classes for name in MODEL_FILES)]
     folder = resolve_model(ref, revision=revision, patterns=patterns)
-    for part, kind in PARTS[family].items():
+    for part, kind in classes.items():
         require_part(folder, part, kind)
-    parts = {part: _part(kind, folder, part, device, dtype) for part, kind in PARTS[family].items()}
-    return _DIFFUSION_MODELS[family](**parts)
+    return family(**{part: _part(kind, folder, part, device, dtype) for part, kind in classes.items()})
 
 
 def load_vae(
@@ -206,8 +208,10 @@ def _part(kind: Any, folder: str, part: str, device: torch.device, dtype: torch.
     with model_errors(f"{folder}/{part}"):
         if not issubclass(kind, nn.Module):
             return kind.from_pretrained(folder, subfolder=part)
-        named = {"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype}
-        return _frozen(_whole(kind, folder, subfolder=part, **named), device)
+        options: dict[str, Any] = {"torch_dtype": dtype}
+        if not issubclass(kind, ModelMixin):
+            options = {"dtype": dtype, "attn_implementation": "sdpa" if kind._supports_sdpa else "eager"}
+        return _frozen(_whole(kind, folder, subfolder=part, **options), device)
 
 
 def _whole(kind: Any, folder: str, **options: Any) -> Any:
@@ -249,7 +253,7 @@ def load_controlnet(artifact: Artifact, device: torch.device, dtype: torch.dtype
     """A trained ControlNet, or the control that learned queries were trained with; as `load_branch`."""
     config, prefix = _part_of(artifact, "control")
     with init_empty_weights():
-        controlnet = controlnet_from_config(config)
+        controlnet = DIFFUSION_MODELS[config_family(config)].controlnet_from_config(config)
     controlnet = _frozen(_filled(controlnet, artifact, prefix, {}), device)
     return nn.Module.to(controlnet, dtype)  # diffusers' own `to` warns of modules kept in float32; there are none
 

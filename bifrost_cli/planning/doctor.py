@@ -206,12 +206,13 @@ def _lack(folder: Path, diffusion: bool) -> str | None:
     """What a model's folder lacks: a part, or a file of weights that its index names."""
     from torch import nn
 
-    from bifrost_cli.loading.diffusion_families import PARTS, diffusion_family
+    from bifrost_cli.loading.diffusion_families import diffusion_class, part_classes
 
     parts = [""]
     try:
         if diffusion:
-            parts = [name for name, kind in PARTS[diffusion_family(folder)].items() if issubclass(kind, nn.Module)]
+            classes = part_classes(diffusion_class(folder))
+            parts = [name for name, kind in classes.items() if issubclass(kind, nn.Module)]
         for part in parts:
             weights = {path.name for path in (folder / part).glob("*.safetensors")}
             for index in (folder / part).glob("*.safetensors.index.json"):

@@ -20,7 +20,6 @@ from bifrost_cli.loading.compatibility import check_settings
 from bifrost_cli.loading.fingerprints import diffusion_fingerprint
 from bifrost_cli.loading.loaders import ModelLoader, encoder_errors
 from bifrost_cli.models.diffusion.base import DiffusionModel, UnsupportedControl
-from bifrost_cli.models.diffusion.controlnet import controlnet_config
 from bifrost_cli.models.encoders import VaeEncoder
 from bifrost_cli.runtime.launch import together
 from bifrost_cli.runtime.ui import Ui
@@ -85,7 +84,7 @@ def train_controlnet(
         store=store,
         identity={**shared_identity(store, settings), "painter": base, "painter_tokens": tokens, **small},
         task=ControlNetTask(controlnet.float(), diffusion, store, settings, tokens),
-        config=controlnet_config(controlnet),
+        config=diffusion.controlnet_config(controlnet),
         frozen=diffusion.weights_hash,
         frozen_hash=diffusion.weights_hash() if small else base,
         device=loader.device,

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from fixtures_flux import PARTS as FLUX_PARTS
 from fixtures_flux import save_mllm, save_part, save_system, tiny_painter
 from fixtures_mllm import random_branch, random_mllm
+from fixtures_plugins import install
 from fixtures_sd3 import save_sd3, tiny_sd3
 from fixtures_stage_training import mllm_store
 
@@ -24,15 +26,16 @@ from bifrost_cli.artifacts import Artifact
 from bifrost_cli.config.schema import Branch, ControlNet, Generate, Images, Latents, Models, Recipe, Train
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.png import png_bytes, png_pixels
-from bifrost_cli.errors import ArtifactError, RecipeError, Stopped
+from bifrost_cli.errors import ArtifactError, EnvironmentProblem, RecipeError, Stopped
 from bifrost_cli.generation.reconstruct import reconstruct
-from bifrost_cli.loading.loaders import load_controlnet, load_diffusion, load_vae
+from bifrost_cli.loading.loaders import load_controlnet, load_diffusion, load_mllm, load_vae
 from bifrost_cli.models.diffusion.flux import FluxModel
 from bifrost_cli.models.diffusion.sd3 import Sd3Model
 from bifrost_cli.models.encoders import MllmEncoder
 from bifrost_cli.runtime.ui import Ui
 
 CPU = torch.device("cpu")
+GROUP = "bifrost.diffusion_models"
 TRAIN = {"steps": 6, "batch_size": 4, "lr": 1e-3, "warmup": 1, "precision": "fp32", "checkpoint_every": 6,
          "validate_every": 3, "validation_rows": 2}  # fmt: skip
 
@@ -170,7 +173,8 @@ def test_guidance_is_only_spoken_of_when_it_is_given(bases: Path, tmp_path: Path
 
 @pytest.mark.parametrize("name", ["schnell", "sd3"])
 def test_more_tokens_than_the_painter_knows_are_refused(bases: Path, tmp_path: Path, name: str) -> None:
-    told = recipe(bases, bases / name, diffusion_text_tokens=257)
+    models = recipe(bases, bases / name).models.model_copy(update={"diffusion_text_tokens": 257})
+    told = recipe(bases, bases / name).model_copy(update={"models": models})
     with pytest.raises(RecipeError, match="257") as caught:
         generate(told, "a star", output=tmp_path / "a.png", branch=bases / "branch", device="cpu",
                  controlnet=save_system(tmp_path / "system").controlnet.path)  # fmt: skip
@@ -234,3 +238,71 @@ def test_a_damaged_folder_is_named_with_what_it_lacks(bases: Path, tmp_path: Pat
     with pytest.raises(ArtifactError) as caught:
         load_diffusion(str(tmp_path / "sd3"), CPU)
     assert caught.value.code == code and named in str(caught.value) and caught.value.fix
+
+
+# ---- families of other packages --------------------------------------------------------------------------------------
+
+PLUGIN = """
+from diffusers import FluxTransformer2DModel
+from bifrost_cli.models.diffusion.flux import FluxModel
+
+
+class OtherTransformer(FluxTransformer2DModel):
+    pass
+
+
+class OtherModel(FluxModel):
+    family = "Other"
+    parts = {**FluxModel.parts, "transformer": "added_diffusion:OtherTransformer"}
+
+    def controlnet_config(self, controlnet):
+        return {"family": "Other", **super().controlnet_config(controlnet)}
+
+    @classmethod
+    def controlnet_from_config(cls, config):
+        return FluxModel.controlnet_from_config({**config, "family": "FLUX"})
+"""
+
+
+@pytest.fixture
+def other(bases: Path, tmp_path: Path, monkeypatch) -> Path:
+    """A pipeline's folder whose transformer only a package knows that is not installed yet."""
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    (tmp_path / "site").mkdir()
+    folder = Path(shutil.copytree(bases / "dev", tmp_path / "other"))
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "_class_name": "OtherTransformer"}))
+    yield folder
+    sys.modules.pop("added_diffusion", None)
+
+
+def test_a_package_adds_a_family(bases: Path, other: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="no diffusion model of a known family"):
+        load_diffusion(str(other), CPU)
+    install(tmp_path / "site", "added_diffusion", {"Other": "added_diffusion:OtherModel"}, PLUGIN, GROUP)
+    diffusion = load_diffusion(str(other), CPU)
+    assert diffusion.family == "Other" and type(diffusion.transformer).__name__ == "OtherTransformer"
+    assert type(load_diffusion(str(bases / "dev"), CPU)) is FluxModel
+    told, options = recipe(bases, other), {"workspace": tmp_path / "runs", "device": "cpu"}
+    extract_latents(told, source="shapes:24", output=tmp_path / "runs" / "latents", **options)
+    made = train_controlnet(told, output=tmp_path / "runs" / "controlnet", **options)
+    assert json.loads(made.file("config.json").read_text())["family"] == "Other"
+    parts = {"branch": bases / "branch", "controlnet": made.path, "device": "cpu"}
+    assert generate(told, "a star", output=tmp_path / "a.png", **parts).exists()
+    with pytest.raises(ArtifactError, match="is for Other, and .* is FLUX"):
+        generate(recipe(bases, bases / "dev"), "a star", output=tmp_path / "b.png", **parts)
+
+
+def test_a_package_that_does_not_load_fails_the_models_that_need_it(bases: Path, other: Path, tmp_path: Path) -> None:
+    install(tmp_path / "site", "added_diffusion", {"Other": "added_diffusion:OtherModel"}, "1/0", GROUP)
+    with pytest.raises(EnvironmentProblem, match="plug-in Other of added_diffusion") as caught:
+        load_diffusion(str(other), CPU)
+    assert caught.value.code == "BF-ENV-004" and caught.value.exit_code == 3 and caught.value.fix
+    assert load_diffusion(str(bases / "dev"), CPU).family == "FLUX"
+
+
+def test_a_config_does_not_choose_the_attention(bases: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bases / "mllm", tmp_path / "mllm"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "attn_implementation": "eager"}))
+    assert load_mllm(str(folder), CPU).model.config._attn_implementation == "sdpa"

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from pathlib import Path
 
 import pytest
+from fixtures_plugins import install as install_package
 
 from bifrost_cli.errors import BifrostError, EnvironmentProblem, UsageError
 from bifrost_cli.runtime.plugins import plugins
@@ -15,13 +16,7 @@ GROUP = "bifrost.test_plugins"
 
 
 def install(folder: Path, package: str, points: dict[str, str], code: str = "class Thing:\n    pass\n") -> None:
-    """What pip leaves of a small package: a module and its metadata."""
-    (folder / f"{package}.py").write_text(code)
-    metadata = folder / f"{package}-1.0.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    lines = "".join(f"{name} = {value}\n" for name, value in points.items())
-    (metadata / "entry_points.txt").write_text(f"[{GROUP}]\n{lines}")
+    install_package(folder, package, points, code, GROUP)
 
 
 @pytest.fixture

@@ -81,10 +81,18 @@ def vae_decode(vae: Any, latents_Bchw: torch.Tensor) -> torch.Tensor:
 class DiffusionModel(ABC):
     """A frozen diffusion model in parts, all of stock classes, loaded in eval mode and without gradients.
 
-    What `embed` returns is the family's own type; it is handed unread to `denoise` and `control_loss`.
+    What `embed` returns is the family's own type; it is handed unread to `denoise` and `control_loss`. A package adds a
+    family by an entry point of the group `bifrost.diffusion_models`: its name is `family`, its value a subclass.
+
+    Attributes:
+        family: the name that artifacts record.
+        parts: folder of the diffusers pipeline -> `module:class` that reads it; the transformer's class decides which
+            family a pipeline is of. Each is an argument of the constructor.
+        frozen_parts: those with weights, in the order of their hash.
     """
 
     family: ClassVar[str]
+    parts: ClassVar[dict[str, str]]
     frozen_parts: ClassVar[tuple[str, ...]]
     transformer: Any  # stock classes, whose attributes type checkers do not know
     vae: Any
@@ -187,6 +195,19 @@ class DiffusionModel(ABC):
         """
 
     # ---- the ControlNet and its loss --------------------------------------------------------------------------------
+
+    @classmethod
+    def controlnet_from_config(cls, config: dict[str, Any]) -> nn.Module:
+        """An empty control, for `config` from `controlnet_config`; a family of another package overrides both."""
+        from bifrost_cli.models.diffusion.controlnet import controlnet_from_config
+
+        return controlnet_from_config(config)
+
+    def controlnet_config(self, controlnet: nn.Module) -> dict[str, Any]:
+        """What an artifact keeps of a control, as JSON values; `family` says whose it is, unless it is FLUX."""
+        from bifrost_cli.models.diffusion.controlnet import controlnet_config
+
+        return controlnet_config(controlnet)
 
     @abstractmethod
     def new_controlnet(self, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2) -> nn.Module:

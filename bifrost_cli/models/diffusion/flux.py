@@ -35,6 +35,15 @@ class FluxModel(DiffusionModel):
     """FLUX in parts. dev has a guidance embedding; schnell has none, and generates in one to four steps."""
 
     family: ClassVar[str] = "FLUX"
+    parts: ClassVar[dict[str, str]] = {
+        "vae": "diffusers:AutoencoderKL",
+        "scheduler": "diffusers:FlowMatchEulerDiscreteScheduler",
+        "transformer": "diffusers:FluxTransformer2DModel",
+        "text_encoder": "transformers:CLIPTextModel",
+        "text_encoder_2": "transformers:T5EncoderModel",
+        "tokenizer": "transformers:CLIPTokenizer",
+        "tokenizer_2": "transformers:T5Tokenizer",
+    }
     frozen_parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "text_encoder", "text_encoder_2")
     transformer: Any
     vae: Any

@@ -35,6 +35,17 @@ class Sd3Model(DiffusionModel):
     """SD3 in parts. Its guidance is classifier-free: a second pass with the empty prompt, unless it is 1."""
 
     family: ClassVar[str] = "SD3"
+    parts: ClassVar[dict[str, str]] = {
+        "vae": "diffusers:AutoencoderKL",
+        "scheduler": "diffusers:FlowMatchEulerDiscreteScheduler",
+        "transformer": "diffusers:SD3Transformer2DModel",
+        "text_encoder": "transformers:CLIPTextModelWithProjection",
+        "text_encoder_2": "transformers:CLIPTextModelWithProjection",
+        "text_encoder_3": "transformers:T5EncoderModel",
+        "tokenizer": "transformers:CLIPTokenizer",
+        "tokenizer_2": "transformers:CLIPTokenizer",
+        "tokenizer_3": "transformers:T5Tokenizer",
+    }
     frozen_parts: ClassVar[tuple[str, ...]] = (
         "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3",
     )  # fmt: skip
