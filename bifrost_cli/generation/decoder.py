@@ -6,7 +6,6 @@ and h w sides of the VAE latents, H W pixels.
 
 from __future__ import annotations
 
-from collections import Counter
 from functools import lru_cache
 from typing import Any
 
@@ -50,7 +49,7 @@ class BifrostDecoder:
     ) -> None:
         self.diffusion, self.controlnet, self.settings = diffusion, controlnet, settings
         self.output_size, self.text_tokens, self.policy = output_size, text_tokens, policy
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
         self._embedded = lru_cache(maxsize=1)(self._embed)
 
     @classmethod

@@ -7,7 +7,6 @@ latents to image), each of which works alone.
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,7 +94,7 @@ class BifrostPipeline:
     ) -> None:
         self.recipe, self.branch, self.controlnet = recipe, branch, controlnet
         self.loader = ModelLoader(recipe.models, device, recipe.generate.offload, in_memory=in_memory)
-        self.one_half, self.seconds = one_half, Counter[str]()
+        self.one_half, self.seconds = one_half, dict[str, float]()
         self._ui, self._said, self._interrupt = ui or Ui(), "", False
         self._prior: BifrostPrior | None = None
         self._decoder: BifrostDecoder | None = None
@@ -281,7 +280,7 @@ class BifrostPipeline:
         requests = seeded(prompts, count, seed, generator)
         with self._lock:
             size = self._size(height, width)
-            self._interrupt, before = False, Counter(self.seconds)
+            self._interrupt, before = False, dict(self.seconds)
             images, predicted, interrupted = [], [], False
             try:
                 for request in requests:
@@ -299,7 +298,9 @@ class BifrostPipeline:
             prompts=[request.prompt for request in made],
             seeds=[request.seed for request in made],
             cut=[latents.cut or self.decoder.cuts(latents.prompt) for latents in predicted],
-            timings={stage: spent - before[stage] for stage, spent in self.seconds.items() if spent > before[stage]},
+            timings={
+                stage: spent for stage, total in self.seconds.items() if (spent := total - before.get(stage, 0.0))
+            },
             interrupted=interrupted,
         )
 

@@ -6,7 +6,6 @@ bytes alone or among others. Legend: B images (1), P patches, C channels of the 
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -60,7 +59,7 @@ class BifrostPrior:
     ) -> None:
         self.mllm, self.branch, self.settings = mllm, branch, settings
         self.max_text_tokens, self.policy = max_text_tokens, policy
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = {}
         self._encoded = lru_cache(maxsize=1)(self._encode)  # several images of a prompt follow each other
         self._unconditional = lru_cache(maxsize=1)(self._encode_empty)
 

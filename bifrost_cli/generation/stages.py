@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,15 +17,15 @@ StageCallback = Callable[[str, int, Any, torch.Tensor], None]
 
 
 @contextmanager
-def timed(seconds: Counter[str], stage: str) -> Iterator[None]:
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     """Add the time spent inside, the device's work included."""
     start = time.perf_counter()
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    seconds[stage] += time.perf_counter() - start
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
-def timing_line(seconds: Counter[str]) -> str:
+def timing_line(seconds: Mapping[str, float]) -> str:
     """`plan 0.4 s, prompt 0.1 s, ...` for the stages that ran."""
     return ", ".join(f"{stage} {seconds[stage]:.2f} s" for stage in STAGES if stage in seconds)

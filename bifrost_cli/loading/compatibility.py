@@ -75,8 +75,9 @@ def require_encoder(controlnet: Artifact, encoder: dict[str, Any]) -> None:
 
 def require_base(trained: Artifact, base: str, name: str, weights: str) -> None:
     """ArtifactError BF-ART-004 unless `trained` was made on the base (`mllm`, `diffusion`) with these weights."""
-    before = {"painter": "flux"}  # the name of artifacts made before format 2 of the recipe
-    recorded = trained.identity.get(base, trained.identity.get(before.get(base)))
+    recorded = trained.identity.get(base)
+    if recorded is None and base == "painter":
+        recorded = trained.identity.get("flux")  # the name of artifacts made before format 2 of the recipe
     if recorded == weights:
         return
     raise ArtifactError(

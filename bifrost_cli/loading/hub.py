@@ -19,9 +19,15 @@ from huggingface_hub.errors import (
 from bifrost_cli.errors import EnvironmentProblem
 
 # The hub's own errors stand on those of its HTTP library, whose name changes between its releases.
-_HTTP = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError")
+_HTTP = next(kind for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError" and issubclass(kind, Exception))
 _NO_NETWORK = ("ConnectError", "ConnectTimeout", "ProxyError")
-HUB_ERRORS = (HfHubHTTPError, _HTTP, LocalEntryNotFoundError, OfflineModeIsEnabled, HFValidationError)
+HUB_ERRORS: tuple[type[Exception], ...] = (
+    HfHubHTTPError,
+    _HTTP,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    HFValidationError,
+)
 
 
 def hub_problem(ref: str, error: Exception, revision: str | None = None) -> EnvironmentProblem:

@@ -80,14 +80,14 @@ class ModelLoader:
         """The multimodal LLM. Raises what `load_mllm` does."""
         models = self.models
         mllm = load_mllm(models.mllm, self.policy.home, self.dtype, revision=models.mllm_revision)
-        self._copied(mllm.model)
+        self._copy(mllm.model)
         return mllm
 
     def diffusion(self) -> DiffusionModel:
         """The diffusion model, whole. Raises what `load_diffusion` does."""
         models = self.models
         diffusion = load_diffusion(models.diffusion, self.policy.home, self.dtype, revision=models.diffusion_revision)
-        self._copied(*diffusion.frozen_modules())
+        self._copy(*diffusion.frozen_modules())
         return diffusion
 
     def vae(self) -> AutoencoderKL:
@@ -111,18 +111,21 @@ class ModelLoader:
 
     def branch(self, artifact: Artifact, mllm: Mllm) -> VisualBranch:
         """A trained branch of this MLLM. Raises what `load_branch` does."""
-        return self._copied(load_branch(artifact, self.policy.home, self.dtype, mllm=mllm))
+        branch = load_branch(artifact, self.policy.home, self.dtype, mllm=mllm)
+        self._copy(branch)
+        return branch
 
     def controlnet(self, artifact: Artifact) -> nn.Module:
         """A trained ControlNet. Raises what `load_controlnet` does."""
-        return self._copied(load_controlnet(artifact, self.policy.home, self.dtype))
+        controlnet = load_controlnet(artifact, self.policy.home, self.dtype)
+        self._copy(controlnet)
+        return controlnet
 
-    def _copied(self, *modules: Any) -> Any:
+    def _copy(self, *modules: nn.Module) -> None:
         for module in modules if self._in_memory else ():
             for tensor in (*module.parameters(), *module.buffers()):
                 if tensor.device.type == "cpu":
                     tensor.data = tensor.data.clone()
-        return modules[0]
 
 
 @contextmanager
@@ -246,7 +249,8 @@ def load_branch(
     with init_empty_weights():
         branch = VisualBranch.from_config(config)
     base = branch.from_base(mllm) if branch.tune and mllm is not None else {}
-    return _frozen(_filled(branch, artifact, prefix, base), device).to(dtype)
+    _frozen(_filled(branch, artifact, prefix, base), device)
+    return branch.to(dtype)
 
 
 def load_controlnet(artifact: Artifact, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -254,7 +258,7 @@ def load_controlnet(artifact: Artifact, device: torch.device, dtype: torch.dtype
     config, prefix = _part_of(artifact, "control")
     with init_empty_weights():
         controlnet = DIFFUSION_MODELS[config_family(config)].controlnet_from_config(config)
-    controlnet = _frozen(_filled(controlnet, artifact, prefix, {}), device)
+    _frozen(_filled(controlnet, artifact, prefix, {}), device)
     return nn.Module.to(controlnet, dtype)  # diffusers' own `to` warns of modules kept in float32; there are none
 
 
