@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 from typer.core import TyperCommand
@@ -54,7 +54,7 @@ def command(
     flags: Sequence[Flag] = (),
     default: str = "tiny",
     check: Callable[..., None] | None = None,
-    cls: type[TyperCommand] | None = None,
+    cls: type[LazyCommand] | None = None,
 ) -> Callable[[Body], Body]:
     """Register a function as a command.
 
@@ -64,7 +64,7 @@ def command(
         flags: recipe keys that have a flag of their own.
         default: the recipe when none is named.
         check: takes the command's parameters and raises what can be refused before a model library is imported.
-        cls: the command's class.
+        cls: the command's class; None is `LazyCommand`.
 
     Returns:
         The decorator; it leaves the function as it is. A `recipe` parameter becomes --recipe, --set and `flags`, and
@@ -73,12 +73,13 @@ def command(
 
     def register(body: Body) -> Body:
         own = inspect.signature(body, eval_str=True).parameters
+        values: dict[str, Any] = {}
 
         @functools.wraps(body)
         def run(*, as_json: bool, quiet: bool, debug: bool, offline: bool, **given: Any) -> None:
             try:
                 if "recipe" in own:
-                    given["recipe"] = _load(given, flags)
+                    given["recipe"] = _load(given, flags, values)
                 if "ui" in own:
                     given["ui"] = Ui() if quiet or distributed_env().rank else TerminalUi()
                 if check is not None:
@@ -98,11 +99,55 @@ def command(
                     raise RuntimeError("a file ended early") from error
                 raise
 
-        _declare(run, own, flags, default)
-        app.command(name, cls=cls)(run)
+        _declare(run, own, default)
+        app.command(name, cls=type("Command", (cls or LazyCommand,), {"flags": flags, "values": values}))(run)
         return body
 
     return register
+
+
+class LazyCommand(TyperCommand):
+    """A command whose flags for recipe keys are looked up when it is used, and not when any command starts: the schema
+    that describes them costs more than all of `bifrost --help`."""
+
+    flags: Sequence[Flag] = ()
+    values: dict[str, Any]  # of the flags; Typer hands a function only what its signature has
+    _params: list[Any] | None = None
+
+    @property
+    def params(self) -> list[Any]:  # type: ignore[override]
+        """Typer's parameters: those of the function, with the flags before what every command has."""
+        if self._params is None:
+            place = next((n for n, param in enumerate(self._declared) if param.name == "as_json"), 0)
+            flags = typer_params([flag.declare() for flag in self.flags])
+            params = [*self._declared[:place], *flags, *self._declared[place:]]
+            self._params = [*self.first_params(params), *params]
+        return self._params
+
+    @params.setter
+    def params(self, params: list[Any]) -> None:
+        self._declared = params
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the function, the flags in `values`."""
+        self.values.update((flag.parameter, ctx.params.pop(flag.parameter)) for flag in self.flags)
+        return super().invoke(ctx)
+
+    def first_params(self, others: Sequence[Any]) -> list[Any]:
+        """Parameters of a subclass, before `others`."""
+        return []
+
+
+def typer_params(parameters: list[inspect.Parameter]) -> list[Any]:
+    """Typer's own parameters for a function of these."""
+
+    def nothing(**given: Any) -> None: ...
+
+    nothing.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    nothing.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    scratch = typer.Typer(add_completion=False)
+    scratch.command()(nothing)
+    return typer.main.get_command(scratch).params
 
 
 def _check(check: Callable[..., None], given: dict[str, Any]) -> None:
@@ -114,14 +159,11 @@ def _check(check: Callable[..., None], given: dict[str, Any]) -> None:
         raise
 
 
-def _declare(run: Callable[..., None], own: Any, flags: Sequence[Flag], default: str) -> None:
+def _declare(run: Callable[..., None], own: Any, default: str) -> None:
     """Give `run` the signature that Typer reads."""
     wanted = [parameter for name, parameter in own.items() if name not in ("recipe", "ui")]
     if "recipe" in own:
         wanted += [_option("recipe", recipe_option(default), default), _option("sets", Sets, None)]
-        wanted += [
-            _option(f.parameter, Annotated[f.kind | None, typer.Option(*f.names, help=f.help)], None) for f in flags
-        ]
     wanted += [_option(name, hint, False) for name, hint in _COMMON.items()]
     keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in wanted]
     run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
@@ -132,12 +174,12 @@ def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
 
 
-def _load(given: dict[str, Any], flags: Sequence[Flag]) -> Any:
+def _load(given: dict[str, Any], flags: Sequence[Flag], values: dict[str, Any]) -> Any:
     from bifrost_cli.config.load import load_recipe
 
     sets = list(given.pop("sets") or ())
     for flag in flags:
-        value = given.pop(flag.parameter)
+        value = values[flag.parameter]
         if value is not None:
             sets.append(f"{flag.key}={json.dumps(value)}")
     return load_recipe(given.pop("recipe"), sets)

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from bifrost_cli.cli import preflight
-from bifrost_cli.cli.command import Result, command
+from bifrost_cli.cli.command import LazyCommand, Result, command, typer_params
 from bifrost_cli.cli.options import EVALUATE, Device, DryRun, Output, Recipe, Workspace
 from bifrost_cli.cli.stage_commands import made
 from bifrost_cli.errors import Findings
@@ -29,26 +28,16 @@ _METRIC, _OPTION = "metric_", "option_"  # prefixes of the parameters that follo
 app = typer.Typer()
 
 
-class EvalCommand(TyperCommand):
-    """`bifrost eval`, whose metrics are looked up when it is used and not when any command starts."""
+class EvalCommand(LazyCommand):
+    """`bifrost eval`, whose metrics are looked up when it is used, too."""
 
-    _known: list[Any] | None = None
-
-    @property
-    def params(self) -> list[Any]:
-        """The metrics' parameters, then those of the function."""
-        if self._known is None:
-            self._known = [*_metric_params(self._declared), *self._declared]
-        return self._known
-
-    @params.setter
-    def params(self, params: list[Any]) -> None:
-        self._declared = params
+    def first_params(self, others: Sequence[Any]) -> list[Any]:
+        """The metrics' parameters."""
+        return _metric_params(others)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the function; the metrics' parameters, which its signature does not have, are `ctx.obj`."""
-        declared = {param.name for param in self._declared}
-        ctx.obj = {name: ctx.params.pop(name) for name in list(ctx.params) if name not in declared}
+        ctx.obj = {name: ctx.params.pop(name) for name in list(ctx.params) if name.startswith((_METRIC, _OPTION))}
         return super().invoke(ctx)
 
 
@@ -68,24 +57,12 @@ def _metric_params(declared: Sequence[Any]) -> list[Any]:
                 text = option.help + (f"  (default: {option.default})" if option.default else "")
                 shown = typer.Option(f"--{option.name}", metavar=option.metavar, help=text)
                 options.append(_parameter(_OPTION + option.name, str | None, None, shown))
-    return _params([*flags, *options])
+    return typer_params([*flags, *options])
 
 
 def _parameter(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
     name = name.replace("-", "_")
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
-
-
-def _params(parameters: list[inspect.Parameter]) -> list[Any]:
-    """Typer's own parameters for a function of these."""
-
-    def nothing(**given: Any) -> None: ...
-
-    nothing.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    nothing.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    scratch = typer.Typer(add_completion=False)
-    scratch.command()(nothing)
-    return typer.main.get_command(scratch).params
 
 
 @command(app, "eval", EVALUATE, check=preflight.evaluate, cls=EvalCommand)

@@ -6,10 +6,11 @@ stays quick. Does not know what the options do.
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
 
 import typer
 
@@ -22,16 +23,28 @@ else:
 
 
 class Flag(NamedTuple):
-    """A flag that sets a recipe key for one run."""
+    """A recipe key that has an option of its own: --missing-caption is latents.missing_caption."""
 
     key: str
-    kind: type
-    names: tuple[str, ...]
-    help: str
 
     @property
     def parameter(self) -> str:
+        """The name that the command's function sees."""
         return "key_" + self.key.replace(".", "_")
+
+    def declare(self) -> inspect.Parameter:
+        """The option, with the type, the choices and the description of the schema's field."""
+        from bifrost_cli.config.load import all_keys
+        from bifrost_cli.config.schema import Recipe
+
+        field = dict(all_keys(Recipe))[self.key]
+        kind = next((arm for arm in get_args(field.annotation) if arm is str), field.annotation)  # of str | None
+        name = "--" + self.key.rpartition(".")[2].replace("_", "-")
+        names = f"{name}/--no-{name[2:]}" if kind is bool else name
+        option = typer.Option(names, help=f"{field.description}  ({self.key})", show_default=False)
+        return inspect.Parameter(
+            self.parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+        )
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -135,37 +148,25 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only where the
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Offline = Annotated[bool, typer.Option("--offline", callback=_go_offline, is_eager=True, help="Never use the network.")]
 
-# ---- flags for recipe keys
+# ---- flags for recipe keys: their types, choices and help are those of the schema
 SOURCE = (
-    Flag("latents.missing_caption", str, ("--missing-caption",), "stop, skip or empty."),
-    Flag("latents.bad_image", str, ("--bad-image",), "stop or skip."),
-    Flag("latents.max_bad", float, ("--max-bad",), "With --bad-image skip: the share that stops after all."),
-    Flag("images.animated", str, ("--animated",), "first (frame) or skip."),
-    Flag("latents.image_column", str, ("--image-column",), "A table's column of images or their paths."),
-    Flag("latents.caption_column", str, ("--caption-column",), "A table's column of captions."),
-    Flag("latents.captions", str, ("--captions",), "files (.txt), or folders: each folder is a class."),
-    Flag("latents.class_names", str, ("--class-names",), "A file of lines FOLDER CAPTION: the classes' names."),
+    Flag("latents.missing_caption"),
+    Flag("latents.bad_image"),
+    Flag("latents.max_bad"),
+    Flag("images.animated"),
+    Flag("latents.image_column"),
+    Flag("latents.caption_column"),
+    Flag("latents.captions"),
+    Flag("latents.class_names"),
 )
-EXTRACT = (
-    Flag("latents.encoder", str, ("--encoder",), "mllm, or open_clip:NAME/PRETRAINED."),
-    Flag("images.background", str, ("--background",), "The colour under transparent pixels."),
-    *SOURCE,
-)
+EXTRACT = (Flag("latents.encoder"), Flag("images.background"), *SOURCE)
 GENERATE = (
-    Flag(
-        "generate.plan",
-        bool,
-        ("--plan/--no-plan",),
-        "The MLLM first writes what the image shows, then it is generated.",
-    ),
-    Flag("generate.decode_steps", int, ("--decode-steps",), "Steps of the branch."),
-    Flag("generate.branch_guidance", float, ("--branch-guidance",), "Prompt weight in the branch; 1 is the quickest."),
-    Flag("generate.steps", int, ("--steps",), "Diffusion steps."),
-    Flag("generate.guidance_scale", float, ("--guidance-scale",), "Guidance of the diffusion model."),
-    Flag("generate.control_scale", float, ("--control-scale",), "Weight of the ControlNet."),
+    Flag("generate.plan"),
+    Flag("generate.decode_steps"),
+    Flag("generate.branch_guidance"),
+    Flag("generate.steps"),
+    Flag("generate.guidance_scale"),
+    Flag("generate.control_scale"),
 )
 RECONSTRUCT = GENERATE[3:]
-EVALUATE = (
-    Flag("evaluate.min_samples", int, ("--min-samples",), "Fewer images than this are refused."),
-    Flag("evaluate.features", str, ("--features",), "inception, builtin:open_clip, or open_clip:NAME/PRETRAINED."),
-)
+EVALUATE = (Flag("evaluate.min_samples"), Flag("evaluate.features"))

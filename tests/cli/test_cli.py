@@ -13,6 +13,7 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from PIL import Image
@@ -21,6 +22,9 @@ import bifrost_cli.cli.stage_commands as stage_commands
 from bifrost_cli import errors
 from bifrost_cli.artifacts import Artifact, Draft
 from bifrost_cli.cli.app import run
+from bifrost_cli.cli.options import EVALUATE, EXTRACT, GENERATE
+from bifrost_cli.config.load import all_keys
+from bifrost_cli.config.schema import Recipe
 from bifrost_cli.evaluation.registry import metric_flags
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +124,17 @@ def test_flags_set_recipe_keys_and_only_when_given(stage):
     assert (settings.plan, settings.decode_steps, settings.branch_guidance, settings.steps) == (False, 3, 2.0, 5)
     assert run(["generate", "p", "--recipe", "bifrost1-7b"]) == 0
     assert calls[1]["args"][0].name == "bifrost1-7b" and calls[1]["args"][1] == "p"
+
+
+def test_flags_have_the_types_the_choices_and_the_words_of_the_schema(capsys):
+    fields = dict(all_keys(Recipe))
+    for flag in {*EXTRACT, *GENERATE, *EVALUATE}:
+        parameter = flag.declare()
+        kind, option = get_args(parameter.annotation)
+        assert option.help == f"{fields[flag.key].description}  ({flag.key})"
+        assert kind == fields[flag.key].annotation | None
+    assert run(["extract-latents", "--missing-caption", "maybe"]) == 2
+    assert "'stop', 'skip', 'empty'" in capsys.readouterr().err
 
 
 def test_generate_takes_one_prompt_or_a_file_and_has_a_default(stage, capsys):
