@@ -32,7 +32,7 @@ from bifrost_cli.loading.fingerprints import diffusion_fingerprint
 from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.loading.offload import forget
 from bifrost_cli.loading.resolve import resolve_device
-from bifrost_cli.models.encoders import Encoder, MllmEncoder, VaePatchEncoder
+from bifrost_cli.models.encoders import Encoder
 from bifrost_cli.runtime.ui import Ui
 
 StepCallback = Callable[["BifrostPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
@@ -175,13 +175,13 @@ class BifrostPipeline:
     def encoder(self) -> Encoder:
         """The image encoder of `latents.encoder`; it shares the MLLM or the VAE with the half that is loaded."""
         if self._encoder is None:
-            name, size = self.recipe.latents.encoder, self.recipe.images.input_size
-            if name == "mllm" and self._prior is not None:
-                return MllmEncoder(self._prior.mllm, size)
-            if name == "vae" and self._decoder is not None:
-                return VaePatchEncoder(self._decoder.diffusion.vae, size)
+            latents, images = self.recipe.latents, self.recipe.images
+            if latents.encoder == "mllm" and self._prior is not None:
+                return self.loader.encoder(latents, images, mllm=self._prior.mllm)
+            if latents.encoder == "vae" and self._decoder is not None:
+                return self.loader.encoder(latents, images, vae=self._decoder.diffusion.vae)
             self._unload_others()
-            self._encoder = self.loader.encoder(self.recipe.latents, self.recipe.images)
+            self._encoder = self.loader.encoder(latents, images)
         return self._encoder
 
     def _unload_others(self) -> None:

@@ -36,7 +36,6 @@ from bifrost_cli.models.diffusion.controlnet import (
     controlnet_from_config,
 )
 from bifrost_cli.models.diffusion.flux import FluxModel
-from bifrost_cli.models.encoders import MllmEncoder
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
 from bifrost_cli.runtime.ui import Ui
 
@@ -95,8 +94,7 @@ def load_base(recipe: Recipe, root: ShardedCheckpoint | None, names: Names, ui: 
         raise _other_family(models.mllm, "Qwen2.5-VL")
     if root:
         _require_width(root, mllm, models.mllm)
-    own = recipe.latents.encoder == "mllm"
-    encoder = MllmEncoder(mllm, recipe.images.input_size) if own else loader.encoder(recipe.latents, recipe.images)
+    encoder = loader.encoder(recipe.latents, recipe.images, mllm=mllm)
     latents = {"encoder": encoder.identity, "grid": list(encoder.grid), "channels": encoder.channels}
     frozen = _compare(names.mllm, root, mllm.model.state_dict(), ui) if root else {}
     if different := frozen.get("different"):

@@ -6,17 +6,21 @@ Each raises an error that names both sides, as early as what it compares is know
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.files import read_json
-from bifrost_cli.config.schema import Recipe
+from bifrost_cli.artifacts.identity import differences
+from bifrost_cli.config.schema import Branch, Models, Recipe, Train
 from bifrost_cli.errors import ArtifactError, RecipeError
 from bifrost_cli.models.diffusion.base import DiffusionModel
 from bifrost_cli.models.diffusion.controlnet import config_family, image_tokens
 from bifrost_cli.runtime.ui import Ui
+
+if TYPE_CHECKING:
+    from bifrost_cli.data.latents.reader import LatentsStore
 
 _SHARED = ("encoder", "grid", "channels")
 
@@ -137,3 +141,71 @@ def described(artifact: Artifact) -> str:
 
 def _encoder(identity: dict[str, Any]) -> str:
     return f"encoder {identity.get('name')}, weights {str(identity.get('weights'))[:12]}"
+
+
+# ---- latents stores and trainings -----------------------------------------------------------------------------------
+
+
+def require_latents_named(store: LatentsStore, name: str, recipe: str) -> None:
+    """ArtifactError BF-ART-004 unless the store's encoder has this name: known before any weight is loaded."""
+    if store.encoder.get("name") != name:
+        raise _other_latents(store, "latents of another encoder than that", recipe,
+                             f"encoder {store.encoder.get('name')}, not {name}")  # fmt: skip
+
+
+def require_latents_of(store: LatentsStore, encoder: dict[str, Any], recipe: str) -> None:
+    """ArtifactError BF-ART-004 unless the store's encoder has the same weights and preprocessing, too."""
+    if store.encoder != encoder:
+        raise _other_latents(store, "latents of another encoder than that", recipe, _unlike(store.encoder, encoder))
+
+
+def require_vae_latents(store: LatentsStore, vae: dict[str, Any], recipe: str) -> None:
+    """ArtifactError BF-ART-004 unless the store's VAE latents are of this VAE, at this size."""
+    if (recorded := store.attributes["painter"]) != vae:
+        raise _other_latents(store, "VAE latents of another diffusion model than that", recipe,
+                             _unlike(recorded or {}, vae))  # fmt: skip
+
+
+def control_ratio(store: LatentsStore, diffusion: DiffusionModel) -> int:
+    """Image tokens a side for each patch: 2 in the paper. ArtifactError BF-ART-004 when that is no whole number."""
+    (channels, height, width), (rows, columns) = store.vae_shape, store.grid
+    ratio = height // (2 * rows)
+    if ratio and (channels, height, width) == (diffusion.latent_channels, 2 * ratio * rows, 2 * ratio * columns):
+        return ratio
+    raise ArtifactError(
+        f"the VAE latents of {store.artifact.path} do not fit its patch latents in this diffusion model",
+        at=f"they are {tuple(store.vae_shape)}; a {rows}x{columns} grid needs "
+        f"{(diffusion.latent_channels, 4 * rows, 4 * columns)}, or another whole number of image tokens for each patch",
+        fix=f"extract again with --set images.output_size={4 * rows * diffusion.factor}",
+        code="BF-ART-004",
+    )
+
+
+def require_tuning(branch: Branch, layers: int) -> None:
+    """RecipeError BF-RECIPE-005 for a `branch.tune` that an MLLM of so many layers cannot have."""
+    if branch.tune != "full" and branch.init == "random":
+        raise RecipeError(f"branch.init random with tune {branch.tune} would freeze random layers",
+                          fix="--set branch.tune=full, or init mllm", code="BF-RECIPE-005")  # fmt: skip
+    if branch.tune == "layers" and branch.layers is not None and branch.layers > layers:
+        raise RecipeError(f"branch.layers is {branch.layers}; the MLLM has {layers} layers", code="BF-RECIPE-005",
+                          fix=f"--set branch.layers={layers}, or tune full")  # fmt: skip
+
+
+def require_precision(section: str, train: Train, models: Models) -> None:
+    """RecipeError BF-RECIPE-005 for fp32 whose gradient passes through frozen weights of another type."""
+    if train.precision == "fp32" and models.dtype != "float32":
+        raise RecipeError(f"{section}.train.precision fp32 cannot run through frozen weights of {models.dtype}",
+                          fix="--set models.dtype=float32, or precision bf16", code="BF-RECIPE-005")  # fmt: skip
+
+
+def _other_latents(store: LatentsStore, what: str, recipe: str, at: str) -> ArtifactError:
+    return ArtifactError(
+        f"{store.artifact.path} holds {what} of recipe {recipe}",
+        at=at,
+        fix=f"give the recipe that the store was made with: --recipe {store.artifact.path}, or extract again",
+        code="BF-ART-004",
+    )
+
+
+def _unlike(recorded: dict[str, Any], now: dict[str, Any]) -> str:
+    return differences(*({"kind": "latents", "parents": [], "identity": side} for side in (recorded, now)))

@@ -94,8 +94,10 @@ class ModelLoader:
         """The diffusion model's VAE alone, on the device. Raises what `load_diffusion` does."""
         return load_vae(self.models.diffusion, self.device, self.dtype, revision=self.models.diffusion_revision)
 
-    def encoder(self, latents: Latents, images: Images) -> Encoder:
-        """The image encoder that `latents.encoder` names, on the device.
+    def encoder(
+        self, latents: Latents, images: Images, *, mllm: Mllm | None = None, vae: AutoencoderKL | None = None
+    ) -> Encoder:
+        """The image encoder that `latents.encoder` names, on the device; of `mllm` or `vae` where one is loaded.
 
         Raises:
             RecipeError: its sizes and `images.input_size` do not fit.
@@ -103,10 +105,10 @@ class ModelLoader:
         name, size, models = latents.encoder, images.input_size, self.models
         with encoder_errors("images.input_size"):
             if name == "mllm":
-                mllm = load_mllm(models.mllm, self.device, self.dtype, revision=models.mllm_revision)
+                mllm = mllm or load_mllm(models.mllm, self.device, self.dtype, revision=models.mllm_revision)
                 return MllmEncoder(mllm, size)
             if name == "vae":
-                return VaePatchEncoder(self.vae(), size)
+                return VaePatchEncoder(vae or self.vae(), size)
             return OpenClipEncoder(load_open_clip(name, self.device), features_name(name), size)
 
     def branch(self, artifact: Artifact, mllm: Mllm) -> VisualBranch:

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 
 from bifrost_cli.artifacts import Artifact
-from bifrost_cli.artifacts.identity import differences
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.safetensors_io import weights_hash
 from bifrost_cli.errors import RecipeError
+from bifrost_cli.loading.compatibility import require_latents_of, require_precision, require_tuning
 from bifrost_cli.loading.fingerprints import mllm_fingerprint
-from bifrost_cli.loading.loaders import ModelLoader, encoder_errors
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.models.branch.visual_branch import VisualBranch
-from bifrost_cli.models.encoders import MllmEncoder
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
 from bifrost_cli.runtime.launch import together
 from bifrost_cli.runtime.plugins import plugins
@@ -29,8 +28,6 @@ from bifrost_cli.training.data_order import derive
 from bifrost_cli.training.training_run import (
     TrainingRun,
     choose_store,
-    other_encoder,
-    require_precision,
     run_training,
     shared_identity,
 )
@@ -79,8 +76,9 @@ def train_branch(
         require_precision("branch", settings.train, recipe.models)
     store, loader = choose_store(recipe, latents, workspace, ui), ModelLoader(recipe.models, device)
     mllm = loader.mllm()
-    _require_encoder(recipe, store, mllm, loader)
-    _require_sense(recipe, mllm)
+    encoder = loader.encoder(recipe.latents, recipe.images, mllm=mllm)
+    require_latents_of(store, encoder.identity, recipe.name)
+    require_tuning(settings, mllm.text_config.num_hidden_layers)
     branch = build_branch(recipe, store, mllm)
     if settings.train.gradient_checkpointing:
         branch.enable_gradient_checkpointing()
@@ -133,28 +131,6 @@ def tuned(recipe: Recipe) -> dict[str, int] | None:
     """`branch.tune` as the branch takes it: None trains everything."""
     settings = recipe.branch
     return {"full": None, "layers": {"layers": settings.layers}, "lora": {"rank": settings.lora_rank}}[settings.tune]
-
-
-def _require_sense(recipe: Recipe, mllm: Mllm) -> None:
-    """RecipeError for settings of `branch.tune` that this MLLM cannot have."""
-    settings, count = recipe.branch, mllm.text_config.num_hidden_layers
-    if settings.tune != "full" and settings.init == "random":
-        raise RecipeError(f"branch.init random with tune {settings.tune} would freeze random layers",
-                          fix="--set branch.tune=full, or init mllm", code="BF-RECIPE-005")  # fmt: skip
-    if settings.tune == "layers" and settings.layers > count:
-        raise RecipeError(f"branch.layers is {settings.layers}; the MLLM has {count} layers", code="BF-RECIPE-005",
-                          fix=f"--set branch.layers={count}, or tune full")  # fmt: skip
-
-
-def _require_encoder(recipe: Recipe, store: LatentsStore, mllm: Mllm, loader: ModelLoader) -> None:
-    """The encoder of the same name must have the same weights and preprocessing, too."""
-    own = recipe.latents.encoder == "mllm"
-    size, images = recipe.images.input_size, recipe.images
-    with encoder_errors("images.input_size"):
-        encoder = MllmEncoder(mllm, size) if own else loader.encoder(recipe.latents, images)
-    if store.encoder != encoder.identity:
-        sides = ({"kind": "latents", "parents": [], "identity": side} for side in (store.encoder, encoder.identity))
-        raise other_encoder(store, recipe, differences(*sides))
 
 
 def _health(artifact: Artifact) -> str:

@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 from bifrost_cli.artifacts import Artifact
-from bifrost_cli.artifacts.identity import differences
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.latents.reader import LatentsStore
-from bifrost_cli.errors import ArtifactError, RecipeError
-from bifrost_cli.loading.compatibility import check_settings
+from bifrost_cli.errors import RecipeError
+from bifrost_cli.loading.compatibility import check_settings, control_ratio, require_precision, require_vae_latents
 from bifrost_cli.loading.fingerprints import diffusion_fingerprint
 from bifrost_cli.loading.loaders import ModelLoader, encoder_errors
 from bifrost_cli.models.diffusion.base import DiffusionModel, UnsupportedControl
@@ -28,7 +27,6 @@ from bifrost_cli.training.data_order import derive
 from bifrost_cli.training.training_run import (
     TrainingRun,
     choose_store,
-    require_precision,
     run_training,
     shared_identity,
 )
@@ -99,7 +97,9 @@ def diffusion_of(recipe: Recipe, store: LatentsStore, loader: ModelLoader, ui: U
     """The recipe's diffusion model; the store's VAE latents are its own."""
     diffusion = loader.diffusion()
     check_settings(recipe, diffusion, ui)
-    _require_diffusion(recipe, store, diffusion)
+    with encoder_errors("images.output_size"):
+        vae = VaeEncoder(diffusion.vae, recipe.images.output_size)
+    require_vae_latents(store, vae.identity, recipe.name)
     return diffusion
 
 
@@ -113,7 +113,7 @@ def save_memory(*modules: nn.Module) -> None:
 def new_control(recipe: Recipe, store: LatentsStore, diffusion: DiffusionModel, seed: int) -> nn.Module:
     """The untrained control of the recipe's kind, sized for the store; its new layers drawn from the seed."""
     settings, patches = recipe.controlnet, store.grid[0] * store.grid[1]
-    ratio = _ratio(store, diffusion)
+    ratio = control_ratio(store, diffusion)
     torch.manual_seed(derive(seed, "init"))
     try:
         if settings.control != "controlnet":
@@ -122,32 +122,3 @@ def new_control(recipe: Recipe, store: LatentsStore, diffusion: DiffusionModel, 
     except UnsupportedControl as error:
         fix = f"--set controlnet.{error.key}={error.value}"
         raise RecipeError(f"controlnet.{error.key}: {error}", fix=fix, code="BF-RECIPE-005") from None
-
-
-def _require_diffusion(recipe: Recipe, store: LatentsStore, diffusion: DiffusionModel) -> None:
-    """The VAE latents must be those of this diffusion model, at the recipe's size."""
-    with encoder_errors("images.output_size"):
-        now, then = VaeEncoder(diffusion.vae, recipe.images.output_size).identity, store.attributes["painter"]
-    if now != then:
-        sides = ({"kind": "latents", "parents": [], "identity": side} for side in (then or {}, now))
-        raise ArtifactError(
-            f"the VAE latents of {store.artifact.path} are not of the diffusion model of recipe {recipe.name}",
-            at=differences(*sides),
-            fix=f"give the recipe that the store was made with: --recipe {store.artifact.path}, or extract again",
-            code="BF-ART-004",
-        )
-
-
-def _ratio(store: LatentsStore, diffusion: DiffusionModel) -> int:
-    """Image tokens a side for each patch: 2 in the paper. ArtifactError BF-ART-004 when that is no whole number."""
-    (channels, height, width), (rows, columns) = store.vae_shape, store.grid
-    ratio = height // (2 * rows)
-    if ratio and (channels, height, width) == (diffusion.latent_channels, 2 * ratio * rows, 2 * ratio * columns):
-        return ratio
-    raise ArtifactError(
-        f"the VAE latents of {store.artifact.path} do not fit its patch latents in this diffusion model",
-        at=f"they are {tuple(store.vae_shape)}; a {rows}x{columns} grid needs "
-        f"{(diffusion.latent_channels, 4 * rows, 4 * columns)}, or another whole number of image tokens for each patch",
-        fix=f"extract again with --set images.output_size={4 * rows * diffusion.factor}",
-        code="BF-ART-004",
-    )

@@ -16,10 +16,11 @@ import torch
 
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id, newest, resolve
 from bifrost_cli.artifacts.files import make_folder, remove, sweep, write_bytes, write_json
-from bifrost_cli.config.schema import Models, Recipe, Train, identity_of
+from bifrost_cli.config.schema import Recipe, Train, identity_of
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.safetensors_io import save_tensors
 from bifrost_cli.errors import ArtifactError, BifrostError, DataError, DiskFull, RecipeError, UsageError, memory_errors
+from bifrost_cli.loading.compatibility import require_latents_named
 from bifrost_cli.loading.open_clip_models import features_name
 from bifrost_cli.runtime import distributed
 from bifrost_cli.runtime.ui import Ui
@@ -60,9 +61,7 @@ def choose_store(recipe: Recipe, latents: Path | str | None, workspace: Path | s
     why = "as given" if latents is not None else f"the newest in {workspace}"
     ui.say(f"latents: {found.path} ({found.id}), {why}")
     store = LatentsStore.open(found)
-    name = features_name(recipe.latents.encoder)
-    if store.encoder.get("name") != name:
-        raise other_encoder(store, recipe, f"encoder {store.encoder.get('name')}, not {name}")
+    require_latents_named(store, features_name(recipe.latents.encoder), recipe.name)
     if store.rows < 3 and len({image_of(key) for key in store.keys}) < 2:
         raise DataError(
             f"{found.path} has {store.rows} rows: too few to train on and validate",
@@ -72,27 +71,10 @@ def choose_store(recipe: Recipe, latents: Path | str | None, workspace: Path | s
     return store
 
 
-def other_encoder(store: LatentsStore, recipe: Recipe, at: str) -> ArtifactError:
-    """BF-ART-004: the store's latents are not of the recipe's encoder; `at` says how they differ."""
-    return ArtifactError(
-        f"{store.artifact.path} holds latents of another encoder than that of recipe {recipe.name}",
-        at=at,
-        fix=f"give the recipe that the store was made with: --recipe {store.artifact.path}, or extract again",
-        code="BF-ART-004",
-    )
-
-
 def shared_identity(store: LatentsStore, section: Any) -> dict[str, Any]:
     """What any part trained on a store is: the kind of latents, and the recipe's section without run-only keys."""
     settings = identity_of(section)
     return {"encoder": store.encoder, "grid": list(store.grid), "channels": store.channels, "settings": settings}
-
-
-def require_precision(section: str, train: Train, models: Models) -> None:
-    """RecipeError BF-RECIPE-005 for fp32 whose gradient passes through frozen weights of another type."""
-    if train.precision == "fp32" and models.dtype != "float32":
-        raise RecipeError(f"{section}.train.precision fp32 cannot run through frozen weights of {models.dtype}",
-                          fix="--set models.dtype=float32, or precision bf16", code="BF-RECIPE-005")  # fmt: skip
 
 
 def run_training(

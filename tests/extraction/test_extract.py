@@ -73,7 +73,7 @@ def means(monkeypatch: pytest.MonkeyPatch) -> Callable[[Means], None]:
     """Put this encoder in the place of the recipe's."""
 
     def use(encoder: Means) -> None:
-        monkeypatch.setattr(ModelLoader, "encoder", lambda *_: encoder)
+        monkeypatch.setattr(ModelLoader, "encoder", lambda *_, **__: encoder)
 
     use(Means())
     return use

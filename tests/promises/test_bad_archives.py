@@ -24,7 +24,7 @@ SKIP = ["--bad-image", "skip", "--max-bad", "0.5"]
 
 @pytest.fixture(autouse=True)
 def means(monkeypatch):
-    monkeypatch.setattr(ModelLoader, "encoder", lambda *_: Means(lambda: None))
+    monkeypatch.setattr(ModelLoader, "encoder", lambda *_, **__: Means(lambda: None))
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def store(whole, tmp_path) -> Path:
 def no_weights(monkeypatch):
     """A store is looked at before any weight is loaded."""
     monkeypatch.setattr(ModelLoader, "mllm", lambda *rest, **more: pytest.fail("weights were loaded"))
-    monkeypatch.setattr(ModelLoader, "encoder", lambda *_: Means(lambda: None))
+    monkeypatch.setattr(ModelLoader, "encoder", lambda *_, **__: Means(lambda: None))
 
 
 def edited_zarr(path: Path) -> None:
@@ -109,12 +109,12 @@ def test_50_temporary_files_of_a_killed_extraction_are_swept(tmp_path, capsys, m
         if next(calls, None) is None:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ModelLoader, "encoder", lambda *_: Means(stop))
+    monkeypatch.setattr(ModelLoader, "encoder", lambda *_, **__: Means(stop))
     command = ["extract-latents", "shapes:16:0", "-o", out, *SMALL, "--set", "latents.batch_size=4"]
     assert told(capsys, tmp_path / "in", *command)[0] == 130
     (out / "index" / ".bifrost-tmp-1-1").write_bytes(b"half")
     (out / "thesis.tex").write_text("kept")
-    monkeypatch.setattr(ModelLoader, "encoder", lambda *_: Means(lambda: None))
+    monkeypatch.setattr(ModelLoader, "encoder", lambda *_, **__: Means(lambda: None))
     assert told(capsys, tmp_path / "in", *command)[0] == 0
     assert not list(out.rglob(".bifrost-tmp-*")) and (out / "thesis.tex").read_text() == "kept"
 

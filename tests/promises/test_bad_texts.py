@@ -22,7 +22,7 @@ PNG = encoded(texture(), "PNG")
 
 @pytest.fixture(autouse=True)
 def means(monkeypatch):
-    monkeypatch.setattr(ModelLoader, "encoder", lambda *_: Means(lambda: None))
+    monkeypatch.setattr(ModelLoader, "encoder", lambda *_, **__: Means(lambda: None))
 
 
 @pytest.fixture

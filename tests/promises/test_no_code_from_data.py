@@ -52,7 +52,7 @@ def here(tmp_path, monkeypatch):
     """The folder a command runs in; at the end nothing in it, or in the inputs, is called canary."""
     (tmp_path / "in").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ModelLoader, "encoder", lambda *_: Means(lambda: None))
+    monkeypatch.setattr(ModelLoader, "encoder", lambda *_, **__: Means(lambda: None))
     yield tmp_path
     assert not [path for path in tmp_path.rglob("*") if path.name == "canary"]
 

@@ -142,7 +142,7 @@ def test_an_external_encoder_of_another_width_trains_when_the_recipe_names_it(ml
     identity = {"name": "open_clip:ViT-B-32/x", "weights": "1" * 64}
     store = mllm_store(tmp_path / "clip", encoder=identity, channels=24)
     encoder = type("External", (), {"identity": identity})
-    monkeypatch.setattr(ModelLoader, "encoder", lambda *_: encoder)
+    monkeypatch.setattr(ModelLoader, "encoder", lambda *_, **__: encoder)
     external = recipe(mllm_folder, encoder=identity["name"], steps=3, normalize=True)
     made = train_branch(external, latents=store.path, workspace=tmp_path, device="cpu")
     branch = load_branch(made, torch.device("cpu"))
