@@ -1,8 +1,7 @@
-"""Features of image sets, computed once: kept in `workspace/statistics` under the hash of what they describe.
+"""Statistics of image sets, computed once: cached in `workspace/statistics` under the hash of what they describe.
 
-Comes in: an image set, a network, layers. Goes out: statistics by layer. A kept file counts only when its identity
-(the images' contents, the network with its weights and resize rule, the layer, library versions) is the very one,
-and its checksum too.
+A cached file counts only when its identity (the images' contents, the network with its weights and resize rule, the
+layer, library versions) is the same, and its checksum too.
 """
 
 from __future__ import annotations

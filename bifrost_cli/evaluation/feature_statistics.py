@@ -1,7 +1,6 @@
-"""Saved statistics: mean and covariance of a feature network's layer over a set of images, and the features.
+"""Statistics of a network's layer over a set of images: mean, covariance and features in one safetensors file.
 
-Comes in: arrays, a count and the identity of what they describe. Goes out: one safetensors file, named by that
-identity, never by a name a user chose; ADM's published npz files are read too. Does not know network or images.
+A file is named by its identity, never by a name a user chose; published npz files of ADM's evaluator are read too.
 """
 
 from __future__ import annotations

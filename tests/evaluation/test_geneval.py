@@ -415,8 +415,9 @@ def test_results_of_the_original_scorer_come_in_under_its_name(tmp_path):
     ("lines", "why"),
     [([*RESULTS, RESULTS[0]], "more than once"), (RESULTS[:-1], "not as many images"), ([], "no result"),
      ([line for line in RESULTS if "00003" not in line["filename"]], "without a gap"),
-     ([{**RESULTS[0], "filename": "0000.png"}], "no result of"),
-     ([{**RESULTS[0], "correct": "yes"}], "no result of"), ([{**RESULTS[0], "tag": "x"}], "no result of")],
+     ([{**RESULTS[0], "filename": "0000.png"}], "not a GenEval result record"),
+     ([{**RESULTS[0], "correct": "yes"}], "not a GenEval result record"),
+     ([{**RESULTS[0], "tag": "x"}], "not a GenEval result record")],
 )  # fmt: skip
 def test_results_that_are_not_whole_are_refused(tmp_path, lines, why):
     with pytest.raises(DataError, match=why):

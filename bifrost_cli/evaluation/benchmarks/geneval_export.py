@@ -1,8 +1,4 @@
-"""geneval: samples -> the folder that GenEval's own scorer reads, and its results -> a report.
-
-In: a samples artifact and the benchmark's file of prompts; a results.jsonl. Out: a folder of the benchmark's layout; a
-report artifact labelled as the original scorer's. Judges nothing itself.
-"""
+"""Images for GenEval's own scorer, and its results as a report labelled as that scorer's."""
 
 from __future__ import annotations
 
@@ -67,9 +63,9 @@ def import_geneval(
 ) -> Artifact:
     """The original scorer's results.jsonl as a report artifact, with intervals. DataError: `read_results`."""
     ui, path = ui or Ui(), Path(results)
-    lines = [{"name": one["filename"], "prompt": one["prompt"], "plan": plan_of_result(one), "seed": None,
-              "category": one["tag"], "right": one["correct"], "why": str(one.get("reason") or "")}
-             for one in read_results(path)]  # fmt: skip
+    lines = [{"name": result["filename"], "prompt": result["prompt"], "plan": plan_of_result(result), "seed": None,
+              "category": result["tag"], "right": result["correct"], "why": str(result.get("reason") or "")}
+             for result in read_results(path)]  # fmt: skip
     plans = [line["plan"] for line in lines]
     require_one_source(plans, str(path))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,7 +1,6 @@
 """GenEval's own files: prompts with their requirements, the folder of images its scorer reads, the results it writes.
 
-Comes in: files of the benchmark's layout. Goes out: checked lines and image sets, or DataError with file and line. A
-image that is missing is an error: a smaller denominator would be another score. Knows no detector.
+An image that is missing is an error: a smaller denominator would be another score.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bifrost_cli.config.schema import Images
 from bifrost_cli.data.image_sets import EvalImage, ImageSet
 from bifrost_cli.data.images import read_image
@@ -24,7 +25,7 @@ from bifrost_cli.evaluation.benchmarks.geneval_rules import COLORS, TASKS
 LIMIT = 1 << 28  # bytes of a file of lines
 METADATA, SAMPLES = "metadata.jsonl", "samples"
 RELATIONS = ("left of", "right of", "above", "below")
-Asked = dict[str, Any]  # tag, prompt, include, perhaps exclude; plan, where images were generated from one
+Asked = dict[str, Any]  # of a prompt: tag, prompt, include, perhaps exclude; plan, where images were generated from one
 
 
 def read_asked(path: Path) -> list[Asked]:
@@ -32,7 +33,7 @@ def read_asked(path: Path) -> list[Asked]:
     lines = _lines(path)
     for number, line in lines:
         if why := _wrong(line):
-            raise DataError(f"{path}:{number} is no prompt of GenEval: {why}",
+            raise DataError(f"{path}:{number} is not a prompt of GenEval: {why}",
                             fix='a line has "tag", "prompt" and "include"', code="BF-DATA-005")  # fmt: skip
     if not lines:
         raise DataError(f"{path} holds no prompt", code="BF-DATA-001")
@@ -45,9 +46,10 @@ def is_layout(folder: Path) -> bool:
 
 
 def from_layout(folder: Path, rules: Images) -> tuple[ImageSet, list[Asked]]:
-    """The images of such a folder in order, and what is asked of each.
+    """The images of such a folder in order, and the line of each one's prompt; `rules`: how images are read.
 
-    DataError: numbers that are missing, a folder without images or with fewer than the others.
+    Raises:
+        DataError: numbers that are missing, a folder without images or with fewer than the others.
     """
     folders = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
     if [int(path.name) for path in folders] != list(range(len(folders))):
@@ -56,61 +58,58 @@ def from_layout(folder: Path, rules: Images) -> tuple[ImageSet, list[Asked]]:
     entries: list[EvalImage] = []
     asked: list[Asked] = []
     counts: Counter[int] = Counter()
-    for one in folders:
-        (line, *more) = read_asked(one / METADATA)
+    for place in folders:
+        (line, *more) = read_asked(place / METADATA)
         if more:
-            raise DataError(f"{one / METADATA} has {len(more) + 1} lines; one prompt has one", code="BF-DATA-005")
-        files = sorted(path for path in (one / SAMPLES).glob("*.png") if path.stem.isdecimal())
+            raise DataError(f"{place / METADATA} has {len(more) + 1} lines; one prompt has one", code="BF-DATA-005")
+        files = sorted(path for path in (place / SAMPLES).glob("*.png") if path.stem.isdecimal())
         counts[len(files)] += 1
         for path in files:
             digest, load = hashlib.sha256(path.read_bytes()).hexdigest(), partial(_read, path, rules)
-            entries.append(EvalImage(f"{one.name}/{path.name}", digest, load, line["prompt"], line.get("plan")))
+            entries.append(EvalImage(f"{place.name}/{path.name}", digest, load, line["prompt"], line.get("plan")))
             asked.append(line)
     if len(counts) != 1 or 0 in counts:
-        told = ", ".join(f"{number} prompts with {count}" for count, number in sorted(counts.items()))
-        raise DataError(
-            f"{folder} has not as many images of every prompt: {told}",
-            fix="make the missing ones: a mean over fewer is another score",
-            code="BF-DATA-008",
-        )
+        numbers = ", ".join(f"{number} prompts with {count}" for count, number in sorted(counts.items()))
+        raise DataError(f"{folder} has not as many images of every prompt: {numbers}", code="BF-DATA-008",
+                        fix="make the missing ones: a mean over fewer is another score")  # fmt: skip
     return ImageSet(f"GenEval's folder {folder}", tuple(entries)), asked
 
 
 def asked_of(images: ImageSet, asked: Sequence[Asked], source: Path) -> list[Asked]:
-    """What is asked of each image of a set that was generated from `source`, so many images of each line in order.
+    """The line of each image of a set that was generated from `source`, so many images of each line in order.
 
-    DataError: images that are missing, or generated from other prompts (rewritten ones are another benchmark).
+    Raises:
+        DataError: images that are missing, or generated from other prompts (rewritten ones are another benchmark).
     """
     copies, rest = divmod(len(images.entries), len(asked))
     if rest or not copies:
-        raise DataError(
-            f"{images.what} has {len(images.entries)} images for {len(asked)} prompts of {source}",
-            fix="generate as many of each: bifrost generate --prompts FILE -n 4",
-            code="BF-DATA-008",
-        )
-    found = [asked[index // copies] for index in range(len(images.entries))]
-    for entry, line in zip(images.entries, found, strict=True):
+        raise DataError(f"{images.what} has {len(images.entries)} images for {len(asked)} prompts of {source}",
+                        fix="generate as many of each: bifrost generate --prompts FILE -n 4",
+                        code="BF-DATA-008")  # fmt: skip
+    lines = [asked[index // copies] for index in range(len(images.entries))]
+    for entry, line in zip(images.entries, lines, strict=True):
         if entry.prompt != line["prompt"]:
             raise DataError(
-                f"{entry.name} was generated from another prompt than {source} asks",
+                f"{entry.name} was generated from another prompt than that of {source}",
                 at=f"{entry.prompt!r} instead of {line['prompt']!r}",
                 fix="generate the benchmark's own prompts; a rewritten prompt makes another score",
                 code="BF-DATA-007",
             )
-    return found
+    return lines
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
     """What the original scorer wrote (`results.jsonl`): filename, tag, prompt, correct, reason, metadata.
 
-    DataError: a line that is none, an image judged twice, a prompt that is missing or has fewer images than others.
+    Raises:
+        DataError: a line that is not a result, an image judged twice, a prompt that is missing or has fewer images.
     """
     numbered = _lines(path)
+    kinds = {"filename": str, "tag": str, "prompt": str, "correct": bool}
     for number, line in numbered:
-        kinds = {"filename": str, "tag": str, "prompt": str, "correct": bool}
         typed = all(type(line.get(name)) is kind for name, kind in kinds.items())
         if not typed or line["tag"] not in TASKS or not _folder(line).isdecimal():
-            raise DataError(f"{path}:{number} is no result of GenEval's scorer", code="BF-DATA-005",
+            raise DataError(f"{path}:{number} is not a GenEval result record", code="BF-DATA-005",
                             fix="give the results.jsonl that evaluate_images.py wrote")  # fmt: skip
     lines = [line for _, line in numbered]
     if not lines:
@@ -122,7 +121,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path} lacks some of the prompts: its folders are not numbered from 0 without a gap",
                         fix="make the missing images and run the scorer again", code="BF-DATA-008")  # fmt: skip
     if len(set(counts.values())) != 1:
-        fewest = min(counts, key=counts.get)
+        fewest = min(counts, key=lambda name: counts[name])
         raise DataError(f"{path} has not as many images of every prompt: {fewest} has {counts[fewest]}",
                         fix="make the missing ones and run the scorer again", code="BF-DATA-008")  # fmt: skip
     return sorted(lines, key=lambda line: line["filename"])
@@ -131,15 +130,14 @@ def read_results(path: Path) -> list[dict[str, Any]]:
 def plan_of_result(line: Mapping[str, Any]) -> str | None:
     """The plan that an exported folder said its images were generated from: the scorer copies a prompt's line."""
     try:
-        asked = json.loads(line.get("metadata") or "{}")
-    except (TypeError, ValueError, RecursionError):
+        plan = json.loads(line.get("metadata") or "{}")["plan"]
+    except (TypeError, ValueError, KeyError, RecursionError):
         return None
-    plan = asked.get("plan") if isinstance(asked, dict) else None
     return plan if isinstance(plan, str) else None
 
 
 def file_bytes(path: Path) -> bytes:
-    """A benchmark's file. DataError: none that can be read, or a huge one."""
+    """A benchmark's file. DataError: one that cannot be read, or a huge one."""
     try:
         if path.stat().st_size > LIMIT:
             raise DataError(f"{path} has more than {LIMIT} bytes", code="BF-DATA-005")
@@ -154,25 +152,25 @@ def _folder(line: Mapping[str, Any]) -> str:
 
 
 def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    found = list(jsonl_rows(file_bytes(path)))
-    for number, line in found:
+    lines = []
+    for number, line in jsonl_rows(file_bytes(path)):
         if isinstance(line, ValueError):
-            raise DataError(f"{path}:{number} is no JSON object: {line}", code="BF-DATA-005")
-    return found
+            raise DataError(f"{path}:{number} is not a JSON object: {line}", code="BF-DATA-005")
+        lines.append((number, line))
+    return lines
 
 
 def _wrong(line: Asked) -> str:
-    """Why a value is no prompt of GenEval; "" when it is one."""
+    """Why a value is not a prompt of GenEval; "" when it is one."""
     if line.get("tag") not in TASKS or not isinstance(line.get("prompt"), str):
         return f"its tag is none of {', '.join(TASKS)}, or it has no prompt"
     if not isinstance(line.get("plan", ""), str):
-        return "its plan is no text"
-    clauses = line.get("include")
-    if not isinstance(clauses, list) or not clauses or not isinstance(line.get("exclude", []), list):
+        return "its plan is not a text"
+    clauses, excluded = line.get("include"), line.get("exclude", [])
+    if not isinstance(clauses, list) or not clauses or not isinstance(excluded, list):
         return "it includes nothing"
-    for place, clause in enumerate([*clauses, *line.get("exclude", [])]):
-        whole = isinstance(clause, dict) and isinstance(clause.get("class"), str)
-        if not whole or type(clause.get("count")) is not int:
+    for place, clause in enumerate([*clauses, *excluded]):
+        if not isinstance(clause, dict) or type(clause.get("class")) is not str or type(clause.get("count")) is not int:
             return "a clause has no class or no count"
         if clause.get("color", COLORS[0]) not in COLORS:
             return f"there is no colour {clause['color']}"
@@ -186,5 +184,5 @@ def _is_position(value: Any, place: int) -> bool:
     return whole and value[0] in RELATIONS and 0 <= value[1] < place
 
 
-def _read(path: Path, rules: Images) -> Any:
+def _read(path: Path, rules: Images) -> np.ndarray:
     return read_image(path, rules).rgb

@@ -1,7 +1,6 @@
-"""GenEval's rules: what was found in an image against what its prompt asks (Ghosh et al. 2023, section 3).
+"""GenEval's rules: objects detected in an image against what its prompt requires (Ghosh et al. 2023, section 3).
 
-Comes in: objects by class with box and score, and a prompt's requirements. Goes out: a verdict and its reasons. Knows
-no detector, no image and no file. Boxes are (x1, y1, x2, y2) in pixels.
+Boxes are (x1, y1, x2, y2) in pixels.
 """
 
 from __future__ import annotations
@@ -34,19 +33,19 @@ Colours = Callable[[Sequence[Detection], str], Sequence[str]]  # of objects of a
 
 
 def counted(objects: Objects, task: str) -> dict[str, list[Detection]]:
-    """The detections that count for a task, the surest first. Counting wants to be surer than the rest."""
-    bar = COUNTING_THRESHOLD if task == "counting" else THRESHOLD
-    kept = {name: sorted((one for one in found if one.score > bar), key=lambda one: -one.score)[:MAX_OBJECTS]
-            for name, found in objects.items()}  # fmt: skip
-    return {name: found for name, found in kept.items() if found}
+    """The detections that count for a task, the surest first. Counting has a higher threshold than the rest."""
+    threshold = COUNTING_THRESHOLD if task == "counting" else THRESHOLD
+    surest = {name: sorted((found for found in detections if found.score > threshold), key=lambda found: -found.score)
+              for name, detections in objects.items()}  # fmt: skip
+    return {name: detections[:MAX_OBJECTS] for name, detections in surest.items() if detections}
 
 
-def relations(one: Detection, other: Detection) -> set[str]:
-    """Where `one` is as seen from `other`: left of, right of, above, below; none when their centres are too near.
+def relations(first: Detection, second: Detection) -> set[str]:
+    """Where `first` is as seen from `second`: left of, right of, above, below; none when their centres are too near.
 
     d = max(|c1 - c2| - 0.1 (s1 + s2), 0) sign(c1 - c2) / |c1 - c2|, each coordinate beyond 1/2 counts
     """
-    boxes = np.array([one.box, other.box], np.float64).reshape(2, 2, 2)
+    boxes = np.array([first.box, second.box], np.float64).reshape(2, 2, 2)
     centre_1, centre_2 = boxes.mean(axis=1)
     size_1, size_2 = np.abs(boxes[:, 1] - boxes[:, 0])
     offset = centre_1 - centre_2
@@ -59,17 +58,20 @@ def relations(one: Detection, other: Detection) -> set[str]:
 
 
 def verdict(asked: Mapping[str, Any], objects: Objects, colours: Colours) -> tuple[bool, str]:
-    """Whether an image shows what is asked, and why not. `asked`: a line of GenEval's prompts (`include`: class,
-    count, perhaps color, perhaps position [relation, index of an earlier clause]; `exclude`: class, count); `objects`
-    as of `counted`."""
+    """Whether an image shows what its prompt requires, and why not.
+
+    Args:
+        asked: a line of GenEval's prompts (`include`: class, count, perhaps color, perhaps position [relation, index of
+            an earlier clause]; `exclude`: class, count).
+        objects: as of `counted`; `colours`: names the colours of objects of a class.
+    """
     reasons: list[str] = []
     groups: list[Sequence[Detection] | None] = []
     for clause in asked.get("include", ()):
-        name, count = clause["class"], clause["count"]
-        found = list(objects.get(name, ()))[:count]
-        why = _lacks(clause, found, groups, colours)
+        group = list(objects.get(clause["class"], ()))[: clause["count"]]
+        why = _lacks(clause, group, groups, colours)
         reasons += [why] if why else []
-        groups.append(None if why else found)
+        groups.append(None if why else group)
     for clause in asked.get("exclude", ()):
         there = len(objects.get(clause["class"], ()))
         if there >= clause["count"]:
@@ -77,28 +79,25 @@ def verdict(asked: Mapping[str, Any], objects: Objects, colours: Colours) -> tup
     return not reasons, "; ".join(reasons)
 
 
-def _lacks(
-    clause: Mapping[str, Any],
-    found: Sequence[Detection],
-    groups: Sequence[Sequence[Detection] | None],
-    colours: Colours,
-) -> str:
+def _lacks(clause: Mapping[str, Any], group: Sequence[Detection], groups: Sequence[Sequence[Detection] | None],
+           colours: Colours) -> str:  # fmt: skip
     """What one clause lacks; "" when it is met. Colour and place are those of the surest objects."""
     name, count = clause["class"], clause["count"]
-    if len(found) < count:
-        return f"expected {name}>={count}, found {len(found)}"
+    if len(group) < count:
+        return f"expected {name}>={count}, found {len(group)}"
     if "color" in clause:
-        seen = list(colours(found, name))
+        seen = list(colours(group, name))
         if seen.count(clause["color"]) < count:
-            told = ", ".join(f"{seen.count(colour)} {colour}" for colour in COLORS if colour in seen)
-            return f"expected {clause['color']} {name}>={count}, found {told}"
+            counts = ", ".join(f"{seen.count(colour)} {colour}" for colour in COLORS if colour in seen)
+            return f"expected {clause['color']} {name}>={count}, found {counts}"
     if "position" in clause:
-        relation, target = clause["position"]
-        if groups[target] is None:
+        relation, index = clause["position"]
+        target = groups[index]
+        if target is None:
             return f"no target for {name} to be {relation}"
-        for one in found:
-            for other in groups[target]:
-                there = relations(one, other)
+        for first in group:
+            for second in target:
+                there = relations(first, second)
                 if relation not in there:
                     return f"expected {name} {relation} target, found {' and '.join(sorted(there)) or 'neither'} target"
     return ""

@@ -1,11 +1,8 @@
-"""How alike two images are: PSNR and SSIM, image by image, in float64.
+"""PSNR and SSIM of two uint8 images, in float64. Libraries differ in window and border; this is the original rule.
 
-Comes in: uint8 images (H, W, 3). Goes out: one number a pair; papers print the mean over pairs. Libraries differ in
-window and border; this is the original rule.
-
-    PSNR = 10 log10(255^2 / MSE)
-    SSIM = mean over the image of (2 m1 m2 + C1)(2 s12 + C2) / ((m1^2 + m2^2 + C1)(s1^2 + s2^2 + C2))
-           Wang et al. 2004: Gaussian windows of 11x11 pixels and deviation 1.5, C1 = 0.01^2, C2 = 0.03^2 on [0, 1]
+PSNR = 10 log10(255^2 / MSE)
+SSIM = mean over the image of (2 m1 m2 + C1)(2 s12 + C2) / ((m1^2 + m2^2 + C1)(s1^2 + s2^2 + C2))
+       Wang et al. 2004: Gaussian windows of 11x11 pixels and deviation 1.5, C1 = 0.01^2, C2 = 0.03^2 on [0, 1]
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Objects in an image, by a Mask2Former of transformers, and their colours, by an open_clip model.
-
-Comes in: loaded models and uint8 images. Goes out: `Found` objects by class name, and colour words. Does not know the
-rules that weigh them, nor where weights lie.
-"""
+"""Objects in an image, by a Mask2Former of transformers, and their colours, by an open_clip model."""
 
 from __future__ import annotations
 
@@ -41,20 +37,20 @@ class Detector:
     def objects(self, rgb_HWc: np.ndarray) -> dict[str, list[Detection]]:
         """Every object whose score reaches GenEval's lower bar, by class; boxes are those of the masks.
 
-        DataError: scores that are no numbers, which would read as an image of nothing.
+        DataError: scores that are not finite, which would read as an image of nothing.
         """
         inputs = self._processor(images=np.array(rgb_HWc), input_data_format="channels_last", return_tensors="pt")
         outputs = self._model(**inputs.to(self._model.device))
         _require_numbers(outputs.class_queries_logits.cpu().numpy(), self.identity["name"])
-        (found,) = self._processor.post_process_instance_segmentation(
+        (result,) = self._processor.post_process_instance_segmentation(
             outputs, threshold=THRESHOLD, target_sizes=[rgb_HWc.shape[:2]], return_binary_maps=True
         )
         objects: dict[str, list[Detection]] = defaultdict(list)
-        for mask_HW, told in zip(found["segmentation"], found["segments_info"], strict=False):
+        for mask_HW, segment in zip(result["segmentation"], result["segments_info"], strict=False):
             mask_HW = mask_HW.cpu().numpy() > 0.5
             rows, columns = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
             box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
-            objects[self.classes[told["label_id"]]].append(Detection(box, float(told["score"]), mask_HW))
+            objects[self.classes[segment["label_id"]]].append(Detection(box, float(segment["score"]), mask_HW))
         return dict(objects)
 
 
@@ -66,12 +62,12 @@ class ColourNamer:
         self._classes = cache(self._of_class)
 
     def colours(self, rgb_HWc: np.ndarray, objects: Sequence[Detection], name: str) -> list[str]:
-        """One of COLORS an object. DataError: embeddings that are no numbers."""
-        crops = [self._scorer.prepare(_crop(rgb_HWc, one)) for one in objects]
+        """One of COLORS an object. DataError: embeddings that are not finite."""
+        crops = [self._scorer.prepare(_crop(rgb_HWc, found)) for found in objects]
         images_BD = self._scorer.images(np.stack(crops)).astype(np.float64)
         scores_BK = images_BD @ self._classes(name).T
         _require_numbers(scores_BK, self.identity["name"])
-        return [COLORS[place] for place in scores_BK.argmax(1)]
+        return [COLORS[index] for index in scores_BK.argmax(1)]
 
     def _of_class(self, name: str) -> np.ndarray:
         """One direction a colour (10, D): the mean of its phrases' directions."""
@@ -83,9 +79,9 @@ class ColourNamer:
         return np.stack(rows)
 
 
-def _crop(rgb_HWc: np.ndarray, one: Detection) -> np.ndarray:
-    left, top, right, bottom = (round(edge) for edge in one.box)
-    shown = rgb_HWc if one.mask_HW is None else np.where(one.mask_HW[..., None], rgb_HWc, np.uint8(GREY))
+def _crop(rgb_HWc: np.ndarray, found: Detection) -> np.ndarray:
+    left, top, right, bottom = (round(edge) for edge in found.box)
+    shown = rgb_HWc if found.mask_HW is None else np.where(found.mask_HW[..., None], rgb_HWc, np.uint8(GREY))
     return shown[top : max(bottom, top + 1), left : max(right, left + 1)]
 
 

@@ -1,11 +1,8 @@
 """The Inception network of FID, as torch-fidelity has it: images of any size in, features and logits out.
 
-Comes in: a state dict and uint8 images. Goes out: float32 arrays by layer: `pool` (2048, for FID, KID and PRDC),
-`spatial` (7 channels of a 17x17 layer, for sFID) and `logits` (1008 classes without bias, for the Inception score).
-Does not know where weights lie. The resize to 299 pixels is TensorFlow 1's (bilinear, no antialiasing), part of the
-network; another resize gives another number, by half a percent to many.
-
-Shapes: B batch, H W pixels, D features.
+Layers: `pool` (2048, for FID, KID and PRDC), `spatial` (7 channels of a 17x17 layer, for sFID) and `logits` (1008
+classes without bias, for the Inception score). The resize to 299 pixels is TensorFlow 1's (bilinear, no antialiasing),
+part of the network; another resize gives another number. Shapes: B batch, H W pixels, D features.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""LPIPS: how far two images are apart for people, by a network fitted to their judgements (Zhang et al. 2018).
-
-Comes in: AlexNet's weights and pairs of uint8 images. Goes out: one distance a pair; papers print the mean. The
-network and its five fitted layers are the `lpips` package's, version 0.1. Does not know where weights lie.
-"""
+"""LPIPS: the perceptual distance of two images (Zhang et al. 2018), by the `lpips` package: version 0.1, AlexNet."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""A multimodal LLM as a judge: is the answer to a question about an image yes?
+"""A multimodal LLM as a judge: the probability that the answer to a question about an image is yes.
 
-Comes in: a loaded MLLM, images, questions. Goes out: the probability of yes against no for the first word of the
-answer, so that an answer in many words, or in none, is still one of the two. Does not know what the questions are for.
+The first word's probabilities decide, so that an answer in many words, or in none, is still one of the two.
 """
 
 from __future__ import annotations
