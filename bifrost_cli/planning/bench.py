@@ -1,7 +1,7 @@
-"""`bifrost bench decode`: our decode against a plain loop that works as the published code does.
+"""`bifrost bench decode`: masked sampling over a prompt's cache against a plain loop as in the published code.
 
-In: sizes. Out: CPU seconds (on a GPU: wall seconds) of both, their ratio, and how far their outputs are apart. Weights
-are random; nothing is loaded. The plain loop is what a measurement needs to be one, and no other code may use it.
+Both run on the same random weights; the result is CPU seconds (on a GPU wall seconds) of each, their ratio, and the
+largest difference of their outputs. The plain loop is for measuring alone.
 B batch, T text tokens, P patches, S = T + P, D width, C latent channels.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ HEAD_WIDTH = 64
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One guidance weight: seconds of the plain loop and of ours, how many times less, how far the latents differ."""
+    """Both loops at one guidance weight: their seconds, the ratio, and the largest difference of the latents."""
 
     guidance: float
     plain_seconds: float
@@ -57,11 +59,25 @@ def bench_decode(
     device: str = "cpu",
     on_row: Callable[[], None] = lambda: None,
 ) -> list[BenchRow]:
-    """Both loops on the same random weights, with guidance and at weight 1, the prompt's encoding included.
+    """Time both loops with guidance and without (weight 1), the prompt's encoding included.
 
-    Prompts of `prompt_tokens` tokens, which the plain loop pads to `text`, as the published code does; ours needs no
-    padding. More steps favour us more, because the prompt is encoded once whatever their number. UsageError: a width
-    that is not whole heads.
+    Args:
+        hidden: width of the decoder, a multiple of 64.
+        layers: its layers.
+        tokens: patches P.
+        text: tokens to which the plain loop pads a prompt, as the published code does; ours needs no padding.
+        prompt_tokens: tokens of a prompt.
+        steps: decode steps; more of them favour ours, which encodes the prompt once.
+        prompts: prompts B.
+        guidance: the first guidance weight.
+        device: torch device.
+        on_row: called after each row.
+
+    Returns:
+        One row for each guidance weight.
+
+    Raises:
+        UsageError: a width that is not whole heads.
     """
     if hidden < HEAD_WIDTH or hidden % HEAD_WIDTH:
         raise UsageError(f"the width {hidden} is not a multiple of {HEAD_WIDTH}, the width of one head")
@@ -74,9 +90,9 @@ def bench_decode(
     orders_BP = random_orders(prompts, tokens, generator)
     rows = []
     for weight in (guidance, 1.0):
-        run = {"steps": steps, "guidance": weight, "orders_BP": orders_BP}
-        plain, plain_seconds = _timed(device, lambda run=run: plain_decode(mllm, branch, *padded, **run))
-        ours, seconds = _timed(device, lambda run=run: _decode(mllm, branch, *short, **run))
+        settings: dict[str, Any] = {"steps": steps, "guidance": weight, "orders_BP": orders_BP}
+        plain, plain_seconds = _timed(device, partial(plain_decode, mllm, branch, *padded, **settings))
+        ours, seconds = _timed(device, partial(_decode, mllm, branch, *short, **settings))
         difference = float((plain - ours).abs().max())
         rows.append(BenchRow(weight, plain_seconds, seconds, plain_seconds / seconds, difference))
         on_row()
@@ -94,8 +110,9 @@ def plain_decode(
     guidance: float,
     orders_BP: Tensor,
 ) -> Tensor:
-    """The published loop in plain words: at every step the whole sequence, both halves, both weight sets everywhere."""
+    """The published loop: at every step the whole sequence, both guidance halves, both weight sets on every token."""
     batch, patches = orders_BP.shape
+    embed, head = cast(nn.Module, mllm.decoder.embed_tokens), cast(nn.Module, branch.vision_head)
     halves = (text, uncond_text)
     ids_BT = torch.cat([half.input_ids_BT for half in halves]).to(mllm.device)
     attention_BT = torch.cat([half.attention_BT for half in halves]).to(mllm.device)
@@ -106,13 +123,13 @@ def plain_decode(
     orders_BP = orders_BP.to(mllm.device)
     latents_BPC = torch.zeros(batch, patches, branch.channels, device=mllm.device)
     masked_BP = torch.ones_like(orders_BP, dtype=torch.bool)
-    for kept in mask_schedule(patches, steps):
+    for masked in mask_schedule(patches, steps):
         shown_BPD = torch.where(masked_BP[..., None], branch.mask_token, latents_BPC) + branch.position_embedding
-        words_BTD = mllm.decoder.embed_tokens(ids_BT)
+        words_BTD = embed(ids_BT)
         inputs_BSD = torch.cat([words_BTD, shown_BPD.repeat(2, 1, 1)], dim=1)
         hidden_BSD = _both_passes(mllm, branch, inputs_BSD, positions_BS, mask_B1SS)
-        conditional, unconditional = branch.vision_head(hidden_BSD)[:, -patches:].chunk(2)
-        still_BP = mask_from_orders(orders_BP, torch.full_like(orders_BP[:, 0], kept))
+        conditional, unconditional = head(hidden_BSD)[:, -patches:].chunk(2)
+        still_BP = mask_from_orders(orders_BP, torch.full_like(orders_BP[:, 0], masked))
         predicted_BPC = unconditional + guidance * (conditional - unconditional)
         latents_BPC = torch.where((masked_BP & ~still_BP)[..., None], predicted_BPC, latents_BPC)
         masked_BP = still_BP
@@ -120,29 +137,34 @@ def plain_decode(
 
 
 def _both_passes(mllm: Mllm, branch: VisualBranch, x_BSD: Tensor, positions_BS: Tensor, mask_B1SS: Tensor) -> Tensor:
-    """Two decoders as one: every weight is applied to every token twice, and a 0/1 mask picks."""
-    words, image = mllm.decoder, branch.decoder
-    place_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
-    image_BS1 = (place_S >= len(place_S) - branch.patches).long().expand(len(x_BSD), -1)[..., None]
+    """Two decoders as one: both weight sets are applied to every token, and a 0/1 mask picks."""
+    words: Any = mllm.decoder
+    image: Any = branch.decoder
+    index_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
+    image_BS1 = (index_S >= len(index_S) - branch.patches).long().expand(len(x_BSD), -1)[..., None]
 
     def both(first: nn.Module, second: nn.Module, value: Tensor) -> Tensor:
         return second(value) * image_BS1 + first(value) * (1 - image_BS1)
 
     rotary = words.rotary_emb(x_BSD, positions_BS)
-    for one, two in zip(words.layers, image.layers, strict=True):
-        normed = both(one.input_layernorm, two.input_layernorm, x_BSD)
+    for text_layer, image_layer in zip(words.layers, image.layers, strict=True):
+        normed = both(text_layer.input_layernorm, image_layer.input_layernorm, x_BSD)
         heads = [
-            both(getattr(one.self_attn, name), getattr(two.self_attn, name), normed)
-            .unflatten(-1, (-1, one.self_attn.head_dim)).transpose(1, 2)
+            both(getattr(text_layer.self_attn, name), getattr(image_layer.self_attn, name), normed)
+            .unflatten(-1, (-1, text_layer.self_attn.head_dim)).transpose(1, 2)
             for name in ("q_proj", "k_proj", "v_proj")
         ]  # fmt: skip
         query, key = apply_rotary_pos_emb(heads[0], heads[1], *rotary)
-        key, value = (part.repeat_interleave(one.self_attn.num_key_value_groups, dim=1) for part in (key, heads[2]))
-        weights = (query @ key.transpose(2, 3)) * one.self_attn.scaling + mask_B1SS
+        key, value = (
+            part.repeat_interleave(text_layer.self_attn.num_key_value_groups, dim=1) for part in (key, heads[2])
+        )
+        weights = (query @ key.transpose(2, 3)) * text_layer.self_attn.scaling + mask_B1SS
         mixed = weights.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
-        x_BSD = x_BSD + both(one.self_attn.o_proj, two.self_attn.o_proj, mixed.transpose(1, 2).flatten(2))
-        normed = both(one.post_attention_layernorm, two.post_attention_layernorm, x_BSD)
-        x_BSD = x_BSD + both(one.mlp, two.mlp, normed)
+        x_BSD = x_BSD + both(
+            text_layer.self_attn.o_proj, image_layer.self_attn.o_proj, mixed.transpose(1, 2).flatten(2)
+        )
+        normed = both(text_layer.post_attention_layernorm, image_layer.post_attention_layernorm, x_BSD)
+        x_BSD = x_BSD + both(text_layer.mlp, image_layer.mlp, normed)
     return both(words.norm, image.norm, x_BSD)
 
 
@@ -160,8 +182,9 @@ def _random_models(hidden: int, layers: int, tokens: int, device: torch.device) 
     vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": hidden}
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=1, video_token_id=2)
     torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(config).to(device)
-    mllm = Mllm(model, None, None)
+    model: Any = Qwen2_5_VLForConditionalGeneration(config)
+    nothing: Any = None  # neither tokenizer nor image processor is read
+    mllm = Mllm(model.to(device), nothing, nothing)
     branch = VisualBranch.from_mllm(mllm, tokens)
     with torch.no_grad():
         for parameter in branch.parameters():

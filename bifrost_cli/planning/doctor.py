@@ -1,7 +1,7 @@
-"""doctor: what is here of what a recipe needs, each finding ok, warn or fail, with its fix.
+"""`bifrost doctor`: libraries, GPU, disk, models and licences that a recipe needs; each ok, warn or fail, with its fix.
 
-In: a recipe, a workspace. Out: findings. Asks the hub only about models that are not here, and never when offline;
-reads no weights and prints no token. A broken torch is a finding, so nothing heavy is imported before it is tried.
+Only models that are not here are looked up on the hub, never when offline; no weights are read and no token is shown.
+A broken torch is a finding, so no model library is imported before it was tried.
 """
 
 from __future__ import annotations
@@ -36,11 +36,19 @@ class Finding:
 
 
 def doctor(recipe: Recipe, *, workspace: Path | str = "runs") -> list[Finding]:
-    """Every finding, in the order in which they matter: a library that is broken hides what comes after it."""
-    found = [*_libraries(recipe), _torchvision()]
-    if any(one.what == "torch" and one.status == "fail" for one in found):
-        return found
-    return [*found, _device(recipe), *_disks(Path(workspace)), _token(), *_models(recipe)]
+    """Check what a recipe needs.
+
+    Args:
+        recipe: the recipe.
+        workspace: the folder whose disk is checked.
+
+    Returns:
+        Every finding, the most important first; where torch is broken, none that needs it.
+    """
+    findings = [*_libraries(recipe), _torchvision()]
+    if any(finding.what == "torch" and finding.status == "fail" for finding in findings):
+        return findings
+    return [*findings, _device(recipe), *_disks(Path(workspace)), _token(), *_models(recipe)]
 
 
 # ---- libraries ------------------------------------------------------------------------------------------------------

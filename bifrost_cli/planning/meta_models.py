@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxControlNetModel, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     CLIPTextConfig,
     CLIPTextModel,
-    PreTrainedModel,
     T5Config,
     T5EncoderModel,
 )
@@ -42,12 +42,12 @@ class MetaModels:
     """
 
     recipe: Recipe
-    mllm: PreTrainedModel
-    transformer: FluxTransformer2DModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    text_encoder_2: T5EncoderModel
-    encoder: nn.Module
+    mllm: Any  # transformers and diffusers build classes at run time that no type checker sees
+    transformer: Any
+    vae: Any
+    text_encoder: Any
+    text_encoder_2: Any
+    encoder: Any
     grid: int
     channels: int
 
@@ -75,7 +75,7 @@ class MetaModels:
             )
 
     @cached_property
-    def controlnet(self) -> FluxControlNetModel:
+    def controlnet(self) -> Any:
         """The ControlNet that the recipe trains."""
         settings = self.recipe.controlnet
         with torch.device("meta"):
@@ -120,7 +120,7 @@ def build(recipe: Recipe) -> MetaModels:
     read = {part: read_json(diffusion / part / "config.json") for part in DIFFUSION_PARTS}
     with torch.device("meta"):
         mllm = AutoModelForImageTextToText.from_config(config)
-        parts = {
+        parts: dict[str, Any] = {
             "transformer": FluxTransformer2DModel.from_config(read["transformer"]),
             "vae": AutoencoderKL.from_config(read["vae"]),
             "text_encoder": CLIPTextModel(CLIPTextConfig.from_dict(read["text_encoder"])),
@@ -130,7 +130,7 @@ def build(recipe: Recipe) -> MetaModels:
     return MetaModels(recipe, mllm, **parts, encoder=encoder, grid=grid, channels=channels)
 
 
-def _encoder(recipe: Recipe, mllm: PreTrainedModel, vae: AutoencoderKL) -> tuple[nn.Module, int, int]:
+def _encoder(recipe: Recipe, mllm: Any, vae: Any) -> tuple[Any, int, int]:
     """The image encoder, its patches on a side, its channels."""
     name = recipe.latents.encoder
     if name == "mllm":

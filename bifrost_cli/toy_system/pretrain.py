@@ -1,9 +1,8 @@
-"""Stage `shapes pretrain`: the whole built-in system from nothing, part by part.
+"""`bifrost shapes pretrain`: trains the whole built-in system from nothing, part by part.
 
-In: a recipe (its `shapes` section sizes the bases, `branch` and `controlnet` the rest). Out: a folder with `mllm/`,
-`flux/` and `open_clip/` in the layouts their libraries read, and `branch/` and `controlnet/` artifacts: what
-`bifrost_cli/builtin` holds. Every part resumes from its checkpoints, and a finished one is not made again. Two
-terminals may share the work: `--parts mllm,open_clip` in one, `--parts vae,flux` in the other, then all the rest.
+The folder holds what `bifrost_cli/builtin` does: `mllm/`, `flux/`, `open_clip/` in their libraries' layouts, and the
+artifacts `branch/` and `controlnet/`. Every part resumes from its checkpoints; a finished one is not trained again. Two
+terminals may share the work: `--parts mllm,open_clip` in one, `--parts vae,flux` in the other, then the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from bifrost_cli.artifacts.files import make_folder, remove, sync, write_json
 from bifrost_cli.artifacts.identity import provenance
@@ -41,9 +39,22 @@ def pretrain(
     device: str = "auto",
     ui: Ui | None = None,
 ) -> Path:
-    """Make the parts (None: all, in order) of the built-in system in `output` (None: workspace/system); its path.
+    """Train parts of the built-in system.
 
-    UsageError (2) for an unknown part, or one whose predecessors are not there; Stopped (75) with a checkpoint.
+    Args:
+        recipe: its `shapes` section sizes the bases; `latents`, `branch` and `controlnet` the rest.
+        parts: of `PARTS`; None trains all, in order.
+        output: the folder; None is `workspace`/system.
+        workspace: folder of the default output.
+        device: where branch and ControlNet are trained; the bases train on the CPU unless it is named.
+        ui: where progress is shown.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: an unknown part, or one whose predecessors are not there.
+        Stopped: a signal stopped a training, which left a checkpoint.
     """
     folder, ui = Path(output or Path(workspace) / "system"), ui or Ui()
     unknown = sorted(set(parts or ()) - set(PARTS))
@@ -147,7 +158,8 @@ def _flux(recipe: Recipe, folder: Path, device: str, ui: Ui) -> None:
     task = FluxTask(diffusion, recipe.models.diffusion_text_tokens, train.seed, train.batch_size, pool)
     result = _fit(task, train, folder, "flux", device, ui)
     task.module.load_state_dict(result.ema_state)
-    diffusion.scheduler.save_pretrained(target / "scheduler")
+    scheduler: Any = diffusion.scheduler
+    scheduler.save_pretrained(target / "scheduler")
     diffusion.tokenizer.save_pretrained(target / "tokenizer")
     diffusion.tokenizer_2.save_pretrained(target / "tokenizer_2")
     write_json(target / "model_index.json", _model_index(diffusion))
@@ -157,7 +169,7 @@ def _flux(recipe: Recipe, folder: Path, device: str, ui: Ui) -> None:
 
 
 def _model_index(diffusion: FluxModel) -> dict[str, Any]:
-    """The file that tells diffusers' FluxPipeline which class reads which folder."""
+    """model_index.json, by which diffusers' FluxPipeline finds the class of each folder."""
     names = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae")
     classes = {name: type(getattr(diffusion, name)) for name in names}
     index = {name: [cls.__module__.split(".")[0], cls.__name__] for name, cls in classes.items()}
@@ -207,12 +219,12 @@ def _require(path: Path, part: str, folder: Path) -> None:
 
 
 def _fit(task: Any, train: Train, folder: Path, part: str, device: str, ui: Ui) -> FitResult:
-    """The loop on one part; drawing on the fly keeps these trainings on the CPU unless a GPU is asked for."""
+    """The training loop on one part: drawing on the fly keeps it on the CPU unless another device is named."""
     work = folder / "work" / part
     return fit(task, train, work, device="cpu" if device == "auto" else device, ui=ui)
 
 
-def _save(module: nn.Module, target: Path, train: Train, result: FitResult) -> None:
+def _save(module: Any, target: Path, train: Train, result: FitResult) -> None:
     """`save_pretrained`, then the card, whose presence means that the part is complete."""
     module.save_pretrained(target)
     _sync(target)
@@ -220,7 +232,7 @@ def _save(module: nn.Module, target: Path, train: Train, result: FitResult) -> N
 
 
 def _sync(folder: Path) -> None:
-    """To the disk with what the libraries wrote: they do not do it, and a card must not outlive its weights."""
+    """Sync what the libraries wrote, which they do not do: a card must not outlive its weights in a power cut."""
     for path in (*folder.rglob("*"), folder, folder.parent):
         sync(path)
 

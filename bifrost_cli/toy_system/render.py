@@ -1,7 +1,6 @@
-"""Drawing the built-in world into a folder that `extract-latents` reads like any other.
+"""`bifrost shapes render`: drawings of the built-in world, with a metadata.jsonl of prompts, plans, categories.
 
-In: how many images, a seed, a split. Out: PNG files and a metadata.jsonl with prompt, plan and category. Knows no
-model.
+`extract-latents` reads the folder like any other.
 """
 
 from __future__ import annotations
@@ -26,24 +25,34 @@ METADATA = "metadata.jsonl"
 def render_shapes(
     output: Path | str, *, n: int = 64, seed: int = 0, split: str = "train", ui: Ui | None = None
 ) -> Path:
-    """Draw `n` images into a new folder and return it; the list is written last.
+    """Draw images into a new folder, whose metadata.jsonl is written last.
 
-    `split`: "train" draws from the grammar's training part, "held-out" distinct prompts that training never sees,
-    evenly over the categories. Image i is a function of (seed, i). UsageError (2): the folder is not empty, no such
-    split, or fewer held-out prompts than asked for.
+    Args:
+        output: the folder.
+        n: number of images.
+        seed: image i is a function of (seed, i).
+        split: "train" for the grammar's training part, "held-out" for distinct prompts that training never sees,
+            evenly over the categories.
+        ui: where progress is shown.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: the folder is not empty, no such split, or fewer held-out prompts than `n`.
     """
     folder, ui = Path(output), ui or Ui()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not empty", fix="choose another folder with -o", code="BF-USE-002")
     lines, prompts = [], list(_prompts(n, seed, split))
     make_folder(folder)
-    with ui.progress(n, "drawing pictures") as bar:
+    with ui.progress(n, "drawing images") as bar:
         for i, (rng, prompt) in enumerate(prompts):
             scene = sample_scene(rng, prompt)
             name = f"{i:05d}.png"
             write_bytes(folder / name, png_bytes(draw(scene)))
-            told = {"caption": prompt.text, "plan": write_plan(scene, prompt), "category": prompt.category}
-            lines.append(json.dumps({"file_name": name, **told}, sort_keys=True) + "\n")
+            facts = {"caption": prompt.text, "plan": write_plan(scene, prompt), "category": prompt.category}
+            lines.append(json.dumps({"file_name": name, **facts}, sort_keys=True) + "\n")
             bar.advance()
     write_bytes(folder / METADATA, "".join(lines).encode())
     return folder

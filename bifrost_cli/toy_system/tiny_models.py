@@ -1,8 +1,7 @@
 """The built-in tiny system: stock classes of transformers, diffusers and open_clip at sizes a laptop trains.
 
-In: nothing, or a list of words. Out: freshly initialised modules and tokenizers. Every one is what `from_pretrained`
-of its library reads back, so that the rest of the code cannot tell a tiny system from a large one. This file does not
-know where they are stored, how they are trained, or what the shapes world looks like beyond its words.
+Modules and tokenizers are freshly initialized; `from_pretrained` of their library reads each of them back, so that the
+rest of the code cannot tell a tiny system from a large one.
 
 A 64 px image is 8x8 patches of 8 px; the 2x2 merge leaves 4x4 latents, one for each 16 px cell of the shapes world.
 FLUX generates an 8x8 packed grid (VAE factor 4, packed by 2), twice as fine as the latents, as at paper scale.
@@ -12,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import Any
 
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from tokenizers import Tokenizer, pre_tokenizers
@@ -47,7 +47,7 @@ QWEN_SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|
                 "<|image_pad|>", "<|video_pad|>")  # fmt: skip
 
 
-def _bpe(words: Iterable[str], **options: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _bpe(words: Iterable[str], **options: Any) -> tuple[dict[str, int], Any]:
     """Byte-level merges that make every given word one token; any other text falls apart into bytes."""
     backend = Tokenizer(BPE(**options))
     backend.pre_tokenizer = pre_tokenizers.Split("\x00", "removed")
@@ -75,7 +75,7 @@ def qwen_tokenizer(words: Iterable[str]) -> Qwen2Tokenizer:
 
 
 def image_processor() -> Qwen2VLImageProcessor:
-    """Stock Qwen2-VL preprocessing for 64 px pictures."""
+    """Stock Qwen2-VL preprocessing for 64 px images."""
     return Qwen2VLImageProcessor(
         patch_size=VISION_PATCH, temporal_patch_size=2, merge_size=2, min_pixels=64 * 64, max_pixels=64 * 64
     )
@@ -83,7 +83,7 @@ def image_processor() -> Qwen2VLImageProcessor:
 
 def mllm(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
     """A Qwen2.5-VL of about 1.5 M parameters: a 3-layer visual encoder and a 4-layer decoder, both 128 wide."""
-    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+    ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
            for name in ("vision_start", "vision_end", "image_pad", "video_pad", "im_end", "endoftext")}  # fmt: skip
     text = dict(
         vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=4,
@@ -169,7 +169,7 @@ def t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def open_clip_config(vocabulary: int) -> dict:
+def open_clip_config(vocabulary: int) -> dict[str, Any]:
     """An open_clip model card: a 3-layer image tower on 4x4 patches of 16 px, and a 2-layer text tower."""
     return {
         "model_cfg": {

@@ -1,11 +1,11 @@
-"""Pretraining the tiny FLUX: transformer and both text encoders together, on drawings and their prompts.
+"""Pretraining of the tiny FLUX to generate from text alone: transformer and both text encoders together.
 
-In: a diffusion model whose VAE is trained. Out: the same diffusion model, trained to generate from text alone. The ControlNet comes later
-and is not known here.
 Legend: B images, c h w the VAE grid, T text tokens.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +23,10 @@ class FluxTask:
 
     def __init__(self, diffusion: FluxModel, max_tokens: int, seed: int, batch_size: int, pool: int) -> None:
         self.diffusion, self.seed, self.batch_size = diffusion, seed, batch_size
-        self.module = nn.ModuleDict({
-            "transformer": diffusion.transformer,
-            "text_encoder": diffusion.text_encoder,
-            "text_encoder_2": diffusion.text_encoder_2,
-        }).requires_grad_(True)  # fmt: skip
+        trained: dict[str, Any] = {
+            name: getattr(diffusion, name) for name in ("transformer", "text_encoder", "text_encoder_2")
+        }
+        self.module = nn.ModuleDict(trained).requires_grad_(True)
         rng = np.random.default_rng((seed, 0))
         self.prompts = [sample_prompt(rng, split="train") for _ in range(pool)]
         pixels = torch.from_numpy(np.stack([draw(sample_scene(rng, prompt)) for prompt in self.prompts]))
@@ -36,6 +35,7 @@ class FluxTask:
         self.no_clip_1T, self.no_t5_1T = diffusion.tokenize([""], max_tokens)
 
     def batch(self, step: int, micro: int) -> dict[str, torch.Tensor]:
+        """VAE latents and token ids of random rows of the pool, a function of the seed and the step."""
         rng = np.random.default_rng((self.seed, 1, step, micro))
         rows = torch.from_numpy(rng.integers(len(self.prompts), size=self.batch_size))
         dropped_B1 = torch.from_numpy(rng.random((self.batch_size, 1)) < DROPPED)
@@ -48,8 +48,10 @@ class FluxTask:
     def loss(
         self, batch: dict[str, torch.Tensor], generator: torch.Generator
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The flow matching loss of a batch."""
         text = self.diffusion.embed_ids(batch["clip"], batch["t5"])
         return self.diffusion.base_loss(batch["latents"], text.sequence_BTD, text.pooled_BD, generator), {}
 
     def keys(self, batch: dict[str, torch.Tensor]) -> list[str]:
+        """The prompts, for error messages."""
         return self.diffusion.tokenizer_2.batch_decode(batch["t5"], skip_special_tokens=True)

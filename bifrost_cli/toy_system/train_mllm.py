@@ -1,6 +1,6 @@
-"""Pretraining the tiny multimodal LLM: plans from prompts, words for cells, answers about images.
+"""Pretraining of the tiny multimodal LLM: plans from prompts, words for cells, answers about images.
 
-In: an untrained Qwen2.5-VL and its tokenizer. Out: the same, trained. Three kinds of row share every batch:
+Three kinds of rows share every batch:
 
 * plan: the planning instruction of `generate --plan`, answered with a plan;
 * fill: the image prompt the branch will read, answered in words with what each cell holds, cells in random order
@@ -15,11 +15,12 @@ Legend: B rows, T tokens, P patches, D width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer, Qwen2VLImageProcessor
+from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor
 
 from bifrost_cli.models.mllm.chat_template import chat_text, join_plan, user_turn
 from bifrost_cli.shapes.captions import Prompt, sample_prompt, sample_scene
@@ -29,7 +30,7 @@ from bifrost_cli.shapes.scene import TONES, Scene
 from bifrost_cli.shapes.scene_plan import cell_classes, cell_words, fill_cells, thing_words, write_plan
 
 FILL_QUESTION = "What is in these cells?"
-Row = tuple[str, str, bool]  # what is asked, what is answered, whether every other word of the answer is given
+Row = tuple[str, str, bool]  # question, answer, whether every other word of the answer is given
 
 
 class Probe(nn.Module):
@@ -62,37 +63,41 @@ def _offsets(scenes: list[Scene]) -> torch.Tensor:
 
 
 class MllmTask:
-    """Next-word loss on the answers of all rows, plus half the probe's loss on the pictures."""
+    """Next-word loss on the answers of all rows, plus half the probe's loss on the images."""
 
     def __init__(
         self,
-        model: Qwen2_5_VLForConditionalGeneration,
+        model: Any,
         tokenizer: Qwen2Tokenizer,
         processor: Qwen2VLImageProcessor,
         instruction: str,
         seed: int,
         batch_size: int,
     ) -> None:
-        self.module = nn.ModuleDict({"mllm": model.train(), "probe": Probe(model.config.text_config.hidden_size)})
+        self.mllm, self.probe = model.train(), Probe(model.config.text_config.hidden_size)
+        self.module = nn.ModuleDict({"mllm": self.mllm, "probe": self.probe})
         self.tokenizer, self.processor, self.instruction = tokenizer, processor, instruction
         self.seed, self.batch_size = seed, batch_size
 
     # ---- rows -------------------------------------------------------------------------------------------------------
 
     def plan_row(self, rng: np.random.Generator, prompt: Prompt, scene: Scene) -> Row:
+        """The planning instruction with the prompt, answered with the plan."""
         return user_turn(self.instruction.format(prompt=prompt.text)), write_plan(scene, prompt), False
 
     def fill_row(self, rng: np.random.Generator, prompt: Prompt, scene: Scene) -> Row:
+        """The prompt and plan as the branch reads them, answered with what the cells hold."""
         return chat_text(join_plan(prompt.text, write_plan(scene, prompt))), " " + _filled(rng, scene), True
 
     def look_row(self, rng: np.random.Generator, prompt: Prompt, scene: Scene) -> Row:
+        """An image and a question about it."""
         image = "<|vision_start|>" + "<|image_pad|>" * len(cell_words()) + "<|vision_end|>"
         if rng.random() < 0.3:
             return user_turn(image + FILL_QUESTION), _filled(rng, scene), True
         question, answer = sample_question(rng, scene)
         return user_turn(image + question), answer, False
 
-    def batch(self, step: int, micro: int) -> dict:
+    def batch(self, step: int, micro: int) -> dict[str, Any]:
         """Three eighths plan rows, as many fill rows, a quarter look rows; each kind padded apart."""
         rng = np.random.default_rng((self.seed, step, micro))
         share = self.batch_size // 8
@@ -117,13 +122,13 @@ class MllmTask:
 
     def encode(self, rows: list[Row]) -> dict[str, torch.Tensor]:
         """Rows -> ids, attention and learnt (all (B, T)): learnt is True at the answer's words."""
-        asked = self.tokenizer([row[0] for row in rows], add_special_tokens=False).input_ids
+        questions = self.tokenizer([row[0] for row in rows], add_special_tokens=False).input_ids
         answers = self.tokenizer([row[1] + "<|im_end|>" for row in rows], add_special_tokens=False).input_ids
-        length = max(len(a) + len(b) for a, b in zip(asked, answers, strict=True))
+        length = max(len(a) + len(b) for a, b in zip(questions, answers, strict=True))
         ids_BT = torch.full((len(rows), length), self.tokenizer.pad_token_id)
         attention_BT = torch.zeros(len(rows), length, dtype=torch.long)
         learnt_BT = torch.zeros(len(rows), length, dtype=torch.bool)
-        for index, (first, second, (_, _, given)) in enumerate(zip(asked, answers, rows, strict=True)):
+        for index, (first, second, (_, _, given)) in enumerate(zip(questions, answers, rows, strict=True)):
             start, stop = len(first), len(first) + len(second)
             ids_BT[index, :stop] = torch.tensor(first + second)
             attention_BT[index, :stop] = 1
@@ -134,10 +139,11 @@ class MllmTask:
 
     # ---- loss -------------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: dict, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        mllm, grid = self.module["mllm"], batch["pixels"].image_grid_thw
-        visual = mllm.model.visual(batch["pixels"].pixel_values, grid_thw=grid).pooler_output
-        probe, right = self.module["probe"].loss(visual.unflatten(0, (len(grid), -1)), batch["scenes"])
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a batch, and for the log each kind's loss and share of right words."""
+        grid = batch["pixels"].image_grid_thw
+        visual = self.mllm.model.visual(batch["pixels"].pixel_values, grid_thw=grid).pooler_output
+        probe, right = self.probe.loss(visual.unflatten(0, (len(grid), -1)), batch["scenes"])
         plan, plan_right = self._answer_loss(batch["plan"], None, None)
         fill, fill_right = self._answer_loss(batch["fill"], None, None)
         look, look_right = self._answer_loss(batch["look"], visual, grid)
@@ -148,7 +154,7 @@ class MllmTask:
     def _answer_loss(
         self, rows: dict[str, torch.Tensor], visual_ND: torch.Tensor | None, grid_B3: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        model = self.module["mllm"].model
+        model = self.mllm.model
         embeds_BTD = model.get_input_embeddings()(rows["ids"])
         positions = None
         if visual_ND is not None:
@@ -161,16 +167,17 @@ class MllmTask:
             inputs_embeds=embeds_BTD, attention_mask=rows["attention"], position_ids=positions, use_cache=False
         ).last_hidden_state
         learnt = rows["learnt"][:, 1:]
-        logits = self.module["mllm"].lm_head(hidden_BTD[:, :-1][learnt]).float()
+        logits = self.mllm.lm_head(hidden_BTD[:, :-1][learnt]).float()
         targets = rows["ids"][:, 1:][learnt]
         return nn.functional.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean()
 
-    def keys(self, batch: dict) -> list[str]:
+    def keys(self, batch: dict[str, Any]) -> list[str]:
+        """The rows with plans, for error messages."""
         return self.tokenizer.batch_decode(batch["plan"]["ids"])
 
 
 def _filled(rng: np.random.Generator, scene: Scene) -> str:
-    """Half the cells, those with things among them, in random order."""
+    """What half of the cells hold, all cells with things among them, in random order."""
     classes = cell_classes(scene)
     order = sorted(rng.permutation(len(classes)), key=lambda cell: classes[cell] == 0)[: len(classes) // 2]
-    return fill_cells(scene, rng.permutation(order))
+    return fill_cells(scene, rng.permutation(order).tolist())

@@ -1,15 +1,14 @@
-"""Pretraining the tiny VAE: reconstruct drawings of the shapes world.
+"""Pretraining of the tiny VAE on drawings of the shapes world; FLUX's shift and scale are measured into its config.
 
-In: an untrained AutoencoderKL. Out: the same, trained, with FLUX's shift and scale measured into its config. Knows
-nothing of FLUX or of the loop that drives it.
 Legend: B images, H W pixels, c h w the VAE grid.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 
 from bifrost_cli.shapes.captions import sample_prompt, sample_scene
 from bifrost_cli.shapes.draw import crowded_scene, draw
@@ -18,7 +17,7 @@ NOISE = 0.05
 
 
 def images(rng: np.random.Generator, count: int, crowded: float) -> torch.Tensor:
-    """`count` drawings, uint8 (B, H, W, 3); about a share `crowded` of them full of things."""
+    """`count` drawings, uint8 (B, H, W, 3), of which a share `crowded` have a thing in most cells."""
     scenes = [
         crowded_scene(rng) if rng.random() < crowded else sample_scene(rng, sample_prompt(rng)) for _ in range(count)
     ]
@@ -31,14 +30,16 @@ class VaeTask:
     Latents get a fixed small noise instead, with a penalty on their size; the predicted log-variance is tied to it.
     """
 
-    def __init__(self, vae: AutoencoderKL, seed: int, batch_size: int) -> None:
+    def __init__(self, vae: Any, seed: int, batch_size: int) -> None:
         self.module = vae.train()
         self.seed, self.batch_size = seed, batch_size
 
     def batch(self, step: int, micro: int) -> torch.Tensor:
+        """Drawings, uint8 (B, H, W, 3), a function of the seed and the step."""
         return images(np.random.default_rng((self.seed, step, micro)), self.batch_size, crowded=0.7)
 
     def loss(self, batch: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a batch, and its parts for the log."""
         pixels_BcHW = batch.permute(0, 3, 1, 2).float() / 127.5 - 1
         posterior = self.module.encode(pixels_BcHW).latent_dist
         noise_Bchw = torch.randn(posterior.mean.shape, generator=generator)
@@ -49,11 +50,12 @@ class VaeTask:
         return l1 + 2 * l2 + 1e-4 * tie, {"l1": l1.detach(), "l2": l2.detach()}
 
     def keys(self, batch: torch.Tensor) -> list[str]:
+        """What an error message says of a batch."""
         return [f"{len(batch)} drawings"]
 
 
 @torch.no_grad()
-def measure_scale(vae: AutoencoderKL, seed: int, count: int = 512) -> None:
+def measure_scale(vae: Any, seed: int, count: int = 512) -> None:
     """Set `shift_factor` and `scaling_factor` so that FLUX sees latents of mean 0 and standard deviation 1."""
     vae.eval()
     rng = np.random.default_rng((seed, 1))
