@@ -63,3 +63,16 @@ def test_logit_normal_is_seeded_and_centred() -> None:
     assert 0 < draw.min() and draw.max() < 1
     logits = torch.logit(draw.double())
     assert abs(logits.mean()) < 0.03 and abs(logits.std() - 1) < 0.03
+
+
+def test_what_a_callback_raises_ends_the_loop() -> None:
+    calls: list[int] = []
+
+    def stop(step: int, _sigma: float, _x: torch.Tensor) -> None:
+        calls.append(step)
+        if step == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rectified_flow.euler(lambda x, _sigma: x, torch.ones(1), [1.0, 0.75, 0.5, 0.25, 0.0], callback=stop)
+    assert calls == [0, 1]
