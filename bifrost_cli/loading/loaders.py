@@ -148,7 +148,7 @@ def encoder_errors(key: str) -> Iterator[None]:
 def load_mllm(
     ref: str, device: torch.device, dtype: torch.dtype = torch.float32, *, revision: str | None = None
 ) -> Mllm:
-    """The frozen multimodal LLM, of the family that its config.json names (`models.families`).
+    """The frozen multimodal LLM, of the family that its config.json names (`adapters.FAMILIES`).
 
     EnvironmentProblem or ArtifactError when it is not there, not whole, or of no known family.
     """

@@ -1,7 +1,6 @@
-"""Random numbers for rows of a batch that several processes share.
+"""Random numbers for rows of a batch that is spread over several processes.
 
-In: a shape and a generator, or a `Part` of a batch. Out: random numbers, drawn for the whole batch and cut, so that
-those of a row do not depend on how many processes there are. Knows no processes and no model.
+They are drawn for the whole batch and cut, so that a row's do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor
 
 
 class RowSlice(NamedTuple):
-    """This process has the entries from `first` on, of a batch of `total`; every process has an equal generator."""
+    """This process has the rows from `first` on of a batch of `total`; every process has an equal generator."""
 
     generator: torch.Generator
     first: int
@@ -25,9 +24,9 @@ NoiseSource = torch.Generator | RowSlice
 
 
 def normal(shape: tuple[int, ...] | torch.Size, source: NoiseSource) -> Tensor:
-    """N(0, 1) float32 of `shape`, on the generator's device; the first dimension counts entries of the batch.
+    """N(0, 1) float32 of `shape` on the generator's device; the first dimension counts rows.
 
-    With a `Part` the draw costs as much as that of the whole batch: 0.01 s for a million numbers.
+    A `RowSlice` costs the draw of the whole batch: 0.01 s for a million numbers.
     """
     return _cut(torch.randn, shape, source)
 
