@@ -28,19 +28,19 @@ def main():
     parser.add_argument("--system", type=Path, default=BUILTIN)
     parser.add_argument("--set", action="append", default=[], dest="sets")
     parser.add_argument("--grid", type=Path, help="write 32 of the chain's images, evenly taken")
-    asked = parser.parse_args()
-    bases = [f"models.mllm={asked.system / 'mllm'}", f"models.diffusion={asked.system / 'flux'}"]
-    recipe = load_recipe("tiny", [*bases, *asked.sets])
-    prompts = held_out_prompts(asked.n, asked.seed)
-    parts = [Artifact.open(asked.system / kind) for kind in ("branch", "controlnet")]
+    args = parser.parse_args()
+    bases = [f"models.mllm={args.system / 'mllm'}", f"models.diffusion={args.system / 'flux'}"]
+    recipe = load_recipe("tiny", [*bases, *args.sets])
+    prompts = held_out_prompts(args.n, args.seed)
+    parts = [Artifact.open(args.system / kind) for kind in ("branch", "controlnet")]
     pipe = BifrostPipeline(recipe, *parts, device="cpu")
     images = chain(pipe, prompts, plan=True)
     show("full chain: plan, branch, ControlNet", prompts, images)
-    show("reconstruction of held-out pictures", prompts, reconstructions(pipe, prompts))
+    show("reconstruction of held-out images", prompts, reconstructions(pipe, prompts))
     show("chain without the plan", prompts, chain(pipe, prompts, plan=False))
     show("FLUX with text alone", prompts, chain(pipe, prompts, plan=False, control_scale=0.0))
-    if asked.grid:
-        sheet(images[:: len(images) // 32][:32]).save(asked.grid)
+    if args.grid:
+        sheet(images[:: len(images) // 32][:32]).save(args.grid)
 
 
 def chain(pipe, prompts, **settings):
@@ -57,13 +57,13 @@ def reconstructions(pipe, prompts):
 
 
 def show(title, prompts, images):
-    """One line for all and one for each category: right / asked, share and interval."""
+    """One line for all and one for each category: right / args, share and interval."""
     verdicts = [check(prompt, pixels) for prompt, pixels in zip(prompts, images, strict=True)]
-    right, asked = Counter(), Counter(prompt.category for prompt in prompts)
+    right, args = Counter(), Counter(prompt.category for prompt in prompts)
     right.update(prompt.category for prompt, verdict in zip(prompts, verdicts, strict=True) if verdict.right)
     print(f"\n{title}")
     for name in ("all", *CATEGORIES):
-        k, n = (right[name], asked[name]) if name != "all" else (right.total(), asked.total())
+        k, n = (right[name], args[name]) if name != "all" else (right.total(), args.total())
         low, high = wilson(k, n)
         print(f"  {name:18} {k:4} / {n:<4} {k / n:.3f}  [{low:.3f}, {high:.3f}]", flush=True)
     for prompt, verdict in list(zip(prompts, verdicts, strict=True)):

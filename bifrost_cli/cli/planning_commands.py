@@ -125,7 +125,7 @@ def doctor(recipe: Recipe, ui: Ui, workspace: Workspace = Path("runs")) -> Resul
     failed = [one for one in found if one.status == "fail"]
     lines = []
     for one in found:
-        lines.append(f"{one.status:4}  {one.what}: {one.told}")
+        lines.append(f"{one.status:4}  {one.what}: {one.message}")
         lines += [f"      fix: {one.fix}"] if one.fix else []
     error = Findings(f"{len(failed)} of {len(found)} findings will not work", fix=failed[0].fix) if failed else None
     return Result(lines, {"recipe": recipe.name, "findings": [asdict(one) for one in found]}, error=error)

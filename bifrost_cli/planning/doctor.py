@@ -22,7 +22,7 @@ from bifrost_cli.config.schema import Recipe
 from bifrost_cli.errors import BifrostError
 
 PACKAGE = "bifrost-cli"
-ROOM = 10**9  # bytes free on a disk below which nothing of use can be made
+ROOM = 10**9  # free bytes of a disk below which nothing useful can be written
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Finding:
 
     what: str
     status: Literal["ok", "warn", "fail"]
-    told: str
+    message: str
     fix: str = ""
 
 
@@ -63,12 +63,12 @@ def _libraries(recipe: Recipe) -> Iterator[Finding]:
         return
     python, bounds = platform.python_version(), facts["Requires-Python"]
     good = SpecifierSet(bounds).contains(python)
-    told = f"{python}, wanted {bounds}"
-    yield Finding("python", "ok", told) if good else Finding("python", "fail", told, "install another Python")
+    message = f"{python}, wanted {bounds}"
+    yield Finding("python", "ok", message) if good else Finding("python", "fail", message, "install another Python")
     extras = set(_extras(recipe))
-    for one in map(Requirement, wanted):
-        if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in extras):
-            yield _library(one)
+    for requirement in map(Requirement, wanted):
+        if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+            yield _library(requirement)
 
 
 def _extras(recipe: Recipe) -> Iterator[str]:
@@ -115,24 +115,28 @@ def _device(recipe: Recipe) -> Finding:
 
     if not torch.cuda.is_available():
         if _builtin(recipe):
-            return Finding("device", "ok", "CPU, which this recipe was made for")
+            return Finding("device", "ok", "CPU, which is enough for this recipe")
         if torch.version.cuda:
-            return Finding("device", "warn", "no GPU is seen, although torch was built for one", "check nvidia-smi")
+            return Finding(
+                "device", "warn", "no GPU is visible, although torch was built with CUDA", "check nvidia-smi"
+            )
         return Finding("device", "warn", "no GPU: models of this size take hours an image on a CPU",
                        "use a machine with a GPU, or --recipe tiny")  # fmt: skip
     free, total = torch.cuda.mem_get_info()
-    told = f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    message = (
+        f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+    )
     try:
         from bifrost_cli.planning.memory import estimates
         from bifrost_cli.planning.meta_models import build
 
         wanted = estimates(build(recipe), recipe)["generate"].peak
     except BifrostError:
-        return Finding("device", "ok", f"{told}; this recipe cannot be planned")
+        return Finding("device", "ok", f"{message}; this recipe cannot be planned")
     if wanted > free:
         fix = f"bifrost plan {recipe.name} --memory {int(free / 1e9)}GB says what would make it fit"
-        return Finding("device", "warn", f"{told}; generating needs {wanted / 1e9:.1f} GB", fix)
-    return Finding("device", "ok", told)
+        return Finding("device", "warn", f"{message}; generation needs {wanted / 1e9:.1f} GB", fix)
+    return Finding("device", "ok", message)
 
 
 def _disks(workspace: Path) -> Iterator[Finding]:
@@ -141,15 +145,15 @@ def _disks(workspace: Path) -> Iterator[Finding]:
     for what, folder in (("workspace disk", workspace), ("hub cache disk", Path(HF_HUB_CACHE))):
         place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(place).free
-        told = f"{free / 1e9:.1f} GB free at {folder}"
-        yield Finding(what, "ok", told) if free >= ROOM else Finding(what, "fail", told, "free some space")
+        message = f"{free / 1e9:.1f} GB free at {folder}"
+        yield Finding(what, "ok", message) if free >= ROOM else Finding(what, "fail", message, "free some space")
 
 
 def _token() -> Finding:
     from huggingface_hub import get_token
 
     if get_token():
-        return Finding("hub token", "ok", "there is one")
+        return Finding("hub token", "ok", "present, not shown")
     return Finding("hub token", "ok", "none; only gated and private models need one")
 
 

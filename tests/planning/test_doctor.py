@@ -59,7 +59,7 @@ def test_an_extra_counts_when_the_recipe_asks_for_it(monkeypatch):
     monkeypatch.setattr(stage.metadata, "version", without)
     assert not {"peft", "bitsandbytes"} & set(found("tiny"))
     assert found("tiny", "branch.tune=lora", "branch.lora_rank=4")["peft"].status == "fail"
-    assert found("tiny", "controlnet.train.optimizer=adamw8bit")["bitsandbytes"].told == "is not installed"
+    assert found("tiny", "controlnet.train.optimizer=adamw8bit")["bitsandbytes"].message == "is not installed"
 
 
 def test_a_torchvision_of_another_torch_is_named(monkeypatch):
@@ -70,7 +70,7 @@ def test_a_torchvision_of_another_torch_is_named(monkeypatch):
 
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    (one,) = [one for one in doctor(load_recipe("tiny")) if "nms" in one.told]
+    (one,) = [one for one in doctor(load_recipe("tiny")) if "nms" in one.message]
     assert one.status == "fail" and "--force-reinstall torch torchvision" in one.fix
 
 
@@ -83,11 +83,11 @@ def test_a_token_is_said_to_be_there_and_never_shown(monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     run(["doctor", "--json"])
     printed = "".join(capsys.readouterr())
-    assert "there is one" in printed and "hf_secret" not in printed
+    assert "present, not shown" in printed and "hf_secret" not in printed
 
 
 def test_models_that_are_nowhere_fail_offline_and_without_a_network(monkeypatch):
-    assert found("bifrost1-7b")["Qwen/Qwen2.5-VL-7B-Instruct"].told.endswith("the hub cannot be reached")
+    assert found("bifrost1-7b")["Qwen/Qwen2.5-VL-7B-Instruct"].message.endswith("the hub cannot be reached")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     one = found("bifrost1-7b")["black-forest-labs/FLUX.1-dev"]
     assert (one.status, one.fix) == ("fail", "go online once: hf download black-forest-labs/FLUX.1-dev")
@@ -106,7 +106,7 @@ def test_the_hub_is_asked_about_what_is_not_here(monkeypatch, name, token, statu
         monkeypatch.setenv("HF_TOKEN", token)
         one = found("tiny", f"models.mllm={name}")[name]
         assert server.requests and not any("resolve" in path for path in server.requests)
-    assert one.status == status and words in one.told and one.fix
+    assert one.status == status and words in one.message and one.fix
 
 
 def test_folders_are_whole_or_say_what_they_lack(tmp_path):
@@ -116,6 +116,6 @@ def test_folders_are_whole_or_say_what_they_lack(tmp_path):
     index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
     (mllm / "model.safetensors.index.json").write_text(json.dumps(index))
     (diffusion / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    assert found("tiny", *names)[str(mllm)].told == "lacks 1 files of weights, first model-00002.safetensors"
-    assert found("tiny", *names)[str(diffusion)].told == "lacks the weights of vae"
+    assert found("tiny", *names)[str(mllm)].message == "lacks 1 files of weights, first model-00002.safetensors"
+    assert found("tiny", *names)[str(diffusion)].message == "lacks the weights of vae"
     assert found("tiny", "models.mllm=/no/such/folder")["/no/such/folder"].status == "fail"
