@@ -253,7 +253,7 @@ def _free(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}"

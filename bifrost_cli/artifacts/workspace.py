@@ -94,7 +94,7 @@ def _outside(root: Path) -> list[Path]:
         lines = (root / OUTSIDE).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         return []
-    found = {}
+    found: dict[Path, None] = {}
     for line in lines:
         with contextlib.suppress(ValueError, TypeError, OSError):  # half a line, after a power cut
             path = Path(os.path.realpath(root / json.loads(line)))

@@ -50,6 +50,6 @@ def ablate(
     made = run(Path(name).stem, ablation, output=output, workspace=workspace, device=device, dry_run=dry_run, ui=ui)
     if not isinstance(made, Artifact):
         return Result([f"{key}: {value}" for key, value in made.items()], made)
-    table = made.file("table.md").read_text(encoding="utf-8")
-    return Result(table.splitlines(), {"id": made.id, "path": str(made.path), **made.info}, made.path,
+    lines = made.file("table.md").read_text(encoding="utf-8").splitlines()
+    return Result(lines, {"id": made.id, "path": str(made.path), **made.info}, made.path,
                   f"report: {made.path / 'report.html'}")  # fmt: skip

@@ -115,7 +115,7 @@ class LazyCommand(TyperCommand):
     _params: list[Any] | None = None
 
     @property
-    def params(self) -> list[Any]:  # type: ignore[override]
+    def params(self) -> list[Any]:
         """Typer's parameters: those of the function, with the flags before what every command has."""
         if self._params is None:
             place = next((n for n, param in enumerate(self._declared) if param.name == "as_json"), 0)

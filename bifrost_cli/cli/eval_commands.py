@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bifrost_cli.artifacts import Artifact
 from bifrost_cli.cli import preflight
 from bifrost_cli.cli.command import LazyCommand, Result, command, typer_params
 from bifrost_cli.cli.options import EVALUATE, Device, DryRun, Output, Recipe, Workspace
@@ -19,7 +20,6 @@ from bifrost_cli.errors import Findings
 from bifrost_cli.runtime.ui import Ui
 
 if TYPE_CHECKING:
-    from bifrost_cli.artifacts import Artifact
     from bifrost_cli.evaluation.gates import Gate
 
 LARGE = 2**30  # bytes of a report.json
@@ -115,7 +115,7 @@ def evaluate(
         recipe, metrics=metrics, fd=fd or [], samples=samples, prompts=prompts, n=n, quarters=quarters,
         reference=reference, output=output, workspace=workspace, device=device, dry_run=dry_run, ui=ui, **options,
     )  # fmt: skip
-    return made(found) if dry_run else _gated(found, gates, ui)
+    return _gated(found, gates, ui) if isinstance(found, Artifact) else made(found)
 
 
 def _gated(report: Artifact, gates: Sequence[Gate], ui: Ui) -> Result:

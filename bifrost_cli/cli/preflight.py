@@ -63,7 +63,8 @@ def generate(
 
     if prompt is not None and prompts is not None:
         raise UsageError("a prompt and --prompts were both given", fix="leave one of them out")
-    count = 1 if prompt is None and prompts is None else len(read_prompts(prompt if prompts is None else prompts, Ui()))
+    given = prompt if prompts is None else prompts
+    count = 1 if given is None else len(read_prompts(given, Ui()))
     file = destination(output, count * n)
     if file and grid:
         raise UsageError("--grid needs several images", fix="give a folder: -o DIR; or leave --grid out")

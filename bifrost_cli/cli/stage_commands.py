@@ -55,6 +55,7 @@ ControlNet = Annotated[
     artifact_option("--controlnet", "A ControlNet artifact."),
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same bytes.")]
+ImageOutput = Annotated[Path, typer.Option("--output", "-o", metavar="FILE.png", help="A new file.")]
 Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or WebP file.")]
 
 
@@ -166,14 +167,15 @@ def generate(
     """
     from bifrost_cli.generation.generate import generate
 
+    given = prompts or (FIRST_PROMPT if prompt is None else prompt)
     if prompt is None and prompts is None:
-        prompt = FIRST_PROMPT
-        ui.say(f'no prompt was given; generating "{prompt}"')
-    keep = {"grid": grid, "save_latents": save_latents, "timings": timings, "device": device, "dry_run": dry_run}
-    parts = {"branch": branch, "controlnet": controlnet, "workspace": workspace, "ui": ui}
+        ui.say(f'no prompt was given; generating "{given}"')
     return made(
-        generate(recipe, prompt if prompts is None else prompts, output=output, n=n, seed=seed, **parts, **keep)
-    )
+        generate(
+            recipe, given, output=output, n=n, seed=seed, branch=branch, controlnet=controlnet, workspace=workspace,
+            grid=grid, save_latents=save_latents, timings=timings, device=device, dry_run=dry_run, ui=ui,
+        )
+    )  # fmt: skip
 
 
 @command(app, "reconstruct", RECONSTRUCT, check=preflight.reconstruct)
@@ -181,7 +183,7 @@ def reconstruct(
     recipe: Recipe,
     ui: Ui,
     image: Image,
-    output: Output = Path("reconstruction.png"),
+    output: ImageOutput = Path("reconstruction.png"),
     prompt: Annotated[str, typer.Option("--prompt", help="What the diffusion model reads beside the latents.")] = "",
     controlnet: ControlNet = None,
     seed: Seed = 0,
@@ -196,8 +198,12 @@ def reconstruct(
     """
     from bifrost_cli.generation.reconstruct import reconstruct
 
-    where = {"output": output, "workspace": workspace, "device": device}
-    return made(reconstruct(recipe, image, prompt=prompt, controlnet=controlnet, seed=seed, ui=ui, **where))
+    return made(
+        reconstruct(
+            recipe, image, output=output, prompt=prompt, controlnet=controlnet, seed=seed, workspace=workspace,
+            device=device, ui=ui,
+        )
+    )  # fmt: skip
 
 
 @command(app, "ask", check=preflight.ask)

@@ -19,6 +19,7 @@ from bifrost_cli.config.schema import Recipe
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.loading.compatibility import fits, has_own_conditioner, require_encoder, require_fit
 from bifrost_cli.loading.resolve import builtin, resolve_model
+from bifrost_cli.runtime.ui import counted
 
 Ref = Path | str | None
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -50,7 +51,7 @@ def choose_models(branch: Ref, controlnet: Ref, workspace: Path | str) -> Genera
     Raises:
         ArtifactError: BF-ART-004, naming both sides, when what was given does not fit; BF-ART-001 when it is not there.
     """
-    if str(branch) == "builtin" and controlnet is None:
+    if str(branch) in ("builtin", "builtin:branch") and controlnet is None:
         controlnet = "builtin"
     given_branch, given_controlnet = _given(branch, "branch", workspace), _given(controlnet, "controlnet", workspace)
     branches = [given_branch] if given_branch else find(workspace, "branch")
@@ -60,16 +61,12 @@ def choose_models(branch: Ref, controlnet: Ref, workspace: Path | str) -> Genera
         return _models(given_branch, given_controlnet, "as given")
     for candidate in branches:
         if has_own_conditioner(candidate) and not given_controlnet:
-            return GenerationModels(
-                candidate, candidate, f"{candidate.id}: learned queries, which hold their own control"
-            )
+            why = f"using {_trained(candidate)}, learned queries with their own control{_found(branch, workspace)}"
+            return GenerationModels(candidate, candidate, why)
         for other in controlnets:
             if fits(candidate, other):
-                return _models(
-                    candidate,
-                    other,
-                    f"the newest pair in {workspace} that fits together; --branch builtin is the built-in pair",
-                )
+                why = f"using {_trained(candidate)} and {_trained(other)}{_found(branch, workspace)}"
+                return GenerationModels(candidate, other, why)
     return _with_builtin(given_branch, given_controlnet, workspace)
 
 
@@ -80,7 +77,8 @@ def choose_controlnet(controlnet: Ref, encoder: dict[str, Any], workspace: Path 
         return given, f"controlnet {given.id}: as given"
     for candidate in find(workspace, "controlnet"):
         if candidate.identity.get("encoder") == encoder:
-            return candidate, f"controlnet {candidate.id}: the newest in {workspace} that fits the encoder"
+            why = f"using {_trained(candidate)}, the newest from {workspace} that fits; --controlnet builtin goes back"
+            return candidate, why
     ours = builtin("controlnet")
     require_encoder(ours, encoder)
     return ours, f"controlnet {ours.id}: built in, because {workspace} holds none that fits the encoder"
@@ -158,6 +156,17 @@ def _with_builtin(branch: Artifact | None, controlnet: Artifact | None, workspac
         return _models(*pair, f"{workspace} holds nothing else that fits the given one, so the other is built in")
     counts = " and ".join(f"{len(find(workspace, kind))} {kind}" for kind in ("branch", "controlnet"))
     return _models(*pair, f"the built-in pair, because {workspace} holds no pair that fits ({counts})")
+
+
+def _trained(artifact: Artifact) -> str:
+    """An artifact with the length of its training, so that a short one of one's own is seen."""
+    recipe = artifact.info.get("recipe")
+    steps = (recipe if isinstance(recipe, dict) else {}).get(artifact.kind, {}).get("train", {}).get("steps")
+    return artifact.id if steps is None else f"{artifact.id} of {counted(steps, 'step')}"
+
+
+def _found(branch: Ref, workspace: Path | str) -> str:
+    return f", the newest from {workspace}" + ("; --branch builtin goes back" if branch is None else " that fits it")
 
 
 def _models(branch: Artifact, controlnet: Artifact, why: str) -> GenerationModels:

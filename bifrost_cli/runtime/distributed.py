@@ -123,10 +123,10 @@ def raise_if_any_failed(error: BaseException | None = None) -> None:
         if error is not None:
             raise error
         return
-    found = all_gather_object(None if error is None else _portable(error))
-    first = next((number for number, problem in enumerate(found) if problem is not None), None)
+    problems = all_gather_object(None if error is None else _portable(error))
+    first = next(((number, problem) for number, problem in enumerate(problems) if problem is not None), None)
     if first is not None:
-        raise error if first == rank() else found[first]
+        raise error if error is not None and first[0] == rank() else first[1]
 
 
 def all_gather_object(value: T) -> list[T]:
@@ -200,7 +200,7 @@ def raise_together() -> Iterator[None]:
 
 def other_process_failed() -> bool:
     """True when another process has met an error in its part of `raise_together`."""
-    return world() > 1 and _store.check([f"trouble/{_round}"])
+    return world() > 1 and _store is not None and _store.check([f"trouble/{_round}"])
 
 
 def _last_word(error: BifrostError) -> None:
@@ -222,6 +222,8 @@ def _last_word(error: BifrostError) -> None:
 
 
 def _word_of(number: int) -> list[Any] | None:
+    if _store is None:
+        return None
     try:
         return json.loads(_store.get(f"word/{number}")) if _store.check([f"word/{number}"]) else None
     except RuntimeError:

@@ -237,7 +237,7 @@ def test_the_newest_pair_that_fits_else_the_builtin(system: System, tmp_path: Pa
     fits = save_part(workspace / "controlnet-b", "controlnet", one, {}, {**shared, "try": 2})
     save_part(workspace / "branch-b", "branch", one, {}, {**shared, "channels": 9, "mllm": "a"})
     found = choose_models(None, None, workspace)
-    assert (found.branch.id, found.controlnet.id) == (fitting.id, fits.id) and "newest pair" in found.why
+    assert (found.branch.id, found.controlnet.id) == (fitting.id, fits.id) and "the newest from" in found.why
     half = choose_models(system.branch.path, None, workspace)
     assert (half.branch.id, half.controlnet.id) == (system.branch.id, fits.id)
 
