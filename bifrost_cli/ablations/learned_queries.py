@@ -1,7 +1,7 @@
 """Learned queries instead of image latents (`branch.target: queries`), after MetaQueries (arXiv 2504.06256).
 
-The branch predicts no image's latents. From masks alone it makes P tokens, and only the diffusion model's loss says what
-they are good for; branch and control are trained together and kept in one artifact. It is what patch latents are
+The branch predicts no image's latents. From masks alone it makes P tokens, and only the diffusion model's loss says
+what they are good for; branch and control are trained together and kept in one artifact. It is what patch latents are
 compared with, and the one training that needs the MLLM and the diffusion model at once. `train_branch` finds `prepare`
 by the name of the target.
 B batch, P queries, C channels of one.
@@ -38,7 +38,8 @@ class LearnedQueries(nn.Module):
 
     def __init__(self, branch: VisualBranch, control: nn.Module) -> None:
         super().__init__()
-        self.branch, self.control = branch, control
+        self.branch: VisualBranch = branch
+        self.control: nn.Module = control
 
     def forward(self, prefix: PromptCache) -> Tensor:
         """Returns tokens_BPC: what one decode step gives with every patch masked."""
@@ -61,7 +62,8 @@ class LearnedQueriesTask(BranchTask):
         recipe: Recipe,
     ) -> None:
         super().__init__(branch, mllm, store, recipe.branch)
-        self.module, self._diffusion = LearnedQueries(branch, control), diffusion
+        self.module: LearnedQueries = LearnedQueries(branch, control)
+        self._diffusion = diffusion
         self._drop_text, self._max_tokens = recipe.controlnet.drop_prompt, recipe.models.diffusion_text_tokens
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:

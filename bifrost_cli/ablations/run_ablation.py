@@ -69,7 +69,7 @@ def ablate(
     dry_run: bool = False,
     ui: Ui | None = None,
 ) -> Artifact | dict[str, Any]:
-    """Train, generate and judge every variant under every seed; returns the report artifact, or with `dry_run` the plan.
+    """Train, generate and judge every variant under every seed; returns the report artifact, or the plan of a dry run.
 
     Errors: those of the stages; RecipeError when a variant's keys make no recipe, found before anything is trained.
     """

@@ -271,7 +271,7 @@ def _to_rgb(image: Image.Image, background: str) -> tuple[Image.Image, tuple[str
         notes.append("cmyk")
     rgb, colour_notes = _to_srgb(base, icc)
     notes += colour_notes
-    if alpha is not None and alpha.getextrema()[0] < 255:
+    if alpha is not None and np.asarray(alpha).min() < 255:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, background), alpha)
         notes.append("alpha")
     return rgb, tuple(notes)
@@ -294,7 +294,8 @@ def _to_srgb(base: Image.Image, icc: bytes | None) -> tuple[Image.Image, list[st
         if ImageCms.getProfileDescription(profile).strip().startswith("sRGB"):
             return base.convert("RGB"), []
         srgb = ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(base, profile, srgb, outputMode="RGB"), ["icc-converted"]
+        converted = ImageCms.profileToProfile(base, profile, srgb, outputMode="RGB")
+        return converted or base.convert("RGB"), ["icc-converted"]
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return base.convert("RGB"), ["icc-ignored"]
 

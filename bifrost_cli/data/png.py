@@ -32,7 +32,7 @@ def png_text(data: bytes) -> dict[str, str]:
     """The text chunks of a PNG, by keyword."""
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         image.load()
-        return {str(keyword): str(value) for keyword, value in image.text.items()}
+        return {str(keyword): str(value) for keyword, value in getattr(image, "text", {}).items()}
 
 
 def png_pixels(data: bytes) -> np.ndarray:

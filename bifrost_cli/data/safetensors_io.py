@@ -107,7 +107,7 @@ def _as_torch(tensors: Tensors) -> dict[str, torch.Tensor]:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(flat.view(torch.uint8).numpy().data)
 
 
 def _header(ordered: Iterable[tuple[str, torch.Tensor]], meta: Mapping[str, Any]) -> bytes:

@@ -32,14 +32,14 @@ def check_source(recipe: Recipe, source: str, *, ui: Ui | None = None) -> Checke
     if rules.missing_caption == "stop":
         milder["missing_caption"] = "skip"
     try:
-        found = scan(source, rules.model_copy(update=milder), recipe.images, ui.progress, stop=False)
+        scanned = scan(source, rules.model_copy(update=milder), recipe.images, ui.progress, stop=False)
     except DataError as error:
         return Checked(error.problems if isinstance(error, SourceError) else (), error)
-    for line in found.said:
+    for line in scanned.said:
         ui.say(line)
     stops = None
     try:
-        refuse_problems(found, source, rules)
+        refuse_problems(scanned, source, rules)
     except SourceError as error:
         stops = error
-    return Checked(found.events, stops, found.funnel, found.counts)
+    return Checked(scanned.events, stops, scanned.funnel, scanned.counts)

@@ -33,14 +33,14 @@ def choose_source(source: Path | str | None, recipe: Recipe, ui: Ui) -> str:
 def scan_source(source: str, recipe: Recipe, workspace: Path, ui: Ui) -> Scan:
     """`scan`, with the funnel said. Where an error has more problems than it shows, a file in the workspace has all."""
     try:
-        found = scan(source, recipe.latents, recipe.images, ui.progress)
+        scanned = scan(source, recipe.latents, recipe.images, ui.progress)
     except SourceError as error:
         if not error.all_shown:
             _write_problems(error, workspace)
         raise
-    for line in (*found.said, "funnel: " + listed(found.funnel)):
+    for line in (*scanned.said, "funnel: " + listed(scanned.funnel)):
         ui.say(line)
-    return found
+    return scanned
 
 
 def _write_problems(error: SourceError, workspace: Path) -> None:
@@ -80,10 +80,10 @@ def images_of_store(artifact: Artifact) -> ImageSet:
     source, recipe = artifact.info.get("source"), load_recipe(str(artifact.path))
     if source is None:
         raise DataError(f"{artifact.path} does not say where its images came from", fix="give their folder")
-    found = scan(source, recipe.latents, recipe.images)
-    if digest(found.samples) != artifact.identity["samples"]:
+    scanned = scan(source, recipe.latents, recipe.images)
+    if digest(scanned.samples) != artifact.identity["samples"]:
         raise DataError(f"{source} holds other images than {artifact.id} was made of", fix="give their folder")
-    entries = entries_of(found.samples)
+    entries = entries_of(scanned.samples)
     return ImageSet(f"{len(entries)} images of {source}, as {artifact.id} has them", entries, artifact)
 
 

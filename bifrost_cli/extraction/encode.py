@@ -59,13 +59,15 @@ def encode_shard(
     latents_NPC = np.empty((len(samples), encoder.grid[0] * encoder.grid[1], encoder.channels), np.float16)
     vae_Nchw = None if vae is None else np.empty((len(samples), *vae.shape), np.float16)
     lines: list[dict[str, Any]] = []
-    for batch in _batches(samples, encoder.image_size, vae and vae.image_size, batch_size):
+    for batch in _batches(samples, encoder.image_size, vae.image_size if vae else None, batch_size):
         rows = slice(len(lines), len(lines) + len(batch))
         smaller = f"--set latents.batch_size={max(1, len(batch) // 2)}"
         with memory_errors(f"encoding {len(batch)} images at once", smaller):
             latents_NPC[rows] = _half(encoder.encode(np.stack([item.encoder_SS3 for item in batch])))
             if vae is not None and vae_Nchw is not None:
-                vae_Nchw[rows] = _half(vae.encode(np.stack([item.output_SS3 for item in batch])))
+                vae_Nchw[rows] = _half(
+                    vae.encode(np.stack([item.output_SS3 for item in batch if item.output_SS3 is not None]))
+                )
         lines += [item.line for item in batch]
         bar.advance(len(batch))
     return ShardRows(latents_NPC, vae_Nchw, lines)
@@ -106,4 +108,5 @@ def _squares(sample: Sample, size: int, output_size: int | None) -> _Squares:
         "status": status,
         "notes": list(image.notes),
     }
-    return _Squares(square(image.rgb, size), output_size and square(image.rgb, output_size), line)
+    output_SS3 = square(image.rgb, output_size) if output_size else None
+    return _Squares(square(image.rgb, size), output_SS3, line)

@@ -54,14 +54,14 @@ def extract_latents(
     ui = ui or Ui()
     chosen = choose_source(source, recipe, ui)
     refuse_output(chosen, output, workspace)
-    found = distributed.run_on_main(
+    scanned = distributed.run_on_main(
         lambda: scan_source(chosen, recipe, Path(workspace), ui)
     )  # every image is read once
     loader = ModelLoader(recipe.models, device)
     encoder = loader.encoder(recipe.latents, recipe.images)
     with encoder_errors("images.output_size"):
         vae = VaeEncoder(loader.vae(), recipe.images.output_size) if recipe.latents.vae else None
-    job = ExtractionRun(recipe, chosen, found, encoder, vae, loader.device, ui)
+    job = ExtractionRun(recipe, chosen, scanned, encoder, vae, loader.device, ui)
     path = Path(output or default_path(workspace, "latents", identity_id("latents", job.identity)))
     return job.plan(path) if dry_run else job.run(path)
 
@@ -73,13 +73,13 @@ class ExtractionRun:
         self,
         recipe: Recipe,
         source: str,
-        found: Scan,
+        scanned: Scan,
         encoder: Encoder,
         vae: VaeEncoder | None,
         device: torch.device,
         ui: Ui,
     ) -> None:
-        self.recipe, self.source, self.found, self.device, self.ui = recipe, source, found, device, ui
+        self.recipe, self.source, self.scanned, self.device, self.ui = recipe, source, scanned, device, ui
         self.encoder, self.vae = encoder, vae
         self.failed: list[Problem] = []
         rules = recipe.latents
@@ -89,7 +89,7 @@ class ExtractionRun:
             "preprocessing": {**PREPROCESSING, "background": recipe.images.background},
         }
         self.layout = StoreLayout(
-            len(found.samples),
+            len(scanned.samples),
             encoder.grid,
             encoder.channels,
             vae.shape if vae else None,
@@ -99,8 +99,8 @@ class ExtractionRun:
         )
         self.identity = {
             **self.described,
-            "samples": digest(found.samples),
-            "rows": len(found.samples),
+            "samples": digest(scanned.samples),
+            "rows": len(scanned.samples),
             "shard_rows": rules.shard_rows,
             "chunk_rows": rules.chunk_rows,
             **({} if rules.storage == "float16" else {"storage": rules.storage}),
@@ -113,7 +113,7 @@ class ExtractionRun:
             "encoder": f"{self.encoder.identity['name']} ({self.encoder.identity['weights'][:12]})",
             "grid": list(self.layout.grid),
             "channels": self.layout.channels,
-            **self.found.funnel,
+            **self.scanned.funnel,
             "shards": self.layout.shards,
             "disk_needed": self._bytes(self.layout.rows),
             "disk_free": _free(path),
@@ -143,7 +143,7 @@ class ExtractionRun:
 
     def _begin(self, writer: StoreWriter, path: Path) -> list[int]:
         """The shards to write, when there is room for them."""
-        write_events(path, self.found.events)
+        write_events(path, self.scanned.events)
         missing = writer.missing_shards()
         rows = self._rows(missing)
         self._require_room(path, rows)
@@ -180,8 +180,8 @@ class ExtractionRun:
             {
                 "recipe": self.recipe.model_dump(mode="json"),
                 "source": str(self.source),
-                "funnel": self.found.funnel,
-                "counts": self.found.counts,
+                "funnel": self.scanned.funnel,
+                "counts": self.scanned.counts,
                 "statistics": _summary(statistics),
             },
             made={"device": str(self.device), "seed": None},
@@ -214,11 +214,11 @@ class ExtractionRun:
                 fix="extract again, in another place (-o)",
                 code="BF-DATA-003",
             )
-        bad = [event for event in self.found.events if event.event == "bad-image"]
-        refuse_too_many([*bad, *failed], self.found.funnel["seen"], self.source, rules)
+        bad = [event for event in self.scanned.events if event.event == "bad-image"]
+        refuse_too_many([*bad, *failed], self.scanned.funnel["seen"], self.source, rules)
 
     def _samples(self, shard: int) -> tuple[Sample, ...]:
-        return self.found.samples[self.layout.span(shard)]
+        return self.scanned.samples[self.layout.span(shard)]
 
     def _bytes(self, rows: int) -> int:
         return rows * self.layout.row_bytes
@@ -238,10 +238,10 @@ class ExtractionRun:
 
     def _report(self, artifact: Artifact, statistics: dict[str, Any], encoded: int, seconds: float) -> None:
         store = LatentsStore.open(artifact)
-        funnel = {**self.found.funnel, "used": store.rows}
+        funnel = {**self.scanned.funnel, "used": store.rows}
         self.ui.say("funnel: " + listed(funnel))
-        if self.found.counts:
-            self.ui.say("counted: " + listed(self.found.counts))
+        if self.scanned.counts:
+            self.ui.say("counted: " + listed(self.scanned.counts))
         if store.rows < self.layout.rows:
             self.ui.say(
                 f"failed: {self.layout.rows - store.rows} images changed during the run, see {artifact.path}/work"

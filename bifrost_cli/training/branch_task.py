@@ -124,7 +124,8 @@ class BranchTask:
         return metrics
 
     def _held(self, suffix: str, texts: Sequence[str]) -> dict[str, float]:
-        size, total = self._settings.train.batch_size, {}
+        size = self._settings.train.batch_size
+        total: dict[str, float] = {}
         for start in range(0, len(self.held_rows), size):
             rows = self.held_rows[start : start + size]
             generator = torch.Generator().manual_seed(derive(self._settings.train.seed, "validate", start))

@@ -1,10 +1,10 @@
 """Checkpoints of a training: whole or absent, checked byte by byte, never guessed.
 
-In: a folder, named tensors, a small JSON state. Out: `step-NNNNNNN/` folders holding safetensors, `state.json` and
-`manifest.json` (sha256 of each file). A folder is filled under a temporary name and renamed last; older ones go only
-after the new one was read back. A `step-*` folder that does not verify is an error, never a reason to start again.
+`step-NNNNNNN/` folders hold safetensors, `state.json` and `manifest.json` (sha256 of each file). A folder is filled
+under a temporary name and renamed last; older ones go only after the new one was read back. A `step-*` folder that does not
+verify is an error, never a reason to start again.
 With several processes the first writes what all have; what is in parts each writes its own of. A checkpoint of any
-number of processes, whole or in parts, is read by any other. Does not know what the tensors mean.
+number of processes, whole or in parts, is read by any other.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of all checkpoint folders, damaged ones included, oldest first."""
-        found = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
-        return sorted(int(match[1]) for match in found if match)
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(match[1]) for match in matches if match)
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:07d}"
@@ -89,8 +89,8 @@ class Checkpoints:
         verify(final)
 
     def _save_parts(self, checkpoint: Checkpoint, final: Path) -> None:
-        with new_folder(final) if distributed.rank() == 0 else nullcontext() as made:
-            draft = Path(distributed.run_on_main(lambda: str(made)))
+        with new_folder(final) if distributed.rank() == 0 else nullcontext() as folder:
+            draft = Path(distributed.run_on_main(lambda: str(folder)))
             write_shards(draft / SHARDS, checkpoint.groups)
             mine = sorted((draft / SHARDS).iterdir())[distributed.rank() :: distributed.world()]
             with distributed.raise_together():
@@ -125,14 +125,18 @@ class SavedCheckpoint:
     state: dict
     files: tuple[str, ...]
 
-    def read(self, module: nn.Module) -> dict[str, dict[str, Tensor]]:
-        """Its groups, on the CPU or, where `module` is in parts, in the same parts. All processes call it."""
+    def read(self, group: str, module: nn.Module) -> dict[str, Tensor]:
+        """A group ({} where there is none), on the CPU or, where `module` is in parts, in the same parts.
+
+        All processes call it. One group at a time, since a host's processes would else hold all of them at once.
+        """
         if any(name.startswith(SHARDS) for name in self.files):
-            return read_shards(self.path / SHARDS, module)
-        if distributed.rank():
-            return spread(None, module)
-        stems = [name.removesuffix(".safetensors") for name in self.files if name.endswith(".safetensors")]
-        return spread({stem: load_tensors(self.path / f"{stem}.safetensors")[0] for stem in stems}, module)
+            return read_shards(self.path / SHARDS, module, group)
+        name = f"{group}.safetensors"
+        if name not in self.files:
+            return {}
+        tensors = None if distributed.rank() else {group: load_tensors(self.path / name)[0]}
+        return spread(tensors, module).get(group, {})
 
 
 def _finish(draft: Path, checkpoint: Checkpoint, digests: dict[str, str]) -> None:

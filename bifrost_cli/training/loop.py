@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +63,7 @@ class Task(Protocol):
     def batch(self, step: int, micro: int) -> Any:
         """The batch of a step; a pure function of its arguments."""
 
-    def loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor | float]]:
+    def loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """A scalar loss and numbers to record; random numbers come from `generator`, on the CPU on any device."""
 
 
@@ -161,10 +161,10 @@ def _continue(state: _State, checkpoints: Checkpoints, records: TrainingLogger, 
     saved = distributed.run_on_main(lambda: _find(state.train, checkpoints, records, resume))
     if saved is None:
         return
-    module, groups = state.task.module, saved.read(state.task.module)
-    restore_module(module, groups["model"])
-    state.ema.restore(groups.get("ema", {}))
-    restore_optimizer(state.optimizer, module, groups["optimizer"])
+    module = state.task.module
+    restore_module(module, saved.read("model", module))
+    state.ema.restore(saved.read("ema", module))
+    restore_optimizer(state.optimizer, module, saved.read("optimizer", module))
     state.step, state.seconds, state.metrics = saved.step, saved.state["seconds"], saved.state["metrics"]
 
 
@@ -242,7 +242,7 @@ def _step(state: _State, folder: Path, stop: StopFlag) -> tuple[dict[str, float]
     return row, stopping > 0
 
 
-def _micro(state: _State, micro: int) -> tuple[Tensor, dict[str, Tensor | float]]:
+def _micro(state: _State, micro: int) -> tuple[Tensor, Mapping[str, Tensor | float]]:
     seed, rank = micro_seed(state.train.seed, state.step, micro), distributed.rank()
     torch.manual_seed(derive(seed, rank) if rank else seed)  # dropout draws from the global generator
     generator = torch.Generator().manual_seed(seed)  # equal in all processes: each takes its part of a draw for all
@@ -256,7 +256,7 @@ def _autocast(state: _State) -> torch.autocast:
 
 
 def _diverged(state: _State, folder: Path, loss: float, norm: float) -> None:
-    keys = getattr(state.task, "keys", lambda batch: [])
+    keys: Callable[[Any], list[str]] = getattr(state.task, "keys", lambda batch: [])
     batches = [keys(state.task.batch(state.step, micro)) for micro in range(state.train.accumulate)]
     batches = sum(distributed.all_gather_object(batches), [])
     report = {"step": state.step + 1, "loss": str(loss), "grad_norm": str(norm), "keys": sum(batches, [])}

@@ -25,7 +25,7 @@ def make_optimizer(module: nn.Module, train: Train) -> torch.optim.Optimizer:
     groups = [{"params": [p for name, p in trained if decays(name, p)], "weight_decay": train.weight_decay},
               {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0}]  # fmt: skip
     groups = [group for group in groups if group["params"]]
-    options = {"lr": train.lr, "betas": tuple(train.betas)}
+    options: dict[str, Any] = {"lr": train.lr, "betas": tuple(train.betas)}
     if train.optimizer == "adamw8bit":
         return _eight_bit()(groups, **options)
     return torch.optim.AdamW(groups, **options, fused=True)

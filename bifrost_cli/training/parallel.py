@@ -75,6 +75,7 @@ class Parallel:
         layers = [layer for layer in _layers(module) if any(True for _ in layer.parameters())]
         for layer in layers:
             fully_shard(layer, mesh=mesh)
+        assert self._around is not None
         fully_shard(self._around, mesh=mesh, reshard_after_forward=True)
         self._sharded = [self._around, *layers]
 
@@ -140,6 +141,8 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
         centred = wide - mean_C.view(shape)
         variance_C = all_reduce(centred.square().sum(along)) / count
         with torch.no_grad():
+            assert self.num_batches_tracked is not None and self.momentum is not None
+            assert self.running_mean is not None and self.running_var is not None
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(mean_C, self.momentum)
             self.running_var.lerp_(variance_C * count / (count - 1), self.momentum)

@@ -1,9 +1,8 @@
 """Named tensors that are in parts, one for each process: written, read by any number of processes, spread from one.
 
-In: groups of named tensors, whole or DTensors. Out: safetensors files, one a process, through
-torch.distributed.checkpoint. Its default storage writes a pickle (`.metadata`), which may not be read from a shared
-place; its Hugging Face storage keeps the offsets in the safetensors headers, and is what is used here. Needs torch 2.8.
-Knows no manifest: who calls checks the bytes.
+They are safetensors files, one a process, written by torch.distributed.checkpoint. Its default storage writes a pickle
+(`.metadata`), which may not be read from a shared place; its Hugging Face storage keeps the offsets in the safetensors
+headers, and is what is used here. Needs torch 2.8. The caller checks the bytes.
 """
 
 from __future__ import annotations
@@ -45,17 +44,20 @@ def write_shards(folder: Path, groups: Groups) -> None:
             raise _cause(error) from error
 
 
-def read_shards(folder: Path, module: nn.Module) -> Groups:
-    """What `write_shards` wrote, by however many processes: whole tensors, or this process's parts when `module` is
-    sharded, of which each then reads no more than it holds."""
-    found = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+def read_shards(folder: Path, module: nn.Module, group: str) -> dict[str, Tensor]:
+    """A group of what `write_shards` wrote, by however many processes: whole tensors, or this process's parts when
+    `module` is sharded, of which each then reads no more than it holds."""
+    metadata: dict[str, Any] = dcp.HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     like = _like(module)
-    flat = {name: like(name, about.size, about.properties.dtype) for name, about in found.items()}
+    flat = {name: like(name, about.size, about.properties.dtype)
+            for name, about in metadata.items() if name.startswith(f"{group}/")}  # fmt: skip
+    if not flat:
+        return {}
     reader = dcp.HuggingFaceStorageReader(str(folder))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
         dcp.load(flat, storage_reader=reader, no_dist=not sharded(module))
-    return _grouped(flat)
+    return _grouped(flat).get(group, {})
 
 
 def spread(groups: Groups | None, module: nn.Module) -> Groups:
@@ -68,16 +70,16 @@ def spread(groups: Groups | None, module: nn.Module) -> Groups:
     flat = {f"{group}/{name}": tensor for group, tensors in (groups or {}).items() for name, tensor in tensors.items()}
     about = distributed.run_on_main(lambda: [(name, tensor.shape, tensor.dtype) for name, tensor in flat.items()])
     like = _like(module)
-    made = {}
+    parts: dict[str, Tensor] = {}
     for name, shape, dtype in about:
         whole = flat[name] if name in flat else torch.empty(shape, dtype=dtype)
         part = like(name, shape, dtype)
         if isinstance(part, DTensor):
-            made[name] = distribute_tensor(whole.to(part.device), part.device_mesh, part.placements)
+            parts[name] = distribute_tensor(whole.to(part.device), part.device_mesh, part.placements)
         else:
             dist.broadcast(whole, 0)
-            made[name] = whole
-    return _grouped(made)
+            parts[name] = whole
+    return _grouped(parts)
 
 
 def _like(module: nn.Module) -> Callable[..., Tensor]:

@@ -12,6 +12,7 @@ import math
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 from bifrost_cli.artifacts.files import append, remove, sha256_file, sync, write_bytes
 from bifrost_cli.config.schema import Train
@@ -182,7 +183,20 @@ class NullLogger(TrainingLogger):
     def seconds(self) -> float:
         return 0.0
 
-    cut = step = validation = sync = saved = lambda *_: None
+    def cut(self, *_: Any) -> None:
+        pass
+
+    def step(self, *_: Any) -> None:
+        pass
+
+    def validation(self, *_: Any) -> None:
+        pass
+
+    def sync(self) -> dict[str, str | None]:
+        return {}
+
+    def saved(self, *_: Any) -> None:
+        pass
 
 
 def _asked(seconds: float) -> int:

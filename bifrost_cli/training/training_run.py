@@ -1,16 +1,16 @@
 """What `train branch` and `train controlnet` share: choosing the store, planning, running the loop, committing.
 
-In: a `Job` (a task, its identity, what is frozen). Out: an artifact with `model.safetensors` (averaged weights, only
-what was trained), `config.json`, `losses.csv`, `validation.csv` and `samples/`. Does not know which model is trained.
+The artifact holds `model.safetensors` (averaged weights, only what was trained; with `ema_warmup` the live ones in
+`raw.safetensors`), `config.json`, `losses.csv`, `validation.csv` and `samples/`.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -31,6 +31,13 @@ from bifrost_cli.training.loop import FitResult, Task, fit
 RECORDS = ("losses.csv", "validation.csv")
 
 
+class StoreTask(Task, Protocol):
+    """A task on the rows of a store."""
+
+    train_rows: Sequence[int]
+    held_rows: Sequence[int]
+
+
 @dataclass(frozen=True)
 class TrainingRun:
     """One training: `frozen` hashes the weights that must not change, `frozen_hash` is what it gave before."""
@@ -40,7 +47,7 @@ class TrainingRun:
     train: Train
     store: LatentsStore
     identity: dict[str, Any]
-    task: Task
+    task: StoreTask
     config: dict[str, Any]
     frozen: Callable[[], str]
     frozen_hash: str
@@ -53,18 +60,21 @@ class TrainingRun:
 
 
 def choose_store(recipe: Recipe, latents: Path | str | None, workspace: Path | str, ui: Ui) -> LatentsStore:
-    """The given latents artifact, else the newest of the workspace; checked. ArtifactError or StoreError (5).
+    """The given latents artifact, else the newest of the workspace; checked before any weight is loaded.
 
-    BF-ART-004 when its encoder has not the recipe's name: found before any weight is loaded.
+    Raises:
+        ArtifactError: none is there, or its encoder has not the recipe's name (BF-ART-004).
+        StoreError: it is damaged.
+        DataError: too few rows (BF-DATA-008).
     """
-    found = resolve(workspace, latents, "latents") if latents is not None else newest(workspace, "latents")
+    artifact = resolve(workspace, latents, "latents") if latents is not None else newest(workspace, "latents")
     why = "as given" if latents is not None else f"the newest in {workspace}"
-    ui.say(f"latents: {found.path} ({found.id}), {why}")
-    store = LatentsStore.open(found)
+    ui.say(f"latents: {artifact.path} ({artifact.id}), {why}")
+    store = LatentsStore.open(artifact)
     require_latents_named(store, features_name(recipe.latents.encoder), recipe.name)
     if store.rows < 3 and len({image_of(key) for key in store.keys}) < 2:
         raise DataError(
-            f"{found.path} has {store.rows} rows: too few to train on and validate",
+            f"{artifact.path} has {store.rows} rows: too few to train on and validate",
             code="BF-DATA-008",
             fix="extract more images: bifrost extract-latents",
         )
@@ -78,36 +88,48 @@ def shared_identity(store: LatentsStore, section: Any) -> dict[str, Any]:
 
 
 def run_training(
-    job: TrainingRun, *, output: Path | str | None, workspace: Path | str, resume: Path | str, dry_run: bool, ui: Ui
+    run: TrainingRun, *, output: Path | str | None, workspace: Path | str, resume: Path | str, dry_run: bool, ui: Ui
 ) -> Artifact | dict[str, Any]:
     """Train, or continue, or say that it is done; with `dry_run` return the plan and touch nothing.
 
-    `resume`: "auto" continues what the same command left, a run folder or a checkpoint in it names that place.
+    Args:
+        run: what is trained.
+        output: the artifact's folder; None names it by its id in `workspace`.
+        workspace: where artifacts are.
+        resume: "auto" continues what the same command left; a run folder, or a checkpoint in one, names it.
+        dry_run: return the plan.
+        ui: where progress goes.
+
+    Raises:
+        RecipeError: a batch of more rows than there are.
+        BifrostError: weights that are frozen were changed.
+        DiskFull, Diverged, Stopped, OutOfMemory, ArtifactError: as `training.loop.fit`.
     """
-    parents = [job.store.artifact]
+    parents = [run.store.artifact]
     chosen = output if str(resume) == "auto" else _run_folder(resume, output)
-    path = Path(chosen or default_path(workspace, job.kind, identity_id(job.kind, job.identity, parents)))
-    plan = _plan(job, path)
+    path = Path(chosen or default_path(workspace, run.kind, identity_id(run.kind, run.identity, parents)))
+    plan = _plan(run, path)
     if dry_run:
         return plan
-    _require_rows(job)
-    distributed.share(job.train.batch_size, f"{job.kind}.train.batch_size")
-    with distributed.main_context(lambda: Draft.open(path, job.kind, job.identity, parents)) as draft:
+    _require_rows(run)
+    distributed.share(run.train.batch_size, f"{run.kind}.train.batch_size")
+    with distributed.main_context(lambda: Draft.open(path, run.kind, run.identity, parents)) as draft:
         if distributed.run_on_main(lambda: _is_made(draft, plan)):
-            ui.say(f"{path} holds this {job.kind} already")
+            ui.say(f"{path} holds this {run.kind} already")
             return Artifact.open(path)
         ui.say(
-            f"{job.kind}: {job.parameters:,} trained parameters, {job.train.steps} steps on {plan['rows']} rows, "
-            f"in {path}{_processes(job)}"
+            f"{run.kind}: {run.parameters:,} trained parameters, {run.train.steps} steps on {plan['rows']} rows, "
+            f"in {path}{_processes(run)}"
         )
-        with memory_errors(f"a step of the {job.kind}'s training", _needs_less(job)):
-            result = fit(job.task, job.train, path / "work", device=job.device, ui=ui)
-        _require_untouched(job)
-        distributed.run_on_main(lambda: _commit(job, draft, result))
+        with memory_errors(f"a step of the {run.kind}'s training", _needs_less(run)):
+            result = fit(run.task, run.train, path / "work", device=run.device, ui=ui)
+        _require_untouched(run)
+        distributed.run_on_main(lambda: _commit(run, draft, result))
     return Artifact.open(path)
 
 
-def _is_made(draft: Draft, plan: dict[str, Any]) -> bool:
+def _is_made(draft: Draft | None, plan: dict[str, Any]) -> bool:
+    assert draft is not None  # in the first process
     if draft.complete:
         _tidy(draft.path / "work")
     elif not draft.continued and plan["disk_needed"] > plan["disk_free"]:
@@ -119,14 +141,14 @@ def _is_made(draft: Draft, plan: dict[str, Any]) -> bool:
     return draft.complete is not None
 
 
-def _processes(job: TrainingRun) -> str:
+def _processes(run: TrainingRun) -> str:
     count = distributed.world()
-    return f", by {count} processes ({job.train.parallel}), {job.train.batch_size // count} rows each" * (count > 1)
+    return f", by {count} processes ({run.train.parallel}), {run.train.batch_size // count} rows each" * (count > 1)
 
 
-def _needs_less(job: TrainingRun) -> str:
+def _needs_less(run: TrainingRun) -> str:
     """The next setting to try: first the one that changes no byte of the result, so that the run goes on with it."""
-    train, key = job.train, f"--set {job.kind}.train."
+    train, key = run.train, f"--set {run.kind}.train."
     if not train.gradient_checkpointing:
         return f"{key}gradient_checkpointing=true (the same bytes; it continues from the last checkpoint)"
     if train.batch_size > 1:
@@ -134,12 +156,13 @@ def _needs_less(job: TrainingRun) -> str:
     return f"{key}optimizer=adamw8bit, into a new folder; or a GPU with more memory"
 
 
-def _commit(job: TrainingRun, draft: Draft, result: FitResult) -> None:
+def _commit(run: TrainingRun, draft: Draft | None, result: FitResult) -> None:
+    assert draft is not None  # in the first process
     work = draft.path / "work"
-    save_tensors(draft.path / "model.safetensors", result.ema_state, {"kind": job.kind})
+    save_tensors(draft.path / "model.safetensors", result.ema_state, {"kind": run.kind})
     if result.raw_state:
-        save_tensors(draft.path / "raw.safetensors", result.raw_state, {"kind": job.kind})
-    write_json(draft.path / "config.json", job.config)
+        save_tensors(draft.path / "raw.safetensors", result.raw_state, {"kind": run.kind})
+    write_json(draft.path / "config.json", run.config)
     for name in RECORDS:
         if (work / name).exists():
             write_bytes(draft.path / name, (work / name).read_bytes())
@@ -147,10 +170,10 @@ def _commit(job: TrainingRun, draft: Draft, result: FitResult) -> None:
         make_folder(draft.path / "samples")
         for sheet in sorted((work / "samples").iterdir()):
             write_bytes(draft.path / "samples" / sheet.name, sheet.read_bytes())
-    device = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else str(job.device)
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else str(run.device)
     draft.commit(
-        {"recipe": job.recipe.model_dump(mode="json"), "metrics": result.metrics, "parameters": job.parameters},
-        made={"device": device, "seed": job.train.seed},
+        {"recipe": run.recipe.model_dump(mode="json"), "metrics": result.metrics, "parameters": run.parameters},
+        made={"device": device, "seed": run.train.seed},
         cost={"seconds": round(result.seconds, 1), "device": device, "samples": result.samples_seen},
     )
     _tidy(work)
@@ -162,46 +185,46 @@ def _tidy(work: Path) -> None:
     sweep(work)
 
 
-def _plan(job: TrainingRun, path: Path) -> dict[str, Any]:
+def _plan(run: TrainingRun, path: Path) -> dict[str, Any]:
     """What the training will do and need, in bytes: weights, gradients and averaged weights are float32, AdamW's two
     averages float32 or 8 bits with a scale for each block of 256."""
-    kept = 4 + (2 * (1 + 4 / 256) if job.train.optimizer == "adamw8bit" else 8) + 4 * bool(job.train.ema)
-    raw = bool(job.train.ema) and job.train.ema_warmup  # kept beside the averages
+    kept = 4 + (2 * (1 + 4 / 256) if run.train.optimizer == "adamw8bit" else 8) + 4 * bool(run.train.ema)
+    raw = bool(run.train.ema) and run.train.ema_warmup  # kept beside the averages
     steps = Checkpoints(path / "work" / "checkpoints").steps()
-    place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    rows = len(job.task.train_rows)
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    rows = len(run.task.train_rows)
     return {
         "output": str(path),
-        "latents": job.store.artifact.id,
+        "latents": run.store.artifact.id,
         "rows": rows,
-        "held_out": len(job.task.held_rows),
-        "steps": job.train.steps,
-        "epochs": round(job.train.steps * job.train.batch_size * job.train.accumulate / rows, 2),
+        "held_out": len(run.task.held_rows),
+        "steps": run.train.steps,
+        "epochs": round(run.train.steps * run.train.batch_size * run.train.accumulate / rows, 2),
         "continues_at": steps[-1] if steps else 0,
-        "parameters": job.parameters,
-        "memory_of_the_trained_part": round(job.parameters * (kept + 4)),
-        "disk_needed": round(job.parameters * (kept * (job.train.keep + 1) + 4 * (1 + raw))),
-        "disk_free": shutil.disk_usage(place).free,
-        "device": str(job.device),
+        "parameters": run.parameters,
+        "memory_of_the_trained_part": round(run.parameters * (kept + 4)),
+        "disk_needed": round(run.parameters * (kept * (run.train.keep + 1) + 4 * (1 + raw))),
+        "disk_free": shutil.disk_usage(existing).free,
+        "device": str(run.device),
     }
 
 
-def _require_rows(job: TrainingRun) -> None:
-    rows, size = len(job.task.train_rows), job.train.batch_size
+def _require_rows(run: TrainingRun) -> None:
+    rows, size = len(run.task.train_rows), run.train.batch_size
     if size > rows:
         raise RecipeError(
-            f"{job.kind}.train.batch_size {size} is more than the {rows} rows to train on",
-            at=f"{job.store.artifact.path} has {job.store.rows} rows, {job.store.rows - rows} held out",
-            fix=f"--set {job.kind}.train.batch_size={rows}",
+            f"{run.kind}.train.batch_size {size} is more than the {rows} rows to train on",
+            at=f"{run.store.artifact.path} has {run.store.rows} rows, {run.store.rows - rows} held out",
+            fix=f"--set {run.kind}.train.batch_size={rows}",
             code="BF-RECIPE-005",
         )
 
 
-def _require_untouched(job: TrainingRun) -> None:
-    if (now := job.frozen()) != job.frozen_hash:
+def _require_untouched(run: TrainingRun) -> None:
+    if (now := run.frozen()) != run.frozen_hash:
         raise BifrostError(
-            f"training the {job.kind} changed weights that are frozen",
-            at=f"sha256 {job.frozen_hash[:12]} -> {now[:12]}",
+            f"training the {run.kind} changed weights that are frozen",
+            at=f"sha256 {run.frozen_hash[:12]} -> {now[:12]}",
             fix="please report this",
         )
 

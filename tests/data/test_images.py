@@ -306,7 +306,7 @@ def test_square_resizes_the_short_side_and_cuts_the_centre() -> None:
     assert square(texture(33, 47), 448).shape == (448, 448, 3)
 
 
-# ---- zeros where data should be, films behind photographs, depths of TIFF ---------------------------------------------
+# ---- zeros where data should be, films behind photographs, depths of TIFF --------------------------------------------
 
 
 @pytest.mark.parametrize("quality", [75, 95])
@@ -346,7 +346,9 @@ def grey_tiff(pixels: np.ndarray, bits: int, photometric: int, data: bytes, samp
 def test_grey_tiffs_of_every_depth_show_the_same_image() -> None:
     grey = texture()[..., 0]
     twelve = (grey.astype(int) * 4095 // 255).ravel()
-    packed = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in zip(twelve[::2], twelve[1::2]))
+    packed = b"".join(
+        bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in zip(twelve[::2], twelve[1::2], strict=True)
+    )
     deep = grey.astype(np.uint16) * 257
     for data in (grey_tiff(grey, 8, 1, grey.tobytes()), grey_tiff(grey, 8, 0, (255 - grey).tobytes()),
                  grey_tiff(grey, 16, 1, deep.astype("<u2").tobytes()), grey_tiff(grey, 12, 1, packed),

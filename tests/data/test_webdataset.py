@@ -207,7 +207,8 @@ def test_a_server_without_ranges_and_one_that_hangs_up(tmp_path: Path, monkeypat
 
 
 def test_names_with_dots_are_samples_and_parts_of_a_sample_are_not(tmp_path: Path) -> None:
-    members = [("12.5mm.png", image(1)), ("12.5mm.txt", b"one"), ("v1.2.png", image(2)), ("v1.2.json", b'{"text": "two"}'),
+    members = [("12.5mm.png", image(1)), ("12.5mm.txt", b"one"), ("v1.2.png", image(2)), 
+               ("v1.2.json", b'{"text": "two"}'),
                ("3.png", image(3)), ("3.txt", b"three"), ("3.mask.png", image(4)), ("3.tar.gz", b"x")]  # fmt: skip
     found = scan(archive(tmp_path / "a.tar", *members), RULES)
     assert [(s.key, s.caption) for s in found.samples] == [("12.5mm", "one"), ("3", "three"), ("v1.2", "two")]

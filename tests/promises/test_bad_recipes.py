@@ -68,7 +68,8 @@ def test_60_clock_hash_seed_and_locale_change_no_byte(tmp_path):
     """Four commands, twice, from the same inputs: every file's digest, and the manifests without who made them when."""
     outputs = []
     for seed, locale, zone, back in (("0", "C.UTF-8", "UTC", 0), ("1", "C", "Asia/Tokyo", 86_400)):
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fixtures'}", "PYTHONHASHSEED": seed, "LC_ALL": locale,
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'fixtures'}", 
+                       "PYTHONHASHSEED": seed, "LC_ALL": locale,
                        "TZ": zone}  # fmt: skip
         done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path), str(back)], env=environment, text=True,
                               capture_output=True)  # fmt: skip

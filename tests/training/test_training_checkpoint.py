@@ -33,7 +33,7 @@ def test_round_trip_keeps_the_newest(tmp_path):
     assert checkpoints.steps() == [10, 15]
     found = checkpoints.newest()
     assert found.step == 15 and found.state["seconds"] == 1.5
-    assert torch.equal(found.read(nn.Module())["model"]["w"], checkpoint(15).groups["model"]["w"])
+    assert torch.equal(found.read("model", nn.Module())["w"], checkpoint(15).groups["model"]["w"])
 
 
 def test_none_is_not_an_error_and_the_same_step_is_written_once(tmp_path):

@@ -142,8 +142,8 @@ class LatentsStore:
         span = self._layout.span(shard)
         try:
             if len(physical) == span.stop - span.start:
-                return self._arrays[name][span]
-            return self._arrays[name].oindex[physical]
+                return np.asarray(self._arrays[name][span])
+            return np.asarray(self._arrays[name].oindex[physical])
         except (
             Exception
         ) as error:  # Zarr and its codecs raise many kinds for one cause: bytes that are not what was written

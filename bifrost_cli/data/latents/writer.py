@@ -130,7 +130,10 @@ class StoreWriter:
 
 def _is_whole(path: Path, entry: Mapping[str, Any] | None) -> bool:
     return (
-        bool(entry) and path.is_file() and path.stat().st_size == entry["size"] and sha256_file(path) == entry["sha256"]
+        entry is not None
+        and path.is_file()
+        and path.stat().st_size == entry["size"]
+        and sha256_file(path) == entry["sha256"]
     )
 
 
@@ -140,7 +143,7 @@ def _as_half(name: str, values: np.ndarray, ok_N: np.ndarray, lines: Sequence[Ma
     if not ok_N.all():
         half = half.copy()
         half[~ok_N] = np.nan
-    for row in np.flatnonzero(ok_N):
+    for row in map(int, np.flatnonzero(ok_N)):
         if not np.isfinite(half[row]).all():
             raise DataError(
                 f"the {name} of {lines[row]['key']} are not finite in float16",

@@ -136,7 +136,7 @@ def open_arrays(group: zarr.Group, layout: StoreLayout, folder: Path) -> dict[st
     arrays = {}
     for name, row in layout.row_shapes.items():
         try:
-            array = group[name]
+            array: Any = group[name]
             found = (array.shape, str(array.dtype), array.shards, array.chunks, array.compressors[-1:])
         except Exception as error:
             raise StoreError(

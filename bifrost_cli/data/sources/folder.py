@@ -148,7 +148,9 @@ def _class_captions(root: Path, paths: list[Path], rules: Latents) -> tuple[dict
     folders = sorted({path.parent for path in paths} - {root})
     names = class_names(rules.class_names) if rules.class_names else None
     if names is None:
-        found = {folder: clean_text(os.fsencode(folder.name).decode("utf-8", "replace")) for folder in folders}
+        found: dict[Path, str | None] = {
+            folder: clean_text(os.fsencode(folder.name).decode("utf-8", "replace")) for folder in folders
+        }
     else:
         found = {folder: names.get(folder.name) for folder in folders}
     if unnamed := [folder for folder in folders if not found[folder]]:

@@ -1,7 +1,7 @@
 """A source of captioned images, checked before any model is loaded.
 
-A source is anything `listing` knows, or `shapes:N[:SEED]` (scenes of the built-in world, training split). Every image is
-decoded once here, so that a bad one shows before the encoder starts.
+A source is anything `listing` knows, or `shapes:N[:SEED]` (scenes of the built-in world, training split). Every image
+is decoded once here, so that a bad one shows before the encoder starts.
 """
 
 from __future__ import annotations
@@ -276,7 +276,7 @@ def _shown(funnel: dict[str, int]) -> str:
     return ", ".join(f"{name} {number}" for name, number in funnel.items())
 
 
-# ---- mirror images ----------------------------------------------------------------------------------------------------
+# ---- mirror images ---------------------------------------------------------------------------------------------------
 
 
 def with_flips(samples: Sequence[Sample]) -> tuple[tuple[Sample, ...], tuple[str, ...]]:

@@ -28,14 +28,15 @@ def list_tables(places: list[str], rules: Latents) -> Listing:
     """The images that a table names. DataError: it is not there, has no rows, or lacks a column."""
     problems: list[Problem] = []
     found = ((place, line, row) for place in places for line, row in _rows(place))
-    rows = [one for one in found if _is_row(one, problems)]
+    rows: list[tuple[str, int, Any]] = [line for line in found if _is_row(line, problems)]
     if not rows and not problems:
         raise DataError(
             f"no images in {places[0]}: it has no lines", fix='write lines {"file_name": "a.jpg", "caption": "..."}'
         )
     present = tuple(dict.fromkeys(name for _, _, row in rows for name in row))
     jsonl = suffix_of(places[0]) == ".jsonl"
-    named, said = [], ()
+    named: list[tuple[str, SourceItem]] = []
+    said: tuple[str, ...] = ()
     if rows:
         columns = choose_columns(present, places[0], rules, mixed=jsonl)
         said = columns.said

@@ -1,4 +1,4 @@
-"""Rows of JSONL, CSV and TSV files from untrusted bytes, each with its line number, and what is wrong with the others."""
+"""Rows of JSONL, CSV and TSV files from untrusted bytes, each with its line number, or what is wrong with it."""
 
 from __future__ import annotations
 
