@@ -62,8 +62,8 @@ class LearnedQueriesTask(BranchTask):
         recipe: Recipe,
     ) -> None:
         super().__init__(branch, mllm, store, recipe.branch)
-        self.module: LearnedQueries = LearnedQueries(branch, control)
-        self._diffusion = diffusion
+        self.queries, self._diffusion = LearnedQueries(branch, control), diffusion
+        self.module = self.queries
         self._drop_text, self._max_tokens = recipe.controlnet.drop_prompt, recipe.models.diffusion_text_tokens
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -72,8 +72,8 @@ class LearnedQueriesTask(BranchTask):
         captions = ["" if drop else self._caption(row) for row, drop in zip(batch.rows, dropped_B, strict=True)]
         with torch.no_grad():
             text = self._diffusion.embed(captions, self._max_tokens)
-        tokens_BPC, vae_Bchw = self.module(batch.prefix), self._vae(batch.rows)
-        return self._diffusion.control_loss(self.module.control, vae_Bchw, tokens_BPC, text, part), {}
+        tokens_BPC, vae_Bchw = self.queries(batch.prefix), self._vae(batch.rows)
+        return self._diffusion.control_loss(self.queries.control, vae_Bchw, tokens_BPC, text, part), {}
 
     def samples(self, folder: Path, step: int) -> None:
         """A sheet of pairs: a held-out image (its VAE latents decoded) and what is generated from its text."""
@@ -83,7 +83,7 @@ class LearnedQueriesTask(BranchTask):
         tokens_BPC = self.module(self._batch(rows, [self._best_text(row) for row in rows]).prefix)
         text = self._diffusion.embed([self._caption(row) for row in rows], self._max_tokens, SHOWN_GUIDANCE)
         seed = self._settings.train.seed
-        rendered_sheet(self._diffusion, self.module.control, self._vae(rows), tokens_BPC, text, seed, folder, step)
+        rendered_sheet(self._diffusion, self.queries.control, self._vae(rows), tokens_BPC, text, seed, folder, step)
 
     def _vae(self, rows: list[int]) -> Tensor:
         return torch.from_numpy(self._store.vae(rows)).to(self._diffusion.device, torch.float32)

@@ -124,7 +124,7 @@ class ExtractionRun:
     def run(self, path: Path) -> Artifact:
         """Write what is missing, then the manifest."""
         with distributed.main_context(lambda: Draft.open(path, "latents", self.identity)) as draft:
-            if distributed.run_on_main(lambda: draft.complete is not None):
+            if distributed.run_on_main(lambda: draft is not None and draft.complete is not None):
                 self.ui.say(f"{path} holds these latents already")
                 return Artifact.open(path)
             started = time.monotonic()
@@ -168,9 +168,10 @@ class ExtractionRun:
                 self._write(writer, shard, bar, path)
 
     def _finish(
-        self, draft: Draft, writer: StoreWriter, missing: list[int], failed: list[Problem], started: float
+        self, draft: Draft | None, writer: StoreWriter, missing: list[int], failed: list[Problem], started: float
     ) -> None:
         """What follows when every shard is written: the attributes, the manifest, and what there is to say."""
+        assert draft is not None  # in the first process
         if failed:
             write_events(draft.path, failed, append=True)
         writer.take_in()

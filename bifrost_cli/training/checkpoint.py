@@ -1,8 +1,8 @@
 """Checkpoints of a training: whole or absent, checked byte by byte, never guessed.
 
 `step-NNNNNNN/` folders hold safetensors, `state.json` and `manifest.json` (sha256 of each file). A folder is filled
-under a temporary name and renamed last; older ones go only after the new one was read back. A `step-*` folder that does not
-verify is an error, never a reason to start again.
+under a temporary name and renamed last; older ones go only after the new one was read back. A `step-*` folder that does
+not verify is an error, never a reason to start again.
 With several processes the first writes what all have; what is in parts each writes its own of. A checkpoint of any
 number of processes, whole or in parts, is read by any other.
 """

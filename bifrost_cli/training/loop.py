@@ -58,7 +58,9 @@ class Task(Protocol):
     `samples(folder, step)`, which run under EMA weights, in eval mode, without gradients.
     """
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """What is trained."""
 
     def batch(self, step: int, micro: int) -> Any:
         """The batch of a step; a pure function of its arguments."""

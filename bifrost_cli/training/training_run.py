@@ -34,8 +34,13 @@ RECORDS = ("losses.csv", "validation.csv")
 class StoreTask(Task, Protocol):
     """A task on the rows of a store."""
 
-    train_rows: Sequence[int]
-    held_rows: Sequence[int]
+    @property
+    def train_rows(self) -> Sequence[int]:
+        """Rows to train on."""
+
+    @property
+    def held_rows(self) -> Sequence[int]:
+        """Rows to validate on."""
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def test_latents_at_the_input_change_nothing_at_first(diffusion):
 
 
 def test_latents_beside_the_text_are_as_many_empty_tokens_at_first(diffusion):
-    """A softmax has no token that counts for nothing, so this control starts from the diffusion model with 16 empty words."""
+    """A softmax has no token that counts for nothing, so this control starts with 16 empty words."""
     control = diffusion.new_control("cross_attention", 12, 16, 2).eval()
     first, second = (rendered(diffusion, ControlInput(control, latents(seed))) for seed in (1, 2))
     assert torch.equal(first, second) and torch.equal(first, rendered(diffusion, more_text=16))
@@ -71,7 +71,7 @@ def test_what_is_told_changes_the_picture_and_the_scale_counts(diffusion, kind):
 
 
 def test_latents_at_the_input_are_one_linear_layer_of_both(diffusion):
-    """W x + U c is the wider layer (W U) on the two beside each other: input concatenation, without another diffusion model."""
+    """W x + U c is the wider layer (W U) on both: input concatenation without another diffusion model."""
     control, told = stirred(ConcatConditioner(12, diffusion.transformer.inner_dim)), latents()
     noisy_BNc, fine_BNC = torch.randn(1, 64, 64), control.embedder.upsample(told)
     own, ours = diffusion.transformer.x_embedder, control.embedder.proj

@@ -128,7 +128,7 @@ def test_56_a_recipe_of_another_format(tmp_path, capsys, format_, code):
 # ---- 57 --------------------------------------------------------------------------------------------------------------
 
 
-def test_57_a_learning_rate_of_1e9_ends_with_7_and_writes_no_checkpoint_of_it(tmp_path, capsys):
+def test_57_a_learning_rate_of_1e9_writes_no_checkpoint(tmp_path, capsys):
     inputs = tmp_path / "in"
     store, mllm = mllm_store(inputs / "store").path, save_mllm(inputs / "mllm")
     train = {"lr": "1e9", "warmup": 0, "steps": 40, "batch_size": 4, "clip": 0, "precision": "fp32",

@@ -231,7 +231,7 @@ HELD = {
          "tests/config/test_config.py::test_refused_with_place_and_reason_within_a_second",
          "tests/config/test_config.py::test_an_old_key_is_read_and_a_new_recipe_says_what_it_is_called"),
     # NaN, lr 1e9
-    57: ("tests/promises/test_bad_checkpoints.py::test_57_a_learning_rate_of_1e9_ends_with_7_and_writes_no_checkpoint_of_it",
+    57: ("tests/promises/test_bad_checkpoints.py::test_57_a_learning_rate_of_1e9_writes_no_checkpoint",
          "tests/training/test_training_loop.py::test_a_bad_row_stops_before_the_step_and_keeps_the_last_checkpoint",
          "tests/training/test_training_loop.py::test_weights_that_overflow_are_never_saved",
          "tests/extraction/test_extract.py::test_an_encoder_that_gives_nan_is_refused"),
