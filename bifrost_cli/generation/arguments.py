@@ -1,17 +1,51 @@
-"""What a caller of the pipeline types: seeds, generators, counts and output types, checked and made plain values."""
+"""What a caller of the pipeline types and gets: arguments, checked and made plain values, and the output."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from pydantic import ValidationError
 
-from bifrost_cli.errors import UsageError
+from bifrost_cli.config.schema import Generate, Images
+from bifrost_cli.data.images import read_image
+from bifrost_cli.errors import RecipeError, UsageError
+from bifrost_cli.generation.decoder import BifrostDecoder
 from bifrost_cli.generation.requests import ImageRequest, image_requests
+from bifrost_cli.loading.compatibility import require_output_size
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class BifrostPipelineOutput:
+    """What a call returns; entry i of every list belongs to image i.
+
+    Attributes:
+        images: by `output_type`: `pil` a list of PIL images; `np` float32 (B, H, W, 3) in [0, 1]; `pt` the same as a
+            tensor (B, 3, H, W); `latent` VAE latents (B, c, h, w), which the diffusion model's VAE decodes.
+        latents: patch latents (B, P, C) of the prior, float32 on the CPU; `pipe.decode` takes them.
+        plans: what the MLLM wrote first, None without `generate.plan`.
+        prompts: the prompt of each image.
+        seeds: the seed of each image; `seed=` with one of them gives that image again.
+        cut: images whose prompt or plan was longer than the models read.
+        timings: seconds of each stage, over all images.
+        interrupted: True when `pipe.interrupt` ended the call; only whole images are returned.
+    """
+
+    images: Any
+    latents: torch.Tensor
+    plans: list[str | None]
+    prompts: list[str]
+    seeds: list[int]
+    cut: list[bool]
+    timings: dict[str, float] = field(default_factory=dict)
+    interrupted: bool = False
 
 
 def seed_of(generator: torch.Generator) -> int:
@@ -72,3 +106,47 @@ def stacked(images: list[Any], output_type: str) -> Any:
         return torch.stack(images) if images else torch.empty(0)
     pixels_BHWC = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255 if images else np.empty(0)
     return pixels_BHWC if output_type == "np" else torch.from_numpy(pixels_BHWC).movedim(-1, 1)
+
+
+def settings_of(recipe: Generate, **changes: Any) -> Generate:
+    """The recipe's section with what was given; UsageError for a value that it does not take."""
+    given = {key: value for key, value in changes.items() if value is not None}
+    try:
+        return Generate.model_validate({**recipe.model_dump(), **given})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = {"steps": "num_inference_steps"}.get(str(problem["loc"][0]), problem["loc"][0])
+        raise UsageError(f"{name}={problem['input']!r}: {problem['msg']}", fix=f"give another {name}") from error
+
+
+def side_of(height: int | None, width: int | None) -> int | None:
+    """Pixels a side; UsageError unless it is a square of whole pixels."""
+    side = height if height is not None else width
+    if width not in (None, side):
+        raise UsageError(f"height={height} and width={width}: images are square", fix="give one of them")
+    if side is not None and (type(side) is not int or side < 1):
+        raise UsageError(f"height={side!r} is not a number of pixels", fix="leave it out, or give an integer")
+    return side
+
+
+def require_side(side: int, decoder: BifrostDecoder, patches: int) -> None:
+    """UsageError unless the decoder makes images of `side` pixels from so many patches."""
+    unit, right = 2 * decoder.diffusion.factor, ""
+    try:
+        require_output_size(side, decoder.diffusion, decoder.controlnet, patches)
+    except RecipeError as error:
+        right = str(error.fix).rpartition("=")[2]
+    if right or side % unit:
+        right = right or str(max(unit, side // unit * unit))
+        raise UsageError(f"height={side} does not fit: this ControlNet is for {right} pixels",
+                         fix=f"height={right}, or leave it out")  # fmt: skip
+
+
+def pixels_of(image: Image.Image | np.ndarray | Path | str, rules: Images) -> np.ndarray:
+    """An image as uint8 (H, W, 3). BadImage for a file that is none, UsageError for another array."""
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
+    rgb = image if isinstance(image, np.ndarray) else read_image(Path(image), rules).rgb
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[-1] != 3:
+        raise UsageError(f"an image is uint8 (H, W, 3), not {rgb.dtype} {rgb.shape}", fix="give a PIL image")
+    return rgb

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import ValidationError
 
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.config.schema import Generate, Recipe
-from bifrost_cli.data.images import read_image, square
-from bifrost_cli.errors import ArtifactError, RecipeError, UsageError, memory_errors
-from bifrost_cli.generation.arguments import image_count, refuse, seeded, stacked
+from bifrost_cli.data.images import square
+from bifrost_cli.errors import ArtifactError, UsageError, memory_errors
+from bifrost_cli.generation import arguments
+from bifrost_cli.generation.arguments import BifrostPipelineOutput
 from bifrost_cli.generation.choose_models import pretrained
 from bifrost_cli.generation.decoder import BifrostDecoder
 from bifrost_cli.generation.prior import BifrostPrior, PredictedLatents
 from bifrost_cli.generation.requests import ImageRequest, read_prompts
 from bifrost_cli.generation.stages import StageCallback
-from bifrost_cli.loading.compatibility import require_base, require_one_step, require_output_size
+from bifrost_cli.loading.compatibility import require_base, require_one_step
 from bifrost_cli.loading.fingerprints import diffusion_fingerprint
 from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.loading.offload import forget
@@ -36,32 +35,6 @@ from bifrost_cli.models.encoders import Encoder
 from bifrost_cli.runtime.ui import Ui
 
 StepCallback = Callable[["BifrostPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
-
-
-@dataclass
-class BifrostPipelineOutput:
-    """What a call returns; entry i of every list belongs to image i.
-
-    Attributes:
-        images: by `output_type`: `pil` a list of PIL images; `np` float32 (B, H, W, 3) in [0, 1]; `pt` the same as a
-            tensor (B, 3, H, W); `latent` VAE latents (B, c, h, w), which the diffusion model's VAE decodes.
-        latents: patch latents (B, P, C) of the prior, float32 on the CPU; `pipe.decode` takes them.
-        plans: what the MLLM wrote first, None without `generate.plan`.
-        prompts: the prompt of each image.
-        seeds: the seed of each image; `seed=` with one of them gives that image again.
-        cut: images whose prompt or plan was longer than the models read.
-        timings: seconds of each stage, over all images.
-        interrupted: True when `pipe.interrupt` ended the call; only whole images are returned.
-    """
-
-    images: Any
-    latents: torch.Tensor
-    plans: list[str | None]
-    prompts: list[str]
-    seeds: list[int]
-    cut: list[bool]
-    timings: dict[str, float] = field(default_factory=dict)
-    interrupted: bool = False
 
 
 class _Interrupted(Exception):
@@ -124,13 +97,11 @@ class BifrostPipeline:
             workspace: where a recipe's artifacts are chosen from, as by `bifrost generate`.
             sets: recipe keys to change, each `section.key=value`.
             revision: of a hub id.
-            device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
-            ui: hears what was chosen and why.
+            device: `auto`, `cpu`, `cuda:1`, ...
+            ui: told what was chosen and why.
 
         Raises:
-            ArtifactError: there are no such artifacts, or two that do not fit.
-            RecipeError: the recipe cannot be used.
-            EnvironmentProblem: a model or the device is not here.
+            ArtifactError, RecipeError, EnvironmentProblem: what is named does not fit, cannot be used, or is not here.
         """
         ui = ui or Ui()
         recipe, models = pretrained(
@@ -266,8 +237,9 @@ class BifrostPipeline:
         Raises:
             UsageError: an argument that cannot be used; the message says which can.
         """
-        count = image_count(num_images, num_images_per_prompt)
-        settings = self._settings(
+        count = arguments.image_count(num_images, num_images_per_prompt)
+        settings = arguments.settings_of(
+            self.recipe.generate,
             steps=num_inference_steps,
             guidance_scale=guidance_scale,
             decode_steps=decode_steps,
@@ -275,32 +247,33 @@ class BifrostPipeline:
             control_scale=control_scale,
             plan=plan,
         )
-        refuse(negative_prompt, output_type, callback_on_step_end_tensor_inputs)
-        prompts = read_prompts(prompt, self._ui)
-        requests = seeded(prompts, count, seed, generator)
+        if self.branch is not None:
+            require_one_step(self.branch, settings.decode_steps)
+        arguments.refuse(negative_prompt, output_type, callback_on_step_end_tensor_inputs)
+        prompts, side = read_prompts(prompt, self._ui), arguments.side_of(height, width)
+        requests = arguments.seeded(prompts, count, seed, generator)
         with self._lock:
-            size = self._size(height, width)
+            if side is not None:
+                arguments.require_side(side, self.decoder, self.prior.branch.patches)
             self._interrupt, before = False, dict(self.seconds)
             images, predicted, interrupted = [], [], False
             try:
                 for request in requests:
-                    on_step = self._on_step(callback_on_step_end, request)
+                    on_step = self._on_step(callback_on_step_end, request, interruptible=True)
                     latents = self.predict(request, settings=settings, callback=on_step)
-                    images.append(self._image(request, latents, output_type, settings, size, on_step))
+                    images.append(self._image(request, latents.latents_PC, output_type, settings, side, on_step))
                     predicted.append(latents)
             except _Interrupted:
                 interrupted = True
-        made = requests[: len(images)]
+        made, spent = requests[: len(images)], {key: now - before.get(key, 0.0) for key, now in self.seconds.items()}
         return BifrostPipelineOutput(
-            images=stacked(images, output_type),
+            images=arguments.stacked(images, output_type),
             latents=torch.stack([latents.latents_PC for latents in predicted]) if predicted else torch.empty(0),
             plans=[latents.plan for latents in predicted],
             prompts=[request.prompt for request in made],
             seeds=[request.seed for request in made],
-            cut=[latents.cut or self.decoder.cuts(latents.prompt) for latents in predicted],
-            timings={
-                stage: spent for stage, total in self.seconds.items() if (spent := total - before.get(stage, 0.0))
-            },
+            cut=[self.cuts(*pair) for pair in zip(made, predicted, strict=True)],
+            timings={stage: seconds for stage, seconds in spent.items() if seconds},
             interrupted=interrupted,
         )
 
@@ -314,22 +287,10 @@ class BifrostPipeline:
         self._interrupt = value
 
     def encode(self, image: Image.Image | np.ndarray | Path | str) -> torch.Tensor:
-        """Patch latents (P, C) of the centre square of an image, float32 on the CPU; BadImage when it is none.
-
-        Args:
-            image: a PIL image, an array uint8 (H, W, 3), or a file.
-        """
-        if isinstance(image, Image.Image):
-            rgb = np.asarray(image.convert("RGB"))
-        elif isinstance(image, np.ndarray):
-            rgb = image
-        else:
-            rgb = read_image(Path(image), self.recipe.images).rgb
-        if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[-1] != 3:
-            raise UsageError(f"an image is uint8 (H, W, 3), not {rgb.dtype} {rgb.shape}", fix="give a PIL image")
+        """Patch latents (P, C), float32 on the CPU, of the centre square of a PIL image, uint8 array or file."""
+        rgb = arguments.pixels_of(image, self.recipe.images)
         with self._lock, torch.no_grad():
-            encoder = self.encoder
-            shared = [] if self._encoder is not None else self._shared_modules()
+            encoder, shared = self.encoder, [] if self._encoder is not None else self._shared_modules()
             with self.loader.policy.on(*shared):
                 pixels_BHWC = square(rgb, encoder.image_size)[None].copy()  # Pillow lends a read-only array
                 return encoder.encode(pixels_BHWC)[0].float().cpu()
@@ -350,26 +311,26 @@ class BifrostPipeline:
         guidance_scale: float | None = None,
         control_scale: float | None = None,
         height: int | None = None,
-        width: int | None = None,
         output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
     ) -> Any:
         """The image of patch latents (P, C): from `encode`, or of an earlier call. Arguments as of a call.
 
-        With the empty prompt it is what `bifrost reconstruct` writes.
+        With the empty prompt it is what `bifrost reconstruct` writes. Only a callback that raises ends it early.
         """
-        settings = self._settings(steps=num_inference_steps, guidance_scale=guidance_scale, control_scale=control_scale)
-        refuse(None, output_type, ("latents",))
+        given = {"guidance_scale": guidance_scale, "control_scale": control_scale}
+        settings = arguments.settings_of(self.recipe.generate, steps=num_inference_steps, **given)
+        arguments.refuse(None, output_type, ("latents",))
         if not isinstance(latents, torch.Tensor) or latents.ndim != 2:
             raise UsageError("patch latents are a tensor (P, C)", at=f"got {getattr(latents, 'shape', type(latents))}",
                              fix="give those of one image, as encode returns them")  # fmt: skip
-        (request,) = seeded([prompt], 1, seed, generator)
+        (request,), side = arguments.seeded([prompt], 1, seed, generator), arguments.side_of(height, None)
         with self._lock:
-            size, self._interrupt = self._size(height, width, len(latents)), False
+            if side is not None:
+                arguments.require_side(side, self.decoder, len(latents))
             on_step = self._on_step(callback_on_step_end, request)
-            predicted = PredictedLatents(prompt, None, False, latents)
-            image = self._image(request, predicted, output_type, settings, size, on_step)
-        return image if output_type == "pil" else stacked([image], output_type)
+            image = self._image(request, latents, output_type, settings, side, on_step)
+        return image if output_type == "pil" else arguments.stacked([image], output_type)
 
     # ---- one image, for the commands --------------------------------------------------------------------------------
 
@@ -377,7 +338,7 @@ class BifrostPipeline:
         self, request: ImageRequest, *, settings: Generate | None = None, callback: StageCallback | None = None
     ) -> PredictedLatents:
         """Patch latents of a request. OutOfMemory names the setting that needs less."""
-        with memory_errors(f"predicting the latents of {request.name}", self._needs_less()):
+        with memory_errors(f"predicting the latents of {request.name}", self.loader.policy.needs_less()):
             predicted = self.prior.predict(request.prompt, request.seed, settings=settings, callback=callback)
         if predicted.plan is not None and self._said != request.prompt:
             self._ui.say(f"plan {request.index}: {predicted.plan}")
@@ -386,8 +347,8 @@ class BifrostPipeline:
 
     def render(self, request: ImageRequest, predicted: PredictedLatents, prompt: str | None = None) -> np.ndarray:
         """The image of a request, uint8 (H, W, 3); `prompt` instead of the request's is what FLUX or SD3 reads."""
-        with memory_errors(f"generating {request.name}", self._needs_less()):
-            text = request.prompt if prompt is None else prompt
+        text = request.prompt if prompt is None else prompt
+        with memory_errors(f"generating {request.name}", self.loader.policy.needs_less()):
             return self.decoder.render(text, predicted.latents_PC, request.seed)
 
     def cuts(self, request: ImageRequest, predicted: PredictedLatents) -> bool:
@@ -397,26 +358,28 @@ class BifrostPipeline:
     def _image(
         self,
         request: ImageRequest,
-        predicted: PredictedLatents,
+        latents_PC: torch.Tensor,
         output_type: str,
         settings: Generate,
-        size: int,
+        side: int | None,
         callback: StageCallback,
     ) -> Any:
-        with memory_errors(f"generating {request.name}", self._needs_less()):
+        with memory_errors(f"generating {request.name}", self.loader.policy.needs_less()):
             vae_latents_Bchw = self.decoder.denoise(
                 request.prompt,
-                predicted.latents_PC,
+                latents_PC,
                 request.seed,
                 settings=settings,
-                output_size=size,
+                output_size=side,
                 callback=callback,
             )
             if output_type == "latent":
                 return vae_latents_Bchw[0]
             return Image.fromarray(self.decoder.decode(vae_latents_Bchw))
 
-    def _on_step(self, callback: StepCallback | None, request: ImageRequest) -> StageCallback:
+    def _on_step(
+        self, callback: StepCallback | None, request: ImageRequest, *, interruptible: bool = False
+    ) -> StageCallback:
         def on_step(stage: str, step: int, timestep: Any, latents: torch.Tensor) -> None:
             if callback is not None:
                 shown = latents.clone()
@@ -425,50 +388,10 @@ class BifrostPipeline:
                 if returned and returned.get("latents", shown) is not shown:
                     raise UsageError("callback_on_step_end returned other latents", at="it can watch and stop a step, "
                                      "not change it", fix="return its kwargs, or nothing")  # fmt: skip
-            if self._interrupt:
+            if interruptible and self._interrupt:
                 raise _Interrupted
 
         return on_step
-
-    def _settings(self, **changes: Any) -> Generate:
-        """The recipe's `generate` section with what was given; UsageError for a value that it does not take."""
-        given = {key: value for key, value in changes.items() if value is not None}
-        try:
-            settings = Generate.model_validate({**self.recipe.generate.model_dump(), **given})
-        except ValidationError as error:
-            problem = error.errors()[0]
-            name = {"steps": "num_inference_steps"}.get(str(problem["loc"][0]), problem["loc"][0])
-            raise UsageError(f"{name}={problem['input']!r}: {problem['msg']}", fix=f"give another {name}") from error
-        if self.branch is not None and "decode_steps" in given:
-            require_one_step(self.branch, settings.decode_steps)
-        return settings
-
-    def _size(self, height: int | None, width: int | None, patches: int | None = None) -> int:
-        """Pixels a side; UsageError when they are not those that the ControlNet is for."""
-        size = height if height is not None else width
-        if size is None:
-            return self.recipe.images.output_size
-        if width not in (None, size):
-            raise UsageError(f"height={height} and width={width}: images are square", fix="give one of them")
-        if type(size) is not int or size < 1:
-            raise UsageError(f"height={size!r} is not a number of pixels", fix="leave it out, or give an integer")
-        try:
-            decoder = self.decoder
-            require_output_size(size, decoder.diffusion, decoder.controlnet, patches or self.prior.branch.patches)
-            if size % (2 * decoder.diffusion.factor):
-                raise RecipeError("", fix=f"--set images.output_size={self.recipe.images.output_size}")
-        except RecipeError as error:
-            right = str(error.fix).rpartition("=")[2]
-            raise UsageError(f"height={size} does not fit: this ControlNet is for {right} pixels",
-                             fix=f"height={right}, or leave it out") from error  # fmt: skip
-        return size
-
-    def _needs_less(self) -> str:
-        policy = self.loader.policy
-        stronger = {"none": "model", "model": "sequential"}.get(policy.offload) if policy.weights == "dtype" else None
-        if stronger or policy.offload == "none":
-            return f"--set generate.offload={stronger or 'model'} (the same bytes)"
-        return "--set models.weights=nf4 --set generate.offload=model, or a GPU with more memory"
 
 
 def _there(artifact: Artifact | None, kind: str) -> Artifact:

@@ -40,6 +40,13 @@ class OffloadPolicy:
         """Where weights are loaded to."""
         return self.device if (self.offload, self.weights) == ("none", "dtype") else CPU
 
+    def needs_less(self) -> str:
+        """The setting to try next when memory runs out."""
+        stronger = {"none": "model", "model": "sequential"}.get(self.offload) if self.weights == "dtype" else None
+        if stronger or self.offload == "none":
+            return f"--set generate.offload={stronger or 'model'} (the same bytes)"
+        return "--set models.weights=nf4 --set generate.offload=model, or a GPU with more memory"
+
     def settle(self, *parts: nn.Module, frozen: Sequence[nn.Module] = ()) -> None:
         """Make freshly loaded parts ready; `frozen` ones (parts, or inside parts) get the recipe's weights.
 

@@ -201,6 +201,13 @@ def test_a_callback_may_decode_a_preview_but_not_change_a_step(pipe) -> None:
 
     out = pipe("a star", callback_on_step_end=preview)
     assert len(previews) == 2 and np.array_equal(previews[-1], pipe.decode(out.latents[0]))
+
+    def preview_and_stop(pipeline, step, timestep, kwargs):
+        pipeline.interrupt = True
+        pipeline.decode(kwargs["latents"][0])
+
+    stopped = pipe("a star", callback_on_step_end=preview_and_stop)
+    assert stopped.interrupted and stopped.images == [] and len(stopped.latents) == 0
     with pytest.raises(UsageError, match="other latents"):
         pipe("a star", callback_on_step_end=lambda *rest: {"latents": rest[3]["latents"] + 1})
 
