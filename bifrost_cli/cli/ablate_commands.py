@@ -39,7 +39,7 @@ def ablate(
     if tables:
         from bifrost_cli.ablations.run_ablation import table
 
-        found = {one["name"]: table(one) for one in measured_values() if name in (None, one["name"])}
+        found = {values["name"]: table(values) for values in measured_values() if name in (None, values["name"])}
         return Result("\n".join(found.values()).splitlines(), found)
     if name is None:
         questions = {found: load_ablation(found).question for found in ablation_names()}
@@ -47,9 +47,9 @@ def ablate(
     ablation = load_ablation(name)
     from bifrost_cli.ablations.run_ablation import ablate as run
 
-    made = run(Path(name).stem, ablation, output=output, workspace=workspace, device=device, dry_run=dry_run, ui=ui)
-    if not isinstance(made, Artifact):
-        return Result([f"{key}: {value}" for key, value in made.items()], made)
-    lines = made.file("table.md").read_text(encoding="utf-8").splitlines()
-    return Result(lines, {"id": made.id, "path": str(made.path), **made.info}, made.path,
-                  f"report: {made.path / 'report.html'}")  # fmt: skip
+    result = run(Path(name).stem, ablation, output=output, workspace=workspace, device=device, dry_run=dry_run, ui=ui)
+    if not isinstance(result, Artifact):
+        return Result([f"{key}: {value}" for key, value in result.items()], result)
+    lines = result.file("table.md").read_text(encoding="utf-8").splitlines()
+    return Result(lines, {"id": result.id, "path": str(result.path), **result.info}, result.path,
+                  f"report: {result.path / 'report.html'}")  # fmt: skip

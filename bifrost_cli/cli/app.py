@@ -156,8 +156,8 @@ def explain(error: BaseException) -> BifrostError:
             at=str(error).splitlines()[0] if str(error) else None,
             fix="smaller batches: --set SECTION.batch_size=1",
         )
-    if isinstance(error, OSError) and (told := _disk(error)):
-        return told
+    if isinstance(error, OSError) and (problem := _disk(error)):
+        return problem
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("bifrost_cli"):
         return EnvironmentProblem(
             f"the package {error.name} is not installed", fix=f"pip install {error.name}", code="BF-ENV-002"
@@ -178,8 +178,8 @@ def _disk(error: OSError) -> BifrostError | None:
     try:
         with disk_errors(Path(error.filename or ".")):
             raise error
-    except BifrostError as told:
-        return told
+    except BifrostError as problem:
+        return problem
     except OSError:
         if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR):
             return UsageError(f"{str(error.filename)[:80]} cannot be a path: {error.strerror}", fix="choose another -o")

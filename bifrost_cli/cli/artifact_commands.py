@@ -100,14 +100,12 @@ def show_lineage(ui: Ui, ref: Reference = None, workspace: Workspace = RUNS) -> 
     """
     if ref is None and not survey(workspace, outside=True).artifacts:
         return Result(_nothing(workspace), {"lineage": []})
-    tree = lineage(_choose(workspace, ref), workspace)
-    lines = [
-        f"{'  ' * one.depth}{one.id}  {one.artifact.path if one.artifact else '(not here any more)'}" for one in tree
-    ]
-    data = [
-        {"depth": one.depth, "kind": one.kind, "id": one.id, "path": str(one.artifact.path) if one.artifact else None}
-        for one in tree
-    ]
+    ancestors = lineage(_choose(workspace, ref), workspace)
+    paths = [str(ancestor.artifact.path) if ancestor.artifact else None for ancestor in ancestors]
+    lines, data = [], []
+    for ancestor, path in zip(ancestors, paths, strict=True):
+        lines.append(f"{'  ' * ancestor.depth}{ancestor.id}  {path or '(not here any more)'}")
+        data.append({"depth": ancestor.depth, "kind": ancestor.kind, "id": ancestor.id, "path": path})
     return Result(lines, {"lineage": data})
 
 

@@ -39,5 +39,5 @@ def check(
     if not found.stops:
         return Result([*lines, "extract-latents would not stop"], data, source)
     at = None if found.problems else found.stops.at
-    told = f"extract-latents would stop: {found.stops.message} ({found.stops.code})"
-    return Result(lines, data, error=Findings(told, at=at, fix=found.stops.fix))
+    message = f"extract-latents would stop: {found.stops.message} ({found.stops.code})"
+    return Result(lines, data, error=Findings(message, at=at, fix=found.stops.fix))

@@ -15,7 +15,7 @@ from bifrost_cli.artifacts import Artifact
 from bifrost_cli.cli import preflight
 from bifrost_cli.cli.command import LazyCommand, Result, command, typer_params
 from bifrost_cli.cli.options import EVALUATE, Device, DryRun, Output, Recipe, Workspace
-from bifrost_cli.cli.stage_commands import made
+from bifrost_cli.cli.stage_commands import as_result
 from bifrost_cli.errors import Findings
 from bifrost_cli.runtime.ui import Ui
 
@@ -115,7 +115,7 @@ def evaluate(
         recipe, metrics=metrics, fd=fd or [], samples=samples, prompts=prompts, n=n, quarters=quarters,
         reference=reference, output=output, workspace=workspace, device=device, dry_run=dry_run, ui=ui, **options,
     )  # fmt: skip
-    return _gated(found, gates, ui) if isinstance(found, Artifact) else made(found)
+    return _gated(found, gates, ui) if isinstance(found, Artifact) else as_result(found)
 
 
 def _gated(report: Artifact, gates: Sequence[Gate], ui: Ui) -> Result:
@@ -126,7 +126,7 @@ def _gated(report: Artifact, gates: Sequence[Gate], ui: Ui) -> Result:
     for gate in checked:
         end = "holds" if gate["holds"] else "fails"
         ui.say(f"gate {gate['gate']}: {gate['value']:.4g}, at worst {gate['end']:.4g}: {end}")
-    result = made(report)
+    result = as_result(report)
     failed = [gate["gate"] for gate in checked if not gate["holds"]]
     error = Findings(f"{len(failed)} of {len(checked)} gates do not hold", at=", ".join(failed)) if failed else None
     return replace(result, data={**result.data, **({"gates": checked} if checked else {})}, error=error)

@@ -12,7 +12,7 @@ import typer
 
 from bifrost_cli.cli.command import Result, command
 from bifrost_cli.cli.options import Output, Workspace
-from bifrost_cli.cli.stage_commands import made
+from bifrost_cli.cli.stage_commands import as_result
 from bifrost_cli.runtime.ui import Ui
 
 app = typer.Typer(help="GenEval's own scorer: its folder layout out, its results in.")
@@ -49,4 +49,4 @@ def import_(
     """
     from bifrost_cli.evaluation.benchmarks.geneval_export import import_geneval
 
-    return made(import_geneval(results, output=output, workspace=workspace, ui=ui))
+    return as_result(import_geneval(results, output=output, workspace=workspace, ui=ui))

@@ -37,14 +37,14 @@ def import_checkpoint(
     """
     from bifrost_cli.interop.import_checkpoint import import_checkpoint
 
-    made = import_checkpoint(recipe, source, output=output, workspace=workspace, dry_run=dry_run, ui=ui)
-    if isinstance(made, dict):
-        return Result([f"{group:12} {name}" for group, names in made.items() for name in names], made)
-    data = {part.kind: {"id": part.id, "path": str(part.path)} for part in made}
-    parts = " ".join(f"--{part.kind} {part.path}" for part in made)
-    hint = f'next: bifrost generate "a red circle above a blue square" -o out.png --recipe {made[0].path} {parts}'
-    paths = [part.path for part in made]
-    lines = [f"{part.id}  {part.path}" for part in made]
+    artifacts = import_checkpoint(recipe, source, output=output, workspace=workspace, dry_run=dry_run, ui=ui)
+    if isinstance(artifacts, dict):
+        return Result([f"{group:12} {name}" for group, names in artifacts.items() for name in names], artifacts)
+    data = {part.kind: {"id": part.id, "path": str(part.path)} for part in artifacts}
+    parts = " ".join(f"--{part.kind} {part.path}" for part in artifacts)
+    hint = f'next: bifrost generate "a red circle above a blue square" -o out.png --recipe {artifacts[0].path} {parts}'
+    paths = [part.path for part in artifacts]
+    lines = [f"{part.id}  {part.path}" for part in artifacts]
     return Result(lines, data, "\n".join(map(str, paths)), hint, artifacts=paths)
 
 
@@ -63,8 +63,8 @@ def export(
     """
     from bifrost_cli.interop.export import export
 
-    made = export(ref, output=output, workspace=workspace, ui=ui)
-    return Result([str(made)], {"path": str(made), "files": sorted(path.name for path in made.iterdir())}, made)
+    folder = export(ref, output=output, workspace=workspace, ui=ui)
+    return Result([str(folder)], {"path": str(folder), "files": sorted(path.name for path in folder.iterdir())}, folder)
 
 
 @command(app, "export-mllm")
@@ -81,5 +81,5 @@ def export_mllm(
     """
     from bifrost_cli.interop.export_mllm import export_mllm
 
-    made = export_mllm(recipe, output, ui=ui)
-    return Result([str(made)], {"path": str(made), "files": sorted(path.name for path in made.iterdir())}, made)
+    folder = export_mllm(recipe, output, ui=ui)
+    return Result([str(folder)], {"path": str(folder), "files": sorted(path.name for path in folder.iterdir())}, folder)

@@ -122,10 +122,10 @@ def doctor(recipe: Recipe, ui: Ui, workspace: Workspace = Path("runs")) -> Resul
     from bifrost_cli.planning.doctor import doctor
 
     found = doctor(recipe, workspace=workspace)
-    failed = [one for one in found if one.status == "fail"]
+    failed = [finding for finding in found if finding.status == "fail"]
     lines = []
-    for one in found:
-        lines.append(f"{one.status:4}  {one.what}: {one.message}")
-        lines += [f"      fix: {one.fix}"] if one.fix else []
+    for finding in found:
+        lines.append(f"{finding.status:4}  {finding.what}: {finding.message}")
+        lines += [f"      fix: {finding.fix}"] if finding.fix else []
     error = Findings(f"{len(failed)} of {len(found)} findings will not work", fix=failed[0].fix) if failed else None
-    return Result(lines, {"recipe": recipe.name, "findings": [asdict(one) for one in found]}, error=error)
+    return Result(lines, {"recipe": recipe.name, "findings": [asdict(finding) for finding in found]}, error=error)

@@ -18,8 +18,8 @@ app = typer.Typer(no_args_is_help=True, help="The built-in world of coloured sha
 def render(
     ui: Ui,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to fill.")] = Path("shapes"),
-    n: Annotated[int, typer.Option("-n", min=1, help="Pictures.")] = 64,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Which pictures.")] = 0,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which images.")] = 0,
     split: Annotated[Literal["train", "held-out"], typer.Option("--split", help="Which prompts.")] = "train",
 ) -> Result:
     """Draw images of the built-in world with their captions and plans.
@@ -29,9 +29,7 @@ def render(
     from bifrost_cli.toy_system.render import render_shapes
 
     folder = render_shapes(output, n=n, seed=seed, split=split, ui=ui)
-    return Result(
-        [str(folder)], {"path": str(folder), "pictures": n}, folder, f"next: bifrost extract-latents {folder}"
-    )
+    return Result([str(folder)], {"path": str(folder), "images": n}, folder, f"next: bifrost extract-latents {folder}")
 
 
 @command(app, "pretrain", default="shapes")

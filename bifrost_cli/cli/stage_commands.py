@@ -84,7 +84,7 @@ def extract_latents(
     _in_processes(gpus, device, dry_run)
     from bifrost_cli.extraction.extract import extract_latents
 
-    return made(
+    return as_result(
         extract_latents(
             recipe, source=source, output=output, workspace=workspace, device=device, dry_run=dry_run, ui=ui
         )
@@ -113,7 +113,7 @@ def train_branch(
     from bifrost_cli.training.train_branch import train_branch
 
     options = {"output": output, "workspace": workspace, "resume": resume, "device": device, "dry_run": dry_run}
-    return made(train_branch(recipe, latents=latents, ui=ui, **options))
+    return as_result(train_branch(recipe, latents=latents, ui=ui, **options))
 
 
 @command(train, "controlnet", check=preflight.train)
@@ -138,7 +138,7 @@ def train_controlnet(
     from bifrost_cli.training.train_controlnet import train_controlnet
 
     options = {"output": output, "workspace": workspace, "resume": resume, "device": device, "dry_run": dry_run}
-    return made(train_controlnet(recipe, latents=latents, ui=ui, **options))
+    return as_result(train_controlnet(recipe, latents=latents, ui=ui, **options))
 
 
 @command(app, "generate", GENERATE, check=preflight.generate)
@@ -170,7 +170,7 @@ def generate(
     given = prompts or (FIRST_PROMPT if prompt is None else prompt)
     if prompt is None and prompts is None:
         ui.say(f'no prompt was given; generating "{given}"')
-    return made(
+    return as_result(
         generate(
             recipe, given, output=output, n=n, seed=seed, branch=branch, controlnet=controlnet, workspace=workspace,
             grid=grid, save_latents=save_latents, timings=timings, device=device, dry_run=dry_run, ui=ui,
@@ -198,7 +198,7 @@ def reconstruct(
     """
     from bifrost_cli.generation.reconstruct import reconstruct
 
-    return made(
+    return as_result(
         reconstruct(
             recipe, image, output=output, prompt=prompt, controlnet=controlnet, seed=seed, workspace=workspace,
             device=device, ui=ui,
@@ -255,7 +255,7 @@ def _in_processes(count: int, device: str, dry_run: bool) -> None:
         launch.start(count, sys.argv[1:])
 
 
-def made(result: Artifact | Path | dict[str, Any]) -> Result:
+def as_result(result: Artifact | Path | dict[str, Any]) -> Result:
     """A stage's return value as a Result: an artifact, an image, or the plan of a dry run."""
     if isinstance(result, Artifact):
         from bifrost_cli.loading.compatibility import has_own_conditioner

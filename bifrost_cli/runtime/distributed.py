@@ -156,9 +156,9 @@ def _again(exit_code: int, code: str, message: str, at: str | None, fix: str | N
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, BifrostError)]
     kinds = [kind for kind in kinds if kind.exit_code == exit_code] or [BifrostError]
     kind = max(kinds, key=lambda kind: (kind.code == code, kind.code[:-4] == code[:-4]))
-    told = kind(message, at=at, fix=fix, code=code)
-    told.exit_code = exit_code
-    return told
+    error = kind(message, at=at, fix=fix, code=code)
+    error.exit_code = exit_code
+    return error
 
 
 # ---- ending ----------------------------------------------------------------------------------------------------------
@@ -179,9 +179,9 @@ def fail_together() -> Iterator[None]:
         if not _is_loss(error):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what started us is ending all by now; first say why
-        told = _why_lost()
-        _last_word(told)
-        raise told from error
+        loss = _why_lost()
+        _last_word(loss)
+        raise loss from error
 
 
 @contextmanager

@@ -48,8 +48,10 @@ def _from_variables(*names: str) -> DistributedEnv:
     except ValueError:
         found = DistributedEnv(-1)
     if not 0 <= found.rank < found.world:
-        told = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-        raise UsageError("the environment names no process of a job", at=told, fix="start it with torchrun or srun")
+        variables = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+        raise UsageError(
+            "the environment names no process of a job", at=variables, fix="start it with torchrun or srun"
+        )
     return found
 
 
@@ -104,12 +106,12 @@ def start(count: int, arguments: list[str]) -> None:
                        _STATUS: str(status)}  # fmt: skip
         launch = ["--standalone", f"--nproc-per-node={count}", "-m", "bifrost_cli"]
         code = _torchrun([*launch, *_without_gpus(arguments)], environment)
-        told = int(status.read_text().split()[0]) if status.exists() else None
-    if code == 0 and told is None:
+        status_of_job = int(status.read_text().split()[0]) if status.exists() else None
+    if code == 0 and status_of_job is None:
         raise SystemExit(0)
-    if told is None:
+    if status_of_job is None:
         raise _unexplained(code)
-    raise SystemExit(told)
+    raise SystemExit(status_of_job)
 
 
 def _without_gpus(arguments: list[str]) -> list[str]:
