@@ -151,6 +151,7 @@ def _cell(variant: str, seed: int, recipe: Recipe, ablation: Ablation, workspace
     else:
         true = drawn(ablation.prompts, seed=PROMPT_SEED)
         samples = reconstruct_set(recipe, true, controlnet=controlnet, **where)
+    assert isinstance(samples, Artifact)  # several images, and no dry run
     images = from_samples(samples, recipe.images)
     costs = {f"{part.kind}_seconds": part.manifest["cost"]["seconds"] for part in trained}
     return _Cell(variant, seed, images, [judge(entry) for entry in images.entries], costs)

@@ -12,8 +12,9 @@ import json
 import math
 import struct
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,8 @@ def weights_hash(state: Tensors) -> str:
     """sha256 over (name, dtype, shape, bytes) of every tensor, in the order of the names; device does not matter."""
     digest = hashlib.sha256()
     for name in sorted(state):
-        tensor = state[name] if isinstance(state[name], torch.Tensor) else torch.from_numpy(np.asarray(state[name]))
+        value = state[name]
+        tensor = value if isinstance(value, torch.Tensor) else torch.from_numpy(np.asarray(value))
         digest.update(canonical_json([name, str(tensor.dtype), list(tensor.shape)]))
         digest.update(_bytes(tensor))
     return digest.hexdigest()
@@ -121,7 +123,7 @@ def _header(ordered: Iterable[tuple[str, torch.Tensor]], meta: Mapping[str, Any]
     return text + b" " * (-len(text) % 8)
 
 
-def read_header(path: Path, stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_header(path: Path, stream: BufferedReader) -> tuple[dict[str, Any], dict[str, Any]]:
     """The entries of an open file, all checked against its size, and our metadata; the stream stands at the data."""
     size = path.stat().st_size
     start = stream.read(8)
@@ -168,7 +170,7 @@ def _check_layout(entries: dict[str, Any], data_size: int) -> None:
 
 
 def _tensors(
-    path: Path, stream: BinaryIO, entries: dict[str, Any], only: Container[str] | None
+    path: Path, stream: BufferedReader, entries: dict[str, Any], only: Container[str] | None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, entry in sorted(entries.items(), key=lambda item: tuple(item[1]["data_offsets"])):
         start, end = entry["data_offsets"]

@@ -127,7 +127,7 @@ def build_branch(recipe: Recipe, store: LatentsStore, mllm: Mllm) -> VisualBranc
     return branch
 
 
-def tuned(recipe: Recipe) -> dict[str, int | None] | None:
+def tuned(recipe: Recipe) -> dict[str, Any] | None:
     """`branch.tune` as the branch takes it: None trains everything."""
     settings = recipe.branch
     return {"full": None, "layers": {"layers": settings.layers}, "lora": {"rank": settings.lora_rank}}[settings.tune]

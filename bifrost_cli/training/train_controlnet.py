@@ -106,8 +106,9 @@ def diffusion_of(recipe: Recipe, store: LatentsStore, loader: ModelLoader, ui: U
 def save_memory(*modules: nn.Module) -> None:
     """Keep only the inputs of layers for the gradient; the small controls have no layers to forget."""
     for module in modules:
-        if hasattr(module, "enable_gradient_checkpointing"):
-            module.enable_gradient_checkpointing()
+        enable: Any = getattr(module, "enable_gradient_checkpointing", None)
+        if enable is not None:
+            enable()
 
 
 def new_control(recipe: Recipe, store: LatentsStore, diffusion: DiffusionModel, seed: int) -> nn.Module:
