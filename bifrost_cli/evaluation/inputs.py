@@ -49,6 +49,7 @@ class ImageProvider:
         """
         if request.reconstructs:
             originals = self._originals(request)
+            assert originals.images is not None
             require_enough(originals.images, request.needed)
             return from_samples(self.reconstruct(originals.images), self.rules), originals
         images = self._images(request)
@@ -143,7 +144,7 @@ class ImageProvider:
 
 def beside_originals(images: ImageSet, reference: Reference | None) -> Sequence[EvalImage]:
     """The images as the report shows them: reconstructions on the right of their originals."""
-    if reference is None or not reference.originals:
+    if reference is None or reference.images is None or not reference.originals:
         return images.entries
     pairs = zip(images.entries, reference.images.entries, strict=True)
     return [replace(made, load=partial(_side_by_side, true, made)) for made, true in pairs]

@@ -46,6 +46,7 @@ class Reference:
         """By layer. ArtifactError BF-ART-004: saved statistics of another network or layer, with both identities."""
         if self.images is not None:
             return statistics_of(self.images, network, layers, workspace, ui, "features of the reference")
+        assert self.file is not None  # images or a file
         if self.file.suffix == ".npz":
             _require_inception(self.what, network)
             return {layer: load_adm(self.file, layer) for layer in layers}

@@ -75,7 +75,8 @@ class ClipScore(Metric):
         from bifrost_cli.stats import clustered_error
 
         (label, rule), error, count = _RULES[name], clustered_error(scores_N.tolist(), prompts), len(set(prompts))
-        known, identity = {"standard_error": error} if count > 1 else {}, self.identity
+        known: dict[str, Any] = {"standard_error": error} if count > 1 else {}
+        identity = self.identity
         return row(
             name, label, float(scores_N.mean()), n_gen=len(scores_N), extractor=identity, details=details, **known,
             spread=f"standard error {error:.2g}, {count} prompts" if known else "one prompt, so its error is unknown",

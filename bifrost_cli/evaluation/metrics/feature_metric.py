@@ -74,8 +74,9 @@ class FeatureSets:
             self._sides = self._computed(images, ui)
         made, real, floor = self._sides
         seeds = [entry.seed for entry in sorted(images.entries, key=lambda entry: entry.digest)]  # as `set_features`
-        true = floor.get(layer)
-        return Features(made[layer].features_ND, real.get(layer), true and true.features_ND, seeds)
+        images_ND, true = made[layer].features_ND, floor.get(layer)
+        assert images_ND is not None  # only published moments lack them
+        return Features(images_ND, real.get(layer), None if true is None else true.features_ND, seeds)
 
     def _computed(self, images: ImageSet, ui: Ui) -> tuple[dict[str, Statistics], ...]:
         from bifrost_cli.data.image_sets import drawn

@@ -88,7 +88,7 @@ class GenEval(Metric):
             for line, entry, asked in zip(lines, images.entries, self._asked, strict=True):
                 line.update(self._judged(entry, asked))
                 bar.advance(1)
-        detector = self._detector.identity
+        detector: dict[str, Any] = self._detector.identity
         source = generated_from((entry.plan for entry in images.entries), images.artifact is not None)
         sentence = (
             f"GenEval's six tasks and rules, judged by {detector['name']} (weights {detector['weights'][:12]}) with "

@@ -30,8 +30,10 @@ class Detector:
         self._model, self._processor = model.eval().requires_grad_(False), processor
         self.classes = {number: NAMES.get(label, label) for number, label in model.config.id2label.items()}
         self.device = str(model.device)
-        self.identity = {"name": name, "family": "mask2former", "weights": weights_hash(model.state_dict()),
-                         "preprocessing": _plain(processor.to_dict())}  # fmt: skip
+        self.identity: dict[str, Any] = {
+            "name": name, "family": "mask2former", "weights": weights_hash(model.state_dict()),
+            "preprocessing": _plain(processor.to_dict()),
+        }  # fmt: skip
 
     @torch.inference_mode()
     def objects(self, rgb_HWc: np.ndarray) -> dict[str, list[Detection]]:

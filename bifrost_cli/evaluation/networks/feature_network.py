@@ -120,13 +120,14 @@ class DinoFeatures:
 
     def __init__(self, model: torch.nn.Module, name: str) -> None:
         self._model: Any = model.eval().requires_grad_(False).float()
+        config: Any = model.config
         self.device = str(next(model.parameters()).device)
         self.identity: dict[str, Any] = {
             "name": name,
             "family": "dinov2",
             "weights": weights_hash(model.state_dict()),
             "layer": "class token after the final norm",
-            "width": self._model.config.hidden_size,
+            "width": config.hidden_size,
             "image_size": DINO_SIZE,
             "resize": "Pillow bicubic to a square, uint8",
         }

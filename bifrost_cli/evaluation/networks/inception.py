@@ -24,7 +24,7 @@ SPATIAL_CHANNELS = 7  # Nash et al. 2021, appendix B; ADM's evaluator reads the 
 class InceptionFeatures:
     """torch-fidelity's extractor in float32. `state` is checked strictly: RuntimeError names what does not fit."""
 
-    layers = ("pool", "spatial", "logits")
+    layers: tuple[str, ...] = ("pool", "spatial", "logits")
 
     def __init__(self, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
         own = io.BytesIO()  # the stock class reads a file by unpickling: it gets one that was written here

@@ -22,7 +22,8 @@ class VqaJudge:
 
     def __init__(self, mllm: Mllm, name: str) -> None:
         self._mllm = mllm
-        first = {answer: {self._first(word) for word in words} - {None} for answer, words in ANSWERS.items()}
+        first = {answer: {token for word in words if (token := self._first(word)) is not None}
+                 for answer, words in ANSWERS.items()}  # fmt: skip
         self._yes, self._no = sorted(first["yes"] - first["no"]), sorted(first["no"] - first["yes"])
         if not (self._yes and self._no):
             raise ArtifactError(f"{name} has no words for yes and no, so it cannot judge", fix="give another --judge",
