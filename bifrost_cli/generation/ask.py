@@ -1,7 +1,4 @@
-"""ask: the frozen MLLM answers a question about an image. Nothing that Bifrost trains has a part in it.
-
-In: a recipe, an image, a question. Out: the answer as text.
-"""
+"""ask: the frozen MLLM answers a question about an image. Nothing that Bifrost trains has a part in it."""
 
 from __future__ import annotations
 
@@ -23,7 +20,20 @@ def ask(
     device: str = "auto",
     ui: Ui | None = None,
 ) -> str:
-    """The MLLM's greedy answer, at most `max_tokens` tokens. BadImage (4), UsageError (2) for an empty question."""
+    """The MLLM's greedy answer.
+
+    Args:
+        recipe: names the MLLM, and how images are read.
+        image: a file.
+        question: about it.
+        max_tokens: longest answer.
+        device: where to compute.
+        ui: told what was repaired in the image.
+
+    Raises:
+        BadImage: (4) the image cannot be used.
+        UsageError: (2) the question is empty.
+    """
     ui = ui or Ui()
     if not question.strip():
         raise UsageError("the question is empty", fix='bifrost ask IMAGE "what is in the image?"')

@@ -117,16 +117,16 @@ def _exists(path: Path, other: str) -> UsageError:
 
 def _prompt_file(path: Path, ui: Ui) -> list[str]:
     lines = _text(path).removesuffix("\n").split("\n")  # not splitlines: U+2028 may stand in a prompt
-    found = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not found:
+    prompts = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not prompts:
         raise UsageError(f"{path} holds no prompt", fix="write one prompt a line")
     if path.suffix == ".jsonl":
-        found = [(number, _of_json(line, f"{path}:{number}")) for number, line in found]
-    for number, prompt in found:
+        prompts = [(number, _of_json(line, f"{path}:{number}")) for number, line in prompts]
+    for number, prompt in prompts:
         _check(prompt, f"{path}:{number}")
-    if blank := len(lines) - len(found):
-        ui.say(f"{path}: {len(found)} prompts; {blank} blank lines skipped")
-    return [prompt for _, prompt in found]
+    if blank := len(lines) - len(prompts):
+        ui.say(f"{path}: {len(prompts)} prompts; {blank} blank lines skipped")
+    return [prompt for _, prompt in prompts]
 
 
 def _of_json(line: str, where: str) -> str:

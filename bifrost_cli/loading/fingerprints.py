@@ -1,10 +1,8 @@
-"""The hash of a frozen base, kept beside the facts of its files so that it is computed once, not at every start.
+"""The hash of a frozen model's weights, kept in the user's cache so that it is computed once, not at every start.
 
-In: the recipe's models, and a loaded base where there is one. Out: sha256 over its tensors in `models.dtype`, as
-artifacts record it. A hash is kept in the user's cache folder under the path, size, inode and times of every file of
-the model and the versions of the libraries that read them. So a file that was written to in place is noticed even when
-its size and its modification time were put back: the time of the last change (ctime) cannot be. Not noticed is what
-bypasses the file system (a damaged disk), which no stat can tell; `bifrost artifacts verify` reads bytes.
+It is the sha256 over its tensors in `models.dtype`, as artifacts record it, kept under the path, size, inode and times
+of every file and the versions of the libraries that read them: a file written in place is noticed even when its
+modification time was put back, by the time of its last change. `bifrost artifacts verify` reads the bytes.
 """
 
 from __future__ import annotations

@@ -33,17 +33,17 @@ HUB_ERRORS: tuple[type[Exception], ...] = (
 def hub_problem(ref: str, error: Exception, revision: str | None = None) -> EnvironmentProblem:
     """BF-ENV-020 no such model or revision; 021 gated and no token; 022 licence not accepted; 023 not in the cache and
     no network; 024 the hub failed, and may not fail again."""
-    message, at, fix, code = _told(ref, error, revision)
+    message, at, fix, code = _explained(ref, error, revision)
     return EnvironmentProblem(message, at=at, fix=fix, code=code)
 
 
-def _told(ref: str, error: Exception, revision: str | None) -> tuple[str, str, str, str]:
+def _explained(ref: str, error: Exception, revision: str | None) -> tuple[str, str, str, str]:
     page = f"https://huggingface.co/{ref}"
     if isinstance(error, GatedRepoError):
         if get_token() is None:
             return f"{ref} is gated, and there is no token", page, "hf auth login, or set HF_TOKEN", "BF-ENV-021"
-        told = f"{ref} is gated, and your account has not accepted its licence"
-        return told, page, f"accept it at {page}", "BF-ENV-022"
+        message = f"{ref} is gated, and your account has not accepted its licence"
+        return message, page, f"accept it at {page}", "BF-ENV-022"
     if isinstance(error, RevisionNotFoundError):
         return (
             f"{ref} has no revision {revision}",
@@ -52,8 +52,8 @@ def _told(ref: str, error: Exception, revision: str | None) -> tuple[str, str, s
             "BF-ENV-020",
         )
     if isinstance(error, RepositoryNotFoundError):
-        told = f"there is no model {ref} that you may see"
-        return told, page, "check the name; a private one needs HF_TOKEN", "BF-ENV-020"
+        message = f"there is no model {ref} that you may see"
+        return message, page, "check the name; a private one needs HF_TOKEN", "BF-ENV-020"
     if isinstance(error, HFValidationError):
         return f"{ref} is neither a folder nor a hub id", first_line(error), "check the recipe's models", "BF-ENV-020"
     if isinstance(error, OfflineModeIsEnabled) or is_offline_mode():

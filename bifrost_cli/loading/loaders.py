@@ -1,7 +1,6 @@
-"""Names -> folders -> models: the only place where weights are read for use.
+"""Names to models: the only place where weights are read for use.
 
-In: `builtin:NAME`, a folder, a hub id, or an artifact; a device and a number format. Out: models in eval mode, frozen
-and whole: a tensor that is missing or of another shape is an error. Does not know what the models are used for.
+Every model is in eval mode, frozen and whole: a tensor that is missing or of another shape is an error.
 """
 
 from __future__ import annotations
@@ -224,12 +223,12 @@ def _whole(kind: Any, folder: str, **options: Any) -> Any:
     loud = hub_logging.get_verbosity()
     hub_logging.set_verbosity_error()  # the library prints a table of what our error says
     try:
-        model, told = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
+        model, report = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
                                            ignore_mismatched_sizes=True, **options)  # fmt: skip
     finally:
         hub_logging.set_verbosity(loud)
-    lost = [*told["missing_keys"], *(f"{name} is {(*found,)}, not {(*wanted,)}"
-                                     for name, found, wanted in told["mismatched_keys"])]  # fmt: skip
+    lost = [*report["missing_keys"], *(f"{name} is {(*shape,)}, not {(*expected,)}"
+                                     for name, shape, expected in report["mismatched_keys"])]  # fmt: skip
     if lost:
         name, shown = type(model).__name__, "; ".join(sorted(lost)[:_SHOWN])
         raise ArtifactError(f"{folder} lacks {len(lost)} tensors of {name}, or has them in another shape",

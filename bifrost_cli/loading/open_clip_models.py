@@ -1,7 +1,6 @@
 """Names to open_clip models: `builtin:open_clip`, `open_clip:NAME/PRETRAINED`, `open_clip:local-dir:FOLDER`.
 
-In: a name and a device. Out: a loaded open_clip model. Weights come from safetensors wherever we choose the file; a
-model without weights is an error, never a random one.
+Weights come from safetensors wherever we choose the file; a model without weights is an error, never a random one.
 """
 
 from __future__ import annotations

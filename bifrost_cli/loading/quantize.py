@@ -1,8 +1,7 @@
-"""Frozen weights in 8 or 4 bits: the linear layers of a stock model's blocks, replaced one by one by bitsandbytes'.
+"""Frozen weights in 8 or 4 bits: the linear layers of a stock model's blocks, replaced by those of bitsandbytes.
 
-In: a loaded model in main memory, a device. Out: the same model with smaller weights, which compute in its own number
-format. Knows no model: what is in no list of layers (embeddings, heads, norms) keeps its weights. The libraries' own
-`quantization_config` does the same while loading, but diffusers refuses it without a GPU.
+What is in no list of layers (embeddings, heads, norms) keeps its weights. The `quantization_config` of transformers and
+diffusers does the same while loading, but diffusers refuses it without a GPU.
 """
 
 from __future__ import annotations
@@ -67,14 +66,14 @@ def _linear(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
 def _quantized(library: Any, linear: nn.Linear, weights: str, device: torch.device) -> nn.Module:
     form = (linear.in_features, linear.out_features, linear.bias is not None)
     if weights == "int8":
-        made = library.Linear8bitLt(*form, has_fp16_weights=False, threshold=6.0, device="meta")
-        made.weight = library.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False).to(device)
+        layer = library.Linear8bitLt(*form, has_fp16_weights=False, threshold=6.0, device="meta")
+        layer.weight = library.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False).to(device)
     else:
-        made = library.Linear4bit(*form, compute_dtype=linear.weight.dtype, quant_type="nf4", device="meta")
+        layer = library.Linear4bit(*form, compute_dtype=linear.weight.dtype, quant_type="nf4", device="meta")
         # On some CPUs the first pass without a gradient would pack the weights anew, and lose later gradients with it.
-        made.support_avx512bf16_for_cpu = False
-        options = {"requires_grad": False, "quant_type": "nf4", "module": made}
-        made.weight = library.Params4bit(linear.weight.data, **options).to(device)
+        layer.support_avx512bf16_for_cpu = False
+        options = {"requires_grad": False, "quant_type": "nf4", "module": layer}
+        layer.weight = library.Params4bit(linear.weight.data, **options).to(device)
     if linear.bias is not None:
-        made.bias = nn.Parameter(linear.bias.data.to(device), requires_grad=False)
-    return made.eval()
+        layer.bias = nn.Parameter(linear.bias.data.to(device), requires_grad=False)
+    return layer.eval()

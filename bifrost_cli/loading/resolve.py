@@ -1,7 +1,6 @@
-"""Where a model is and where it goes: names -> folders, device names -> devices.
+"""Names of models to local folders, and names of devices to devices.
 
-In: `builtin:NAME`, a folder or a hub id; a device name. Out: a local folder, a torch device. Every base becomes a local
-folder first, so that each trouble with a hub has one place and one message. Does not know what is in the folder.
+Every model becomes a local folder first, so that each trouble with a hub has one place and one message.
 """
 
 from __future__ import annotations

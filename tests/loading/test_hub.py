@@ -16,13 +16,13 @@ ROOT = Path(__file__).parents[2]
 ASK = """
 import json, os, sys, time
 from bifrost_cli.errors import BifrostError
-from bifrost_cli.loading.resolve import model_place
+from bifrost_cli.loading.resolve import resolve_model
 for line in sys.stdin:
     ref, revision, token = json.loads(line)
     os.environ.pop("HF_TOKEN", None)
     if token: os.environ["HF_TOKEN"] = token
     began = time.perf_counter()
-    try: told = {"path": model_place(ref, revision=revision)}
+    try: told = {"path": resolve_model(ref, revision=revision)}
     except BifrostError as error:
         told = {"code": error.code, "exit": error.exit_code, "message": error.message, "at": error.at, "fix": error.fix}
     print(json.dumps({**told, "seconds": time.perf_counter() - began}), flush=True)
