@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -248,13 +249,14 @@ def section_keys(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
     return list(schema.model_fields)
 
 
-def all_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
+@cache
+def all_keys(schema: type[BaseModel], prefix: str = "") -> tuple[tuple[str, Any], ...]:
     """Every key that is not a section, dotted, with its pydantic field (description, default)."""
+    keys: list[tuple[str, Any]] = []
     for name, info in schema.model_fields.items():
-        if section := _section(info.annotation):
-            yield from all_keys(section, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", info
+        section = _section(info.annotation)
+        keys += all_keys(section, f"{prefix}{name}.") if section else [(f"{prefix}{name}", info)]
+    return tuple(keys)
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
