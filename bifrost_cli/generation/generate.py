@@ -21,7 +21,7 @@ from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.png import contact_sheet, png_bytes, png_pixels
 from bifrost_cli.errors import UsageError
 from bifrost_cli.generation.requests import ImageRequest, destination, image_requests, image_settings, read_prompts
-from bifrost_cli.runtime.ui import Ui
+from bifrost_cli.runtime.ui import Ui, counted
 
 if TYPE_CHECKING:
     from bifrost_cli.generation.choose_models import GenerationModels
@@ -207,7 +207,7 @@ def _to_folder(run: GenerationRun, pipe: BifrostPipeline, folder: Path, device: 
     samples = SamplesFolder(folder, run.identity, run.models.parents, requests, ui)
     artifact = samples.fill(pipe.predict, render, commit, latents_first=pipe.one_half)
     _say_cut(artifact.info["cut"], ui)
-    ui.say(f"{folder}: {len(requests)} images; evaluate them: bifrost eval --samples {folder}")
+    ui.say(f"{folder}: {counted(len(requests), 'image')}; evaluate them: bifrost eval --samples {folder}")
     return artifact
 
 
