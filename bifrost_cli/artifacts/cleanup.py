@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bifrost_cli.artifacts.files import TEMP_PREFIX, remove
-from bifrost_cli.artifacts.lock import Lock, is_locked
+from bifrost_cli.artifacts.lock import Lock, is_held, is_locked
 from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST, Artifact
 from bifrost_cli.artifacts.workspace import BUILTIN, resolve, survey
 from bifrost_cli.errors import ArtifactError, UsageError
@@ -102,9 +103,9 @@ def _temporary(workspace: Path) -> Iterator[Path]:
         return
     for path in sorted(workspace.iterdir()):
         if path.name.startswith(TEMP_PREFIX):
-            if time.time() - _newest(path) > _IN_USE:
+            if time.time() - _newest(path) > _IN_USE and not is_held(path):
                 yield path
-        elif (path / MANIFEST).is_file() and not is_locked(path):
+        elif os.path.isfile(path / MANIFEST) and not is_locked(path):  # a private folder is not ours to look into
             yield from sorted(path.glob(f"{TEMP_PREFIX}*"))
 
 

@@ -26,7 +26,7 @@ from bifrost_cli.artifacts.files import (
 )
 from bifrost_cli.artifacts.identity import FORMATS, KINDS, differences, digest_of, identity_id, provenance
 from bifrost_cli.artifacts.lock import LOCK_NAME, Lock
-from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST, Artifact, payload_files
+from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST, Artifact, payload_files, require_outside
 from bifrost_cli.errors import ArtifactError, StoreError, UsageError
 
 
@@ -36,6 +36,7 @@ def require_place(path: Path) -> None:
     Raises:
         UsageError: BF-USE-002, naming what is there.
     """
+    require_outside(path)
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise UsageError(f"{path} exists and is not a folder", fix="choose another place with -o", code="BF-USE-002")
     names = {entry.name for entry in path.iterdir()} if path.exists() else set()
@@ -111,6 +112,7 @@ class Draft:
             "info": dict(info or {}),
         }
         manifest = json.loads(canonical_json(manifest))
+        self._lock.require_held()
         write_json(self.path / MANIFEST, {**manifest, "digest": digest_of(manifest)})
         remove(self.path / DRAFT)
         self.close()

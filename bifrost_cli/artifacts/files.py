@@ -10,22 +10,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from bifrost_cli.errors import ArtifactError, DiskFull, EnvironmentProblem
+from bifrost_cli.errors import ArtifactError, DiskFull, EnvironmentProblem, UsageError
 
 TEMP_PREFIX = ".bifrost-tmp-"
 JSON_LIMIT = 64 * 1024 * 1024
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 _BROKEN = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE}
-_counter = itertools.count()
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # what a disk without hard links says
 # No child process inherits a descriptor, and Windows writes the bytes that it is given.
 OPEN_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
@@ -34,20 +34,22 @@ OPEN_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 @contextlib.contextmanager
-def new_file(path: Path, size: int = 0) -> Iterator[Callable[[bytes | memoryview], None]]:
+def new_file(path: Path, size: int = 0, replace: bool = True) -> Iterator[Callable[[bytes | memoryview], None]]:
     """Give `write(data)`; at the end of the block `path` is the whole new file, after an error the old one or none.
 
-    `size` is what the message says is needed when there is no room (DiskFull). A failed fsync is fatal for the file and
-    is not tried again: a second one can succeed although the bytes are lost.
+    `size` is what the message says is needed when there is no room (DiskFull). With `replace` false a file that is
+    there by then is kept (UsageError BF-USE-002). A failed fsync is fatal for the file and is not tried again: a
+    second one can succeed although the bytes are lost.
     """
     path = Path(path)
     tmp = _temp_path(path)
     with disk_errors(path, size):
         try:
             with open_file(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+                hold(descriptor)
                 yield lambda data: write_all(descriptor, data)
                 os.fsync(descriptor)
-            os.replace(tmp, path)
+            os.replace(tmp, path) if replace else _rename_new(tmp, path)
         except BaseException:
             _discard(tmp)
             raise
@@ -56,15 +58,25 @@ def new_file(path: Path, size: int = 0) -> Iterator[Callable[[bytes | memoryview
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give a folder to fill with whole files; at the end of the block it becomes `path`, after an error it is gone."""
+    """Give a folder to fill with whole files; at the end of the block it becomes `path`, after an error it is gone.
+
+    UsageError BF-USE-002 when by then `path` is a file, or a folder that is not empty.
+    """
     path = Path(path)
     tmp = _temp_path(path)
-    with disk_errors(path):
+    with disk_errors(path), contextlib.ExitStack() as held:
         try:
             os.mkdir(tmp)
+            if os.name != "nt":
+                hold(held.enter_context(open_file(tmp, os.O_RDONLY)))
             yield tmp
             sync(tmp)
-            os.rename(tmp, path)
+            try:
+                os.rename(tmp, path)
+            except OSError as error:
+                if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                    raise exists(path) from error
+                raise
         except BaseException:
             _discard(tmp)  # a full disk must not be kept full by half a checkpoint
             raise
@@ -77,6 +89,18 @@ def write_bytes(path: Path, data: bytes) -> None:
         write(data)
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """As `write_bytes`, and nothing is overwritten: of two writers at once one gets UsageError BF-USE-002."""
+    with new_file(path, len(data), replace=False) as write:
+        write(data)
+
+
+def exists(path: Path) -> UsageError:
+    """The refusal of an output that is there already."""
+    return UsageError(f"{path} exists already", at="nothing is overwritten", fix="choose another name, or remove it",
+                      code="BF-USE-002")  # fmt: skip
+
+
 def write_json(path: Path, value: Any) -> None:
     """As `write_bytes`, in the form a person can read: sorted keys, one space of indent, a newline at the end."""
     text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
@@ -87,6 +111,8 @@ def append(path: Path, text: str) -> None:
     """Add to the end of a file. Until `sync` of the file and its folder, a power cut may leave any part of it, or other
     bytes: who reads it goes by whole lines, and by what it knows was synced."""
     data = text.encode("utf-8")
+    if path.is_symlink():
+        raise ArtifactError(f"{path} is a link: what it points to would be changed", fix=f"remove {path}")
     with disk_errors(path, len(data)), open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as descriptor:
         write_all(descriptor, data)
 
@@ -106,6 +132,8 @@ def make_folder(folder: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file or a folder, if it is there. A kill or a power cut leaves a leftover to sweep, never half of it."""
     path = Path(path)
+    if not os.path.lexists(path):
+        return  # a disk that is mounted read-only refuses even to remove what is not there
     with disk_errors(path):
         if path.is_dir() and not path.is_symlink():
             tmp = _temp_path(path)
@@ -152,7 +180,39 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
 
 def _temp_path(path: Path) -> Path:
     """A fresh name beside `path` that `sweep` recognises; short, because `path.name` may fill all 255 bytes."""
-    return path.with_name(f"{TEMP_PREFIX}{os.getpid()}-{next(_counter)}")
+    return path.with_name(f"{TEMP_PREFIX}{secrets.token_hex(8)}")  # by chance: containers have the same process ids
+
+
+def hold(descriptor: int) -> bool | None:
+    """Lock an open file or folder while it is open, so that no other process takes it for a leftover.
+
+    Returns:
+        False when another process has it, None where the system or the disk cannot lock it.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):  # Windows; NFS, for a folder
+        return None
+    return True
+
+
+def _rename_new(tmp: Path, path: Path) -> None:
+    """Rename where nothing is; a disk without hard links leaves a moment in which a second writer is not seen."""
+    try:
+        os.link(tmp, path)
+    except FileExistsError as error:
+        raise exists(path) from error
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if os.path.lexists(path):
+            raise exists(path) from error
+    os.replace(tmp, path)  # changes nothing where both are one file already
+    _discard(tmp)
 
 
 def _discard(path: Path) -> None:
@@ -219,7 +279,7 @@ def _no_constant(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path, need: int = 0) -> Iterator[None]:
+def disk_errors(path: Path, need: int = 0, doing: str = "write") -> Iterator[None]:
     """Turn the system's disk errors inside the block into ours; `need` is the number of bytes being written."""
     try:
         yield
@@ -233,9 +293,10 @@ def disk_errors(path: Path, need: int = 0) -> Iterator[None]:
                 fix="free some space (or raise the quota) and give the same command again; finished work is kept",
             ) from error
         if error.errno in _NOT_WRITABLE:
+            writing = doing == "write" or error.errno == errno.EROFS
             raise EnvironmentProblem(
-                f"cannot write {path}: {error.strerror}",
-                fix="choose another place with -o or --workspace",
+                f"cannot {'write' if writing else doing} {path}: {error.strerror}",
+                fix="choose another place with -o or --workspace" if writing else f"see its permissions: ls -ld {path}",
                 code="BF-ENV-011",
             ) from error
         if error.errno in _BROKEN:

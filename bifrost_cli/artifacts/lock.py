@@ -1,7 +1,8 @@
 """One writer per folder, on POSIX and on Windows.
 
 A `Lock` holds `<folder>/.lock` by the operating system's own file lock, which ends with its process even after kill -9,
-so that a stale lock never has to be deleted. The file names the process that holds it.
+so that a stale lock never has to be deleted. The file names the process that holds it. The folder itself is locked too
+where the disk can: who deletes `.lock` while its process runs lets no second one in.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from bifrost_cli.artifacts.files import OPEN_FLAGS, disk_errors, make_folder, write_all
+from bifrost_cli.artifacts.files import OPEN_FLAGS, disk_errors, hold, make_folder, write_all
 from bifrost_cli.errors import ArtifactError
 
 LOCK_NAME = ".lock"
@@ -31,6 +32,7 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         self.path = Path(folder) / LOCK_NAME
         self._descriptor: int | None = None
+        self._folder: int | None = None
 
     def acquire(self) -> Lock:
         """Lock the folder, creating it where it is missing.
@@ -46,6 +48,7 @@ class Lock:
             raise _held(self.path.parent, owner)
         self._descriptor = descriptor
         try:
+            self._lock_folder()
             with disk_errors(self.path):
                 os.ftruncate(descriptor, 0)
                 os.lseek(descriptor, 0, os.SEEK_SET)
@@ -57,6 +60,10 @@ class Lock:
 
     def release(self) -> None:
         """Unlock; does nothing when the lock is not held."""
+        if self._folder is not None:
+            _unlock(self._folder)
+            os.close(self._folder)
+            self._folder = None
         if self._descriptor is None:
             return
         with contextlib.suppress(OSError):
@@ -65,10 +72,35 @@ class Lock:
         os.close(self._descriptor)
         self._descriptor = None
 
+    def require_held(self) -> None:
+        """Refuse to go on where the folder (without a folder's lock: its `.lock`) is no longer the one that was locked.
+
+        Raises:
+            ArtifactError: BF-ART-006, somebody moved or removed it, and another process may have written since.
+        """
+        for path, descriptor in ((self.path.parent, self._folder), (self.path, self._descriptor)):
+            if descriptor is not None:
+                with contextlib.suppress(OSError):
+                    if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                        return
+                raise ArtifactError(f"{path} was removed or replaced while this process wrote there", code="BF-ART-006",
+                                    fix="give the same command again; it continues, or begins anew")  # fmt: skip
+
+    def _lock_folder(self) -> None:
+        """Lock the folder itself, where the system and the disk can."""
+        if (folder := _open_folder(self.path.parent)) is None:
+            return
+        if held := hold(folder):
+            self._folder = folder
+        else:
+            os.close(folder)
+        if held is False:
+            raise _held(self.path.parent, b"")
+
     def _open(self) -> int:
         """The file's descriptor; a link is not followed, since what it points to would be emptied."""
         flags = os.O_RDWR | os.O_CREAT | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0)
-        if self.path.is_symlink() or (self.path.exists() and not stat.S_ISREG(self.path.stat().st_mode)):
+        if self.path.is_symlink() or (self.path.exists() and not _is_own_file(self.path.stat())):
             raise _no_file(self.path)
         with disk_errors(self.path):
             try:
@@ -97,12 +129,36 @@ def is_locked(folder: Path) -> bool:
     except OSError:
         return True  # not ours to write, so not ours to judge
     try:
-        free = _try_lock(descriptor)
+        free = _try_lock(descriptor) and not is_held(folder)
         if free:
             _unlock(descriptor)
         return not free
     finally:
         os.close(descriptor)
+
+
+def is_held(path: Path) -> bool:
+    """True when a process has locked a file or a folder with `hold`; changes nothing."""
+    try:
+        descriptor = _open_folder(path)
+    except OSError:
+        return True
+    if descriptor is None:
+        return False
+    try:
+        return hold(descriptor) is False
+    finally:
+        os.close(descriptor)
+
+
+def _open_folder(path: Path) -> int | None:
+    """A descriptor to lock; Windows opens no folder, and removes no file that is open."""
+    return None if os.name == "nt" else os.open(path, os.O_RDONLY | OPEN_FLAGS)
+
+
+def _is_own_file(status: os.stat_result) -> bool:
+    """A regular file that has no second name elsewhere, where it would be emptied."""
+    return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
 
 
 def _try_lock(descriptor: int) -> bool:

@@ -9,15 +9,16 @@ the resolved recipe that `load_recipe` reads back.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bifrost_cli.artifacts.files import TEMP_PREFIX, read_json, sha256_file
+from bifrost_cli.artifacts.files import TEMP_PREFIX, exists, read_json, sha256_file
 from bifrost_cli.artifacts.identity import FORMATS, KINDS, digest_of
 from bifrost_cli.artifacts.lock import LOCK_NAME
-from bifrost_cli.errors import ArtifactError, BifrostError
+from bifrost_cli.errors import ArtifactError, BifrostError, UsageError
 
 MANIFEST, DRAFT, WORK = "manifest.json", "draft.json", "work"
 _FIELDS = {"format", "kind", "id", "identity", "parents", "files", "made", "cost", "info", "digest"}
@@ -102,6 +103,36 @@ class Artifact:
 def payload_files(folder: Path) -> list[str]:
     """The files that belong to an artifact's payload, relative, with forward slashes, sorted."""
     return sorted(_walk(Path(folder), PurePosixPath()))
+
+
+def require_new(output: Path) -> None:
+    """Refuse an output that exists, or that lies below an artifact: UsageError BF-USE-002."""
+    require_outside(output)
+    if os.path.lexists(output):
+        raise exists(output)
+
+
+def require_outside(output: Path) -> None:
+    """Refuse an output below an artifact, finished or not: what an artifact holds stays as it is.
+
+    Raises:
+        UsageError: BF-USE-002, naming the artifact.
+    """
+    for folder in Path(os.path.realpath(output)).parents:
+        if any(_is_header(folder / name) for name in (MANIFEST, DRAFT)):
+            raise UsageError(f"{output} lies inside the artifact {folder}", fix="choose another place with -o",
+                             code="BF-USE-002")  # fmt: skip
+
+
+def _is_header(path: Path) -> bool:
+    """True for our manifest or draft.json; programs of other kinds have files of these names too."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        value = read_json(path)
+    except ArtifactError:
+        return False
+    return isinstance(value, dict) and {"kind", "id", "identity", "parents"} <= set(value)
 
 
 def _walk(folder: Path, prefix: PurePosixPath) -> Iterator[str]:

@@ -63,13 +63,15 @@ def survey(workspace: Path | str, *, outside: bool = False) -> Survey:
     result, root = Survey(), Path(workspace)
     folders = sorted(root.iterdir()) if root.is_dir() else []
     for path in [*folders, *(_outside(root) if outside else ())]:
-        if (path / MANIFEST).is_file():
-            try:
+        try:
+            if (path / MANIFEST).is_file():
                 result.artifacts.append(Artifact.open(path))
-            except ArtifactError as error:
-                result.broken.append((path, error.message))
-        elif (path / DRAFT).is_file():
-            result.drafts.append(path)
+            elif (path / DRAFT).is_file():
+                result.drafts.append(path)
+        except ArtifactError as error:
+            result.broken.append((path, error.message))
+        except OSError as error:  # a folder of another user
+            result.broken.append((path, f"{path} cannot be read: {error.strerror}"))
     result.artifacts.sort(key=lambda artifact: str(artifact.manifest["made"].get("when", "")), reverse=True)
     return result
 

@@ -176,7 +176,7 @@ def _usage(error: BaseException) -> UsageError:
 
 def _disk(error: OSError) -> BifrostError | None:
     try:
-        with disk_errors(Path(error.filename or ".")):
+        with disk_errors(Path(error.filename or "."), doing="use"):
             raise error
     except BifrostError as problem:
         return problem

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bifrost_cli.artifacts import default_path, newest, resolve
 from bifrost_cli.artifacts.draft import require_place
+from bifrost_cli.artifacts.manifest import require_new
 from bifrost_cli.errors import EnvironmentProblem, UsageError
 from bifrost_cli.runtime.ui import Ui
 
@@ -116,8 +117,7 @@ def export(ref: str, output: Path | None, workspace: Path, **_: Any) -> None:
     """An artifact that is not there, or a folder that is."""
     artifact = resolve(workspace, ref)
     folder = output or default_path(workspace, "export", artifact.id)
-    if folder.exists() or folder.is_symlink():
-        raise UsageError(f"{folder} exists already", fix="choose another place with -o", code="BF-USE-002")
+    require_new(folder)
 
 
 def import_checkpoint(source: str, **_: Any) -> None:

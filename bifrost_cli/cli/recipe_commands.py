@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from bifrost_cli.artifacts.files import make_folder, write_bytes
+from bifrost_cli.artifacts.files import make_folder, write_new
+from bifrost_cli.artifacts.manifest import require_new
 from bifrost_cli.cli.command import Result, command
 from bifrost_cli.cli.options import RecipeReference, Sets
 from bifrost_cli.errors import UsageError
@@ -94,8 +95,7 @@ def cp(
 
     if file.suffix not in (".yaml", ".yml"):
         raise UsageError(f"{file} is not a .yaml file", fix=f"give {file.name or 'my'}.yaml")
-    if file.exists() or file.is_symlink():
-        raise UsageError(f"{file} exists already", fix="choose another name, or remove it", code="BF-USE-002")
+    require_new(file)
     recipe, source = load_recipe(ref), recipe_path(ref) if ref in recipe_names() else Path(ref)
     text = (
         source.read_bytes()
@@ -103,7 +103,7 @@ def cp(
         else yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100).encode()
     )
     make_folder(file.parent)
-    write_bytes(file, text)
+    write_new(file, text)
     return Result([str(file)], {"path": str(file)}, file, f"use it: --recipe {file}")
 
 

@@ -6,6 +6,7 @@ Every PNG carries what made it. The heavy libraries are imported after what need
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from bifrost_cli import __version__
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
-from bifrost_cli.artifacts.files import make_folder, write_bytes
+from bifrost_cli.artifacts.files import exists, make_folder, write_bytes, write_new
 from bifrost_cli.artifacts.identity import digest_of, provenance
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.png import contact_sheet, png_bytes, png_pixels
@@ -166,15 +167,17 @@ def _to_file(run: GenerationRun, pipe: BifrostPipeline, file: Path, ui: Ui) -> P
     from bifrost_cli.generation.samples_folder import latents_bytes
 
     latents = file.with_suffix(".safetensors")
-    if run.save_latents and latents.exists():
-        raise UsageError(f"{latents} exists already", fix="choose another name with -o", code="BF-USE-002")
     (request,) = run.image_requests()
     predicted = pipe.predict(request)
+    data = latents_bytes(predicted) if run.save_latents else b""
+    kept = run.save_latents and os.path.lexists(latents)
+    if kept and not (latents.is_file() and latents.read_bytes() == data):  # the same: a run was killed before its image
+        raise exists(latents)
     pixels_HWC = pipe.render(request, predicted)
     make_folder(file.parent)
-    if run.save_latents:
-        write_bytes(latents, latents_bytes(predicted))
-    write_bytes(file, run.png(request, predicted.plan, pixels_HWC))
+    if run.save_latents and not kept:
+        write_new(latents, data)
+    write_new(file, run.png(request, predicted.plan, pixels_HWC))
     _say_cut(int(pipe.cuts(request, predicted)), ui)
     ui.say(f"{file}: seed {request.seed}; another: --seed {request.seed + 1}")
     return file

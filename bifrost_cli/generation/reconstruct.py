@@ -12,7 +12,7 @@ from typing import Any
 
 from bifrost_cli import __version__
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
-from bifrost_cli.artifacts.files import make_folder, write_bytes
+from bifrost_cli.artifacts.files import make_folder, write_new
 from bifrost_cli.artifacts.identity import provenance
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.image_sets import PROMPTS, ImageSet
@@ -74,7 +74,7 @@ def reconstruct(
     predicted = PredictedLatents(prompt, None, False, pipe.encode(decoded.rgb))
     pixels_HWC = pipe.render(ImageRequest(0, prompt, seed), predicted)
     make_folder(file.parent)
-    write_bytes(file, png_bytes(pixels_HWC, _facts(recipe, pipe.controlnet, prompt, seed)))
+    write_new(file, png_bytes(pixels_HWC, _facts(recipe, pipe.controlnet, prompt, seed)))
     ui.say(f"{file}: reconstructed from {rows}x{columns} latents of {image}")
     return file
 

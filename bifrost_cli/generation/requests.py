@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bifrost_cli.artifacts.manifest import require_outside
 from bifrost_cli.config.schema import Recipe, identity_of
 from bifrost_cli.errors import UsageError
 from bifrost_cli.runtime.ui import Ui
@@ -104,6 +105,7 @@ def destination(output: Path | str | None, images: int) -> Path | None:
         raise UsageError(f"{images} images do not fit into {path}", fix=f"give a folder: -o {path.with_suffix('')}")
     if path.exists() or path.is_symlink():
         raise _exists(path, str(path.with_name(f"{path.stem}-2.png")))
+    require_outside(path)
     return path
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bifrost_cli.artifacts import Artifact, default_path, resolve
 from bifrost_cli.artifacts.files import make_folder, new_folder, read_json, write_bytes, write_json
+from bifrost_cli.artifacts.manifest import require_new
 from bifrost_cli.data.safetensors_io import load_tensors, save_tensors
 from bifrost_cli.data.sharded_checkpoint import INDEX
 from bifrost_cli.errors import ArtifactError, UsageError
@@ -55,7 +56,7 @@ def export(
         raise UsageError(f"{artifact.path} is a {artifact.kind} artifact; a branch or a ControlNet can be exported",
                          fix="give one: bifrost artifacts ls")  # fmt: skip
     folder = Path(output or default_path(workspace, "export", artifact.id))
-    _require_new(folder, artifact)
+    require_new(folder)
     artifact.check()
     config, tensors = read_json(artifact.file("config.json")), load_tensors(artifact.file(WEIGHTS))[0]
     make_folder(folder.parent)
@@ -107,13 +108,6 @@ def _trained_on(artifact: Artifact) -> dict[str, Any]:
     shared = trained_on(artifact)
     encoder = {**shared["encoder"], "name": public_name(str(shared["encoder"].get("name", "unknown")))}
     return {**shared, "encoder": encoder, "mllm": artifact.identity.get("mllm")}
-
-
-def _require_new(folder: Path, artifact: Artifact) -> None:
-    if folder.exists() or folder.is_symlink():
-        raise UsageError(f"{folder} exists already", fix="choose another place with -o", code="BF-USE-002")
-    if artifact.path.resolve() in folder.resolve().parents:
-        raise UsageError(f"{folder} lies inside the artifact {artifact.path}", fix="choose another place with -o")
 
 
 def _other_models(artifact: Artifact, wanted: str) -> ArtifactError:

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bifrost_cli.artifacts.files import make_folder, new_file, new_folder, write_bytes
+from bifrost_cli.artifacts.manifest import require_new
 from bifrost_cli.config.schema import Recipe
-from bifrost_cli.errors import ArtifactError, UsageError
+from bifrost_cli.errors import ArtifactError
 from bifrost_cli.interop.published_names import public_name
 from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.loading.resolve import MODEL_FILES, resolve_model
@@ -39,8 +40,7 @@ def export_mllm(recipe: Recipe, output: Path | str, *, ui: Ui | None = None) -> 
         ArtifactError: damaged weights, or a copy whose weights have another hash.
     """
     ui, folder, models = ui or Ui(), Path(output), recipe.models
-    if folder.exists() or folder.is_symlink():
-        raise UsageError(f"{folder} exists already", fix="choose another place with -o", code="BF-USE-002")
+    require_new(folder)
     base = ModelLoader(models).mllm()
     kind, wanted = base.model.config.model_type, base.weights_hash()
     del base  # the copy is loaded next, and there may be room for one

@@ -12,8 +12,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from bifrost_cli.artifacts import Artifact, lineage, resolve
-from bifrost_cli.artifacts.files import make_folder, read_json, write_bytes
-from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST
+from bifrost_cli.artifacts.files import make_folder, read_json, write_bytes, write_new
+from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST, require_new
 from bifrost_cli.errors import UsageError
 from bifrost_cli.runtime.ui import Ui
 
@@ -64,13 +64,13 @@ def report(
 
         page = compare_page(sides[0], sides[1], workspace, force, ui)
     elif sides[0].kind == "report":
-        return _write(file, sides[0].file("report.html").read_text("utf-8"))
+        return _write(file, sides[0].file("report.html").read_text("utf-8"), output is None)
     else:
         from bifrost_cli.reports.artifact_pages import artifact_page
 
         page = artifact_page(sides[0], workspace, device, ui)
     page.links = _links(sides, workspace, file)
-    return _write(file, page.html())
+    return _write(file, page.html(), output is None)
 
 
 def is_draft(folder: Path) -> bool:
@@ -98,7 +98,7 @@ def _unfinished(folder: Path, output: Path | str | None, workspace: Path) -> Pat
                          fix="run the command that makes it again; it continues")  # fmt: skip
     from bifrost_cli.reports.artifact_pages import unfinished_page
 
-    return _write(file, unfinished_page(folder, draft, workspace).html())
+    return _write(file, unfinished_page(folder, draft, workspace).html(), output is None)
 
 
 def _file(output: Path | str | None, workspace: Path, name: str) -> Path:
@@ -107,8 +107,7 @@ def _file(output: Path | str | None, workspace: Path, name: str) -> Path:
     file = Path(output)
     if file.suffix != ".html":
         raise UsageError(f"{file} is not an .html file", fix=f"-o {file}.html")
-    if file.exists():
-        raise UsageError(f"{file} exists already", fix="choose another name with -o", code="BF-USE-002")
+    require_new(file)
     return file
 
 
@@ -125,7 +124,7 @@ def _links(artifacts: Sequence[Artifact], workspace: Path, file: Path) -> dict[s
     return links
 
 
-def _write(file: Path, html: str) -> Path:
+def _write(file: Path, html: str, again: bool) -> Path:
     make_folder(file.parent)
-    write_bytes(file, html.encode("utf-8"))
+    (write_bytes if again else write_new)(file, html.encode("utf-8"))
     return file

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bifrost_cli.artifacts.files import make_folder, write_bytes
+from bifrost_cli.artifacts.files import make_folder, new_folder, write_bytes
+from bifrost_cli.artifacts.manifest import require_outside
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import UsageError
 from bifrost_cli.runtime.ui import Ui
@@ -25,7 +26,7 @@ METADATA = "metadata.jsonl"
 def render_shapes(
     output: Path | str, *, n: int = 64, seed: int = 0, split: str = "train", ui: Ui | None = None
 ) -> Path:
-    """Draw images into a new folder, whose metadata.jsonl is written last.
+    """Draw images into a new folder, which appears whole or not at all.
 
     Args:
         output: the folder.
@@ -39,22 +40,26 @@ def render_shapes(
         The folder.
 
     Raises:
-        UsageError: the folder is not empty, no such split, or fewer held-out prompts than `n`.
+        UsageError: the folder is not empty, or cannot be made anew; no such split, or fewer held-out prompts than `n`.
     """
     folder, ui = Path(output), ui or Ui()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} exists and is not empty", fix="choose another folder with -o", code="BF-USE-002")
+    require_outside(folder)
+    if folder.exists() and (folder.samefile(".") or folder.is_mount()):
+        raise UsageError(f"{folder} is the current folder, or a mount", fix=f"-o {folder / 'shapes'}")
     lines, prompts = [], list(_prompts(n, seed, split))
-    make_folder(folder)
-    with ui.progress(n, "drawing images") as bar:
+    folder = folder.resolve() if folder.is_symlink() else folder
+    make_folder(folder.parent)
+    with new_folder(folder) as draft, ui.progress(n, "drawing images") as bar:
         for i, (rng, prompt) in enumerate(prompts):
             scene = sample_scene(rng, prompt)
             name = f"{i:05d}.png"
-            write_bytes(folder / name, png_bytes(draw(scene)))
+            write_bytes(draft / name, png_bytes(draw(scene)))
             facts = {"caption": prompt.text, "plan": write_plan(scene, prompt), "category": prompt.category}
             lines.append(json.dumps({"file_name": name, **facts}, sort_keys=True) + "\n")
             bar.advance()
-    write_bytes(folder / METADATA, "".join(lines).encode())
+        write_bytes(draft / METADATA, "".join(lines).encode())
     return folder
 
 

@@ -25,7 +25,8 @@ from bifrost_cli.artifacts import (
     newest,
     resolve,
 )
-from bifrost_cli.artifacts.lock import is_locked
+from bifrost_cli.artifacts.lock import is_held, is_locked
+from bifrost_cli.artifacts.manifest import require_new
 from bifrost_cli.artifacts.workspace import survey
 from bifrost_cli.errors import ArtifactError, BifrostError, StoreError, UsageError
 
@@ -350,12 +351,13 @@ def test_lineage_follows_ids_and_survives_a_move(tmp_path):
     assert [line.artifact is None for line in lineage(samples, tmp_path / "moved")] == [False, False, False]
 
 
-@pytest.mark.parametrize("kind", ["link", "folder"])
+@pytest.mark.parametrize("kind", ["link", "folder", "second name"])
 def test_a_lock_that_is_no_file_is_refused_and_left_as_it_is(tmp_path, kind):
     (tmp_path / "precious").write_text("kept")
     lock = tmp_path / "a" / ".lock"
     (tmp_path / "a").mkdir()
-    lock.symlink_to(tmp_path / "precious") if kind == "link" else lock.mkdir()
+    make = {"link": lock.symlink_to, "second name": lock.hardlink_to, "folder": lambda _: lock.mkdir()}[kind]
+    make(tmp_path / "precious")
     with pytest.raises(ArtifactError, match="not a regular file") as caught:
         Draft.open(tmp_path / "a", "branch", IDENTITY)
     assert caught.value.code == "BF-ART-006"
@@ -367,3 +369,60 @@ def test_whether_a_folder_is_being_written_can_be_seen(tmp_path):
     with Lock(tmp_path):
         assert is_locked(tmp_path) and f'"pid": {os.getpid()}' in (tmp_path / ".lock").read_text()
     assert not is_locked(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="an open file cannot be deleted")
+def test_who_deletes_the_lock_lets_no_second_writer_in(tmp_path):
+    with Draft.open(tmp_path / "a", "branch", IDENTITY) as draft:
+        (tmp_path / "a" / ".lock").unlink()
+        assert is_held(tmp_path / "a")
+        second = python(SECOND, str(tmp_path / "a"))
+        assert second.returncode == 5 and "another process" in second.stdout
+        assert is_locked(tmp_path / "a")  # the refused one has left its .lock, which nobody holds
+        assert draft.commit().verify() == []
+
+
+@pytest.mark.parametrize("folders", [True, False], ids=["the folder is locked", "a disk that locks no folder"])
+def test_a_draft_whose_place_was_replaced_is_not_committed(tmp_path, monkeypatch, folders):
+    if not folders:
+        monkeypatch.setattr("bifrost_cli.artifacts.lock.hold", lambda descriptor: None)
+    with Draft.open(tmp_path / "a", "branch", IDENTITY) as draft:
+        if folders:
+            (tmp_path / "a").rename(tmp_path / "b")
+        else:
+            (tmp_path / "a" / ".lock").unlink()
+        with Draft.open(tmp_path / "a", "branch", IDENTITY) as second:
+            with pytest.raises(ArtifactError, match="was removed or replaced") as caught:
+                draft.commit()
+            assert caught.value.code == "BF-ART-006"
+            assert second.commit().verify() == []
+
+
+def test_a_private_folder_is_reported_and_the_rest_is_there(tmp_path, monkeypatch):
+    mine, theirs = make(tmp_path / "mine", "latents"), make(tmp_path / "theirs", "latents", {"x": 1})
+    is_file = Path.is_file
+
+    def private(path):
+        if theirs.path in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", private)
+    seen = survey(tmp_path)
+    assert [artifact.id for artifact in seen.artifacts] == [mine.id] and resolve(tmp_path, mine.id).id == mine.id
+    assert seen.broken == [(theirs.path, f"{theirs.path} cannot be read: Permission denied")]
+
+
+def test_no_output_lies_inside_an_artifact(tmp_path):
+    made = make(tmp_path / "a", "latents")
+    Draft.open(tmp_path / "draft", "branch", IDENTITY).close()
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "manifest.json").write_text('{"name": "a page"}')
+    (tmp_path / "link").symlink_to("a")
+    for inside in (tmp_path / "a" / "b" / "c", tmp_path / "draft" / "b", tmp_path / "link" / "b"):
+        for refuse in (require_new, lambda path: Draft.open(path, "branch", IDENTITY)):
+            with pytest.raises(UsageError, match="lies inside the artifact") as caught:
+                refuse(inside)
+            assert caught.value.code == "BF-USE-002"
+    require_new(tmp_path / "web" / "b")
+    assert made.verify() == made.strays() == []

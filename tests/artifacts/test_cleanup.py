@@ -10,6 +10,7 @@ import pytest
 
 from bifrost_cli.artifacts import Artifact, Draft, Lock, lineage, resolve
 from bifrost_cli.artifacts.cleanup import leftovers, removable, remove_all
+from bifrost_cli.artifacts.files import new_file, new_folder
 from bifrost_cli.artifacts.workspace import BUILTIN, OUTSIDE, find, remember_outside, survey
 from bifrost_cli.errors import ArtifactError, UsageError
 
@@ -105,6 +106,19 @@ def test_leftovers_are_what_nobody_writes_any_more(runs):
         assert leftovers(runs) == []
     assert {path.name for path in runs.iterdir()} == {"latents", "busy", ".bifrost-tmp-2-new"}
     assert artifact.verify() == [] and leftovers(runs / "none") == []
+
+
+def test_what_a_process_still_holds_is_no_leftover_however_old(runs):
+    runs.mkdir()
+    long_ago = (time.time() - 7200,) * 2
+    with new_file(runs / "a.bin") as write, new_folder(runs / "b"):
+        write(b"1")
+        for path in runs.iterdir():
+            os.utime(path, long_ago)
+        assert len(list(runs.iterdir())) == 2 and leftovers(runs) == []
+    (runs / ".bifrost-tmp-left").write_bytes(b"")
+    os.utime(runs / ".bifrost-tmp-left", long_ago)
+    assert [item.path.name for item in leftovers(runs)] == [".bifrost-tmp-left"]
 
 
 # ---- artifacts elsewhere ---------------------------------------------------------------------------------------------

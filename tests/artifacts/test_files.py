@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -14,8 +15,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bifrost_cli.artifacts.files import canonical_json, read_json, sha256_file, sweep, write_bytes, write_json
-from bifrost_cli.errors import ArtifactError, BifrostError, DiskFull
+from bifrost_cli.artifacts.files import (
+    append,
+    canonical_json,
+    new_file,
+    new_folder,
+    read_json,
+    sha256_file,
+    sweep,
+    write_bytes,
+    write_json,
+    write_new,
+)
+from bifrost_cli.errors import ArtifactError, BifrostError, DiskFull, UsageError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -184,3 +196,53 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 def _env() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+
+
+# ---- several processes, one folder -----------------------------------------------------------------------------------
+
+
+def test_writers_of_one_process_id_do_not_meet(tmp_path, monkeypatch):
+    """Containers all have process id 1: temporary names that come of it are one name."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    name = "from bifrost_cli.artifacts.files import _temp_path; from pathlib import Path; print(_temp_path(Path('a')))"
+    patched = f"import os; os.getpid = lambda: 1; {name}"
+    names = {subprocess.check_output([sys.executable, "-c", patched], text=True) for _ in range(2)}
+    assert len(names) == 2
+    with new_file(tmp_path / "a") as first, new_file(tmp_path / "b") as second:
+        first(b"a")
+        second(b"b")
+    assert (tmp_path / "a").read_bytes() == b"a" and (tmp_path / "b").read_bytes() == b"b"
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "a disk without hard links"])
+def test_of_two_writers_of_a_new_file_one_is_refused(tmp_path, monkeypatch, links):
+    def refuse(*arguments):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(UsageError, match="exists already") as caught, new_file(tmp_path / "a", replace=False) as late:
+        write_new(tmp_path / "a", b"early")
+        late(b"late")
+    assert caught.value.code == "BF-USE-002"
+    assert (tmp_path / "a").read_bytes() == b"early" and os.listdir(tmp_path) == ["a"]
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError):
+        write_new(tmp_path / "link", b"x")
+    assert not (tmp_path / "nowhere").exists() and sorted(os.listdir(tmp_path)) == ["a", "link"]
+
+
+def test_of_two_writers_of_a_new_folder_one_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="exists already"), new_folder(tmp_path / "a") as late:
+        with new_folder(tmp_path / "a") as early:
+            write_bytes(early / "x", b"early")
+        write_bytes(late / "x", b"late")
+    assert (tmp_path / "a" / "x").read_bytes() == b"early" and os.listdir(tmp_path) == ["a"]
+
+
+def test_nothing_is_appended_through_a_link(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "losses.csv").symlink_to("mine")
+    with pytest.raises(ArtifactError, match="is a link"):
+        append(tmp_path / "losses.csv", "1,2")
+    assert (tmp_path / "mine").read_text() == "kept"

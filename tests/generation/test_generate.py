@@ -262,3 +262,36 @@ def test_reading_a_weight_that_does_not_fit(system: System, tmp_path: Path) -> N
     damaged.file("model.safetensors").write_bytes(b"0" * 100)
     with pytest.raises(ArtifactError, match="damaged"):
         render(system, "a star", tmp_path / "out.png", controlnet=broken.path)
+
+
+def test_a_kill_between_latents_and_image_lets_the_same_command_go_on(system: System, tmp_path: Path) -> None:
+    file, latents = tmp_path / "out.png", tmp_path / "out.safetensors"
+    render(system, "a star", file, save_latents=True)
+    image, data = file.read_bytes(), latents.read_bytes()
+    file.unlink()
+    render(system, "a star", file, save_latents=True)
+    assert (file.read_bytes(), latents.read_bytes()) == (image, data)
+    file.unlink()
+    for other in ("a circle", "a star"):  # another image's latents; somebody's own file
+        with pytest.raises(UsageError, match="out.safetensors exists already"):
+            render(system, other, file, save_latents=True)
+        assert not file.exists() and latents.read_bytes() == data
+        data = b"mine"
+        latents.write_bytes(data)
+
+
+def test_of_two_runs_for_one_file_the_later_is_refused(system: System, tmp_path: Path, monkeypatch) -> None:
+    from bifrost_cli.generation.pipeline import BifrostPipeline
+
+    file, paint = tmp_path / "out.png", BifrostPipeline.render
+
+    def meanwhile(self, *arguments):
+        if not file.exists():
+            file.write_bytes(b"the other one's")
+        return paint(self, *arguments)
+
+    monkeypatch.setattr(BifrostPipeline, "render", meanwhile)
+    with pytest.raises(UsageError, match="exists already") as caught:
+        render(system, "a star", file)
+    assert caught.value.code == "BF-USE-002"
+    assert file.read_bytes() == b"the other one's" and list(tmp_path.iterdir()) == [file]

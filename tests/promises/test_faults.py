@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 
 import pytest
 import torch
-from faults import KINDS
-from fixtures_targets import TARGETS
+from faults import KINDS, Watched, disk
+from fixtures_targets import TARGETS, result
 from harness import errors, power_cuts, second_writer, undisturbed
 
 CODES = {"ENOSPC": errno.ENOSPC, "EIO": errno.EIO}
@@ -57,3 +58,16 @@ def test_every_error_at_every_call(target, tmp_path, code, for_good):
 def test_a_power_cut_after_every_change(target, tmp_path):
     wanted = undisturbed(target, tmp_path)
     print(f"{target.name}: {power_cuts(target, tmp_path, wanted)} power cuts")
+
+
+def test_what_has_finished_changes_nothing(target, tmp_path):
+    """Also on a disk that is mounted read-only: the same command says that it is there."""
+    wanted = undisturbed(target, tmp_path)
+
+    def read_only(kind: str, name: str, arguments: tuple) -> None:
+        if kind != "open" or arguments[1] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(arguments[0]))
+
+    with disk(Watched(read_only)):
+        target.run(tmp_path / target.name, lambda: pytest.fail("it works again"))
+    assert result(tmp_path / target.name) == wanted

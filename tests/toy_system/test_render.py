@@ -11,7 +11,8 @@ from bifrost_cli.data.sources.scan import scan
 from bifrost_cli.errors import UsageError
 from bifrost_cli.shapes.captions import held_out
 from bifrost_cli.shapes.checker import check
-from bifrost_cli.toy_system.render import render_shapes
+from bifrost_cli.toy_system import render
+from bifrost_cli.toy_system.render import png_bytes, render_shapes
 
 
 def test_the_folder_is_a_source_whose_pictures_are_right(tmp_path):
@@ -43,3 +44,22 @@ def test_nothing_is_overwritten_and_splits_are_known(tmp_path):
     with pytest.raises(UsageError, match="no split"):
         render_shapes(tmp_path / "s", n=1, split="test")
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    def stop(*arguments):
+        if len(list(next(tmp_path.iterdir()).iterdir())) == 3:
+            raise KeyboardInterrupt
+        return png_bytes(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(render, "png_bytes", stop)
+        with pytest.raises(KeyboardInterrupt):
+            render_shapes(tmp_path / "s", n=5)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "s").mkdir()
+    assert len(list(render_shapes(tmp_path / "s", n=5).iterdir())) == 6
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UsageError, match="current folder"):
+        render_shapes(".", n=1)

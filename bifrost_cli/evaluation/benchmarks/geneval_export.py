@@ -8,9 +8,9 @@ from pathlib import Path
 
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id, resolve
 from bifrost_cli.artifacts.files import make_folder, new_folder, write_bytes, write_json
+from bifrost_cli.artifacts.manifest import require_new
 from bifrost_cli.config.load import load_recipe
 from bifrost_cli.data.image_sets import from_samples
-from bifrost_cli.errors import UsageError
 from bifrost_cli.evaluation.benchmarks.geneval_files import (
     METADATA,
     SAMPLES,
@@ -38,8 +38,7 @@ def export_geneval(
     generated from other prompts, or some of them from a plan. UsageError: the folder exists.
     """
     artifact, folder = resolve(workspace, ref, "samples"), Path(output)
-    if folder.exists():
-        raise UsageError(f"{folder} exists already", fix="choose another name with -o", code="BF-USE-002")
+    require_new(folder)
     images = from_samples(artifact, load_recipe(str(artifact.path)).images)
     lines = read_asked(Path(metadata))
     asked_of(images, lines, Path(metadata))
