@@ -67,6 +67,21 @@ _HIDDEN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, bytes that are no UTF-
 _DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder what stands beside them
 
 
+_NO_MEMORY = (
+    "out of memory",  # torch, the CUDA driver, NCCL ("Cuda failure 2 'out of memory'"), HIP
+    "allocate memory",  # torch on the CPU, and the system
+    "not enough memory",
+    "out_of_memory",  # CUDA_ERROR_OUT_OF_MEMORY
+    "errormemoryallocation",  # cudaErrorMemoryAllocation
+    "status_alloc_failed",  # cuBLAS, cuDNN, cuSPARSE, cuSOLVER
+    "device_allocation_failed",  # cuDNN
+    "failed to cuda calloc",  # NCCL
+    "bad_alloc",  # C++
+    "can't start new thread",  # no room for its stack
+    "failed to map segment",  # a library that does not fit under `ulimit -v`
+)
+
+
 class BifrostError(Exception):
     """`message` says what, `at` where or what differs, `fix` what to type next."""
 
@@ -140,9 +155,9 @@ class Interrupted(BifrostError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for main or GPU memory that could not be had, in the words of Python or of torch."""
-    text = str(error)
-    said = any(words in text for words in ("can't allocate memory", "not enough memory", "CUDA out of memory"))
+    """True for main or GPU memory that could not be had, in the words of Python, the system, torch or CUDA."""
+    text = str(error).lower()
+    said = any(words in text for words in _NO_MEMORY)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or said
 
 
@@ -151,8 +166,8 @@ def memory_errors(what: str, fix: str) -> Iterator[None]:
     """OutOfMemory (6), naming `what` was done and the setting that needs less, for any lack of memory inside."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if isinstance(error, BifrostError) or not is_out_of_memory(error):
             raise
         line = (str(error).splitlines() or [""])[0]
         raise OutOfMemory(f"{what} needs more memory than there is", at=line or None, fix=fix) from error

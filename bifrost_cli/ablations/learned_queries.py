@@ -28,7 +28,7 @@ from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.training.branch_task import SHOWN, Batch, BranchTask
 from bifrost_cli.training.controlnet_task import SHOWN_GUIDANCE, rendered_sheet
 from bifrost_cli.training.train_controlnet import diffusion_of, new_control, save_memory
-from bifrost_cli.training.training_run import TrainingRun
+from bifrost_cli.training.training_run import TrainingRun, say_cut
 
 ENCODER = {"name": "learned queries"}  # stands where an image encoder's identity would, so that no other part fits
 
@@ -104,6 +104,7 @@ def prepare(run: TrainingRun, branch: VisualBranch, mllm: Mllm, ui: Ui) -> Train
     base, config = diffusion_fingerprint(recipe.models, diffusion), diffusion.controlnet_config(control)
     conditioner = {"config": config, "drop_prompt": recipe.controlnet.drop_prompt}
     tokens = recipe.models.diffusion_text_tokens
+    say_cut(lambda row: diffusion.too_long(store.captions[row], tokens), store, tokens, ui)
     diffusion_identity = {"painter": base, "painter_tokens": tokens, "control": conditioner}
     return replace(
         run,

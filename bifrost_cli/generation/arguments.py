@@ -33,7 +33,7 @@ class BifrostPipelineOutput:
         plans: what the MLLM wrote first, None without `generate.plan`.
         prompts: the prompt of each image.
         seeds: the seed of each image; `seed=` with one of them gives that image again.
-        cut: images whose prompt or plan was longer than the models read.
+        cut: images whose prompt or plan was longer than the models read or write.
         timings: seconds of each stage, over all images.
         interrupted: True when `pipe.interrupt` ended the call; only whole images are returned.
     """

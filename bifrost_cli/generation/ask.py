@@ -28,7 +28,7 @@ def ask(
         question: about it.
         max_tokens: longest answer.
         device: where to compute.
-        ui: told what was repaired in the image.
+        ui: told what was repaired in the image, and whether the answer was cut.
 
     Raises:
         BadImage: (4) the image cannot be used.
@@ -44,4 +44,7 @@ def ask(
     mllm = loader.mllm()
     loader.policy.settle(mllm.model, frozen=[mllm.decoder])
     with loader.policy.on(mllm.model):
-        return mllm.answer(decoded.rgb.copy(), question, max_tokens)  # Pillow lends a read-only array
+        answer = mllm.answer(decoded.rgb.copy(), question, max_tokens)  # Pillow lends a read-only array
+    if answer.cut:
+        ui.say(f"the answer is longer than {max_tokens} tokens, and was cut there")
+    return answer.text

@@ -222,4 +222,4 @@ def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 def _say_cut(count: int, ui: Ui) -> None:
     if count:
-        ui.say(f"{count} of the images had a prompt or a plan longer than the models read; its end was cut")
+        ui.say(f"{count} of the images had a prompt or a plan longer than the models read or write; its end was cut")

@@ -33,7 +33,7 @@ class PredictedLatents:
     Attributes:
         prompt: as it was given.
         plan: the dense description that the MLLM wrote first, if `generate.plan` asks for one.
-        cut: True when prompt or plan were longer than the MLLM reads.
+        cut: True when prompt or plan were longer than the MLLM reads, or the plan than it writes.
         latents_PC: patch latents, float32 on the CPU.
     """
 
@@ -127,16 +127,16 @@ class BifrostPrior:
         self, prompt: str, guided: bool, planning: tuple[str, int] | None
     ) -> tuple[str | None, bool, PromptCache]:
         """The plan, whether the text was cut, and the text's keys and values."""
-        plan = None
+        plan, plan_cut = None, False
         with self.policy.on(self.mllm.model):
             if planning is not None:
                 with timed(self.seconds, "plan"):
-                    plan = self.mllm.write([prompt], *planning)[0]
+                    plan, plan_cut = self.mllm.write([prompt], *planning)[0]
             if guided:
                 self._unconditional()  # while the MLLM is on the device
             with timed(self.seconds, "prompt"):
                 tokens = self.mllm.tokenize_prompts([join_plan(prompt, plan)], self.max_text_tokens)
-                return plan, tokens.truncated[0], self.mllm.encode_prompts(tokens)
+                return plan, plan_cut or tokens.truncated[0], self.mllm.encode_prompts(tokens)
 
     def _encode_empty(self) -> PromptCache:
         return self.mllm.encode_prompts(self.mllm.tokenize_prompts([""], self.max_text_tokens))

@@ -1,6 +1,6 @@
 """Names to models: the only place where weights are read for use.
 
-Every model is in eval mode, frozen and whole: a tensor that is missing or of another shape is an error.
+Every model is in eval mode, frozen and whole (`whole_weights`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from bifrost_cli.loading.diffusion_families import DIFFUSION_MODELS, diffusion_c
 from bifrost_cli.loading.offload import OffloadPolicy
 from bifrost_cli.loading.open_clip_models import features_name, load_open_clip
 from bifrost_cli.loading.resolve import MODEL_FILES, model_errors, resolve_device, resolve_model
+from bifrost_cli.loading.whole_weights import ADAPTER, load_whole, require_plain
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.diffusion.base import DiffusionModel
 from bifrost_cli.models.diffusion.controlnet import config_family
@@ -48,7 +49,7 @@ from bifrost_cli.models.encoders import (
 from bifrost_cli.models.mllm.adapters import adapter_of, require_known
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
 
-_FAMILY_FILES = ("model_index.json", "*/config.json")
+_FAMILY_FILES = ("model_index.json", "*/config.json", f"*/{ADAPTER}")
 _CONFIG = "config.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SHOWN = 5
@@ -155,18 +156,22 @@ def load_mllm(
     if config.is_file():  # before gigabytes are fetched that could not be used
         values = read_json(config)
         require_known(values.get("model_type") if isinstance(values, dict) else None)
+        require_plain(config.parent)
     folder = resolve_model(ref, revision=revision)
+    require_plain(folder)
     with model_errors(ref):
-        adapter_of(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        settings = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        adapter_of(settings)
+        # A config.json can ask for another attention, whose sums differ in the last bits, and which may not be there.
+        settings._attn_implementation = "sdpa"
         if not any((Path(folder) / name).is_file() for name in _TOKENIZERS):
             # The library would make an empty one.
             raise ValueError(f"it has no tokenizer: none of {', '.join(_TOKENIZERS)}")
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False)
         if ShardedCheckpoint.open(folder, pickles_too=True) is None:
             ShardedCheckpoint.open(folder)  # says so if pickles are all there is
-        # A config.json can ask for another attention, whose sums differ in the last bits.
-        attention = {"attn_implementation": "sdpa", "trust_remote_code": False}
-        model = _whole(AutoModelForImageTextToText, folder, dtype=dtype, **attention)
+        options: dict[str, Any] = {"attn_implementation": "sdpa", "trust_remote_code": False}
+        model = load_whole(AutoModelForImageTextToText, folder, config=settings, dtype=dtype, **options)
         return Mllm(model.to(device), _tokenizer(processor), processor.image_processor)
 
 
@@ -189,8 +194,11 @@ def load_diffusion(
         EnvironmentProblem, ArtifactError: as `load_mllm`.
     """
     # which family it is of and what it lacks is known before gigabytes are fetched
-    family = diffusion_class(resolve_model(ref, revision=revision, patterns=_FAMILY_FILES))
+    configs = Path(resolve_model(ref, revision=revision, patterns=_FAMILY_FILES))
+    family = diffusion_class(configs)
     classes = part_classes(family)
+    for part in classes:
+        require_plain(configs / part)
     patterns = ["model_index.json", *(f"{part}/{name}" for part in classes for name in MODEL_FILES)]
     folder = resolve_model(ref, revision=revision, patterns=patterns)
     for part, kind in classes.items():
@@ -205,6 +213,7 @@ def load_vae(
     patterns = ["model_index.json", *(f"vae/{name}" for name in MODEL_FILES)]
     folder = resolve_model(ref, revision=revision, patterns=patterns)
     require_part(folder, "vae", AutoencoderKL)
+    require_plain(Path(folder) / "vae")
     return _part(AutoencoderKL, folder, "vae", device, dtype)
 
 
@@ -215,25 +224,7 @@ def _part(kind: Any, folder: str, part: str, device: torch.device, dtype: torch.
         options: dict[str, Any] = {"torch_dtype": dtype}
         if not issubclass(kind, ModelMixin):
             options = {"dtype": dtype, "attn_implementation": "sdpa" if kind._supports_sdpa else "eager"}
-        return _frozen(_whole(kind, folder, subfolder=part, **options), device)
-
-
-def _whole(kind: Any, folder: str, **options: Any) -> Any:
-    """`from_pretrained`, which would fill what is missing with random numbers and a warning: here that stops."""
-    loud = hub_logging.get_verbosity()
-    hub_logging.set_verbosity_error()  # the library prints a table of what our error says
-    try:
-        model, report = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True,
-                                           ignore_mismatched_sizes=True, **options)  # fmt: skip
-    finally:
-        hub_logging.set_verbosity(loud)
-    lost = [*report["missing_keys"], *(f"{name} is {(*shape,)}, not {(*expected,)}"
-                                     for name, shape, expected in report["mismatched_keys"])]  # fmt: skip
-    if lost:
-        name, shown = type(model).__name__, "; ".join(sorted(lost)[:_SHOWN])
-        raise ArtifactError(f"{folder} lacks {len(lost)} tensors of {name}, or has them in another shape",
-                            at=shown, fix="fetch the model again", code="BF-ART-007")  # fmt: skip
-    return model
+        return _frozen(load_whole(kind, folder, subfolder=part, **options), device)
 
 
 # ---- what was trained -----------------------------------------------------------------------------------------------

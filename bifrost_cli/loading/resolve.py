@@ -71,7 +71,7 @@ def model_errors(ref: str, revision: str | None = None) -> Iterator[None]:
         raise
     except HUB_ERRORS as error:
         raise hub_problem(ref, error, revision) from error
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a config.json that contradicts itself can end in any exception of a library
         if damage := _damage(error):
             raise ArtifactError(f"{ref} holds damaged weights: {damage}", at=first_line(error),
                                 fix="fetch the model again", code="BF-ART-008") from error  # fmt: skip
@@ -79,8 +79,13 @@ def model_errors(ref: str, revision: str | None = None) -> Iterator[None]:
             raise EnvironmentProblem(f"{ref} brings code of its own, which is never run",
                                      fix="give a model of a family that transformers has itself", code="BF-ENV-020",
                                      ) from error  # fmt: skip
-        raise EnvironmentProblem(f"{ref} is not a model of the kind that is needed", at=first_line(error),
+        raise EnvironmentProblem(f"{ref} is not a model of the kind that is needed", at=_told(error),
                                  fix="check the recipe's models section", code="BF-ENV-020") from error  # fmt: skip
+
+
+def _told(error: Exception) -> str:
+    """The first line that says something: some errors begin with a heading."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _damage(error: BaseException | None) -> SafetensorError | None:

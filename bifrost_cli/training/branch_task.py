@@ -102,9 +102,9 @@ class BranchTask:
     def keys(self, batch: Batch) -> list[str]:
         return [self._store.keys[row] for row in batch.rows]
 
-    def too_long(self, rows: int) -> int:
-        """How many of the first `rows` rows have a text that is cut to `max_text_tokens`."""
-        return sum(len(self._ids(self._best_text(row))) > self._settings.max_text_tokens for row in range(rows))
+    def too_long(self, row: int) -> bool:
+        """Whether the row has a text that is cut to `max_text_tokens`."""
+        return len(self._ids(self._best_text(row))) > self._settings.max_text_tokens
 
     # ---- health -----------------------------------------------------------------------------------------------------
 

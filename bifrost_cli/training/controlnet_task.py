@@ -86,6 +86,10 @@ class ControlNetTask:
         noise_BPC = row_noise.normal(latents_BPC.shape, part) * level_B11
         return latents_BPC + noise_BPC.to(latents_BPC) * self._std_C
 
+    def too_long(self, row: int) -> bool:
+        """Whether the diffusion model does not read the row's caption to its end."""
+        return self._diffusion.too_long(self._store.captions[row], self._max_tokens)
+
     # ---- health -----------------------------------------------------------------------------------------------------
 
     def validate(self) -> dict[str, float]:

@@ -29,10 +29,10 @@ from bifrost_cli.training.training_run import (
     TrainingRun,
     choose_store,
     run_training,
+    say_cut,
     shared_identity,
 )
 
-LOOKED_AT = 2000  # rows whose texts are measured before the training; a store may have millions
 # Other values of branch.target than latents: a function that changes the prepared run into one for that target.
 TARGETS = plugins("bifrost.branch_targets", {"queries": "bifrost_cli.ablations.learned_queries:prepare"})
 # Other values of branch.init than mllm: a function that draws the decoder of a new branch from a seed.
@@ -83,9 +83,7 @@ def train_branch(
     if settings.train.gradient_checkpointing:
         branch.enable_gradient_checkpointing()
     task = BranchTask(branch, mllm, store, settings)
-    looked_at = min(store.rows, LOOKED_AT)
-    if cut := task.too_long(looked_at):
-        ui.say(f"{cut} of the first {looked_at} texts are longer than {settings.max_text_tokens} tokens and are cut")
+    say_cut(task.too_long, store, settings.max_text_tokens, ui)
     identity = {**shared_identity(store, settings), "mllm": mllm_fingerprint(recipe.models, mllm)}
     job = TrainingRun(
         kind="branch",

@@ -28,6 +28,7 @@ from bifrost_cli.training.training_run import (
     TrainingRun,
     choose_store,
     run_training,
+    say_cut,
     shared_identity,
 )
 
@@ -75,13 +76,15 @@ def train_controlnet(
     if models.weights != "dtype":
         small = {"weights": models.weights}
     tokens = recipe.models.diffusion_text_tokens
+    task = ControlNetTask(controlnet.float(), diffusion, store, settings, tokens)
+    say_cut(task.too_long, store, tokens, ui)
     job = TrainingRun(
         kind="controlnet",
         recipe=recipe,
         train=settings.train,
         store=store,
         identity={**shared_identity(store, settings), "painter": base, "painter_tokens": tokens, **small},
-        task=ControlNetTask(controlnet.float(), diffusion, store, settings, tokens),
+        task=task,
         config=diffusion.controlnet_config(controlnet),
         frozen=diffusion.weights_hash,
         frozen_hash=diffusion.weights_hash() if small else base,

@@ -29,6 +29,14 @@ from bifrost_cli.training.data_order import image_of
 from bifrost_cli.training.loop import FitResult, Task, fit
 
 RECORDS = ("losses.csv", "validation.csv")
+_LOOKED_AT = 2000  # rows whose texts are measured before the training; a store may have millions
+
+
+def say_cut(too_long: Callable[[int], bool], store: LatentsStore, tokens: int, ui: Ui) -> None:
+    """Count the store's first texts of which the training does not read the end; `too_long` says it of a row."""
+    rows = min(store.rows, _LOOKED_AT)
+    if cut := sum(map(too_long, range(rows))):
+        ui.say(f"{cut} of the first {rows} texts are longer than {tokens} tokens and are cut")
 
 
 class StoreTask(Task, Protocol):

@@ -59,7 +59,8 @@ def test_the_same_images_as_the_command_alone_or_among_others(system: System, pi
     out = pipe(PROMPTS, num_images=2, seed=3)
     assert [equal(image, made.file(f"0000{i}.png")) for i, image in enumerate(out.images)] == [True] * 4
     assert out.prompts == ["a star", "a star", "a red circle", "a red circle"] and out.seeds == [3, 4, 3, 4]
-    assert out.latents.shape == (4, 16, 128) and out.cut == [False] * 4 and not out.interrupted
+    assert out.latents.shape == (4, 16, 128) and not out.interrupted
+    assert out.cut == [True] * 4  # plans of 3 tokens end in the middle
     assert all(isinstance(plan, str) for plan in out.plans) and isinstance(out.images[0], Image.Image)
     assert set(out.timings) == {"plan", "prompt", "decode", "diffusion", "vae"} and min(out.timings.values()) > 0
     alone = pipe("a star", seed=4)
@@ -76,7 +77,7 @@ def test_arguments_mean_what_the_recipe_keys_mean(system: System, pipe, tmp_path
     given = {**settings, "num_inference_steps": settings["steps"], "plan": False}
     del given["steps"]
     out = pipe("a star", **given, height=64, width=64)
-    assert equal(out.images[0], file) and out.plans == [None]
+    assert equal(out.images[0], file) and out.plans == [None] and out.cut == [False]
     assert np.array_equal(before, pipe("a star").images[0])  # and the pipeline is as it was
     assert not np.array_equal(before, out.images[0])
 

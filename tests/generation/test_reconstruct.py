@@ -18,6 +18,8 @@ from bifrost_cli.generation.reconstruct import reconstruct
 from bifrost_cli.loading import resolve
 from bifrost_cli.loading.loaders import load_mllm
 from bifrost_cli.loading.resolve import resolve_device
+from bifrost_cli.models.mllm.frozen_mllm import Completion, Mllm
+from bifrost_cli.runtime.ui import Ui
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,17 @@ def test_bad_places_and_pictures(system: System, image: Path, tmp_path: Path) ->
 def test_ask_is_the_frozen_mllm(system: System, image: Path) -> None:
     answer = ask(system.recipe, image, "What is above?", max_tokens=4, device="cpu")
     mllm = load_mllm(system.recipe.models.mllm, resolve_device("cpu"))
-    assert answer == mllm.answer(png_pixels(image.read_bytes()), "What is above?", 4)
+    assert answer == mllm.answer(png_pixels(image.read_bytes()), "What is above?", 4).text
     with pytest.raises(UsageError, match="empty"):
         ask(system.recipe, image, " ")
+
+
+def test_an_answer_that_is_cut_is_said_to_be(system: System, image: Path, monkeypatch) -> None:
+    said: list[str] = []
+    ui = Ui()
+    monkeypatch.setattr(ui, "say", said.append)
+    ask(system.recipe, image, "What is above?", max_tokens=1, device="cpu", ui=ui)
+    assert any("longer than 1 tokens, and was cut" in line for line in said), said
+    said.clear()
+    monkeypatch.setattr(Mllm, "answer", lambda *a, **k: Completion("red", False))
+    assert ask(system.recipe, image, "What is above?", device="cpu", ui=ui) == "red" and not said

@@ -93,7 +93,7 @@ def test_the_mllm_answers_about_pictures():
     mllm, rng, right = load_mllm("builtin:mllm", torch.device("cpu"), torch.float32), np.random.default_rng(5), 0
     for _ in range(12):
         scene = sample_scene(rng, sample_prompt(rng, split="held_out", category="colors"))
-        right += mllm.answer(draw(scene), f"what colour is the {scene.things[0].shape}?") == scene.things[0].colour
+        right += mllm.answer(draw(scene), f"what colour is the {scene.things[0].shape}?").text == scene.things[0].colour
     assert right >= 10
 
 

@@ -64,3 +64,29 @@ def test_every_code_in_the_source_is_in_the_table():
     table = set(re.findall(r"BF-[A-Z]+-\d{3}", errors.__doc__ or ""))
     used = {code for path in PACKAGE.rglob("*.py") for code in re.findall(r"BF-[A-Z]+-\d{3}", path.read_text())}
     assert used - table == set()
+
+
+@pytest.mark.parametrize("words", [
+    "CUDA out of memory. Tried to allocate 2.00 GiB",
+    "CUDA error: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "NCCL error: unhandled cuda error\nncclUnhandledCudaError: Cuda failure 2 'out of memory'",
+    "CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY",
+    "cudaErrorMemoryAllocation",
+    "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory",
+    "unable to mmap 1024 bytes from file: Cannot allocate memory (12)",
+    "std::bad_alloc",
+    "can't start new thread",
+    "libtorch_cpu.so: failed to map segment from shared object",
+])  # fmt: skip
+def test_a_lack_of_memory_is_known_by_its_words(words):
+    with pytest.raises(errors.OutOfMemory) as caught, errors.memory_errors("a step", "--set x=1"):
+        raise RuntimeError(words)
+    assert caught.value.exit_code == 6 and caught.value.at == words.splitlines()[0]
+
+
+@pytest.mark.parametrize("words", ["CUDA error: device-side assert triggered", "CUBLAS_STATUS_EXECUTION_FAILED",
+                                   "a tensor of memory format channels_last"])  # fmt: skip
+def test_other_troubles_are_no_lack_of_memory(words):
+    assert not errors.is_out_of_memory(RuntimeError(words))

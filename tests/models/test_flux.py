@@ -13,9 +13,11 @@ from diffusers import AutoencoderKL, FluxPipeline
 from fixtures_flux import PARTS, tiny_controlnet, tiny_painter
 from parity_flux import check_flux_denoise
 
+from bifrost_cli.loading.loaders import load_diffusion
 from bifrost_cli.models.diffusion import rectified_flow
 from bifrost_cli.models.diffusion.base import ControlInput, vae_encode
 from bifrost_cli.models.diffusion.flux import FluxModel, image_ids, pack, unpack
+from bifrost_cli.models.mllm.chat_template import harmless
 
 VECTORS = Path(__file__).parents[1] / "vectors"
 
@@ -137,3 +139,28 @@ def test_embed_lets_gradients_through_and_cuts_long_prompts(diffusion: FluxModel
     diffusion.text_encoder_2.requires_grad_(True)
     assert diffusion.embed(["a star"], 12).sequence_BTD.requires_grad
     diffusion.text_encoder_2.requires_grad_(False)
+
+
+@pytest.mark.parametrize("typed", ["<|endoftext|> a red circle", "<|ENDOFTEXT|>a red circle", "</s> a red circle",
+                                   "<pad><pad> a red circle", "\uff1c/s\uff1e a red circle", "<\x01/s> a red circle",
+                                   "a red circle<|startoftext|>", "a<unk>b </s></s>"])  # fmt: skip
+def test_special_tokens_that_a_user_typed_are_characters(typed):
+    diffusion = load_diffusion("builtin:flux", torch.device("cpu"))
+    for tokenizer, ids in zip((diffusion.tokenizer, diffusion.tokenizer_2), diffusion.tokenize([typed], 64),
+                              strict=True):  # fmt: skip
+        special, row = set(tokenizer.all_special_ids) - {2}, ids[0].tolist()  # 2: T5's unknown characters
+        content = [token for token in row if token not in special]
+        start = 1 if row[0] in special else 0
+        assert row[start : start + len(content)] == content and len(content) > 3
+    assert diffusion.too_long(typed, len(diffusion.tokenizer_2(harmless(typed, diffusion.tokenizer_2)).input_ids) - 1)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "a red circle", "5 < 6 & <b>bold</b>", "\uff33\uff21\uff2c\uff25 \ufb01ne", "a\tb\u200d"]
+)
+def test_ids_of_ordinary_prompts_are_the_stock_tokenizers(prompt):
+    diffusion = load_diffusion("builtin:flux", torch.device("cpu"))
+    clip_BT, t5_BT = diffusion.tokenize([prompt], 32)
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    assert torch.equal(clip_BT, diffusion.tokenizer([prompt], max_length=clip_BT.shape[1], **options).input_ids)
+    assert torch.equal(t5_BT, diffusion.tokenizer_2([prompt], max_length=32, **options).input_ids)

@@ -69,7 +69,16 @@ def test_writing_in_a_batch_is_writing_alone(tiny_mllm):  # noqa: F811
     instruction = "Describe an image of {prompt}"
     together = tiny_mllm.write(prompts, instruction, 8)
     assert together == [tiny_mllm.write([prompt], instruction, 8)[0] for prompt in prompts]
-    assert all("<|" not in text for text in together)
+    assert all("<|" not in written.text for written in together)
+
+
+def test_what_is_cut_before_its_end_is_said_to_be(tiny_mllm, monkeypatch):  # noqa: F811
+    end = tiny_mllm.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    word = tiny_mllm.tokenizer("red").input_ids[0]
+    monkeypatch.setattr(tiny_mllm.model.generation_config, "eos_token_id", [end])
+    written = torch.tensor([[word, word, end], [word, end, end], [word, word, word]])
+    monkeypatch.setattr(tiny_mllm.model, "generate", lambda input_ids, **_: torch.cat([input_ids, written], dim=1))
+    assert [written.cut for written in tiny_mllm.write(["a", "b", "c"], "{prompt}", 3)] == [False, False, True]
 
 
 def test_answers_go_through_the_stock_processor(tiny_mllm):  # noqa: F811
@@ -77,7 +86,7 @@ def test_answers_go_through_the_stock_processor(tiny_mllm):  # noqa: F811
     ids = inputs["input_ids"][0].tolist()
     assert ids.count(tiny_mllm.model.config.image_token_id) == PATCHES
     assert ids.count(tiny_mllm.tokenizer.convert_tokens_to_ids("<|im_end|>")) == 2
-    assert isinstance(tiny_mllm.answer(PIXELS[0], "What is it", 4), str)
+    assert isinstance(tiny_mllm.answer(PIXELS[0], "What is it", 4).text, str)
 
 
 def test_the_mllm_is_frozen_and_hashed_once():

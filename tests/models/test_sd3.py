@@ -12,7 +12,7 @@ from fixtures_sd3 import PARTS, sd3_pipeline, sd3_transformer, tiny_sd3, tiny_sd
 from torch import nn
 
 from bifrost_cli.models.diffusion import rectified_flow
-from bifrost_cli.models.diffusion.base import ControlInput, UnsupportedControl
+from bifrost_cli.models.diffusion.base import ControlInput, UnsupportedControl, token_ids
 from bifrost_cli.models.diffusion.controlnet import config_family, controlnet_config, controlnet_from_config
 from bifrost_cli.models.diffusion.sd3 import Sd3Model
 
@@ -183,3 +183,11 @@ def test_older_sd3_without_dual_attention_is_the_same_code() -> None:
         diffusion = Sd3Model(type(sd3_transformer()).from_config(config).eval(), *[None] * 8)
     controlnet = diffusion.new_controlnet(1, 0, 4)
     assert controlnet.config.qk_norm is None and not controlnet.transformer_blocks[0].use_dual_attention
+
+
+def test_special_tokens_that_a_user_typed_are_characters(diffusion: Sd3Model) -> None:
+    empty = diffusion.embed(["", f"<|endoftext|>{PROMPT}", f"</s>{PROMPT}"], 12).pooled_BD
+    assert not torch.equal(empty[0], empty[1])
+    for tokenizer in (diffusion.tokenizer, diffusion.tokenizer_2, diffusion.tokenizer_3):
+        ids = token_ids(tokenizer, [f"{tokenizer.eos_token} {PROMPT}"], 64)[0].tolist()
+        assert ids.index(tokenizer.eos_token_id) > len(tokenizer(PROMPT).input_ids) - 2

@@ -15,6 +15,7 @@ from bifrost_cli.errors import ArtifactError, RecipeError, StoreError
 from bifrost_cli.loading.loaders import ModelLoader, load_controlnet, load_diffusion
 from bifrost_cli.models.diffusion.controlnet import latent_controlnet
 from bifrost_cli.models.encoders import VaeEncoder
+from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.training.controlnet_task import ControlNetTask
 from bifrost_cli.training.train_controlnet import train_controlnet
 
@@ -150,3 +151,14 @@ def test_dropped_texts_are_the_empty_prompt(workspace):
     tested = task(workspace, drop_prompt=1.0)
     assert torch.equal(tested.batch(0, 0).text.sequence_BTD, tested._diffusion.embed([""] * 4, 16).sequence_BTD)
     assert task(workspace)._text(1, 0) == "a blue square above a red circle"
+
+
+@pytest.mark.parametrize(("tokens", "cut"), [(3, True), (200, False)])
+def test_captions_that_are_cut_are_told_and_counted(workspace, flux_folder, monkeypatch, tokens, cut):
+    said, ui, settings = [], Ui(), recipe(flux=flux_folder)
+    monkeypatch.setattr(ui, "say", said.append)
+    models = settings.models.model_copy(update={"diffusion_text_tokens": tokens})
+    train_controlnet(settings.model_copy(update={"models": models}), workspace=workspace, device="cpu", dry_run=True,
+                     ui=ui)  # fmt: skip
+    lines = [line for line in said if f"longer than {tokens} tokens and are cut" in line]
+    assert len(lines) == cut and all(line.split()[0].isdigit() for line in lines), said

@@ -17,6 +17,7 @@ from torch import nn
 
 from bifrost_cli.data.safetensors_io import weights_hash
 from bifrost_cli.models.diffusion import rectified_flow
+from bifrost_cli.models.mllm.chat_template import harmless
 from bifrost_cli.models.row_noise import NoiseSource, normal
 
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], object]
@@ -282,11 +283,12 @@ class DiffusionModel(ABC):
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], length: int) -> torch.Tensor:
-    """Ids (B, length), padded and truncated on the right as the stock pipelines do."""
+    """Ids (B, length), padded and truncated on the right as the stock pipelines do; special tokens that a user typed
+    are read as the characters they are made of."""
     options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
-    return tokenizer(list(prompts), **options).input_ids
+    return tokenizer([harmless(prompt, tokenizer) for prompt in prompts], **options).input_ids
 
 
 def is_cut(tokenizer: Any, prompt: str, length: int) -> bool:
     """Whether the prompt has more than `length` tokens."""
-    return len(tokenizer(prompt, truncation=True, max_length=length + 1).input_ids) > length
+    return len(tokenizer(harmless(prompt, tokenizer), truncation=True, max_length=length + 1).input_ids) > length

@@ -7,6 +7,7 @@ Legend: B batch, T text tokens, P patches.
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ REQUEST = "Generate an image of "
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 OPENING = "<|vision_start|>"
 _PLACEHOLDER = "(the prompt)"
+_DROPPED = ("Cc", "Cf")
 
 # The published list has 19 openers. Not all of them are known here: the others are what captioning models write most.
 _VERBS = "prominently features,features,depicts,displays,captures,presents,contains,showcases,shows,is of"
@@ -123,10 +125,19 @@ def join_plan(prompt: str, plan: str | None) -> str:
 
 
 def harmless(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text with a space inside everything that the tokenizer would read as one of its added tokens."""
-    for token in sorted(tokenizer.get_added_vocab(), key=len, reverse=True):
-        text = text.replace(token, f"{token[:1]} {token[1:]}")
-    return text
+    """The text with a space inside everything that the tokenizer would read as one of its added tokens.
+
+    Tokenizers may see them in other letters, too: CLIP's lower-cases, T5's takes wide letters for narrow ones and drops
+    control characters. Any other text is returned as it is.
+    """
+    tokens = [token for token in tokenizer.get_added_vocab() if token.strip()]
+    pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)", re.IGNORECASE)
+    plain = "".join(char for char in unicodedata.normalize("NFKC", text) if unicodedata.category(char) not in _DROPPED)
+    if not pattern.search(text):
+        if not pattern.search(plain):
+            return text
+        text = plain
+    return pattern.sub(lambda match: f"{match[0][:1]} {match[0][1:]}", text)
 
 
 def tokenize_prompts(

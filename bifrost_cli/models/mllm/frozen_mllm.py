@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -36,6 +36,13 @@ class PromptCache:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     attention_BT: Tensor
+
+
+class Completion(NamedTuple):
+    """What the model wrote, and whether it was cut at the longest length before it came to its end."""
+
+    text: str
+    cut: bool
 
 
 class Mllm:
@@ -148,14 +155,14 @@ class Mllm:
 
     # ---- text generation --------------------------------------------------------------------------------------------
 
-    def write(self, texts: Sequence[str], instruction: str, max_new_tokens: int) -> list[str]:
+    def write(self, texts: Sequence[str], instruction: str, max_new_tokens: int) -> list[Completion]:
         """Greedy answers to `instruction`, with each text in place of its `{prompt}`; special tokens are left out."""
         ids = [self.template.turn(instruction.replace("{prompt}", text)) for text in texts]
         rows = tokenize_prompts(ids, max(map(len, ids)), (), self.tokenizer.pad_token_id)
         inputs = {"input_ids": rows.input_ids_BT, "attention_mask": rows.attention_BT}
         return self._generate(inputs, max_new_tokens)
 
-    def answer(self, pixels_HWC: np.ndarray, question: str, max_new_tokens: int = 64) -> str:
+    def answer(self, pixels_HWC: np.ndarray, question: str, max_new_tokens: int = 64) -> Completion:
         """The greedy answer to a question about one uint8 image, through the stock processor (which resizes)."""
         return self._generate(self.question(pixels_HWC, question), max_new_tokens)[0]
 
@@ -178,13 +185,17 @@ class Mllm:
         return self.model(**self._on_device(inputs), use_cache=False).logits
 
     @torch.no_grad()
-    def _generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> list[str]:
+    def _generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> list[Completion]:
         prompt_tokens = inputs["input_ids"].shape[1]
         # Greedy: the sampling settings that checkpoints ship would only raise warnings.
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         ids_BT = self.model.generate(**self._on_device(inputs), max_new_tokens=max_new_tokens, **greedy)
-        texts = self.tokenizer.batch_decode(ids_BT[:, prompt_tokens:], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        written_BT = ids_BT[:, prompt_tokens:]
+        texts = self.tokenizer.batch_decode(written_BT, skip_special_tokens=True)
+        end = self.model.generation_config.eos_token_id
+        ends = set(end) if isinstance(end, list) else {end}
+        return [Completion(text.strip(), ends.isdisjoint(row)) for text, row in
+                zip(texts, written_BT.tolist(), strict=True)]  # fmt: skip
 
     def _on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
