@@ -25,7 +25,6 @@ JSON_LIMIT = 64 * 1024 * 1024
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 _BROKEN = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE}
-_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}  # what a disk without hard links says
 # No child process inherits a descriptor, and Windows writes the bytes that it is given.
 OPEN_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
@@ -204,11 +203,7 @@ def _rename_new(tmp: Path, path: Path) -> None:
     """Rename where nothing is; a disk without hard links leaves a moment in which a second writer is not seen."""
     try:
         os.link(tmp, path)
-    except FileExistsError as error:
-        raise exists(path) from error
     except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
         if os.path.lexists(path):
             raise exists(path) from error
     os.replace(tmp, path)  # changes nothing where both are one file already

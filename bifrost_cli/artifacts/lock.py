@@ -60,17 +60,15 @@ class Lock:
 
     def release(self) -> None:
         """Unlock; does nothing when the lock is not held."""
-        if self._folder is not None:
-            _unlock(self._folder)
-            os.close(self._folder)
-            self._folder = None
         if self._descriptor is None:
             return
         with contextlib.suppress(OSError):
             os.ftruncate(self._descriptor, 0)  # a released lock leaves the same bytes behind, whoever held it
-        _unlock(self._descriptor)  # closing alone is not enough while a forked child has it open
-        os.close(self._descriptor)
-        self._descriptor = None
+        for descriptor in (self._folder, self._descriptor):
+            if descriptor is not None:
+                _unlock(descriptor)  # closing alone is not enough while a forked child has it open
+                os.close(descriptor)
+        self._folder = self._descriptor = None
 
     def require_held(self) -> None:
         """Refuse to go on where the folder (without a folder's lock: its `.lock`) is no longer the one that was locked.
@@ -88,19 +86,19 @@ class Lock:
 
     def _lock_folder(self) -> None:
         """Lock the folder itself, where the system and the disk can."""
-        if (folder := _open_folder(self.path.parent)) is None:
-            return
-        if held := hold(folder):
-            self._folder = folder
-        else:
+        if (folder := _open_folder(self.path.parent)) is not None:
+            if held := hold(folder):
+                self._folder = folder
+                return
             os.close(folder)
-        if held is False:
-            raise _held(self.path.parent, b"")
+            if held is False:
+                raise _held(self.path.parent, b"")
 
     def _open(self) -> int:
         """The file's descriptor; a link is not followed, since what it points to would be emptied."""
         flags = os.O_RDWR | os.O_CREAT | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0)
-        if self.path.is_symlink() or (self.path.exists() and not _is_own_file(self.path.stat())):
+        status = self.path.lstat() if os.path.lexists(self.path) else None
+        if status and (not stat.S_ISREG(status.st_mode) or status.st_nlink > 1):  # or has a name elsewhere
             raise _no_file(self.path)
         with disk_errors(self.path):
             try:
@@ -154,11 +152,6 @@ def is_held(path: Path) -> bool:
 def _open_folder(path: Path) -> int | None:
     """A descriptor to lock; Windows opens no folder, and removes no file that is open."""
     return None if os.name == "nt" else os.open(path, os.O_RDONLY | OPEN_FLAGS)
-
-
-def _is_own_file(status: os.stat_result) -> bool:
-    """A regular file that has no second name elsewhere, where it would be emptied."""
-    return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
 
 
 def _try_lock(descriptor: int) -> bool:
