@@ -175,7 +175,7 @@ class Stopping(Ui):
 
             def advance(self, n=1):
                 rendered.append(n)
-                if what == "reconstructing" and len(rendered) == 2:
+                if what == "images" and len(rendered) == 2:
                     os.kill(os.getpid(), signal.SIGTERM)
 
         return Bar()

@@ -58,6 +58,7 @@ def test_cards_name_the_weights_that_are_there():
 
     weights, _ = load_tensors(BUILTIN / "open_clip" / "open_clip_model.safetensors")
     assert weights_hash(weights) == json.loads((BUILTIN / "open_clip" / "bifrost.json").read_text())["weights_sha256"]
+    assert card["train"].pop("tensorboard") is False  # its name before report_to
     assert Train(**card["train"]) == load_recipe("shapes").shapes.mllm  # a key that came later is at its default
 
 

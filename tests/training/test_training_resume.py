@@ -101,6 +101,6 @@ def test_a_second_signal_stops_at_once_with_130(tmp_path):
 
 
 def test_the_canary_a_generator_that_is_not_a_function_of_the_step_is_noticed(tmp_path, undisturbed, monkeypatch):
-    monkeypatch.setattr("bifrost_cli.training.loop.derive", lambda *parts: int.from_bytes(os.urandom(4), "big"))
+    monkeypatch.setattr("bifrost_cli.training.loop.micro_seed", lambda *parts: int.from_bytes(os.urandom(4), "big"))
     fit(SmallTask(settings()), settings(), tmp_path)
     assert fingerprint(tmp_path)["model.safetensors"] != undisturbed["model.safetensors"]

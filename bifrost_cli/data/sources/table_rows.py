@@ -11,7 +11,7 @@ from typing import Any
 from bifrost_cli.errors import DataError
 
 LINE_BYTES = 1 << 20
-csv.field_size_limit(1 << 30)  # a cell of a column that nobody reads must not stop the table; captions have their own
+csv.field_size_limit(1 << 24)  # a cell of a column that nobody reads must not stop the table; captions have their own
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 Row = dict[str, Any]
