@@ -18,18 +18,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fixtures_store import make_store
-from fixtures_training import SmallTask, settings
 
-from bifrost_cli.artifacts import Artifact, Draft
-from bifrost_cli.config.schema import Evaluate, Models, Recipe
-from bifrost_cli.data.png import png_bytes
-from bifrost_cli.data.safetensors_io import save_tensors
-from bifrost_cli.evaluation.evaluate import evaluate
-from bifrost_cli.evaluation.feature_statistics import Statistics, save_statistics
-from bifrost_cli.shapes.captions import held_out_prompts, sample_scene
-from bifrost_cli.shapes.draw import draw
-from bifrost_cli.training.loop import fit
+sys.path.append(str(Path(__file__).parent / "fixtures"))  # as pytest's own settings have it
+from fixtures_store import make_store  # noqa: E402
+from fixtures_training import SmallTask, settings  # noqa: E402
+
+from bifrost_cli.artifacts import Artifact, Draft  # noqa: E402
+from bifrost_cli.config.schema import Evaluate, Models, Recipe  # noqa: E402
+from bifrost_cli.data.png import png_bytes  # noqa: E402
+from bifrost_cli.data.safetensors_io import save_tensors  # noqa: E402
+from bifrost_cli.evaluation.evaluate import evaluate  # noqa: E402
+from bifrost_cli.evaluation.feature_statistics import Statistics, save_statistics  # noqa: E402
+from bifrost_cli.shapes.captions import held_out_prompts, sample_scene  # noqa: E402
+from bifrost_cli.shapes.draw import draw  # noqa: E402
+from bifrost_cli.training.loop import fit  # noqa: E402
 
 FORMATS = Path(__file__).parent / "formats"
 CAPTIONS = ["a red circle", "two blue squares"] * 3

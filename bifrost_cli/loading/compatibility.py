@@ -168,13 +168,14 @@ def require_vae_latents(store: LatentsStore, vae: dict[str, Any], recipe: str) -
 
 def control_ratio(store: LatentsStore, diffusion: DiffusionModel) -> int:
     """Image tokens a side for each patch: 2 in the paper. ArtifactError BF-ART-004 when that is no whole number."""
+    assert store.vae_shape is not None  # the ControlNet's training asked for a store with VAE latents
     (channels, height, width), (rows, columns) = store.vae_shape, store.grid
     ratio = height // (2 * rows)
     if ratio and (channels, height, width) == (diffusion.latent_channels, 2 * ratio * rows, 2 * ratio * columns):
         return ratio
     raise ArtifactError(
         f"the VAE latents of {store.artifact.path} do not fit its patch latents in this diffusion model",
-        at=f"they are {tuple(store.vae_shape)}; a {rows}x{columns} grid needs "
+        at=f"they are {(channels, height, width)}; a {rows}x{columns} grid needs "
         f"{(diffusion.latent_channels, 4 * rows, 4 * columns)}, or another whole number of image tokens for each patch",
         fix=f"extract again with --set images.output_size={4 * rows * diffusion.factor}",
         code="BF-ART-004",

@@ -276,7 +276,7 @@ def test_groups_print_their_help(capsys):
 
 def test_version(capsys):
     assert run(["--version"]) == 0
-    assert capsys.readouterr().out == "bifrost 0.1.0\n"
+    assert capsys.readouterr().out == "bifrost 0.2.0\n"
 
 
 def test_python_m(tmp_path):
