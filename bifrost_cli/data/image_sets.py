@@ -144,7 +144,7 @@ def _quarter(entry: EvalImage, row: int, column: int) -> np.ndarray:
     (height, odd), (width, rest) = (divmod(side, 2) for side in rgb_HWc.shape[:2])
     if odd or rest or height % STEP or width % STEP:
         raise DataError(
-            f"{entry.name} is no grid of 2x2: a quarter of its {2 * width + rest}x{2 * height + odd} px is no picture",
+            f"{entry.name} is no grid of 2x2: a quarter of its {2 * width + rest}x{2 * height + odd} px is no image",
             at=f"generated images have sides of a multiple of {STEP} px; lines between them would be cut into them",
             fix="join the four without padding, or leave out --quarters",
             code="BF-DATA-003",

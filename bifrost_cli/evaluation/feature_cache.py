@@ -89,5 +89,5 @@ def _cached(path: Path, identity: dict[str, Any], ui: Ui) -> Statistics | None:
         return None
     if found.identity == identity and found.checked:
         return found
-    ui.say(f"statistics are computed again: {path} {'is of other pictures' if found.checked else 'has no checksum'}")
+    ui.say(f"statistics are computed again: {path} {'is of other images' if found.checked else 'has no checksum'}")
     return None
