@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import Any
 
@@ -167,7 +168,8 @@ class Draft:
         raise error(
             f"{self.path} already holds {what} {found['kind']} of a different setup",
             at=differences(found, self._header()),
-            fix=f"write to a new place (-o {self.path}-b), or see the old settings: bifrost artifacts show {self.path}",
+            fix=f"write to a new place (-o {quote(f'{self.path}-b')}), or see the old settings: "
+            f"bifrost artifacts show {quote(str(self.path))}",
             code=code,
         )
 

@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from shlex import quote
 from typing import Any
 
 from bifrost_cli.artifacts.files import TEMP_PREFIX, exists, read_json, sha256_file
@@ -81,7 +82,7 @@ class Artifact:
             if problem := self._problem(name):
                 raise ArtifactError(
                     f"{self.path} is damaged: {problem}",
-                    fix=f"see all of it: bifrost artifacts verify {self.path}; then make it again elsewhere",
+                    fix=f"see all: bifrost artifacts verify {quote(str(self.path))}; then make it again elsewhere",
                     code="BF-ART-005",
                 )
 

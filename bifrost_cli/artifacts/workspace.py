@@ -10,6 +10,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 
 from bifrost_cli.artifacts.files import append, make_folder
 from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST, Artifact
@@ -159,7 +160,7 @@ def resolve(workspace: Path | str, ref: Path | str, kind: str | None = None) -> 
     raise ArtifactError(
         f"there is no artifact {ref}",
         at=f"{workspace} holds {known}",
-        fix=f"see all: bifrost artifacts ls -w {workspace}",
+        fix=f"see all: bifrost artifacts ls -w {quote(str(workspace))}",
     )
 
 

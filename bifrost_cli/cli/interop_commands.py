@@ -6,6 +6,7 @@ In: options. Out: one stage call and its Result. Each imports its stage inside.
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -42,7 +43,8 @@ def import_checkpoint(
         return Result([f"{group:12} {name}" for group, names in artifacts.items() for name in names], artifacts)
     data = {part.kind: {"id": part.id, "path": str(part.path)} for part in artifacts}
     parts = " ".join(f"--{part.kind} {part.path}" for part in artifacts)
-    hint = f'next: bifrost generate "a red circle above a blue square" -o out.png --recipe {artifacts[0].path} {parts}'
+    recipe_of = quote(str(artifacts[0].path))
+    hint = f'next: bifrost generate "a red circle above a blue square" -o out.png --recipe {recipe_of} {parts}'
     paths = [part.path for part in artifacts]
     lines = [f"{part.id}  {part.path}" for part in artifacts]
     return Result(lines, data, "\n".join(map(str, paths)), hint, artifacts=paths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -104,7 +105,7 @@ def cp(
     )
     make_folder(file.parent)
     write_new(file, text)
-    return Result([str(file)], {"path": str(file)}, file, f"use it: --recipe {file}")
+    return Result([str(file)], {"path": str(file)}, file, f"use it: --recipe {quote(str(file))}")
 
 
 def _at(data: dict[str, Any], key: str) -> Any:

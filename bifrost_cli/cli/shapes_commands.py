@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Literal
 
 import typer
@@ -29,7 +30,9 @@ def render(
     from bifrost_cli.toy_system.render import render_shapes
 
     folder = render_shapes(output, n=n, seed=seed, split=split, ui=ui)
-    return Result([str(folder)], {"path": str(folder), "images": n}, folder, f"next: bifrost extract-latents {folder}")
+    return Result(
+        [str(folder)], {"path": str(folder), "images": n}, folder, f"next: bifrost extract-latents {quote(str(folder))}"
+    )
 
 
 @command(app, "pretrain", default="shapes")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from bifrost_cli.artifacts import Artifact, find, lineage, resolve
@@ -125,7 +126,7 @@ def _of_folder(folder: Path, branch: Ref, controlnet: Ref, sets: Sequence[str]) 
     if not any(find(folder, kind) for kind in ("branch", "controlnet")):
         raise ArtifactError(
             f"{folder} holds no branch and no controlnet artifact",
-            fix=f"give a folder that does; published weights are imported first: bifrost import {folder}",
+            fix=f"give a folder that does; published weights are imported first: bifrost import {quote(str(folder))}",
             code="BF-ART-001",
         )
     models = choose_models(branch, controlnet, folder)

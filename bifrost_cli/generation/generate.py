@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -210,7 +211,7 @@ def _to_folder(run: GenerationRun, pipe: BifrostPipeline, folder: Path, device: 
     samples = SamplesFolder(folder, run.identity, run.models.parents, requests, ui)
     artifact = samples.fill(pipe.predict, render, commit, latents_first=pipe.one_half)
     _say_cut(artifact.info["cut"], ui)
-    ui.say(f"{folder}: {counted(len(requests), 'image')}; evaluate them: bifrost eval --samples {folder}")
+    ui.say(f"{folder}: {counted(len(requests), 'image')}; evaluate them: bifrost eval --samples {quote(str(folder))}")
     return artifact
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from bifrost_cli.artifacts.manifest import require_outside
@@ -96,7 +97,7 @@ def destination(output: Path | str | None, images: int) -> Path | None:
     suffix = path.suffix.lower()
     if suffix in OTHER_FORMATS:
         raise UsageError(f"{path} would not be a PNG", at="images are written as PNG only",
-                         fix=f"-o {path.with_suffix('.png')}")  # fmt: skip
+                         fix=f"-o {quote(str(path.with_suffix('.png')))}")  # fmt: skip
     if suffix != ".png":
         if path.exists() and not path.is_dir():
             raise _exists(path, f"{path}-2")

@@ -6,6 +6,7 @@ Each raises an error that names both sides, as early as what it compares is know
 from __future__ import annotations
 
 import math
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -87,7 +88,7 @@ def require_base(trained: Artifact, base: str, name: str, weights: str) -> None:
     raise ArtifactError(
         f"{trained.kind} {trained.id} was trained on another {base} than {name}",
         at=f"{trained.path}: weights {str(recorded)[:12]}\n{name}: weights {weights[:12]}",
-        fix=f"give the recipe that it was trained with: --recipe {trained.path}",
+        fix=f"give the recipe that it was trained with: --recipe {quote(str(trained.path))}",
         code="BF-ART-004",
     )
 
@@ -114,7 +115,7 @@ def require_diffusion(controlnet: Artifact, name: str, diffusion: DiffusionModel
         raise ArtifactError(
             f"controlnet {controlnet.id} is for {family}, and {name} is {diffusion.family}",
             at=f"{controlnet.path}: {family}\n{name}: {diffusion.family}",
-            fix=f"give the recipe that it was trained with: --recipe {controlnet.path}",
+            fix=f"give the recipe that it was trained with: --recipe {quote(str(controlnet.path))}",
             code="BF-ART-004",
         )
     require_base(controlnet, "painter", name, weights)
@@ -203,7 +204,7 @@ def _other_latents(store: LatentsStore, what: str, recipe: str, at: str) -> Arti
     return ArtifactError(
         f"{store.artifact.path} holds {what} of recipe {recipe}",
         at=at,
-        fix=f"give the recipe that the store was made with: --recipe {store.artifact.path}, or extract again",
+        fix=f"give the store's own recipe: --recipe {quote(str(store.artifact.path))}, or extract again",
         code="BF-ART-004",
     )
 

@@ -96,14 +96,15 @@ def require_shared_device(device: str, processes: int) -> None:
 def start(count: int, arguments: list[str]) -> None:
     """Give the command line `arguments`, without --gpus, to `count` processes under torchrun; end as they do.
 
-    torchrun returns 1 whatever its processes returned, so the first to fail leaves its code in a file.
+    torchrun returns 1 whatever its processes returned, so the first to fail leaves its code in a file. No process looks
+    for modules in the current folder, which may be a data set's.
     """
     if distributed_env().world > 1:
         raise UsageError("--gpus starts processes, and this is one of several already", fix="leave --gpus out")
     with tempfile.TemporaryDirectory(prefix="bifrost-") as folder:
         status = Path(folder) / "status"
         environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), _GRACE: "3600", **os.environ,
-                       _STATUS: str(status)}  # fmt: skip
+                       _STATUS: str(status), "PYTHONSAFEPATH": "1"}  # fmt: skip
         launch = ["--standalone", f"--nproc-per-node={count}", "-m", "bifrost_cli"]
         code = _torchrun([*launch, *_without_gpus(arguments)], environment)
         status_of_job = int(status.read_text().split()[0]) if status.exists() else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -215,7 +216,7 @@ def _controlnet(recipe: Recipe, folder: Path, device: str, ui: Ui) -> None:
 def _require(path: Path, part: str, folder: Path) -> None:
     if not path.exists():
         raise UsageError(f"{folder} has no finished {part}", at=str(path), code="BF-USE-001",
-                         fix=f"make it first: bifrost shapes pretrain --parts {part} -o {folder}")  # fmt: skip
+                         fix=f"first: bifrost shapes pretrain --parts {part} -o {quote(str(folder))}")  # fmt: skip
 
 
 def _fit(task: Any, train: Train, folder: Path, part: str, device: str, ui: Ui) -> FitResult:

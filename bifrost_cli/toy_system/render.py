@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def render_shapes(
         raise UsageError(f"{folder} exists and is not empty", fix="choose another folder with -o", code="BF-USE-002")
     require_outside(folder)
     if folder.exists() and (folder.samefile(".") or folder.is_mount()):
-        raise UsageError(f"{folder} is the current folder, or a mount", fix=f"-o {folder / 'shapes'}")
+        raise UsageError(f"{folder} is the current folder, or a mount", fix=f"-o {quote(str(folder / 'shapes'))}")
     lines, prompts = [], list(_prompts(n, seed, split))
     folder = folder.resolve() if folder.is_symlink() else folder
     make_folder(folder.parent)

@@ -9,7 +9,11 @@ import io
 import json
 import os
 import pickle
+import shlex
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,10 +24,14 @@ from fixtures_targets import Means, Noise
 from refusals import SMALL, refused, told
 from test_webdataset import archive, image
 
+from bifrost_cli.artifacts import Draft
+from bifrost_cli.cli.app import run as main
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.safetensors_io import save_tensors
 from bifrost_cli.generation import pipeline
 from bifrost_cli.loading.loaders import ModelLoader
+
+ROOT = Path(__file__).parents[2]
 
 
 class Canary:
@@ -240,3 +248,31 @@ def test_names_of_tensors_lead_nowhere(here, capsys):
     save_tensors(folder / "model.safetensors", {"../../canary": torch.ones(1), "/canary": torch.ones(1)}, {})
     code, said = told(capsys, here / "in", "import", folder, "-o", here / "out")
     assert code == 5 and "error[BF-ART-007]" in said and not (here / "out").exists(), said
+
+
+# ---- the current folder ----------------------------------------------------------------------------------------------
+
+
+def test_modules_in_the_current_folder_are_not_found_by_several_processes(here):
+    """A data set may hold a yaml.py; `--gpus` starts `python -c` and `python -m`, which look in the current folder."""
+    names = ("logging", "typer", "yaml", "numpy", "torch")
+    for name in names:
+        (here / f"{name}.py").write_text("import os; os.makedirs('canary', exist_ok=True); raise SystemExit(9)\n")
+    words = ["extract-latents", str(here / "in"), "-o", str(here / "out"), "--gpus", "2"]
+    code = f"from bifrost_cli.runtime.launch import start; start(2, {words!r})"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 4 and "BF-DATA-001" in done.stderr  # the folder holds no images: the processes did run
+    assert not (here / "canary").exists()
+
+
+def test_a_printed_command_can_be_pasted(here, capsys):
+    """A folder's name is one word of it, whatever is in the name."""
+    folder = here / "in" / SHELL
+    with Draft.open(folder, "samples", {"of": "a test"}) as draft:
+        (draft.path / "00000.png").write_bytes(b"x")
+        draft.commit({})
+    (folder / "00000.png").write_bytes(b"y")
+    assert main(["report", str(folder)]) == 5
+    assert f"bifrost artifacts verify {shlex.quote(str(folder))};" in capsys.readouterr().err

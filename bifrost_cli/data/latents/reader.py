@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -204,7 +205,7 @@ def _check_files(artifact: Artifact) -> None:
 def _file_error(artifact: Artifact, name: str, what: str) -> StoreError:
     return StoreError(
         f"{artifact.path}: {name} {what}",
-        at=f"see all of it: bifrost artifacts verify {artifact.path}",
+        at=f"see all of it: bifrost artifacts verify {quote(str(artifact.path))}",
         fix=MEND,
         code="BF-STORE-005",
     )
