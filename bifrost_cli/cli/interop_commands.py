@@ -42,7 +42,7 @@ def import_checkpoint(
     if isinstance(artifacts, dict):
         return Result([f"{group:12} {name}" for group, names in artifacts.items() for name in names], artifacts)
     data = {part.kind: {"id": part.id, "path": str(part.path)} for part in artifacts}
-    parts = " ".join(f"--{part.kind} {part.path}" for part in artifacts)
+    parts = " ".join(f"--{part.kind} {quote(str(part.path))}" for part in artifacts)
     recipe_of = quote(str(artifacts[0].path))
     hint = f'next: bifrost generate "a red circle above a blue square" -o out.png --recipe {recipe_of} {parts}'
     paths = [part.path for part in artifacts]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from bifrost_cli.artifacts import default_path, newest, resolve
@@ -82,7 +83,7 @@ def reconstruct(recipe: Recipe, image: Path, output: Path, controlnet: str | Non
     from bifrost_cli.generation.requests import destination
 
     if destination(output, 1) is None:
-        raise UsageError(f"{output} is not a PNG file", fix=f"-o {output}.png")
+        raise UsageError(f"{output} is not a PNG file", fix=f"-o {quote(f'{output}.png')}")
     read_image(image, recipe.images)
     if controlnet is not None:
         resolve(workspace, controlnet, "controlnet")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from bifrost_cli import __version__
@@ -63,7 +64,7 @@ def reconstruct(
     """
     ui, file = ui or Ui(), destination(output, 1)
     if file is None:
-        raise UsageError(f"{output} is not a PNG file", fix=f"-o {output}.png")
+        raise UsageError(f"{output} is not a PNG file", fix=f"-o {quote(f'{output}.png')}")
     decoded = read_image(Path(image), recipe.images)
     for note in decoded.notes:
         ui.say(f"{image}: {note}")

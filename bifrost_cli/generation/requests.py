@@ -114,7 +114,7 @@ _EXAMPLE = 'bifrost generate "a red circle above a blue square" -o out.png'
 
 
 def _exists(path: Path, other: str) -> UsageError:
-    return UsageError(f"{path} exists already", at="nothing is overwritten", fix=f"-o {other}, or remove {path}",
+    return UsageError(f"{path} exists already", at="nothing is overwritten", fix=f"-o {quote(other)}, or remove {path}",
                       code="BF-USE-002")  # fmt: skip
 
 

@@ -7,6 +7,7 @@ of a model. What cannot be shown is refused before any heavy library is imported
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -106,7 +107,7 @@ def _file(output: Path | str | None, workspace: Path, name: str) -> Path:
         return workspace / "pages" / f"{name}.html"
     file = Path(output)
     if file.suffix != ".html":
-        raise UsageError(f"{file} is not an .html file", fix=f"-o {file}.html")
+        raise UsageError(f"{file} is not an .html file", fix=f"-o {shlex.quote(f'{file}.html')}")
     require_new(file)
     return file
 
