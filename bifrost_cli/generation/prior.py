@@ -19,8 +19,7 @@ from bifrost_cli.loading.compatibility import require_base
 from bifrost_cli.loading.fingerprints import mllm_fingerprint
 from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.loading.offload import OffloadPolicy
-from bifrost_cli.models.branch.masking import random_orders, raster_orders
-from bifrost_cli.models.branch.sampling import sample_masked
+from bifrost_cli.models.branch.masking import random_orders, raster_orders, sample_masked
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.mllm.chat_template import join_plan
 from bifrost_cli.models.mllm.frozen_mllm import Mllm, PromptCache

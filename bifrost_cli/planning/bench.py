@@ -19,8 +19,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
 from bifrost_cli.errors import UsageError
-from bifrost_cli.models.branch.masking import mask_from_orders, mask_schedule, random_orders
-from bifrost_cli.models.branch.sampling import sample_masked
+from bifrost_cli.models.branch.masking import mask_from_orders, mask_schedule, random_orders, sample_masked
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.mllm.chat_template import TokenizedPrompts, additive, image_mask, text_mask, tokenize_prompts
 from bifrost_cli.models.mllm.frozen_mllm import Mllm

@@ -18,8 +18,7 @@ from bifrost_cli.artifacts.files import make_folder, write_bytes
 from bifrost_cli.config.schema import Branch
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.png import contact_sheet, png_bytes
-from bifrost_cli.models.branch.masking import draw_masks, random_orders
-from bifrost_cli.models.branch.sampling import sample_masked
+from bifrost_cli.models.branch.masking import draw_masks, random_orders, sample_masked
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.mllm.chat_template import clean_caption, join_plan, tokenize_prompts
 from bifrost_cli.models.mllm.frozen_mllm import Mllm, PromptCache
@@ -95,9 +94,10 @@ class BranchTask:
 
     def _masks(self, rows: int, patches: int, generator: torch.Generator) -> Tensor:
         """masked_RP: drawn first of everything random in a loss."""
-        settings = self._settings
-        spread = (settings.mask_mean, settings.mask_sd, settings.mask_low, settings.mask_high)
-        return draw_masks(rows, patches, generator, *spread)
+        of = self._settings
+        return draw_masks(
+            rows, patches, generator, mean=of.mask_mean, sd=of.mask_sd, low=of.mask_low, high=of.mask_high
+        )
 
     def keys(self, batch: Batch) -> list[str]:
         return [self._store.keys[row] for row in batch.rows]

@@ -16,8 +16,7 @@ from bifrost_cli.generation.generate import generate
 from bifrost_cli.interop.export import export
 from bifrost_cli.loading.loaders import load_branch, load_controlnet, load_diffusion, load_mllm
 from bifrost_cli.loading.resolve import builtin
-from bifrost_cli.models.branch.masking import random_orders
-from bifrost_cli.models.branch.sampling import sample_masked
+from bifrost_cli.models.branch.masking import random_orders, sample_masked
 from bifrost_cli.models.diffusion.flux import FluxModel
 from bifrost_cli.planning.plan import plan
 from bifrost_cli.training.train_branch import build_branch, train_branch

@@ -27,7 +27,7 @@ from bifrost_cli.interop.model_card import model_card
 from bifrost_cli.interop.published_names import public_name
 from bifrost_cli.loading.loaders import load_branch, load_mllm
 from bifrost_cli.loading.resolve import builtin
-from bifrost_cli.models.branch.sampling import sample_masked
+from bifrost_cli.models.branch.masking import sample_masked
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ from fixtures_mllm import PATCHES, normal, random_branch, random_mllm, tiny_mllm
 from transformers import DynamicCache
 
 from bifrost_cli.models.branch.decoder_adapters import with_cache
-from bifrost_cli.models.branch.masking import draw_masks, random_orders
-from bifrost_cli.models.branch.sampling import sample_masked
+from bifrost_cli.models.branch.masking import draw_masks, random_orders, sample_masked
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)

@@ -26,8 +26,7 @@ from transformers import (
 from bifrost_cli.errors import BifrostError
 from bifrost_cli.loading.loaders import load_mllm
 from bifrost_cli.models.branch.decoder_adapters import with_cache
-from bifrost_cli.models.branch.masking import draw_masks, random_orders
-from bifrost_cli.models.branch.sampling import sample_masked
+from bifrost_cli.models.branch.masking import draw_masks, random_orders, sample_masked
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.encoders import MllmEncoder, UnsupportedSize
 from bifrost_cli.models.mllm.adapters import FAMILIES, adapter_of

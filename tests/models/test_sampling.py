@@ -7,8 +7,7 @@ import torch
 from fixtures_mllm import PATCHES, normal, random_branch, tiny_mllm  # noqa: F401
 
 from bifrost_cli.errors import UsageError
-from bifrost_cli.models.branch.masking import mask_schedule, random_orders
-from bifrost_cli.models.branch.sampling import sample_masked
+from bifrost_cli.models.branch.masking import mask_schedule, random_orders, sample_masked
 from bifrost_cli.planning.bench import bench_decode, plain_decode
 
 ORDERS = random_orders(2, PATCHES, torch.Generator().manual_seed(0))

@@ -1,8 +1,6 @@
 """The vision heads, from a hidden state to a patch latent: a linear layer as published, and one that samples.
 
-The linear head (Bifrost-1, arXiv 2508.05954) is trained with mean squared error, and so predicts the mean of what a
-prompt leaves free. The flow head, after the per-token diffusion head of MAR (arXiv 2406.11838, section 3), samples from
-it; it is not part of the paper. Legend: D decoder width, C latent channels, N tokens, ... any leading axes.
+Legend: D decoder width, C latent channels, N tokens, ... any leading axes.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ EULER_STEPS = 25
 
 
 class LinearHead(nn.Linear):
-    """The published head: predicts the mean of the latents that a hidden state allows."""
+    """The published head (Bifrost-1, arXiv 2508.05954): it predicts the mean of what a prompt leaves free."""
 
     def mean(self, hidden_D: Tensor) -> Tensor:
         """Predicted latents (..., C) of hidden states (..., D)."""
@@ -40,7 +38,10 @@ class LinearHead(nn.Linear):
 
 
 class FlowHead(nn.Module):
-    """A small velocity network v(x, s | h) for each token, trained with flow matching; s runs from 1 (noise) to 0."""
+    """A small velocity network v(x, s | h) for each token, trained with flow matching; s runs from 1 (noise) to 0.
+
+    After the per-token diffusion head of MAR (arXiv 2406.11838, section 3); not part of the paper.
+    """
 
     def __init__(self, width: int, channels: int, hidden: int = 512, blocks: int = 3) -> None:
         super().__init__()
@@ -53,7 +54,10 @@ class FlowHead(nn.Module):
 
     def velocity(self, x_C: Tensor, sigma_1: Tensor, hidden_D: Tensor) -> Tensor:
         """v of noisy latents (..., C) at noise level sigma (..., 1)."""
-        condition = self.from_hidden(hidden_D) + self.from_sigma(_waves(sigma_1).to(hidden_D.dtype))
+        frequencies = torch.exp(torch.linspace(0, math.log(1000.0), 32, device=sigma_1.device))
+        angles = sigma_1.float() * frequencies
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        condition = self.from_hidden(hidden_D) + self.from_sigma(waves.to(hidden_D.dtype))
         out = self.from_latent(x_C)
         for block in self.blocks:
             out = block(out, condition)
@@ -71,11 +75,7 @@ class FlowHead(nn.Module):
         return -self.velocity(start_C, torch.ones_like(start_C[..., :1]), hidden_D)
 
     def guided(self, hidden_D: Tensor, uncond_D: Tensor | None, guidance: float, noise_C: Tensor | None) -> Tensor:
-        """Samples by Euler steps from `noise_C`; guidance acts on the velocities: u + w * (c - u).
-
-        Raises:
-            ValueError: there is no noise.
-        """
+        """Samples by Euler steps from `noise_C`; guidance acts on the velocities: u + w * (c - u)."""
         if noise_C is None:
             raise ValueError("a flow head samples: give it noise")
 
@@ -106,12 +106,6 @@ class _Block(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale, gate = self.modulation(nn.functional.silu(condition)).chunk(3, dim=-1)
         return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
-
-
-def _waves(sigma_1: Tensor) -> Tensor:
-    frequencies = torch.exp(torch.linspace(0, math.log(1000.0), 32, device=sigma_1.device))
-    angles = sigma_1.float() * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def _normal(like: Tensor, shape: tuple[int, ...] | torch.Size, generator: NoiseSource | None) -> Tensor:

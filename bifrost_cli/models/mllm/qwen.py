@@ -2,8 +2,8 @@
 
 Legend as in `adapters`; N patches of all images, before the 2x2 merge. Qwen3-VL differs in this:
 
-* Keys are normed in every head before they are rotated. The copied decoder does it too, and so does `kv_prefix` where
-  it computes the last layer's keys itself.
+* Keys are normed in every head before they are rotated. The copied decoder does it too, and so does the branch where it
+  computes the last layer's keys itself.
 * The three rotary axes are interleaved over the head's width. Text has one position on all three and image tokens have
   0, so any interleaving gives the same angles.
 * DeepStack: while the frozen model reads an image, features of three earlier layers of the visual encoder are added to
