@@ -7,12 +7,12 @@ GenEval (Ghosh et al. 2023).
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from hashlib import sha256
 from itertools import permutations, product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,16 +30,14 @@ _ENDING_SHARE = 0.25
 _COLOURED_SHARE = 2 / 3  # of position prompts; of counting prompts the rest
 
 
-@dataclass(frozen=True)
-class WantedThing:
+class WantedThing(NamedTuple):
     """One thing an image must show; colour None leaves it free."""
 
     shape: str
     colour: str | None = None
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """Exactly these things; `relation` is how the first lies to the second; `tone` None leaves the background free."""
 
     things: tuple[WantedThing, ...]
@@ -47,23 +45,12 @@ class Spec:
     tone: str | None = None
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """A prompt (normalised text), its category and what it asks for."""
 
     text: str
     category: str
     spec: Spec
-
-
-@dataclass(frozen=True)
-class _Core:
-    """A prompt without its opener and ending."""
-
-    text: str
-    category: str
-    things: tuple[WantedThing, ...]
-    relation: str | None = None
 
 
 def phrase(shape: str, colour: str | None = None) -> str:
@@ -91,59 +78,44 @@ def held_out(text: str) -> bool:
     return int.from_bytes(sha256(normalise(text).encode()).digest()[:4], "big") < HELD_OUT_SHARE * 2**32
 
 
-# ---- the grammar -----------------------------------------------------------------------------------------------------
-
-
-def _pair_core(category: str, first: WantedThing, joint: str, second: WantedThing) -> _Core:
-    text = f"{phrase(first.shape, first.colour)} {joint} {phrase(second.shape, second.colour)}"
-    return _Core(text, category, (first, second), RELATIONS.get(joint))
-
-
-def _counted_core(word: str, shape: str, colour: str | None) -> _Core:
-    text = " ".join(filter(None, (word, colour, plural(shape))))
-    return _Core(text, "counting", (WantedThing(shape, colour),) * COUNTS[word])
-
-
-def _cores() -> Iterator[_Core]:
+def _cores() -> Iterator[Prompt]:
+    """Every prompt without its opener and its ending."""
     plain = [WantedThing(shape) for shape in SHAPES]
     coloured = [WantedThing(shape, colour) for colour, shape in product(COLOURS, SHAPES)]
     for thing in plain + coloured:
-        yield _Core(phrase(thing.shape, thing.colour), "colors" if thing.colour else "single_object", (thing,))
+        yield Prompt(phrase(*thing), "colors" if thing.colour else "single_object", Spec((thing,)))
     for word, shape, colour in product(COUNTS, SHAPES, (None, *COLOURS)):
-        yield _counted_core(word, shape, colour)
-    for pair in permutations(plain, 2):
-        yield _pair_core("two_objects", pair[0], "and", pair[1])
-    for first, second in permutations(coloured, 2):
-        if first.colour != second.colour:
-            yield _pair_core("color_attribution", first, "and", second)
-    for joint in RELATIONS:
-        for pair in (*permutations(plain, 2), *permutations(coloured, 2)):
-            yield _pair_core("position", pair[0], joint, pair[1])
+        text = " ".join(filter(None, (word, colour, plural(shape))))
+        yield Prompt(text, "counting", Spec((WantedThing(shape, colour),) * COUNTS[word]))
+    plain_pairs, coloured_pairs = list(permutations(plain, 2)), list(permutations(coloured, 2))
+    unlike = [(first, second) for first, second in coloured_pairs if first.colour != second.colour]
+    joined = [("two_objects", "and", plain_pairs), ("color_attribution", "and", unlike)]
+    joined += [("position", joint, plain_pairs + coloured_pairs) for joint in RELATIONS]
+    for category, joint, pairs in joined:
+        for first, second in pairs:
+            text = f"{phrase(*first)} {joint} {phrase(*second)}"
+            yield Prompt(text, category, Spec((first, second), RELATIONS.get(joint)))
 
 
-@lru_cache(maxsize=1)
-def _by_text() -> dict[str, _Core]:
+@cache
+def _by_text() -> dict[str, Prompt]:
     return {core.text: core for core in _cores()}
 
 
-@lru_cache(maxsize=1)
-def _by_category() -> dict[tuple[str, bool], list[_Core]]:
+@cache
+def _by_category() -> dict[tuple[str, bool], list[Prompt]]:
     """Cores by category and by whether they name a colour, such that the four relations are drawn equally often."""
     wordings = Counter(RELATIONS.values())
-    table: dict[tuple[str, bool], list[_Core]] = {}
+    table = defaultdict(list)
     for core in _cores():
-        most = max(wordings.values())
-        copies = most // wordings[core.relation] if core.relation else 1
-        table.setdefault((core.category, core.things[0].colour is not None), []).extend([core] * copies)
+        copies = max(wordings.values()) // wordings[core.spec.relation] if core.spec.relation else 1
+        table[core.category, core.spec.things[0].colour is not None] += [core] * copies
     return table
 
 
-def _ending(tone: str | None) -> str:
-    return f" on a {tone} background" if tone else ""
-
-
-def _prompt(opener: str, core: _Core, tone: str | None) -> Prompt:
-    return Prompt(opener + core.text + _ending(tone), core.category, Spec(core.things, core.relation, tone))
+def _prompt(opener: str, core: Prompt, tone: str | None) -> Prompt:
+    ending = f" on a {tone} background" if tone else ""
+    return Prompt(opener + core.text + ending, core.category, core.spec._replace(tone=tone))
 
 
 def grammar(category: str) -> Iterator[Prompt]:
@@ -161,10 +133,8 @@ _FRAME = re.compile(
 
 def parse(text: str) -> Prompt:
     """Read a prompt of the grammar; case, spacing and a full stop do not matter. ValueError says what is understood."""
-    normal = normalise(text)
-    match = _FRAME.fullmatch(normal)
-    core = _by_text().get(match["core"]) if match else None
-    if core is None:
+    match = _FRAME.fullmatch(normalise(text))
+    if match is None or match["core"] not in _by_text():
         raise ValueError(
             f"not a prompt of the built-in world: {text!r}. Understood are one thing ('a circle', 'a red circle'), two"
             f" ('a circle and a square', 'a red circle and a blue square'), {', '.join(COUNTS)} of a kind ('three"
@@ -172,19 +142,7 @@ def parse(text: str) -> Prompt:
             f" {', '.join(SHAPES)}; colours {', '.join(COLOURS)}; at the end, if wanted,"
             f" 'on a {'|'.join(TONES)} background'"
         )
-    assert match is not None
-    return _prompt(match["opener"], core, match["tone"])
-
-
-# ---- sampling --------------------------------------------------------------------------------------------------------
-
-
-def _draw_prompt(rng: np.random.Generator, category: str) -> Prompt:
-    share = {"position": _COLOURED_SHARE, "counting": 1 - _COLOURED_SHARE}.get(category)
-    named = bool(rng.random() < share) if share is not None else category in ("colors", "color_attribution")
-    cores = _by_category()[category, named]
-    tone = list(TONES)[rng.integers(len(TONES))] if rng.random() < _ENDING_SHARE else None
-    return _prompt(OPENERS[rng.integers(len(OPENERS))], cores[rng.integers(len(cores))], tone)
+    return _prompt(match["opener"], _by_text()[match["core"]], match["tone"])
 
 
 def sample_prompt(rng: np.random.Generator, split: str = "train", category: str | None = None) -> Prompt:
@@ -192,8 +150,12 @@ def sample_prompt(rng: np.random.Generator, split: str = "train", category: str 
     if split not in ("train", "held_out", "all"):
         raise ValueError(f"no such split: {split!r} (train, held_out, all)")
     chosen = category or CATEGORIES[int(np.searchsorted(np.cumsum(_WEIGHTS)[:-1], rng.random(), side="right"))]
+    share = {"position": _COLOURED_SHARE, "counting": 1 - _COLOURED_SHARE}.get(chosen)
     while True:
-        prompt = _draw_prompt(rng, chosen)
+        named = chosen in ("colors", "color_attribution") if share is None else bool(rng.random() < share)
+        cores = _by_category()[chosen, named]
+        tone = list(TONES)[rng.integers(len(TONES))] if rng.random() < _ENDING_SHARE else None
+        prompt = _prompt(OPENERS[rng.integers(len(OPENERS))], cores[rng.integers(len(cores))], tone)
         if split == "all" or held_out(prompt.text) == (split == "held_out"):
             return prompt
 
@@ -213,16 +175,14 @@ def held_out_prompts(n: int, seed: int = 0) -> list[Prompt]:
     return sorted(chosen.values(), key=lambda prompt: CATEGORIES.index(prompt.category))
 
 
-@lru_cache(maxsize=8)
+@cache
 def _cell_pairs(relation: str) -> list[tuple[int, int]]:
     """Ordered pairs of cells whose first lies to the second as named, that axis dominating."""
-    ahead = {"above": (-1, 0), "below": (1, 0), "left": (0, -1), "right": (0, 1)}[relation]
+    down, right = {"above": (-1, 0), "below": (1, 0), "left": (0, -1), "right": (0, 1)}[relation]
     pairs = []
     for first, second in permutations(range(GRID**2), 2):
         rows, cols = first // GRID - second // GRID, first % GRID - second % GRID
-        along = rows * ahead[0] + cols * ahead[1]
-        across = cols if ahead[0] else rows
-        if along > abs(across):
+        if rows * down + cols * right > abs(cols if down else rows):
             pairs.append((first, second))
     return pairs
 

@@ -7,9 +7,9 @@ coloured regions, the colour of most of their pixels, and the shape whose sprite
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import permutations
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -32,8 +32,7 @@ _WINDOW = 20  # px, side of the square a sprite is fitted in
 _SHIFTS = np.arange(-3.0, 3.5, 0.5)  # px
 
 
-@dataclass(frozen=True)
-class FoundShape:
+class FoundShape(NamedTuple):
     """A region read as a thing; (x, y) is its centre in px of the 64x64 image, `score` 1 a perfect sprite."""
 
     shape: str
@@ -42,32 +41,22 @@ class FoundShape:
     y: float
     score: float
 
-    @property
-    def clear(self) -> bool:
-        """Whether it is one of the world's things beyond doubt."""
-        return self.score >= _FIT
 
-
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """What an image shows: its tone (or "unclear") and its things from top to bottom."""
 
     tone: str
     found: tuple[FoundShape, ...]
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(NamedTuple):
     """Whether an image shows a prompt, and in a few words why not."""
 
     right: bool
     why: str
 
 
-# ---- reading ---------------------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=1)
+@cache
 def _bank() -> tuple[np.ndarray, np.ndarray, list[tuple[str, float, float]]]:
     """Sprites at all half-pixel shifts (K, window pixels), their energies (K,), and what each is."""
     labels = [(shape, float(dx), float(dy)) for shape in SHAPES for dy in _SHIFTS for dx in _SHIFTS]
@@ -75,25 +64,17 @@ def _bank() -> tuple[np.ndarray, np.ndarray, list[tuple[str, float, float]]]:
     return masks, (masks**2).sum(1), labels
 
 
-def _square_pixels(rgb: np.ndarray) -> np.ndarray:
-    rgb = np.asarray(rgb)
-    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
-        raise ValueError(f"an image is (height, width, 3) uint8, not {rgb.shape} {rgb.dtype}")
-    if rgb.shape[:2] != (SIZE, SIZE):
-        rgb = np.asarray(Image.fromarray(rgb).resize((SIZE, SIZE), Image.Resampling.BOX))
-    return rgb.astype(np.float32)
-
-
 def _background(pixels: np.ndarray) -> tuple[str, np.ndarray | None]:
     """The tone most light pixels are nearest to and their median (that of all would lean to crowded things)."""
-    away = np.linalg.norm(pixels[:, :, None] - np.array(list(TONES.values()), np.float32), axis=-1)
+    tones = np.array(list(TONES.values()), np.float32)
+    away = np.linalg.norm(pixels[:, :, None] - tones, axis=-1)
     nearest = np.where(away.min(-1) < 2 * _TONE_REACH, away.argmin(-1), -1)
     counts = [int((nearest == index).sum()) for index in range(len(TONES))]
     index = int(np.argmax(counts))
     if counts[index] < _LEAST_BACKGROUND * SIZE**2:
         return UNCLEAR, None
     background = np.median(pixels[nearest == index], axis=0)
-    off = np.linalg.norm(background - list(TONES.values())[index])
+    off = np.linalg.norm(background - tones[index])
     return (list(TONES)[index] if off < _TONE_REACH else UNCLEAR), background
 
 
@@ -130,7 +111,12 @@ def _regions(mask: np.ndarray) -> list[np.ndarray]:
 
 def read_scene(rgb: np.ndarray) -> Reading:
     """Read an image, (H, W, 3) uint8 of any size; regions that are no thing of the world come back as "unclear"."""
-    pixels = _square_pixels(rgb)
+    rgb = np.asarray(rgb)
+    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8:
+        raise ValueError(f"an image is (height, width, 3) uint8, not {rgb.shape} {rgb.dtype}")
+    if rgb.shape[:2] != (SIZE, SIZE):
+        rgb = np.asarray(Image.fromarray(rgb).resize((SIZE, SIZE), Image.Resampling.BOX))
+    pixels = rgb.astype(np.float32)
     tone, background = _background(pixels)
     if background is None:
         return Reading(UNCLEAR, ())
@@ -148,41 +134,31 @@ def read_scene(rgb: np.ndarray) -> Reading:
     return Reading(tone, tuple(sorted(found, key=lambda it: (it.y, it.x))))
 
 
-# ---- judging ---------------------------------------------------------------------------------------------------------
-
-
-def _lies(first: FoundShape, second: FoundShape, relation: str) -> bool:
-    ahead = {"above": second.y - first.y, "below": first.y - second.y}
-    ahead |= {"left": second.x - first.x, "right": first.x - second.x}
-    return ahead[relation] >= _APART
-
-
 def _shows(things: tuple[FoundShape, ...], spec: Spec) -> bool:
     """Whether the things, in this order, are the wanted ones in the wanted relation."""
-    named = all(f.shape == w.shape and w.colour in (None, f.colour) for f, w in zip(things, spec.things, strict=True))
-    return named and (spec.relation is None or _lies(things[0], things[1], spec.relation))
-
-
-def _seen(found: tuple[FoundShape, ...]) -> str:
-    counts = Counter(phrase(it.shape, it.colour) if it.clear else "an unclear thing" for it in found)
-    return ", ".join(f"{name} x{n}" if n > 1 else name for name, n in sorted(counts.items())) or "nothing"
+    if any(f.shape != w.shape or w.colour not in (None, f.colour) for f, w in zip(things, spec.things, strict=True)):
+        return False
+    if spec.relation is None:
+        return True
+    right, down = things[1].x - things[0].x, things[1].y - things[0].y
+    return {"above": down, "below": -down, "left": right, "right": -right}[spec.relation] >= _APART
 
 
 def check(prompt: Prompt | str, rgb: np.ndarray) -> Verdict:
     """Whether an image shows exactly what the prompt says: things, counts, relation, named tone, nothing else."""
     spec = (parse(prompt) if isinstance(prompt, str) else prompt).spec
     reading = read_scene(rgb)
-    seen = f"the picture shows {_seen(reading.found)}"
+    names = ["an unclear thing" if it.shape == UNCLEAR else phrase(it.shape, it.colour) for it in reading.found]
+    counted = ", ".join(f"{name} x{n}" if n > 1 else name for name, n in sorted(Counter(names).items()))
+    seen = f"the picture shows {counted or 'nothing'}"
     if reading.tone == UNCLEAR:
         return Verdict(False, "the background is none of the world's tones")
     if spec.tone not in (None, reading.tone):
         return Verdict(False, f"the background is {reading.tone}, not {spec.tone}")
     if len(reading.found) != len(spec.things):
         return Verdict(False, f"{len(spec.things)} wanted; {seen}")
-    if not all(it.clear for it in reading.found):
-        return Verdict(False, seen)
     if any(_shows(order, spec) for order in permutations(reading.found)):
         return Verdict(True, "shows what was asked")
-    if spec.relation and any(_shows(order, Spec(spec.things)) for order in permutations(reading.found)):
+    if spec.relation and any(_shows(order, spec._replace(relation=None)) for order in permutations(reading.found)):
         return Verdict(False, f"{seen}, but the first is not on the side named ({spec.relation})")
     return Verdict(False, seen)

@@ -1,8 +1,7 @@
 """Drawing a scene: the same scene gives the same bytes everywhere.
 
 A shape is rasterised once with 16x16 samples a pixel. Things of neighbouring cells never share a pixel (a sprite
-is 14 px wide, cells are 16 px apart, the jitter is 1 px), so ready-made patches are copied in and nothing is blended
-per scene.
+is 14 px wide, cells are 16 px apart, the jitter is 1 px), so ready-made patches are copied in.
 """
 
 from __future__ import annotations
@@ -29,37 +28,15 @@ def _polygon(x: np.ndarray, y: np.ndarray, corners: list[tuple[float, float]]) -
     return inside
 
 
-def _ray(radius: float, degrees: float) -> tuple[float, float]:
-    """The point at `radius`, `degrees` clockwise from straight up."""
-    return radius * np.sin(np.radians(degrees)), -radius * np.cos(np.radians(degrees))
-
-
-def _circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return x * x + y * y < RADIUS**2
-
-
-def _square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.maximum(abs(x), abs(y)) < 5.5
-
-
-def _triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return _polygon(x, y, [(0.0, -RADIUS), (6.7, 5.6), (-6.7, 5.6)])
-
-
-def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (np.maximum(abs(x), abs(y)) < RADIUS) & (np.minimum(abs(x), abs(y)) < 2.0)
-
-
-def _star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return _polygon(x, y, [_ray(6.9 if i % 2 == 0 else 2.9, 36.0 * i) for i in range(10)])
-
-
+_TRIANGLE = [(0.0, -RADIUS), (6.7, 5.6), (-6.7, 5.6)]
+_STAR = [(radius * np.sin(angle), -radius * np.cos(angle))  # clockwise from straight up
+         for radius, angle in zip((6.9, 2.9) * 5, np.radians(36.0 * np.arange(10)), strict=True)]  # fmt: skip
 _INSIDE: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "cross": _cross,
-    "star": _star,
+    "circle": lambda x, y: x * x + y * y < RADIUS**2,
+    "square": lambda x, y: np.maximum(abs(x), abs(y)) < 5.5,
+    "triangle": lambda x, y: _polygon(x, y, _TRIANGLE),
+    "cross": lambda x, y: (np.maximum(abs(x), abs(y)) < RADIUS) & (np.minimum(abs(x), abs(y)) < 2.0),
+    "star": lambda x, y: _polygon(x, y, _STAR),
 }
 
 
@@ -82,8 +59,7 @@ def _patch(shape: str, colour: str, tone: str) -> np.ndarray:
 
 def draw(scene: Scene) -> np.ndarray:
     """The image of `scene`: (64, 64, 3) uint8 RGB."""
-    rgb = np.empty((SIZE, SIZE, 3), np.uint8)
-    rgb[:] = TONES[scene.tone]
+    rgb = np.full((SIZE, SIZE, 3), TONES[scene.tone], np.uint8)
     for thing in scene.things:
         x, y = (at - SPRITE // 2 for at in thing.centre)
         rgb[y : y + SPRITE, x : x + SPRITE] = _patch(thing.shape, thing.colour, scene.tone)
@@ -95,8 +71,6 @@ def crowded_scene(rng: np.random.Generator) -> Scene:
     shapes, colours, tones = list(SHAPES), list(COLOURS), list(TONES)
     cells = rng.permutation(GRID * GRID)[: rng.integers(1, GRID * GRID + 1)].tolist()
     picks = rng.integers(0, (len(shapes), len(colours), 2 * JITTER + 1, 2 * JITTER + 1), (len(cells), 4)).tolist()
-    things = (
-        Thing(shapes[s], colours[c], cell // GRID, cell % GRID, dx - JITTER, dy - JITTER)
-        for cell, (s, c, dx, dy) in zip(cells, picks, strict=True)
-    )
+    things = [Thing(shapes[s], colours[c], cell // GRID, cell % GRID, dx - JITTER, dy - JITTER)
+              for cell, (s, c, dx, dy) in zip(cells, picks, strict=True)]  # fmt: skip
     return Scene(tones[rng.integers(len(tones))], tuple(things))

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 
@@ -17,11 +16,9 @@ from bifrost_cli.artifacts.manifest import require_outside
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import UsageError
 from bifrost_cli.runtime.ui import Ui
-from bifrost_cli.shapes.captions import Prompt, held_out_prompts, sample_prompt, sample_scene
+from bifrost_cli.shapes.captions import held_out_prompts, sample_prompt, sample_scene
 from bifrost_cli.shapes.draw import draw
 from bifrost_cli.shapes.scene_plan import write_plan
-
-METADATA = "metadata.jsonl"
 
 
 def render_shapes(
@@ -30,15 +27,9 @@ def render_shapes(
     """Draw images into a new folder, which appears whole or not at all.
 
     Args:
-        output: the folder.
-        n: number of images.
         seed: image i is a function of (seed, i).
         split: "train" for the grammar's training part, "held-out" for distinct prompts that training never sees,
             evenly over the categories.
-        ui: where progress is shown.
-
-    Returns:
-        The folder.
 
     Raises:
         UsageError: the folder is not empty, or cannot be made anew; no such split, or fewer held-out prompts than `n`.
@@ -49,27 +40,23 @@ def render_shapes(
     require_outside(folder)
     if folder.exists() and (folder.samefile(".") or folder.is_mount()):
         raise UsageError(f"{folder} is the current folder, or a mount", fix=f"-o {quote(str(folder / 'shapes'))}")
-    lines, prompts = [], list(_prompts(n, seed, split))
+    if split not in ("train", "held-out"):
+        raise UsageError(f"there is no split {split}", fix="train or held-out")
+    prompts = held_out_prompts(n, seed) if split == "held-out" else []
+    if prompts and len(prompts) < n:
+        raise UsageError(f"the grammar holds out only {len(prompts)} prompts, fewer than {n}", fix=f"-n {len(prompts)}")
+    lines = []
     folder = folder.resolve() if folder.is_symlink() else folder
     make_folder(folder.parent)
     with new_folder(folder) as draft, ui.progress(n, "drawing images") as bar:
-        for i, (rng, prompt) in enumerate(prompts):
+        for i in range(n):
+            rng = np.random.default_rng([seed, i])
+            prompt = prompts[i] if prompts else sample_prompt(rng, split="train")
             scene = sample_scene(rng, prompt)
             name = f"{i:05d}.png"
             write_bytes(draft / name, png_bytes(draw(scene)))
             facts = {"caption": prompt.text, "plan": write_plan(scene, prompt), "category": prompt.category}
             lines.append(json.dumps({"file_name": name, **facts}, sort_keys=True) + "\n")
             bar.advance()
-        write_bytes(draft / METADATA, "".join(lines).encode())
+        write_bytes(draft / "metadata.jsonl", "".join(lines).encode())
     return folder
-
-
-def _prompts(n: int, seed: int, split: str) -> Iterator[tuple[np.random.Generator, Prompt]]:
-    if split not in ("train", "held-out"):
-        raise UsageError(f"there is no split {split}", fix="train or held-out")
-    chosen = held_out_prompts(n, seed) if split == "held-out" else None
-    if chosen is not None and len(chosen) < n:
-        raise UsageError(f"the grammar holds out only {len(chosen)} prompts, fewer than {n}", fix=f"-n {len(chosen)}")
-    for i in range(n):
-        rng = np.random.default_rng([seed, i])
-        yield rng, chosen[i] if chosen is not None else sample_prompt(rng, split="train")

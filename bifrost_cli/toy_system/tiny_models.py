@@ -1,7 +1,4 @@
-"""The built-in tiny system: stock classes of transformers, diffusers and open_clip at sizes a laptop trains.
-
-Modules and tokenizers are freshly initialized; `from_pretrained` of their library reads each of them back, so that the
-rest of the code cannot tell a tiny system from a large one.
+"""The built-in tiny system, freshly initialized: stock classes of transformers and diffusers at sizes a laptop trains.
 
 A 64 px image is 8x8 patches of 8 px; the 2x2 merge leaves 4x4 latents, one for each 16 px cell of the shapes world.
 FLUX generates an 8x8 packed grid (VAE factor 4, packed by 2), twice as fine as the latents, as at paper scale.
@@ -43,8 +40,6 @@ CHAT_TEMPLATE = (
     "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-QWEN_SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-                "<|image_pad|>", "<|video_pad|>")  # fmt: skip
 
 
 def _bpe(words: Iterable[str], **options: Any) -> tuple[dict[str, int], Any]:
@@ -67,7 +62,8 @@ def qwen_tokenizer(words: Iterable[str]) -> Qwen2Tokenizer:
     words = sorted(set(words) | {"system", "user", "assistant", "You", "are", "a", "helpful"})
     vocab, merges = _bpe([*words, *(" " + word for word in words)])
     tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(QWEN_SPECIAL)})
+    special = ("im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in special]})
     tokenizer.eos_token = "<|im_end|>"
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.padding_side = "left"
@@ -135,20 +131,19 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
 def clip_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
     """CLIP-format tokenizer; the end token has the highest id, which CLIP's pooling relies on."""
     vocab, merges = _bpe(sorted({word.lower() for word in words}), end_of_word_suffix="</w>")
-    vocab = {**vocab, **{token + "</w>": len(vocab) + i for i, token in enumerate(
-        token for token in sorted(pre_tokenizers.ByteLevel.alphabet()) if token + "</w>" not in vocab)}}  # fmt: skip
-    vocab = {**vocab, "<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
+    ends = [f"{byte}</w>" for byte in sorted(pre_tokenizers.ByteLevel.alphabet()) if f"{byte}</w>" not in vocab]
+    for token in (*ends, "<|startoftext|>", "<|endoftext|>"):
+        vocab[token] = len(vocab)
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_TOKENS)
 
 
 def clip_text(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """FLUX's first text encoder, of which only the pooled vector is used."""
-    config = CLIPTextConfig(
+    return CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=TEXT_TOKENS, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    return CLIPTextModel(config)
+    ))  # fmt: skip
 
 
 def t5_tokenizer(words: Iterable[str]) -> T5Tokenizer:
@@ -162,11 +157,10 @@ def t5_tokenizer(words: Iterable[str]) -> T5Tokenizer:
 
 def t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
     """FLUX's second text encoder, which gives the token sequence."""
-    config = T5Config(
+    return T5EncoderModel(T5Config(
         vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=192, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
-    )  # fmt: skip
-    return T5EncoderModel(config)
+    ))  # fmt: skip
 
 
 def open_clip_config(vocabulary: int) -> dict[str, Any]:

@@ -14,22 +14,22 @@ Legend: B rows, T tokens, P patches, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Qwen2Tokenizer, Qwen2VLImageProcessor
 
 from bifrost_cli.models.mllm.chat_template import chat_text, join_plan, user_turn
 from bifrost_cli.shapes.captions import Prompt, sample_prompt, sample_scene
-from bifrost_cli.shapes.draw import draw
 from bifrost_cli.shapes.questions import sample_question
 from bifrost_cli.shapes.scene import TONES, Scene
-from bifrost_cli.shapes.scene_plan import cell_classes, cell_words, fill_cells, thing_words, write_plan
+from bifrost_cli.shapes.scene_plan import CELL_WORDS, THING_WORDS, cell_classes, fill_cells, write_plan
+from bifrost_cli.toy_system.train_bases import drawn
 
 FILL_QUESTION = "What is in these cells?"
+EIGHTHS = {"plan": 3, "fill": 3, "look": 2}  # of a batch
 Row = tuple[str, str, bool]  # question, answer, whether every other word of the answer is given
 
 
@@ -38,28 +38,23 @@ class Probe(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.sizes = [len(thing_words()) + 1, len(TONES), 2]
+        self.sizes = [len(THING_WORDS) + 1, len(TONES), 2]
         self.head = nn.Linear(width, sum(self.sizes))
 
-    def loss(self, latents_BPD: torch.Tensor, scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, latents_BPD: Tensor, scenes: list[Scene]) -> tuple[Tensor, Tensor]:
         """Cross-entropy of thing and tone plus squared error of the offsets where there is a thing; and accuracy."""
         thing_BPK, tone_BPK, offset_BP2 = self.head(latents_BPD).split(self.sizes, dim=-1)
         classes_BP = torch.from_numpy(np.stack([cell_classes(scene) for scene in scenes]))
         tones_BP = torch.tensor([list(TONES).index(scene.tone) for scene in scenes])[:, None].expand_as(classes_BP)
-        error = (offset_BP2 - _offsets(scenes)).square().sum(-1)
+        true_BP2 = torch.zeros(*classes_BP.shape, 2)
+        for index, scene in enumerate(scenes):
+            for thing in scene.things:
+                true_BP2[index, thing.cell] = torch.tensor([thing.dx, thing.dy], dtype=torch.float32)
+        error = (offset_BP2 - true_BP2).square().sum(-1)
         loss = nn.functional.cross_entropy(thing_BPK.flatten(0, 1), classes_BP.flatten())
         loss = loss + 0.2 * nn.functional.cross_entropy(tone_BPK.flatten(0, 1), tones_BP.flatten())
         right = (thing_BPK.argmax(-1) == classes_BP)[classes_BP > 0].float().mean()
         return loss + 0.1 * error[classes_BP > 0].mean(), right
-
-
-def _offsets(scenes: list[Scene]) -> torch.Tensor:
-    side = round(len(cell_words()) ** 0.5)
-    offsets = torch.zeros(len(scenes), side * side, 2)
-    for index, scene in enumerate(scenes):
-        for thing in scene.things:
-            offsets[index, thing.row * side + thing.col] = torch.tensor([thing.dx, thing.dy], dtype=torch.float32)
-    return offsets
 
 
 class MllmTask:
@@ -79,48 +74,34 @@ class MllmTask:
         self.tokenizer, self.processor, self.instruction = tokenizer, processor, instruction
         self.seed, self.batch_size = seed, batch_size
 
-    # ---- rows -------------------------------------------------------------------------------------------------------
-
-    def plan_row(self, rng: np.random.Generator, prompt: Prompt, scene: Scene) -> Row:
-        """The planning instruction with the prompt, answered with the plan."""
-        return user_turn(self.instruction.format(prompt=prompt.text)), write_plan(scene, prompt), False
-
-    def fill_row(self, rng: np.random.Generator, prompt: Prompt, scene: Scene) -> Row:
-        """The prompt and plan as the branch reads them, answered with what the cells hold."""
-        return chat_text(join_plan(prompt.text, write_plan(scene, prompt))), " " + _filled(rng, scene), True
-
-    def look_row(self, rng: np.random.Generator, prompt: Prompt, scene: Scene) -> Row:
-        """An image and a question about it."""
-        image = "<|vision_start|>" + "<|image_pad|>" * len(cell_words()) + "<|vision_end|>"
+    def row(self, kind: str, rng: np.random.Generator, prompt: Prompt, scene: Scene) -> Row:
+        plan = write_plan(scene, prompt)
+        if kind == "plan":
+            return user_turn(self.instruction.format(prompt=prompt.text)), plan, False
+        if kind == "fill":
+            return chat_text(join_plan(prompt.text, plan)), " " + filled(rng, scene), True
+        image = "<|vision_start|>" + "<|image_pad|>" * len(CELL_WORDS) + "<|vision_end|>"
         if rng.random() < 0.3:
-            return user_turn(image + FILL_QUESTION), _filled(rng, scene), True
+            return user_turn(image + FILL_QUESTION), filled(rng, scene), True
         question, answer = sample_question(rng, scene)
         return user_turn(image + question), answer, False
 
     def batch(self, step: int, micro: int) -> dict[str, Any]:
-        """Three eighths plan rows, as many fill rows, a quarter look rows; each kind padded apart."""
+        """Rows by kind, each kind padded apart, and the images of the last."""
         rng = np.random.default_rng((self.seed, step, micro))
-        share = self.batch_size // 8
-        plan = [self._row(rng, self.plan_row) for _ in range(3 * share)]
-        fill = [self._row(rng, self.fill_row) for _ in range(3 * share)]
-        look = [self._row(rng, self.look_row) for _ in range(2 * share)]
-        scenes = [scene for _, scene in look]
-        pixels = [torch.from_numpy(draw(scene)).permute(2, 0, 1) for scene in scenes]
-        return {
-            "plan": self.encode([row for row, _ in plan]),
-            "fill": self.encode([row for row, _ in fill]),
-            "look": self.encode([row for row, _ in look]),
-            "pixels": self.processor(images=pixels, do_resize=False, return_tensors="pt"),
-            "scenes": scenes,
-        }
+        batch: dict[str, Any] = {}
+        for kind, eighths in EIGHTHS.items():
+            rows, scenes = [], []
+            for _ in range(eighths * (self.batch_size // 8)):
+                prompt = sample_prompt(rng, split="train")
+                scenes.append(sample_scene(rng, prompt))
+                rows.append(self.row(kind, rng, prompt, scenes[-1]))
+            batch[kind] = self.encode(rows)
+        pixels = list(drawn(scenes).permute(0, 3, 1, 2))
+        return {**batch, "pixels": self.processor(images=pixels, do_resize=False, return_tensors="pt"),
+                "scenes": scenes}  # fmt: skip
 
-    @staticmethod
-    def _row(rng: np.random.Generator, kind: Callable[..., Row]) -> tuple[Row, Scene]:
-        prompt = sample_prompt(rng, split="train")
-        scene = sample_scene(rng, prompt)
-        return kind(rng, prompt, scene), scene
-
-    def encode(self, rows: list[Row]) -> dict[str, torch.Tensor]:
+    def encode(self, rows: list[Row]) -> dict[str, Tensor]:
         """Rows -> ids, attention and learnt (all (B, T)): learnt is True at the answer's words."""
         questions = self.tokenizer([row[0] for row in rows], add_special_tokens=False).input_ids
         answers = self.tokenizer([row[1] + "<|im_end|>" for row in rows], add_special_tokens=False).input_ids
@@ -137,27 +118,25 @@ class MllmTask:
                 learnt_BT[index, start:stop:2] = False
         return {"ids": ids_BT, "attention": attention_BT, "learnt": learnt_BT}
 
-    # ---- loss -------------------------------------------------------------------------------------------------------
-
-    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(self, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch, and for the log each kind's loss and share of right words."""
         grid = batch["pixels"].image_grid_thw
         visual = self.mllm.model.visual(batch["pixels"].pixel_values, grid_thw=grid).pooler_output
-        probe, right = self.probe.loss(visual.unflatten(0, (len(grid), -1)), batch["scenes"])
-        plan, plan_right = self._answer_loss(batch["plan"], None, None)
-        fill, fill_right = self._answer_loss(batch["fill"], None, None)
-        look, look_right = self._answer_loss(batch["look"], visual, grid)
-        metrics = {"plan": plan, "fill": fill, "look": look, "plan_right": plan_right, "fill_right": fill_right,
-                   "look_right": look_right, "probe_right": right}  # fmt: skip
-        return plan + fill + 0.5 * look + 0.5 * probe, {name: value.detach() for name, value in metrics.items()}
+        probe, probe_right = self.probe.loss(visual.unflatten(0, (len(grid), -1)), batch["scenes"])
+        losses, right = {}, {}
+        for kind in EIGHTHS:
+            image = (visual, grid) if kind == "look" else None
+            losses[kind], right[f"{kind}_right"] = self._answer_loss(batch[kind], image)
+        metrics = {**losses, **right, "probe_right": probe_right}
+        loss = losses["plan"] + losses["fill"] + 0.5 * losses["look"] + 0.5 * probe
+        return loss, {name: value.detach() for name, value in metrics.items()}
 
-    def _answer_loss(
-        self, rows: dict[str, torch.Tensor], visual_ND: torch.Tensor | None, grid_B3: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _answer_loss(self, rows: dict[str, Tensor], image: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         model = self.mllm.model
         embeds_BTD = model.get_input_embeddings()(rows["ids"])
         positions = None
-        if visual_ND is not None:
+        if image:
+            visual_ND, grid_B3 = image
             image_BT = rows["ids"] == model.config.image_token_id
             embeds_BTD = embeds_BTD.masked_scatter(image_BT[..., None], visual_ND)
             positions, _ = model.get_rope_index(
@@ -172,11 +151,10 @@ class MllmTask:
         return nn.functional.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float().mean()
 
     def keys(self, batch: dict[str, Any]) -> list[str]:
-        """The rows with plans, for error messages."""
         return self.tokenizer.batch_decode(batch["plan"]["ids"])
 
 
-def _filled(rng: np.random.Generator, scene: Scene) -> str:
+def filled(rng: np.random.Generator, scene: Scene) -> str:
     """What half of the cells hold, all cells with things among them, in random order."""
     classes = cell_classes(scene)
     order = sorted(rng.permutation(len(classes)), key=lambda cell: classes[cell] == 0)[: len(classes) // 2]

@@ -12,7 +12,7 @@ from bifrost_cli.shapes.captions import plural, sample_prompt, sample_scene
 from bifrost_cli.shapes.draw import crowded_scene
 from bifrost_cli.shapes.questions import NUMBERS, describe, sample_question
 from bifrost_cli.shapes.scene import Scene, Thing
-from bifrost_cli.shapes.scene_plan import cell_classes, cell_words, fill_cells, thing_words, write_plan
+from bifrost_cli.shapes.scene_plan import CELL_WORDS, THING_WORDS, cell_classes, fill_cells, write_plan
 
 SCENE = Scene("white", (Thing("square", "blue", 2, 3, 1, -1), Thing("circle", "red", 0, 1)))
 
@@ -28,9 +28,9 @@ def test_a_plan_is_one_line_in_reading_order():
 
 
 def test_words():
-    assert cell_words()[:5] == ("aa", "ab", "ac", "ad", "ba") and len(set(cell_words())) == 16
-    assert len(set(thing_words())) == 30
-    assert not set(cell_words()) & set(thing_words())
+    assert CELL_WORDS[:5] == ("aa", "ab", "ac", "ad", "ba") and len(set(CELL_WORDS)) == 16
+    assert len(set(THING_WORDS)) == 30
+    assert not set(CELL_WORDS) & set(THING_WORDS)
 
 
 def test_plans_round_trip():
@@ -42,7 +42,7 @@ def test_plans_round_trip():
 def test_filled_cells_follow_the_order_given():
     order = np.random.default_rng(0).permutation(16).tolist()
     words = fill_cells(SCENE, order).split()
-    assert words[::2] == [cell_words()[cell] for cell in order]
+    assert words[::2] == [CELL_WORDS[cell] for cell in order]
     filled = dict(zip(words[::2], words[1::2], strict=True))
     assert {cell: word for cell, word in filled.items() if word != "none"} == {"ab": "redcircle", "cd": "bluesquare"}
 
@@ -50,7 +50,7 @@ def test_filled_cells_follow_the_order_given():
 def test_cell_classes_agree_with_the_plan():
     for scene in scenes(200):
         classes = cell_classes(scene)
-        pairs = [(cell_words()[cell], thing_words()[classes[cell] - 1]) for cell in np.flatnonzero(classes)]
+        pairs = [(CELL_WORDS[cell], THING_WORDS[classes[cell] - 1]) for cell in np.flatnonzero(classes)]
         assert " ".join([scene.tone, *(word for pair in pairs for word in pair)]) == write_plan(scene)
 
 
@@ -77,7 +77,7 @@ def _true_answer(question: str, scene: Scene) -> str:
         thing = named[" ".join(words[-2:])]
         return f"{('top', 'bottom')[thing.row // 2]} {('left', 'right')[thing.col // 2]}"
     if question.startswith("what is at"):
-        return describe(Scene(scene.tone, tuple(t for t in scene.things if cell_words()[t.cell] == words[-1])))
+        return describe(Scene(scene.tone, tuple(t for t in scene.things if CELL_WORDS[t.cell] == words[-1])))
     if question == "what colour is the background?":
         return scene.tone
     if question.startswith("what colour"):

@@ -78,7 +78,7 @@ def test_unknown_and_unready_parts_are_refused(tmp_path):
         pretrain(load_recipe("shapes", SETS), parts=["vea"], output=tmp_path)
     with pytest.raises(UsageError, match="no finished vae"):
         pretrain(load_recipe("shapes", SETS), parts=["flux"], output=tmp_path)
-    assert PARTS[0] == "vae" and list(tmp_path.iterdir()) == []
+    assert next(iter(PARTS)) == "vae" and list(tmp_path.iterdir()) == []
 
 
 def test_rows_of_the_mllm_never_show_a_held_out_prompt(system):
@@ -104,10 +104,10 @@ def test_rows_of_the_mllm_never_show_a_held_out_prompt(system):
 
 
 def test_filled_cells_hold_every_thing():
-    from bifrost_cli.toy_system.train_mllm import _filled
+    from bifrost_cli.toy_system.train_mllm import filled
 
     rng = np.random.default_rng(0)
     for _ in range(200):
         scene = sample_scene(rng, sample_prompt(rng))
-        words = _filled(rng, scene).split()
+        words = filled(rng, scene).split()
         assert len(words) == 16 and sum(word != "none" for word in words[1::2]) == (cell_classes(scene) > 0).sum()
