@@ -179,7 +179,12 @@ class Branch(Section):
     init: Literal["mllm", "random"] = Field(
         "mllm", description="the decoder's start: the MLLM's weights, or random", json_schema_extra=since("mllm")
     )
-    head: Literal["linear", "flow"] = Field("linear", description="linear (paper), or a sampling head for every token")
+    head: Literal["linear", "flow", "codebook"] = Field(
+        "linear", description="linear (paper), or one that samples every token: a flow, or a codebook of latents"
+    )
+    codes: Count | None = Field(
+        None, description="with head codebook: its k-means centres of latents", json_schema_extra=since(None)
+    )
     normalize: bool = Field(
         False, description="predict latents scaled to mean 0, deviation 1 by the store's statistics"
     )
@@ -219,6 +224,8 @@ class Branch(Section):
         for key, usual in (("head", "linear"), ("loss_on", "all"), ("tune", "full")):
             if self.target == "queries" and (value := getattr(self, key)) != usual:
                 raise ValueError(f"{key} {value} is not for target queries, which knows {usual} alone")
+        if (self.head == "codebook") != (self.codes is not None):
+            raise ValueError(f"head codebook and codes belong together; here they are {self.head} and {self.codes}")
         if self.mask_low > self.mask_high:
             raise ValueError(f"mask_low ({self.mask_low}) is above mask_high ({self.mask_high})")
         return self
@@ -258,6 +265,11 @@ class Generate(Section):
         1.0,
         description="weight of the prompt in the branch; 1 runs no unconditional half",
         json_schema_extra=recorded_as("guidance"),
+    )
+    temperature: Positive = Field(
+        1.0,
+        description="of a sampling head in the branch: below 1 it keeps nearer to what is most probable",
+        json_schema_extra=since(1.0),
     )
     steps: Count = Field(28, description="diffusion steps")
     guidance_scale: NotNegative = Field(

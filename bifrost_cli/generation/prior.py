@@ -85,7 +85,7 @@ class BifrostPrior:
     def predict(
         self, prompt: str, seed: int = 0, *, settings: Generate | None = None, callback: StageCallback | None = None
     ) -> PredictedLatents:
-        """Patch latents of a prompt; decode order and the noise of a flow head follow from (prompt, seed) alone.
+        """Patch latents of a prompt; decode order and the noise of a sampling head follow from (prompt, seed) alone.
 
         Args:
             prompt: what to generate.
@@ -98,7 +98,7 @@ class BifrostPrior:
         plan, cut, cache = self._encoded(
             prompt, guided, (settings.plan_instruction, settings.plan_tokens) if settings.plan else None
         )
-        if branch.head_kind == "flow":
+        if branch.head_kind != "linear":
             noise_BPC = torch.randn((1, branch.patches, branch.channels), generator=generator_of(seed, prompt, "head"))
         if settings.decode_order == "raster":
             orders_BP = raster_orders(1, branch.patches)
@@ -118,6 +118,7 @@ class BifrostPrior:
                 orders_BP=orders_BP,
                 guidance=settings.branch_guidance,
                 noise_BPC=noise_BPC,
+                temperature=settings.temperature,
                 callback=on_step,
             ).cpu()
         return PredictedLatents(prompt, plan, cut, latents_BPC[0])

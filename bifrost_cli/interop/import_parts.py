@@ -160,10 +160,14 @@ def branch_part(recipe: Recipe, root: ShardedCheckpoint, names: Names, base: Bas
     """The checkpoint's branch. ArtifactError BF-ART-007 names every missing, unexpected or misshapen key."""
     patches = base.latents["grid"][0] * base.latents["grid"][1]
     _require_positions(recipe, root, patches)
-    head = "flow" if any(name.startswith(OWN + "vision_head.") for name in names.branch) else "linear"
+    own = {name.removeprefix(OWN + "vision_head.") for name in names.branch if name.startswith(OWN + "vision_head.")}
+    head = "codebook" if "codes_KC" in own else "flow" if own else "linear"
+    codes = root.shapes[OWN + "vision_head.codes_KC"][0] if head == "codebook" else None
     normalize = OWN + "latents_mean_C" in names.branch
     with init_empty_weights():
-        branch = VisualBranch(base.text_config, patches, base.latents["channels"], head=head, normalize=normalize)
+        branch = VisualBranch(
+            base.text_config, patches, base.latents["channels"], head=head, codes=codes, normalize=normalize
+        )
     wanted = {published_name(name): shape for name, shape in shapes_of(branch.state_dict()).items()}
     present = {name: root.shapes[name] for name in (*names.branch, *names.unexpected)}
     _require_fit(misfits(wanted, present), f"the branch in {root.folder} does not fit {recipe.models.mllm}")

@@ -70,6 +70,7 @@ class MetaModels:
                 self.grid**2,
                 self.channels,
                 head=settings.head,
+                codes=settings.codes,
                 normalize=settings.normalize,
                 tune=tuned(self.recipe),
             )

@@ -33,6 +33,7 @@ from bifrost_cli.training.training_run import (
     shared_identity,
 )
 
+CODEBOOK_ROWS = 4096  # rows of the store that a codebook is made of
 # Other values of branch.target than latents: a function that changes the prepared run into one for that target.
 TARGETS = plugins("bifrost.branch_targets", {"queries": "bifrost_cli.ablations.learned_queries:prepare"})
 # Other values of branch.init than mllm: a function that draws the decoder of a new branch from a seed.
@@ -114,6 +115,7 @@ def build_branch(recipe: Recipe, store: LatentsStore, mllm: Mllm) -> VisualBranc
         store.grid[0] * store.grid[1],
         store.channels,
         head=settings.head,
+        codes=settings.codes,
         normalize=settings.normalize,
         tune=tuned(recipe),
         generator=torch.Generator().manual_seed(seed),
@@ -122,6 +124,13 @@ def build_branch(recipe: Recipe, store: LatentsStore, mllm: Mllm) -> VisualBranc
         STARTS[settings.init](branch, seed)
     if settings.normalize:
         branch.set_statistics(torch.from_numpy(store.mean_C), torch.from_numpy(store.std_C))
+    if settings.head == "codebook":
+        rows = range(0, len(store.keys), -(-len(store.keys) // CODEBOOK_ROWS))
+        latents_NC = torch.from_numpy(store.latents(list(rows))).flatten(0, 1).to(branch.mask_token.device)
+        try:
+            branch.vision_head.fit(branch.to_decoder(latents_NC), derive(settings.train.seed, "codes") % 2**32)
+        except ValueError as error:
+            raise RecipeError(f"branch.codes: {error}", fix="set fewer", code="BF-RECIPE-005") from None
     return branch
 
 

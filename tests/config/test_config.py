@@ -53,7 +53,8 @@ REFUSED = {
     "contradicting masks": ("branch: {mask_low: 0.9, mask_high: 0.8}", "005", "1:1", "mask_low (0.9) is above"),
     "contradicting rows": ("latents:\n  shard_rows: 100\n  chunk_rows: 16", "005", "1:1", "shard_rows (100)"),
     "a plan without prompt": ("generate:\n  plan_instruction: generate", "005", "1:1", "{prompt}"),
-    "no such choice": ("branch:\n  head: quadratic", "003", "2:3", "'linear' or 'flow'"),
+    "codes without their head": ("branch:\n  codes: 8", "005", "1:1", "head codebook and codes belong together"),
+    "no such choice": ("branch:\n  head: quadratic", "003", "2:3", "'linear', 'flow' or 'codebook'"),
     "no such encoder": ("latents:\n  encoder: siglip", "003", "2:3", "mllm (its own visual encoder), open_clip"),
     "a newer format": ("format: 9", "006", "1:1", "newer format"),
 }  # fmt: skip

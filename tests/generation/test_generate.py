@@ -85,8 +85,9 @@ def test_same_seed_same_bytes_alone_or_among_others(system: System, tmp_path: Pa
     assert [line["seed"] for line in lines[4:]] == [5, 6]  # the prompt that comes again goes on counting
 
 
-def test_flow_head_and_guidance_repeat_too(tmp_path: Path) -> None:
-    system = save_system(tmp_path, head="flow", branch_guidance=2.0)
+@pytest.mark.parametrize("head", ["flow", "codebook"])
+def test_sampling_heads_and_guidance_repeat_too(tmp_path: Path, head: str) -> None:
+    system = save_system(tmp_path, head=head, branch_guidance=2.0)
     first, second = (render(system, "a star", tmp_path / f"{name}.png", seed=1).read_bytes() for name in "ab")
     assert first == second != render(system, "a star", tmp_path / "c.png", seed=2).read_bytes()
 

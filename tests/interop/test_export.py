@@ -30,20 +30,23 @@ from bifrost_cli.loading.resolve import builtin
 from bifrost_cli.models.branch.masking import sample_masked
 
 
-@pytest.fixture(scope="module")
-def system(tmp_path_factory) -> System:
-    return save_system(tmp_path_factory.mktemp("system"), head="flow")
+@pytest.fixture(scope="module", params=["flow", "codebook"])
+def system(tmp_path_factory, request) -> System:
+    return save_system(tmp_path_factory.mktemp("system"), head=request.param)
 
 
 def test_out_and_in_again_is_the_same_to_the_bit(system, tmp_path):
-    """A flow head has no published name: it goes under ours."""
+    """A sampling head has no published name: it goes under ours."""
     folder = export(system.branch.path, output=tmp_path / "out")
     export(system.controlnet.path, output=folder / "flux_controlnet")
     for part, before in zip(import_checkpoint(system.recipe, folder, workspace=tmp_path),
                             (system.branch, system.controlnet), strict=True):  # fmt: skip
         ours, theirs = (load_file(each.file("model.safetensors")) for each in (part, before))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert json.loads((folder / "config.json").read_text())["branch"]["head"] == "flow"
+    assert (
+        json.loads((folder / "config.json").read_text())["branch"]["head"]
+        == load_branch(system.branch, torch.device("cpu")).head_kind
+    )
 
 
 def test_the_branch_has_the_index_that_the_published_loader_opens(system, tmp_path):

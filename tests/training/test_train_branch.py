@@ -105,6 +105,22 @@ def test_other_settings_in_the_same_place_are_refused(made, workspace, mllm_fold
     assert found.value.code == "BF-ART-003" and "lr: 0.001 -> 0.002" in found.value.at
 
 
+def test_a_codebook_is_made_of_the_stores_latents_and_trains_to_the_same_bytes(workspace, mllm_folder, tmp_path):
+    settings = recipe(mllm_folder, head="codebook", codes=6, loss_on="masked", normalize=True)
+    made, again = (train_branch(settings, workspace=workspace, output=tmp_path / name, device="cpu") for name in "ab")
+    assert made.files == again.files and made.identity["settings"]["codes"] == 6
+    branch, store = load_branch(made, torch.device("cpu")), LatentsStore.open(workspace / "latents-a")
+    tokens_NC = branch.to_decoder(torch.from_numpy(store.latents(list(range(40))))).flatten(0, 1)
+    index_N = branch.vision_head.nearest(tokens_NC)
+    centres_KC = torch.stack([tokens_NC[index_N == code].mean(0) for code in range(6)])
+    assert torch.allclose(branch.vision_head.codes_KC, centres_KC, atol=0.1)  # k-means has all but come to rest
+
+
+def test_more_codes_than_latents_are_refused(workspace, mllm_folder):
+    with pytest.raises(RecipeError, match="9999 codes cannot be made of 640 latents"):
+        train_branch(recipe(mllm_folder, head="codebook", codes=9999), workspace=workspace, device="cpu")
+
+
 def wait_for_checkpoint(folder):
     until = time.monotonic() + 60
     while not list(folder.rglob("step-*/manifest.json")) and time.monotonic() < until:

@@ -6,15 +6,19 @@ Legend: D decoder width, C latent channels, N tokens, ... any leading axes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bifrost_cli.models.branch.codebook_head import CodebookHead
 from bifrost_cli.models.diffusion.rectified_flow import euler, flow_matching_loss
 from bifrost_cli.models.row_noise import NoiseSource, normal
 
 EULER_STEPS = 25
+MEAN_SAMPLES, MEAN_STEPS = 4, 10  # of the estimated mean, which is only looked at
 
 
 class LinearHead(nn.Linear):
@@ -28,8 +32,18 @@ class LinearHead(nn.Linear):
         """Mean squared error over all entries, in float32; nothing is drawn from the generator."""
         return nn.functional.mse_loss(self(hidden_ND).float(), target_NC.float())
 
-    def guided(self, hidden_D: Tensor, uncond_D: Tensor | None, guidance: float, noise_C: Tensor | None) -> Tensor:
-        """u + w * (c - u) with the predictions c of `hidden_D` and u of `uncond_D`, or c where that is None."""
+    def guided(
+        self,
+        hidden_D: Tensor,
+        uncond_D: Tensor | None,
+        guidance: float,
+        noise_C: Tensor | None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """u + w * (c - u) with the predictions c of `hidden_D` and u of `uncond_D`, or c where that is None.
+
+        Noise and temperature are not read: a mean has neither.
+        """
         conditional_C = self(hidden_D)
         if uncond_D is None:
             return conditional_C
@@ -70,28 +84,50 @@ class FlowHead(nn.Module):
         return flow_matching_loss(partial(self.velocity, hidden_D=hidden_ND), target_NC, noise_NC, sigma_N1)
 
     def mean(self, hidden_D: Tensor) -> Tensor:
-        """An estimate of the samples' mean: at s = 1 the best velocity is noise - E[clean | h]; noise is 0 here."""
-        start_C = hidden_D.new_zeros(*hidden_D.shape[:-1], self.channels)
-        return -self.velocity(start_C, torch.ones_like(start_C[..., :1]), hidden_D)
+        """The mean of a few samples, of coarser steps; from the same noise at every call, so that two calls agree.
 
-    def guided(self, hidden_D: Tensor, uncond_D: Tensor | None, guidance: float, noise_C: Tensor | None) -> Tensor:
-        """Samples by Euler steps from `noise_C`; guidance acts on the velocities: u + w * (c - u)."""
+        One velocity at the start would be cheaper, but training hardly sees noise level 1: it is far off there.
+        """
+        generator = torch.Generator(hidden_D.device).manual_seed(0)
+        velocity, shape_C = partial(self.velocity, hidden_D=hidden_D), (*hidden_D.shape[:-1], self.channels)
+        total_C = hidden_D.new_zeros(shape_C)
+        for _ in range(MEAN_SAMPLES):
+            noise_C = torch.randn(shape_C, generator=generator, device=hidden_D.device).to(hidden_D.dtype)
+            total_C += self._sample(noise_C, velocity, MEAN_STEPS)
+        return total_C / MEAN_SAMPLES
+
+    def guided(
+        self,
+        hidden_D: Tensor,
+        uncond_D: Tensor | None,
+        guidance: float,
+        noise_C: Tensor | None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Samples by Euler steps from `temperature` times `noise_C`, along the guided velocities u + w * (c - u)."""
         if noise_C is None:
             raise ValueError("a flow head samples: give it noise")
 
-        def velocity(x_C: Tensor, steps_left: int) -> Tensor:
-            # Time is counted in steps, so that one of them is exactly a 25th of the velocity.
-            sigma_1 = torch.full_like(x_C[..., :1], 1 - (EULER_STEPS - steps_left) / EULER_STEPS)
+        def velocity(x_C: Tensor, sigma_1: Tensor) -> Tensor:
             velocity_C = self.velocity(x_C, sigma_1, hidden_D)
             if uncond_D is not None:
                 uncond_C = self.velocity(x_C, sigma_1, uncond_D)
                 velocity_C = uncond_C + guidance * (velocity_C - uncond_C)
-            return (velocity_C / EULER_STEPS).to(x_C.dtype)
+            return velocity_C
 
-        return euler(velocity, noise_C.to(hidden_D.dtype), range(EULER_STEPS, -1, -1))
+        return self._sample(temperature * noise_C.to(hidden_D.dtype), velocity, EULER_STEPS)
+
+    @staticmethod
+    def _sample(noise_C: Tensor, velocity: Callable[[Tensor, Tensor], Tensor], steps: int) -> Tensor:
+        def step(x_C: Tensor, steps_left: int) -> Tensor:
+            # Time is counted in steps, so that one of them is exactly its share of the velocity.
+            sigma_1 = torch.full_like(x_C[..., :1], 1 - (steps - steps_left) / steps)
+            return (velocity(x_C, sigma_1) / steps).to(x_C.dtype)
+
+        return euler(step, noise_C, range(steps, -1, -1))
 
 
-HEADS: dict[str, type[LinearHead | FlowHead]] = {"linear": LinearHead, "flow": FlowHead}
+HEADS: dict[str, Any] = {"linear": LinearHead, "flow": FlowHead, "codebook": CodebookHead}
 
 
 class _Block(nn.Module):

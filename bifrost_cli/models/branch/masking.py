@@ -81,6 +81,7 @@ def sample_masked(
     orders_BP: Tensor,
     guidance: float = 1.0,
     noise_BPC: Tensor | None = None,
+    temperature: float = 1.0,
     callback: Callable[[int, Tensor, Tensor], object] | None = None,
 ) -> Tensor:
     """Predict the latents of all patches from a fully masked start, some at each step; nothing is drawn.
@@ -92,7 +93,8 @@ def sample_masked(
         steps: decode steps; see `mask_schedule`.
         orders_BP: the first patches of an order are revealed last.
         guidance: w in u + w * (c - u), c and u predicted with the prompt and without; 1 runs no unconditional pass.
-        noise_BPC: what a flow head starts each patch from; a linear head needs none.
+        noise_BPC: what a sampling head starts each patch from; a linear head needs none.
+        temperature: of a sampling head: below 1 nearer to the most probable latents.
         callback: called after every step with its index from 0, latents_BPC, and masked_BP (True is still to be
             predicted). What it raises ends the loop.
 
@@ -115,7 +117,7 @@ def sample_masked(
             if uncond_cache is not None:
                 uncond_BnD = branch.hidden(latents_BPC, masked_BP, uncond_cache, revealed_Bn)
             noise_BnC = None if noise_BPC is None else take(noise_BPC.to(orders_BP.device), revealed_Bn)
-            guided_BnC = branch.vision_head.guided(hidden_BnD, uncond_BnD, guidance, noise_BnC)
+            guided_BnC = branch.vision_head.guided(hidden_BnD, uncond_BnD, guidance, noise_BnC, temperature)
             new_BnC = branch.from_decoder(guided_BnC).float()
             latents_BPC = latents_BPC.scatter(1, revealed_Bn[..., None].expand_as(new_BnC), new_BnC)
         masked_BP = mask_from_orders(orders_BP, torch.full_like(orders_BP[:, 0], still_masked))

@@ -36,7 +36,8 @@ class VisualBranch(nn.Module):
         text_config: the MLLM's decoder.
         patches: P.
         channels: C.
-        head: `linear` (as published) or `flow` (samples each token).
+        head: `linear` (as published), or one that samples each token: `flow` or `codebook`.
+        codes: K of a codebook head.
         normalize: the decoder reads and predicts latents normalised by the stored channel statistics.
         tune: what of the decoder is trained: None (all of it), {"layers": n} or {"rank": r}; the rest is the MLLM's.
     """
@@ -51,13 +52,14 @@ class VisualBranch(nn.Module):
         channels: int,
         *,
         head: str = "linear",
+        codes: int | None = None,
         normalize: bool = False,
         tune: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"heads are {tuple(HEADS)}, not {head!r}")
-        self.patches, self.channels, self.head_kind = patches, channels, head
+        self.patches, self.channels, self.head_kind, self.codes = patches, channels, head, codes
         self.normalize, self.tune = normalize, tune
         width = text_config.hidden_size
         self.decoder: Any = new_decoder(text_config)
@@ -66,7 +68,7 @@ class VisualBranch(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position_embedding = nn.Parameter(torch.zeros(1, patches, width))
         self.input_projection = nn.Identity() if channels == width else nn.Linear(channels, width)
-        self.vision_head = HEADS[head](width, channels)
+        self.vision_head: Any = HEADS[head](width, channels, *([codes] if codes else []))
         if normalize:
             self.register_buffer("latents_mean_C", torch.zeros(channels))
             self.register_buffer("latents_std_C", torch.ones(channels))
@@ -90,7 +92,7 @@ class VisualBranch(nn.Module):
             patches: P.
             channels: C; None is the MLLM's own width.
             generator: of what is random; None is seed 0.
-            form: `head`, `normalize` and `tune`, as for the class.
+            form: `head`, `codes`, `normalize` and `tune`, as for the class.
         """
         with init_empty_weights():
             branch = cls(mllm.text_config, patches, channels or mllm.width, **form)
@@ -128,6 +130,7 @@ class VisualBranch(nn.Module):
             "patches": self.patches,
             "channels": self.channels,
             "head": self.head_kind,
+            **({"codes": self.codes} if self.codes else {}),
             "normalize": self.normalize,
             **({"tune": self.tune} if self.tune else {}),
         }

@@ -1,0 +1,91 @@
+"""The codebook head: classifies a patch among the k-means centres of the training latents, and samples one.
+
+A token of two stages, as in MaskGIT (arXiv 2202.04200): where a prompt leaves several latents open, a categorical
+distribution holds them all and a draw is one of them, while mean squared error predicts their mean. It is not part of
+the paper. Legend: D decoder width, C latent channels, K codes, N tokens, ... any leading axes.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from scipy.cluster.vq import kmeans2
+from torch import Tensor, nn
+
+from bifrost_cli.models.row_noise import NoiseSource
+
+FIT_TOKENS, FIT_STEPS = 65_536, 25  # what k-means reads, and for how many rounds
+
+
+class CodebookHead(nn.Module):
+    """Logits of K codes for each token; a code is a latent, so that the branch reads what it wrote as it reads others.
+
+    Args:
+        width: D.
+        channels: C.
+        codes: K.
+    """
+
+    codes_KC: Tensor
+
+    def __init__(self, width: int, channels: int, codes: int) -> None:
+        super().__init__()
+        self.to_logits = nn.Linear(width, codes)
+        self.register_buffer("codes_KC", torch.zeros(codes, channels))
+
+    def fit(self, tokens_NC: Tensor, seed: int) -> None:
+        """Set the codes to k-means centres (k-means++ start) of latents in the decoder's space.
+
+        Raises:
+            ValueError: fewer different latents than codes.
+        """
+        step = -(-len(tokens_NC) // FIT_TOKENS)
+        latents_NC, codes = tokens_NC[::step].double().cpu().numpy(), len(self.codes_KC)
+        if len(latents_NC) < codes:
+            raise ValueError(f"{codes} codes cannot be made of {len(latents_NC)} latents")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="One of the clusters is empty")
+            centres_KC, _ = kmeans2(latents_NC, codes, iter=FIT_STEPS, minit="++", seed=seed)
+        self.codes_KC.copy_(torch.from_numpy(centres_KC))
+
+    def nearest(self, latents_NC: Tensor) -> Tensor:
+        """The index of the code that is nearest to each latent, (N,) int64."""
+        return torch.cdist(latents_NC.float(), self.codes_KC.float()).argmin(-1)
+
+    def loss(self, hidden_ND: Tensor, target_NC: Tensor, generator: NoiseSource | None = None) -> Tensor:
+        """Cross-entropy of the nearest codes, in float32; nothing is drawn from the generator."""
+        return nn.functional.cross_entropy(self.to_logits(hidden_ND).float(), self.nearest(target_NC))
+
+    def mean(self, hidden_D: Tensor) -> Tensor:
+        """The mean latents (..., C) under the predicted distributions."""
+        return self.to_logits(hidden_D).softmax(-1) @ self.codes_KC
+
+    def guided(
+        self,
+        hidden_D: Tensor,
+        uncond_D: Tensor | None,
+        guidance: float,
+        noise_C: Tensor | None,
+        temperature: float = 1.0,
+    ) -> Tensor:
+        """Draws a code for each token; guidance acts on log-probabilities: u + w * (c - u).
+
+        The draw is the inverse of the distribution function at one uniform number, which is the first of the token's
+        normal numbers through theirs: a token's code depends on no other token's noise.
+
+        Raises:
+            ValueError: there is no noise.
+        """
+        if noise_C is None:
+            raise ValueError("a codebook head samples: give it noise")
+        logits_K = self.to_logits(hidden_D).float().log_softmax(-1)
+        if uncond_D is not None:
+            uncond_K = self.to_logits(uncond_D).float().log_softmax(-1)
+            logits_K = uncond_K + guidance * (logits_K - uncond_K)
+        cumulative_K = (logits_K / temperature).softmax(-1).double().cumsum(-1)
+        uniform_1 = 0.5 * (1 + torch.erf(noise_C[..., :1].double() / math.sqrt(2)))
+        # The last entry is 1 but for rounding: scaled by it, no uniform number falls beyond.
+        index = torch.searchsorted(cumulative_K, uniform_1 * cumulative_K[..., -1:]).squeeze(-1)
+        return self.codes_KC[index.clamp_max(len(self.codes_KC) - 1)].to(hidden_D.dtype)
