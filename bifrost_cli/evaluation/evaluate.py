@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
 from bifrost_cli.artifacts.files import write_bytes, write_json
 from bifrost_cli.config.schema import Recipe
-from bifrost_cli.data.image_sets import ImageSet
-from bifrost_cli.evaluation.eval_report import Evaluation, command_of, headline
-from bifrost_cli.evaluation.inputs import ImageProvider, beside_originals
+from bifrost_cli.evaluation.inputs import EvalRequest, ImageProvider, beside_originals, request_of
+from bifrost_cli.evaluation.metrics.feature_metrics import FeatureSets, Fid
 from bifrost_cli.evaluation.metrics.metric import Metric, MetricInputs
-from bifrost_cli.evaluation.registry import report_order
-from bifrost_cli.evaluation.request import EvalRequest, request_of
+from bifrost_cli.reports.artifact_pages import lineage_plots
 from bifrost_cli.reports.evaluation_page import report_html
-from bifrost_cli.reports.page import thumbnails
+from bifrost_cli.reports.page import flat, image_lines, lineage_lines, thumbnails
 from bifrost_cli.runtime.ui import Ui
+
+SCHEMA = "bifrost.eval/3"
 
 
 def evaluate(
@@ -64,66 +66,124 @@ def evaluate(
         ArtifactError: a damaged artifact, or statistics of other features.
         EnvironmentProblem: weights that are missing.
     """
-    ui, workspace = ui or Ui(), Path(workspace)
+    ui, workspace, settings = ui or Ui(), Path(workspace), recipe.evaluate
     request = request_of(
-        recipe.evaluate, metrics=metrics, fd=fd, samples=samples, prompts=prompts, copies=n, quarters=quarters,
-        reference=reference, min_samples=min_samples, options=options,
+        settings, metrics=metrics, fd=fd, min_samples=min_samples, options=options, samples=samples, prompts=prompts,
+        copies=n, quarters=quarters, reference=reference,
     )  # fmt: skip
-    provider = _provider(recipe, workspace, device, ui)
+    provider = ImageProvider(recipe, workspace, device, ui)
     if dry_run:
+        reads_features = any("features" in metric.keys for metric in request.named)
         return {"output": str(output or f"a new report in {workspace}"),
-                "measures": [*request.metrics, *(f"fid in {ref}" for ref in request.fd)],
-                "features": recipe.evaluate.features if _reads_features(request) else None,
-                **provider.plan(request)}  # fmt: skip
+                "measures": [*request.metrics, *(f"fid in {ref}" for ref in fd)],
+                "features": settings.features if reads_features else None, **provider.plan(request)}  # fmt: skip
     images, compared = provider.inputs(request)
-    named = None if request.samples is None else Path(request.samples)
-    inputs = MetricInputs(images, compared, request.options, named, recipe.evaluate, recipe.models, recipe.latents,
+    folder = None if samples is None else Path(samples)
+    inputs = MetricInputs(images, compared, request.options, folder, settings, recipe.models, recipe.latents,
                           recipe.images, workspace, device)  # fmt: skip
-    evaluation = Evaluation(images, compared, load_metrics(request.metrics, request.fd, inputs))
-    identity, parents = evaluation.identity(), evaluation.parents()
+    loaded = [metric.load(inputs) for metric in request.named]
+    loaded += [Fid(FeatureSets.load(ref, inputs)) for ref in request.fd]
+    measures: list[dict[str, Any]] = []
+    for metric in loaded:  # those that read the same features are one entry
+        if not any(metric.identity is known for known in measures):
+            measures.append(metric.identity)
+    identity = {
+        "schema": SCHEMA, "samples": {"digest": images.digest, "n": len(images.entries)}, "measures": measures,
+        "reference": compared and {"digest": compared.digest, "n": compared.count, "saved": compared.file is not None},
+    }  # fmt: skip
+    sources = (images.artifact, compared.images.artifact if compared and compared.images else None)
+    parents = [source for source in sources if source is not None]
     path = Path(output) if output else default_path(workspace, "report", identity_id("report", identity, parents))
     with Draft.open(path, "report", identity, parents) as draft:
         if draft.complete:
             ui.say(f"{path} holds this report already")
             return draft.complete
-        command = command_of(request, recipe.evaluate, images, workspace)
-        report = evaluation.report(recipe.name, request.min_samples, command, workspace, ui)
+        report = _report(recipe.name, request, inputs, loaded, parents, ui)
         shown = thumbnails(beside_originals(images, compared))
         pairs = "Each image: original | reconstruction." if compared and compared.originals else ""
-        write_json(draft.path / "report.json", report)
-        write_bytes(draft.path / "report.html", report_html(report, shown, pairs).encode("utf-8"))
-        lines = [headline(result) for result in report["results"]]
-        numbers = {result["metric"]: result["value"] for result in report["results"]}
-        info = {**numbers, "headline": lines, "recipe": recipe.model_dump(mode="json")}
-        artifact = draft.commit(info, cost={"samples": len(images.entries)})
+        artifact, lines = write_report(draft, report, shown, pairs, recipe=recipe.model_dump(mode="json"))
     for line in (*lines, *report["warnings"], f"report: {artifact.path / 'report.html'}"):
         ui.say(line)
     return artifact
 
 
-def load_metrics(metrics: Sequence[str], fd: Sequence[str], inputs: MetricInputs) -> tuple[Metric, ...]:
-    """The metrics with their networks, in the report's order; errors as `Metric.load`."""
-    from bifrost_cli.evaluation.metrics.feature_metric import FeatureSets
-    from bifrost_cli.evaluation.metrics.fid import Fid
+def _report(
+    recipe_name: str, request: EvalRequest, inputs: MetricInputs, metrics: Sequence[Metric],
+    parents: Sequence[Artifact], ui: Ui,
+) -> dict[str, Any]:  # fmt: skip
+    """Compute the metrics; the JSON value of report.json. Its settings are all that decides the numbers."""
+    images, reference, lines = inputs.images, inputs.reference, image_lines(inputs.images)
+    results = [result for metric in metrics for result in metric.compute(images, lines, ui)]
+    warnings = [warning for metric in metrics for warning in metric.warnings(images, lines)]
+    if images.skipped:
+        warnings.append(f"{images.skipped} images could not be read and were left out.")
+    settings = {"recipe": recipe_name, "samples": images.what, "samples, sha256": images.digest}
+    if reference is not None:
+        settings |= {"reference": reference.what, "reference, sha256": reference.digest}
+    for metric in metrics:
+        settings |= metric.settings()
+    if any(metric.needs_many for metric in metrics):
+        settings["at least"] = f"{request.min_samples} images"
+    made = images.artifact.info.get("settings") if images.artifact else None
+    packages = ["torch", "numpy", "scipy", "pillow", *sorted({name for metric in metrics for name in metric.packages})]
+    devices = ", ".join(sorted({metric.device for metric in metrics}))
+    return report_json(
+        title="Evaluation of " + (images.artifact.id if images.artifact else images.what),
+        summary=f"{len(images.entries)} images; recipe {recipe_name}",
+        gen=f"sha256:{images.digest}",
+        ref=reference and f"sha256:{reference.digest}",
+        n_gen=len(images.entries),
+        n_ref=reference and (reference.count or None),
+        seeds=sorted({entry.seed for entry in images.entries if entry.seed is not None}),
+        results=results,
+        pictures=lines,
+        plots=lineage_plots(images.artifact, inputs.workspace) if images.artifact else [],
+        skipped={"unreadable": images.skipped},
+        warnings=list(dict.fromkeys(warnings)),
+        settings=settings | {f"generate: {name}": str(value) for name, value in flat(made or {})},
+        lineage=lineage_lines(parents, inputs.workspace),
+        env={name: version(name) for name in packages} | {"device": devices},
+        command=_command(request, inputs),
+    )
 
-    loaded = [metric.load(inputs) for metric in report_order(metrics)]
-    return (*loaded, *(Fid(FeatureSets.load(ref, inputs)) for ref in fd))
+
+def _command(request: EvalRequest, inputs: MetricInputs) -> str:
+    """The command that makes the report again; nothing is left to a default that may change."""
+    artifact = inputs.images.artifact
+    words = ["bifrost", "eval", *(f"--{name}" for name in request.metrics)]
+    words += [word for ref in request.fd for word in ("--fd", ref)]
+    if not request.reconstructs:
+        words += ["--samples", artifact.id if artifact else str(request.samples)]
+    words += ["--workspace", str(inputs.workspace)]
+    if request.min_samples == request.needed:
+        words += ["--min-samples", str(request.min_samples)]
+    for key in dict.fromkeys(key for metric in request.classes for key in metric.keys):
+        if (value := getattr(inputs.settings, key)) is not None:
+            words += ["--set", f"evaluate.{key}={value}"]
+    words += ["--reference", str(request.reference)] if request.reference is not None else []
+    words += ["--quarters"] * request.quarters
+    for name in dict.fromkeys(option.name for metric in request.classes for option in metric.options):
+        if (value := request.options[name]) is not None:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
 
 
-def _reads_features(request: EvalRequest) -> bool:
-    return any("features" in metric.keys for metric in report_order(request.metrics))
+def report_json(**parts: Any) -> dict[str, Any]:
+    """A report.json; what is not given is empty."""
+    empty: dict[str, Any] = {"gen": None, "ref": None, "n_ref": None, "seeds": [], "plots": [], "warnings": [],
+                             "skipped": {"unreadable": 0}, "lineage": [], "env": {}}  # fmt: skip
+    return {"schema": SCHEMA, **empty, **parts}
 
 
-def _provider(recipe: Recipe, workspace: Path, device: str, ui: Ui) -> ImageProvider:
-    def generate(*args: Any, **options: Any) -> Any:
-        from bifrost_cli.generation.generate import generate
-
-        return generate(recipe, *args, save_latents=True, workspace=workspace, device=device, ui=ui, **options)
-
-    def reconstruct(images: ImageSet) -> Artifact:
-        from bifrost_cli.generation.reconstruct import reconstruct_set
-
-        return reconstruct_set(recipe, images, workspace=workspace, device=device, ui=ui)
-
-    builtin_world = recipe.models.diffusion.startswith("builtin:")
-    return ImageProvider(recipe.images, workspace, recipe.name, builtin_world, generate, reconstruct, ui)
+def write_report(
+    draft: Draft, report: Mapping[str, Any], shown: Mapping[str, tuple[bytes, int]], pairs: str = "", **info: Any
+) -> tuple[Artifact, list[str]]:
+    """The report as an artifact, and its results in a line each; `shown` and `pairs` as `report_html`."""
+    write_json(draft.path / "report.json", report)
+    write_bytes(draft.path / "report.html", report_html(report, shown, pairs).encode("utf-8"))
+    numbers, lines = {}, []
+    for result in report["results"]:
+        numbers[result["metric"]] = result["value"]
+        value = f"{result['value']:.1%}" if result["format"] == "share" else f"{result['value']:.4g}"
+        lines.append("; ".join([f"{result['label']}: {value} ({result['spread']})", *result["details"]]))
+    return draft.commit({**numbers, "headline": lines, **info}, cost={"samples": report["n_gen"]}), lines

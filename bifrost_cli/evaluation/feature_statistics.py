@@ -1,20 +1,30 @@
 """Statistics of a network's layer over a set of images: mean, covariance and features in one safetensors file.
 
-A file is named by its identity, never by a name a user chose; published npz files of ADM's evaluator are read too.
+They are computed once and kept in `workspace/statistics` under the hash of what they describe, never by a name a user
+chose; published npz files of ADM's evaluator are read too.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
+import torch
 
 from bifrost_cli.artifacts.files import canonical_json, make_folder
+from bifrost_cli.data.image_sets import ImageSet
+from bifrost_cli.data.images import BadImage
 from bifrost_cli.data.safetensors_io import load_tensors, save_tensors, weights_hash
+from bifrost_cli.data.sources.item import Problem, SourceError
 from bifrost_cli.errors import ArtifactError
+from bifrost_cli.evaluation.formulas import gaussian
+from bifrost_cli.evaluation.networks.feature_network import FeatureNetwork, feature_batches
+from bifrost_cli.runtime.ui import Ui
 
 FORMAT = "bifrost.statistics/3"
 READABLE = ("bifrost.statistics/1", "bifrost.statistics/2", FORMAT)  # 1 and 2 had no checksum, 1 no features
@@ -38,13 +48,74 @@ class Statistics:
     checked: bool = True
 
 
-def statistics_path(folder: Path, identity: dict[str, Any]) -> Path:
-    """Where statistics of this identity are kept below `folder`."""
-    return Path(folder) / f"{hashlib.sha256(canonical_json(identity)).hexdigest()[:24]}.safetensors"
+def statistics_of(
+    images: ImageSet, network: FeatureNetwork, layers: Sequence[str], workspace: Path, ui: Ui, what: str
+) -> dict[str, Statistics]:
+    """Statistics of each layer, from the workspace where they are kept, else computed (in one pass) and kept."""
+    made_with = {"pillow": PIL.__version__, "torch": torch.__version__, "device": network.device}
+    found, missing = {}, {}
+    for layer in layers:
+        identity = {"pictures": images.content, "features": network.identity, "layer": layer, "made with": made_with}
+        name = hashlib.sha256(canonical_json(identity)).hexdigest()[:24]
+        path = workspace / "statistics" / f"{name}.safetensors"
+        if kept := _kept(path, identity, ui):
+            found[layer] = kept
+        else:
+            missing[layer] = path, identity
+    for layer, features_ND in _features(network, images, list(missing), ui, what).items():
+        (path, identity), moments = missing[layer], gaussian(features_ND)
+        made = Statistics(moments.mean_D, moments.covariance_DD, moments.count, identity, features_ND)
+        save_statistics(path, made)
+        found[layer] = made
+    return found
+
+
+def _kept(path: Path, identity: dict[str, Any], ui: Ui) -> Statistics | None:
+    """A file counts only when its identity is the same, and its checksum too."""
+    if not path.exists():
+        return None
+    try:
+        found = load_statistics(path)
+    except ArtifactError as error:
+        ui.say(f"statistics are computed again: {error.message}")
+        return None
+    if found.identity == identity and found.checked:
+        return found
+    ui.say(f"statistics are computed again: {path} {'is of other images' if found.checked else 'has no checksum'}")
+    return None
+
+
+def _features(
+    network: FeatureNetwork, images: ImageSet, layers: Sequence[str], ui: Ui, what: str
+) -> dict[str, np.ndarray]:
+    """Features (N, D) float32 by layer in the order of the images' digests: names and listing order change no bit.
+
+    SourceError: images that cannot be read, each with its reason.
+    """
+    if not layers:
+        return {}
+    ordered = sorted(images.entries, key=lambda entry: entry.digest)
+    problems: list[Problem] = []
+
+    def prepared() -> Iterator[np.ndarray]:
+        for entry in ordered:
+            try:
+                yield network.prepare(entry.load())
+            except BadImage as error:
+                problems.append(Problem("image", entry.name, error.message))
+
+    batches: list[dict[str, np.ndarray]] = []
+    with ui.progress(len(ordered), what) as bar:
+        for batch in feature_batches(network, prepared(), layers):
+            batches.append(batch)
+            bar.advance(len(batch[layers[0]]))
+    if problems:
+        raise SourceError(f"{len(problems)} of {len(ordered)} images cannot be read", problems, code="BF-DATA-003")
+    return {layer: np.concatenate([batch[layer] for batch in batches]) for layer in layers}
 
 
 def save_statistics(path: Path, statistics: Statistics) -> None:
-    """Write the file whole or not at all. Errors: DiskFull."""
+    """Write the file whole or not at all. DiskFull."""
     make_folder(path.parent)
     tensors = {"mu": statistics.mean_D.astype(np.float64), "sigma": statistics.covariance_DD.astype(np.float64)}
     if statistics.features_ND is not None:

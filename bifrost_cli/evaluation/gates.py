@@ -1,21 +1,21 @@
 """Gates: limits that a report's numbers must keep, for a pipeline that stops when they do not (`--gate 'fid<12.5'`).
 
-One rule for all: a gate holds when it holds for the worse end of the value's 95 % interval. A value without an
-uncertainty is compared as it is.
+A gate holds when it holds for the worse end of the value's 95 % interval; a value without one is compared as it is.
 """
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from bifrost_cli.errors import UsageError
-from bifrost_cli.evaluation.registry import gate_names
+from bifrost_cli.evaluation.registry import REGISTRY, metric_class
 
 Z95 = 1.959963984540054  # 97.5 % point of the normal distribution; `stats` would import torch
-
+_SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 _FORM = re.compile(r"\s*([a-z0-9_-]+?)\s*(<=|>=|<|>)\s*(-?[0-9.]+(?:e-?[0-9]+)?)\s*")
 
 
@@ -38,20 +38,16 @@ class Gate:
                              fix="a metric, <, <=, > or >=, and a number: --gate 'fid<12.5'") from None  # fmt: skip
 
     def check(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """The gate, the value, the end of its interval that counts, and whether it holds.
-
-        Raises:
-            UsageError: a metric that was not measured.
-        """
-        names = gate_names(self.metric)
+        """The gate, the value, the end of its interval that counts, and whether it holds. UsageError: not measured."""
+        names = (metric_class(self.metric).gates if self.metric in REGISTRY else ()) or (self.metric,)
         gated = [result for result in results if result["metric"] in names]
         if not gated:
             measured = ", ".join(result["metric"] for result in results)
             raise UsageError(f"invalid gate {str(self)!r}: {self.metric} was not measured", at=f"measured: {measured}")
-        below = self.sign.startswith("<")
-        end = max(_interval(result)[1] for result in gated) if below else min(_interval(result)[0] for result in gated)
-        holds = {"<": end < self.limit, "<=": end <= self.limit, ">": end > self.limit, ">=": end >= self.limit}
-        return {"gate": str(self), "value": gated[0]["value"], "end": end, "holds": holds[self.sign]}
+        lows, highs = zip(*(_interval(result) for result in gated), strict=True)
+        end = max(highs) if self.sign.startswith("<") else min(lows)
+        holds = _SIGNS[self.sign](end, self.limit)
+        return {"gate": str(self), "value": gated[0]["value"], "end": end, "holds": holds}
 
     def __str__(self) -> str:
         return f"{self.metric}{self.sign}{self.limit:g}"

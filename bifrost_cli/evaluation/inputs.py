@@ -1,44 +1,231 @@
-"""The images that are evaluated and their reference; images that are missing are generated first."""
+"""What an evaluation measures: the request, validated; its images, generated where missing; and their reference."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bifrost_cli.artifacts import Artifact, find, resolve
-from bifrost_cli.config.schema import Images
-from bifrost_cli.data.image_sets import EvalImage, ImageSet, from_folder, from_samples, image_count, quartered
-from bifrost_cli.errors import DataError, UsageError
-from bifrost_cli.evaluation.benchmarks.geneval_files import from_layout, is_layout
-from bifrost_cli.evaluation.reference import Reference, originals_for, reference_for
-from bifrost_cli.evaluation.request import EvalRequest
+from bifrost_cli.artifacts.files import sha256_file
+from bifrost_cli.config.schema import Evaluate, Images, Recipe
+from bifrost_cli.data.image_sets import (
+    EvalImage,
+    ImageSet,
+    drawn,
+    from_folder,
+    from_samples,
+    image_count,
+    quartered,
+    squared,
+)
+from bifrost_cli.errors import ArtifactError, DataError, RecipeError, UsageError
+from bifrost_cli.evaluation.benchmarks.geneval import from_layout, is_layout
+from bifrost_cli.evaluation.feature_statistics import Statistics, load_adm, load_statistics, statistics_of
+from bifrost_cli.evaluation.metrics.metric import Metric
+from bifrost_cli.evaluation.networks.feature_network import FeatureNetwork
+from bifrost_cli.evaluation.registry import REGISTRY, metric_class, metric_flags
+from bifrost_cli.extraction.choose_source import images_of_store
 from bifrost_cli.generation.requests import read_prompts
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.shapes.captions import held_out_prompts
 
+STATISTICS = (".safetensors", ".npz")  # suffixes of files of statistics
+WORLD_SEED, FLOOR_SEED = 1, 2  # 0 is the seed of the prompts a default set is made from
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """Made by `request_of`; loads and reads nothing.
+
+    Args:
+        metrics: names of metrics; `fd`: further networks for a Frechet distance each; `features`: the others' network.
+        options: the metrics' own options by name.
+        min_samples: fewer images are refused where a metric is biased by few.
+        samples: an artifact (path or id) or a folder; `prompts`: a file of prompts, `copies` images are generated of
+            each; neither: the newest samples since the last training, else a new set.
+        quarters: each of `samples` is a grid of 2x2 images.
+        reference: what the images are compared with.
+    """
+
+    metrics: tuple[str, ...]
+    fd: tuple[str, ...]
+    features: str
+    options: Mapping[str, Any]
+    min_samples: int
+    samples: Path | str | None = None
+    prompts: Path | str | None = None
+    copies: int = 1
+    quarters: bool = False
+    reference: Path | str | None = None
+
+    @cached_property
+    def named(self) -> list[type[Metric]]:
+        """The classes of `metrics` in the report's order: those that judge single images come first."""
+        known = [metric_class(name) for name in REGISTRY if name in self.metrics]
+        return sorted(known, key=lambda metric: metric.needs_many)
+
+    @property
+    def classes(self) -> list[type[Metric]]:
+        """`named`, and those of `fd`."""
+        return [*self.named, *[metric_class("fid")] * len(self.fd)]
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether the reference's images are reconstructed and measured."""
+        return any(metric.reconstructs for metric in self.named)
+
+    @property
+    def needed(self) -> int:
+        """How many images there must be."""
+        return self.min_samples if any(metric.needs_many for metric in self.classes) else 1
+
+
+def request_of(
+    settings: Evaluate,
+    *,
+    metrics: Sequence[str],
+    fd: Sequence[str],
+    min_samples: int | None,
+    options: Mapping[str, Any],
+    **given: Any,
+) -> EvalRequest:
+    """Validate an evaluation request; `settings` is the recipe's evaluate section, `given` are fields of EvalRequest.
+
+    A reconstruction without a distance gets the Frechet distance to the originals.
+
+    Raises:
+        UsageError, RecipeError: what makes no sense, such as an unknown metric.
+        EnvironmentProblem: a metric of an installed package that cannot be used.
+    """
+    chosen = [metric_class(name) for name in metrics]
+    if any(metric.reconstructs for metric in chosen) and not any(metric.needs_many for metric in chosen):
+        metrics = [*metrics, "fid"]
+    minimum = settings.min_samples if min_samples is None else min_samples
+    values = {option.name: option.default for metric in chosen for option in metric.options}
+    set_values = {name: value for name, value in options.items() if value is not None}
+    values |= {name: value for name, value in set_values.items() if name in values}
+    request = EvalRequest(tuple(metrics), tuple(fd), settings.features, values, minimum, **given)
+    if not request.classes:
+        raise UsageError("nothing to measure", fix=f"give one or more of --{', --'.join(REGISTRY)}")
+    if minimum < 4:
+        raise UsageError(f"--min-samples {minimum} is too small: the error of a distance needs at least 4 images")
+    if settings.inception_weights and "inception" not in (settings.features, *fd):
+        raise RecipeError(f"evaluate.inception_weights would be ignored: the features are {settings.features}",
+                          fix="--features inception, or leave the weights out", code="BF-RECIPE-005")  # fmt: skip
+    if request.samples is not None and request.prompts is not None:
+        raise UsageError("--samples and --prompts both say what is measured", fix="give one of them")
+    if request.quarters and request.samples is None:
+        raise UsageError("--quarters cuts grids of 2x2, and none are given", fix="--samples FOLDER")
+    for metric in request.classes:
+        metric.check(request)
+    if unused := sorted(set_values.keys() - values.keys()):
+        owners = {option.name: name for name, _, options in metric_flags() for option in options}
+        if unused[0] not in owners:
+            raise UsageError(f"no metric has an option {unused[0]}", at=f"options: {', '.join(sorted(owners))}")
+        raise UsageError(f"--{unused[0]} is an option of --{owners[unused[0]]}, which is not measured",
+                         fix=f"--{owners[unused[0]]}, or leave out --{unused[0]}")  # fmt: skip
+    return request
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Images, or a file of statistics. `world`: drawings of the built-in world, of which any other are as good;
+    `originals`: the images that the samples are reconstructions of, one by one."""
+
+    what: str
+    digest: str
+    count: int
+    images: ImageSet | None = None
+    file: Path | None = None
+    world: bool = False
+    originals: bool = False
+
+    def statistics(
+        self, network: FeatureNetwork, layers: Sequence[str], workspace: Path, ui: Ui
+    ) -> dict[str, Statistics]:
+        """By layer. ArtifactError BF-ART-004: saved statistics of another network or layer, with both identities."""
+        if self.images is not None:
+            return statistics_of(self.images, network, layers, workspace, ui, "features of the reference")
+        assert self.file is not None  # images or a file
+        needed, instead = network.identity, "give the images themselves as --reference"
+        if self.file.suffix == ".npz":
+            if needed["name"] != "inception":
+                raise ArtifactError(f"{self.what} are of the Inception network, not {needed['name']}",
+                                    fix="--features inception, or " + instead, code="BF-ART-004")  # fmt: skip
+            return {layer: load_adm(self.file, layer) for layer in layers}
+        statistics, instead = load_statistics(self.file), instead + "; their statistics are computed and kept"
+        saved, layer = statistics.identity.get("features"), statistics.identity.get("layer", "pool")
+        if saved != needed:
+            saved = saved if isinstance(saved, dict) else {}
+            changed = [f"{key}: {saved.get(key)} -> {to}" for key, to in needed.items() if saved.get(key) != to]
+            raise ArtifactError(f"{self.what} were made with other features", at="; ".join(changed), fix=instead,
+                                code="BF-ART-004")  # fmt: skip
+        if unlike := [name for name in layers if name != layer]:
+            raise ArtifactError(f"{self.what} are of the layer {layer}, not {', '.join(unlike)}", fix=instead,
+                                code="BF-ART-004")  # fmt: skip
+        return {layer: statistics for layer in layers}
+
+
+def reference_for(
+    ref: Path | str | None, count: int, rules: Images, workspace: Path | str, *, originals: bool = False
+) -> Reference:
+    """Find out what `ref` is.
+
+    Args:
+        ref: a folder, an artifact (path or id), or a file of statistics; None: `count` drawings of the built-in world.
+        rules: how images are read, the recipe's images section.
+        originals: the images are reconstructed and compared with one by one, as squares of `images.output_size`.
+
+    Raises:
+        DataError: fewer than 4 images. UsageError: a file of statistics where originals are needed.
+    """
+    if ref is not None and Path(ref).suffix in STATISTICS:
+        if originals:
+            raise UsageError(f"{ref} holds statistics, and a reconstruction needs the images", fix="--reference FOLDER")
+        published = Path(ref).suffix == ".npz"
+        count = (load_adm(Path(ref), "pool") if published else load_statistics(Path(ref))).count
+        return Reference(f"saved statistics {ref}", sha256_file(Path(ref)), count, file=Path(ref))
+    images = images_for(ref, count, rules, workspace)
+    if originals:
+        images = squared(images, rules.output_size)
+    elif len(images.entries) < 4:
+        raise DataError(f"the reference, {images.what}, has {len(images.entries)} images; a covariance needs more",
+                        fix="give a folder with at least as many images as there are samples",
+                        code="BF-DATA-008")  # fmt: skip
+    return Reference(images.what, images.content, len(images.entries), images, world=ref is None and not originals,
+                     originals=originals)  # fmt: skip
+
+
+def images_for(ref: Path | str | None, count: int, rules: Images, workspace: Path | str) -> ImageSet:
+    """The images that `ref` means; arguments as `reference_for`."""
+    if ref is None:
+        return drawn(count, seed=WORLD_SEED)
+    if Path(ref).is_dir() and not (Path(ref) / "manifest.json").exists():
+        return from_folder(Path(ref), rules)
+    artifact = resolve(workspace, ref)
+    if artifact.kind == "latents":
+        return images_of_store(artifact)
+    return from_samples(resolve(workspace, ref, "samples"), rules)
+
 
 @dataclass(frozen=True)
 class ImageProvider:
-    """Finds the images of an evaluation, or has them generated.
+    """Finds the images of an evaluation, or generates them, as the recipe says."""
 
-    Args:
-        rules: how images are read, the recipe's images section.
-        recipe_name: for messages; `builtin_world`: whether its diffusion model generates the built-in world.
-        generate: prompts (a list or a file) to a samples artifact; `reconstruct`: images to one.
-    """
-
-    rules: Images
+    recipe: Recipe
     workspace: Path
-    recipe_name: str
-    builtin_world: bool
-    generate: Callable[..., Any]
-    reconstruct: Callable[[ImageSet], Artifact]
+    device: str
     ui: Ui
+
+    @property
+    def _builtin_world(self) -> bool:
+        """Whether the recipe's diffusion model generates the built-in world."""
+        return self.recipe.models.diffusion.startswith("builtin:")
 
     def inputs(self, request: EvalRequest) -> tuple[ImageSet, Reference | None]:
         """The images, generated where they are missing, and what they are compared with.
@@ -48,20 +235,33 @@ class ImageProvider:
             UsageError: no reference, where the recipe does not generate the built-in world.
         """
         if request.reconstructs:
-            originals = self._originals(request)
-            assert originals.images is not None
+            from bifrost_cli.generation.reconstruct import reconstruct_set
+
+            originals = self._reference(request, request.needed)
+            assert originals is not None and originals.images is not None  # a reconstruction has them
             require_enough(originals.images, request.needed)
-            return from_samples(self.reconstruct(originals.images), self.rules), originals
-        images = self._images(request)
+            made = reconstruct_set(self.recipe, originals.images, workspace=self.workspace, device=self.device,
+                                   ui=self.ui)  # fmt: skip
+            return from_samples(made, self.recipe.images), originals
+        if request.prompts is not None:
+            images = self._generated(Path(request.prompts), n=request.copies, output=None)
+        elif (there := self._existing(request)) is not None:
+            images = there
+        else:
+            prompts = [prompt.text for prompt in held_out_prompts(request.needed)]
+            self.ui.say(f"making {len(prompts)} images from held-out prompts first; the same command continues where "
+                        "it stopped")  # fmt: skip
+            images = self._generated(prompts)
         require_enough(images, request.needed)
         if any(metric.needs_prompts for metric in request.classes):
-            require_one_kind(images)
+            require_one_kind([entry.plan for entry in images.entries], images.what)
         return images, self._reference(request, len(images.entries))
 
     def plan(self, request: EvalRequest) -> dict[str, Any]:
         """What would be measured against what; nothing is made."""
         if request.reconstructs:
-            originals = self._originals(request)
+            originals = self._reference(request, request.needed)
+            assert originals is not None  # a reconstruction has them
             return {"samples": f"reconstructions of {originals.what}, made first", "pictures": originals.count,
                     "reference": originals.what}  # fmt: skip
         if request.prompts is not None:
@@ -76,58 +276,45 @@ class ImageProvider:
         return {"samples": what, "pictures": count, "reference": reference and reference.what}
 
     def _reference(self, request: EvalRequest, count: int) -> Reference | None:
-        if not request.compares:
+        """What the images are compared with; None where no metric compares them."""
+        if not any(metric.needs_reference or metric.reconstructs for metric in request.classes):
             return None
-        self._require_reference(request)
-        return reference_for(request.reference, count, self.rules, self.workspace)
-
-    def _originals(self, request: EvalRequest) -> Reference:
-        self._require_reference(request)
-        return originals_for(request.reference, request.needed, self.rules, self.workspace)
-
-    def _require_reference(self, request: EvalRequest) -> None:
-        if request.reference is None and not self.builtin_world:
+        if request.reference is None and not self._builtin_world:
             raise UsageError(
-                f"recipe {self.recipe_name} does not generate the built-in world, so there is no default reference",
+                f"recipe {self.recipe.name} does not generate the built-in world, so there is no default reference",
                 fix="give --reference FOLDER, a samples artifact, or a saved statistics file",
             )
+        return reference_for(request.reference, count, self.recipe.images, self.workspace,
+                             originals=request.reconstructs)  # fmt: skip
 
-    def _images(self, request: EvalRequest) -> ImageSet:
-        if request.prompts is not None:
-            made = self.generate(Path(request.prompts), n=request.copies, output=None)
-        elif images := self._existing(request):
-            return images
-        else:
-            prompts = [prompt.text for prompt in held_out_prompts(request.needed)]
-            self.ui.say(f"making {len(prompts)} images from held-out prompts first; the same command continues where "
-                        "it stopped")  # fmt: skip
-            made = self.generate(prompts)
-        return from_samples(made, self.rules)
+    def _generated(self, *prompts: Any, **options: Any) -> ImageSet:
+        from bifrost_cli.generation.generate import generate
+
+        made: Any = generate(self.recipe, *prompts, save_latents=True, workspace=self.workspace, device=self.device,
+                        ui=self.ui, **options)  # fmt: skip
+        return from_samples(made, self.recipe.images)
 
     def _existing(self, request: EvalRequest) -> ImageSet | None:
         """The images as far as none must be generated; None when a default set would be. DataError: none can be."""
+        rules, needed = self.recipe.images, request.needed
         if request.samples is not None:
-            images = self._named(request.samples)
+            folder = Path(request.samples)
+            if is_layout(folder):
+                images = from_layout(folder, rules)[0]
+            elif folder.is_dir() and not (folder / "manifest.json").exists():
+                images = from_folder(folder, rules)
+            else:
+                images = from_samples(resolve(self.workspace, request.samples, "samples"), rules)
             return quartered(images) if request.quarters else images
-        if artifact := self._newest(request.needed):
-            return from_samples(artifact, self.rules)
-        if not self.builtin_world:
-            raise DataError(
-                f"no samples artifact in {self.workspace} has at least {request.needed} images of what is trained now",
-                at=f"recipe {self.recipe_name} does not generate the built-in world, so there is no default set of "
-                "prompts",
-                fix="make them: bifrost generate --prompts FILE -o DIR",
-                code="BF-DATA-008",
-            )
-        return None
-
-    def _named(self, samples: Path | str) -> ImageSet:
-        folder = Path(samples)
-        if is_layout(folder):
-            return from_layout(folder, self.rules)[0]
-        if folder.is_dir() and not (folder / "manifest.json").exists():
-            return from_folder(folder, self.rules)
-        return from_samples(resolve(self.workspace, samples, "samples"), self.rules)
+        if artifact := self._newest(needed):
+            return from_samples(artifact, rules)
+        if self._builtin_world:
+            return None
+        raise DataError(
+            f"no samples artifact in {self.workspace} has at least {needed} images of what is trained now",
+            at=f"recipe {self.recipe.name} does not generate the built-in world, so there is no default set of prompts",
+            fix="make them: bifrost generate --prompts FILE -o DIR", code="BF-DATA-008",
+        )  # fmt: skip
 
     def _newest(self, needed: int) -> Artifact | None:
         """The newest samples artifact with enough images, unless something was trained after it was made."""
@@ -154,22 +341,15 @@ def _side_by_side(left: EvalImage, right: EvalImage) -> np.ndarray:
     return np.concatenate([left.load(), right.load()], axis=1)
 
 
-def require_one_kind(images: ImageSet) -> None:
-    """DataError: some images were generated from a plan and some from the prompt alone. A rewritten prompt is another
-    task: their mean would be a number of neither."""
-    require_one_source([entry.plan for entry in images.entries], images.what)
-
-
-def require_one_source(plans: Sequence[str | None], what: str) -> None:
-    """`require_one_kind` of images by their plans, None where one has none."""
+def require_one_kind(plans: Sequence[str | None], what: str) -> None:
+    """DataError: some images were generated from a plan and some from the prompt alone (None). A rewritten prompt is
+    another task: their mean would be a number of neither."""
     planned = sum(plan is not None for plan in plans)
     if 0 < planned < len(plans):
         raise DataError(
-            f"{planned} of {len(plans)} images were generated from a plan, the others from the prompt alone",
-            at=what,
-            fix="measure them apart",
-            code="BF-DATA-007",
-        )
+            f"{planned} of {len(plans)} images were generated from a plan, the others from the prompt alone", at=what,
+            fix="measure them apart", code="BF-DATA-007",
+        )  # fmt: skip
 
 
 def require_enough(images: ImageSet, needed: int) -> None:

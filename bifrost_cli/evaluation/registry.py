@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bifrost_cli.errors import BifrostError, EnvironmentProblem, UsageError
+from bifrost_cli.errors import BifrostError, EnvironmentProblem
 from bifrost_cli.evaluation.metrics.metric import Metric, MetricOption
 from bifrost_cli.runtime.plugins import plugins
 
 GROUP = "bifrost.metrics"
 _ROOM = "bifrost_cli.evaluation.metrics"
 BUILTIN = {  # a report's identity lists its metrics in this order
-    "fid": f"{_ROOM}.fid:Fid",
-    "sfid": f"{_ROOM}.fid:SpatialFid",
-    "kid": f"{_ROOM}.kid:Kid",
-    "is": f"{_ROOM}.is_metric:InceptionScore",
-    "prdc": f"{_ROOM}.prdc:Prdc",
+    "fid": f"{_ROOM}.feature_metrics:Fid",
+    "sfid": f"{_ROOM}.feature_metrics:SpatialFid",
+    "kid": f"{_ROOM}.feature_metrics:Kid",
+    "is": f"{_ROOM}.feature_metrics:InceptionScore",
+    "prdc": f"{_ROOM}.feature_metrics:Prdc",
     "geneval": f"{_ROOM}.geneval:GenEval",
     "dpg": f"{_ROOM}.dpg:Dpg",
     "shapes": f"{_ROOM}.shapes_accuracy:ShapesAccuracy",
@@ -51,22 +51,7 @@ def metric_flags() -> list[tuple[str, str, tuple[MetricOption, ...]]]:
     return found
 
 
-def report_order(names: Sequence[str]) -> list[type[Metric]]:
-    """The classes of the metrics in the report's order: those that judge single images come first."""
-    known = [name for name in REGISTRY if name in names]
-    return sorted((metric_class(name) for name in known), key=lambda metric: metric.needs_many)
-
-
-def gate_names(name: str) -> tuple[str, ...]:
-    """The names in report.json that a gate on `name` is about: a flag's, or one of report.json itself."""
-    try:
-        return metric_class(name).gates or (name,)
-    except UsageError:
-        return (name,)
-
-
 def explained(metrics: Sequence[str], fd: Sequence[str]) -> list[str]:
     """How each metric is measured, a line each, for `--explain`."""
-    return [f"{name}: {metric_class(name).protocol}" for name in metrics] + [
-        f"fd {ref}: as fid, in its features." for ref in fd
-    ]
+    measured = [f"{name}: {metric_class(name).protocol}" for name in metrics]
+    return measured + [f"fd {ref}: as fid, in its features." for ref in fd]

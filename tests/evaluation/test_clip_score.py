@@ -32,7 +32,9 @@ def test_the_cosine_is_open_clips(scorer):
     with torch.no_grad():
         image = model.eval().encode_image((pixels - 0.5) / 0.25, normalize=True)
         text = model.encode_text(tokenize([entry.prompt for entry in entries]), normalize=True)
-    found = scorer.cosines(np.stack([entry.load() for entry in entries]), [entry.prompt for entry in entries])
+    found = scorer.cosines(
+        scorer.features(np.stack([entry.load() for entry in entries])), [entry.prompt for entry in entries]
+    )
     np.testing.assert_allclose(found, (image * text).sum(1).numpy(), atol=2e-6)
 
 

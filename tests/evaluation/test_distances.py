@@ -17,11 +17,11 @@ from bifrost_cli.config.schema import Evaluate, Images
 from bifrost_cli.data.image_sets import EvalImage, ImageSet, drawn, from_folder
 from bifrost_cli.data.images import square
 from bifrost_cli.errors import DataError
-from bifrost_cli.evaluation.feature_cache import statistics_of
-from bifrost_cli.evaluation.metrics.feature_metric import FeatureSets
+from bifrost_cli.evaluation.feature_statistics import statistics_of
+from bifrost_cli.evaluation.inputs import Reference, reference_for
+from bifrost_cli.evaluation.metrics.feature_metrics import FeatureSets
 from bifrost_cli.evaluation.networks.feature_network import ClipFeatures
 from bifrost_cli.evaluation.networks.load_networks import load_features
-from bifrost_cli.evaluation.reference import Reference, reference_for
 from bifrost_cli.evaluation.registry import metric_class
 from bifrost_cli.runtime.ui import Ui
 

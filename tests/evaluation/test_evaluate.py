@@ -20,7 +20,7 @@ from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import ArtifactError, DataError, UsageError
 from bifrost_cli.evaluation.evaluate import evaluate
 from bifrost_cli.evaluation.feature_statistics import load_statistics
-from bifrost_cli.evaluation.reference import WORLD_SEED
+from bifrost_cli.evaluation.inputs import WORLD_SEED
 from bifrost_cli.reports.page import SCRIPT
 from bifrost_cli.shapes.captions import held_out_prompts, sample_scene
 from bifrost_cli.shapes.draw import draw

@@ -18,12 +18,21 @@ from bifrost_cli.cli.app import run
 from bifrost_cli.config.load import load_recipe
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import ArtifactError, DataError, EnvironmentProblem, UsageError
+from bifrost_cli.evaluation.benchmarks.geneval import (
+    PROMPTS,
+    TASKS,
+    Detection,
+    counted,
+    from_layout,
+    read_asked,
+    read_results,
+    relations,
+    verdict,
+)
 from bifrost_cli.evaluation.benchmarks.geneval_export import export_geneval, import_geneval
-from bifrost_cli.evaluation.benchmarks.geneval_files import from_layout, read_asked, read_results
-from bifrost_cli.evaluation.benchmarks.geneval_rules import PROMPTS, TASKS, Detection, counted, relations, verdict
 from bifrost_cli.evaluation.evaluate import evaluate
 from bifrost_cli.evaluation.metrics.geneval import geneval_row
-from bifrost_cli.evaluation.networks.detector import ColourNamer
+from bifrost_cli.evaluation.networks.judges import ColourNamer
 from bifrost_cli.evaluation.networks.load_networks import load_detector
 from bifrost_cli.generation.requests import read_prompts
 from bifrost_cli.runtime.ui import Ui
@@ -167,7 +176,7 @@ def detector(tmp_path_factory) -> Path:
 
 
 def test_objects_have_the_benchmarks_names_and_the_boxes_of_their_masks(detector, monkeypatch):
-    monkeypatch.setattr("bifrost_cli.evaluation.networks.detector.THRESHOLD", 0.0)
+    monkeypatch.setattr("bifrost_cli.evaluation.networks.judges.THRESHOLD", 0.0)
     loaded = load_detector(str(detector), "cpu")
     assert set(loaded.classes.values()) == {"person", "dog", "computer mouse", "airplane"}
     found = loaded.objects(np.random.default_rng(0).integers(0, 255, (48, 40, 3), np.uint8))
@@ -214,7 +223,7 @@ def test_the_colour_is_of_the_object_not_of_what_is_behind_it():
             seen.append(rgb)
             return rgb.reshape(-1, 3).mean(0)[None, None].astype(np.uint8)
 
-        def images(self, pixels):
+        def features(self, pixels):
             return pixels.reshape(len(pixels), 3).astype(np.float32) - 100
 
         def texts(self, texts):
@@ -279,8 +288,8 @@ def samples(tmp_path) -> Artifact:
 
 
 def test_it_runs_end_to_end_and_says_by_which_detector(recipe, samples, metadata, detector, tmp_path, monkeypatch):
-    monkeypatch.setattr("bifrost_cli.evaluation.networks.detector.THRESHOLD", 0.0)
-    monkeypatch.setattr("bifrost_cli.evaluation.benchmarks.geneval_rules.THRESHOLD", 0.0)
+    monkeypatch.setattr("bifrost_cli.evaluation.networks.judges.THRESHOLD", 0.0)
+    monkeypatch.setattr("bifrost_cli.evaluation.benchmarks.geneval.THRESHOLD", 0.0)
     code = run(["eval", "--geneval", "--detector", str(detector), "--metadata", str(metadata), "--samples",
                 str(samples.path), "-w", str(tmp_path / "runs"), "--device", "cpu"])  # fmt: skip
     assert code == 0

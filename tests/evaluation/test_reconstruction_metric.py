@@ -19,12 +19,11 @@ from bifrost_cli.data.image_sets import EvalImage, ImageSet, drawn
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import ArtifactError, DataError, EnvironmentProblem, Stopped, UsageError
 from bifrost_cli.evaluation.evaluate import evaluate
-from bifrost_cli.evaluation.formulas.similarity import psnr, ssim
+from bifrost_cli.evaluation.formulas import psnr, ssim
 from bifrost_cli.evaluation.gates import Gate
-from bifrost_cli.evaluation.inputs import require_one_kind
+from bifrost_cli.evaluation.inputs import images_for, require_one_kind
 from bifrost_cli.evaluation.metrics.reconstruction import Reconstruction
 from bifrost_cli.evaluation.networks.load_networks import load_lpips
-from bifrost_cli.evaluation.reference import images_for
 from bifrost_cli.evaluation.registry import BUILTIN, explained
 from bifrost_cli.extraction.extract import extract_latents
 from bifrost_cli.generation.reconstruct import reconstruct_set
@@ -232,9 +231,9 @@ def test_planned_and_unplanned_pictures_are_not_mixed():
     bare = drawn(4)
     half = [EvalImage(e.name, e.digest, e.load, e.prompt, "white aa none" if i % 2 else None) for i, e in
             enumerate(bare.entries)]  # fmt: skip
-    require_one_kind(bare)
+    require_one_kind([entry.plan for entry in bare.entries], bare.what)
     with pytest.raises(DataError, match="2 of 4"):
-        require_one_kind(ImageSet("mixed", tuple(half)))
+        require_one_kind([entry.plan for entry in half], "mixed")
 
 
 # ---- bars, protocols ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from bifrost_cli.evaluation.formulas.similarity import psnr, ssim
+from bifrost_cli.evaluation.formulas import psnr, ssim
 
 
 def image(seed: int, size: int = 24) -> np.ndarray:

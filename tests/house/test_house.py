@@ -130,7 +130,7 @@ ALLOWED_WRITES = {
     "training/sharded_state.py: dcp.save": "PyTorch's own, into a folder that our rename makes a checkpoint",
     "training/loop.py: tempfile.TemporaryDirectory": "what only the first process is to write",
     "runtime/launch.py: tempfile.TemporaryDirectory": "an exit code, gone with the job",
-    "evaluation/networks/inception.py: torch.save": "into memory",
+    "evaluation/networks/feature_network.py: torch.save": "into memory",
     "toy_system/pretrain.py: *.save_pretrained": "folders that libraries read; synced before the card that counts",
 }
 

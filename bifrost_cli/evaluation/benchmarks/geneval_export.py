@@ -4,29 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id, resolve
-from bifrost_cli.artifacts.files import make_folder, new_folder, write_bytes, write_json
+from bifrost_cli.artifacts.files import make_folder, new_folder, write_bytes
 from bifrost_cli.artifacts.manifest import require_new
 from bifrost_cli.config.load import load_recipe
 from bifrost_cli.data.image_sets import from_samples
-from bifrost_cli.evaluation.benchmarks.geneval_files import (
-    METADATA,
-    SAMPLES,
-    asked_of,
-    plan_of_result,
-    read_asked,
-    read_results,
-)
-from bifrost_cli.evaluation.eval_report import SCHEMA, headline, report_json
-from bifrost_cli.evaluation.inputs import require_one_kind, require_one_source
+from bifrost_cli.evaluation.benchmarks.geneval import METADATA, SAMPLES, asked_of, read_asked, read_results
+from bifrost_cli.evaluation.evaluate import SCHEMA, report_json, write_report
+from bifrost_cli.evaluation.inputs import require_one_kind
 from bifrost_cli.evaluation.metrics.geneval import PROTOCOL, geneval_row
 from bifrost_cli.evaluation.metrics.metric import generated_from, plan_warnings
-from bifrost_cli.reports.evaluation_page import report_html
 from bifrost_cli.runtime.ui import Ui
-
-ORIGINAL = "by the original scorer"
 
 
 def export_geneval(
@@ -42,7 +34,7 @@ def export_geneval(
     images = from_samples(artifact, load_recipe(str(artifact.path)).images)
     lines = read_asked(Path(metadata))
     asked_of(images, lines, Path(metadata))
-    require_one_kind(images)
+    require_one_kind([entry.plan for entry in images.entries], images.what)
     copies = len(images.entries) // len(lines)
     make_folder(folder.parent)
     with new_folder(folder) as draft:
@@ -62,11 +54,11 @@ def import_geneval(
 ) -> Artifact:
     """The original scorer's results.jsonl as a report artifact, with intervals. DataError: `read_results`."""
     ui, path = ui or Ui(), Path(results)
-    lines = [{"name": result["filename"], "prompt": result["prompt"], "plan": plan_of_result(result), "seed": None,
+    lines = [{"name": result["filename"], "prompt": result["prompt"], "plan": _plan(result), "seed": None,
               "category": result["tag"], "right": result["correct"], "why": str(result.get("reason") or "")}
              for result in read_results(path)]  # fmt: skip
     plans = [line["plan"] for line in lines]
-    require_one_source(plans, str(path))
+    require_one_kind(plans, str(path))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     identity = {"schema": SCHEMA, "geneval": digest, "protocol": PROTOCOL}
     place = Path(output) if output else default_path(workspace, "report", identity_id("report", identity, []))
@@ -79,16 +71,21 @@ def import_geneval(
             f"Read from {path.name} (sha256 {digest[:12]}), which GenEval's own evaluate_images.py wrote: mean of the "
             f"tasks' means over {len(lines)} images. Generated from {source}."
         )
-        result = geneval_row(lines, ORIGINAL, sentence, painted_from=source)
+        result = geneval_row(lines, "by the original scorer", sentence, painted_from=source)
         report = report_json(
             title="GenEval, by the original scorer", summary=f"{len(lines)} images", n_gen=len(lines), results=[result],
             pictures=lines, warnings=plan_warnings(plans), command=f"bifrost geneval import {path}",
             settings={"results": path.name, "results, sha256": digest},
         )  # fmt: skip
-        write_json(draft.path / "report.json", report)
-        write_bytes(draft.path / "report.html", report_html(report, {}).encode("utf-8"))
-        artifact = draft.commit(
-            {"geneval": result["value"], "headline": [headline(result)]}, cost={"samples": len(lines)}
-        )
-    ui.say(headline(result))
+        artifact, said = write_report(draft, report, {})
+    ui.say(said[0])
     return artifact
+
+
+def _plan(result: Mapping[str, Any]) -> str | None:
+    """The plan that an exported folder said its images were generated from: the scorer copies a prompt's line."""
+    try:
+        plan = json.loads(result.get("metadata") or "{}")["plan"]
+    except (TypeError, ValueError, KeyError, RecursionError):
+        return None
+    return plan if isinstance(plan, str) else None

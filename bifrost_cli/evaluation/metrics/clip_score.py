@@ -9,14 +9,14 @@ from bifrost_cli.errors import DataError
 from bifrost_cli.evaluation.metrics.metric import Line, Metric, MetricInputs, row
 
 if TYPE_CHECKING:
-    import numpy as np
-
-    from bifrost_cli.data.image_sets import EvalImage, ImageSet
+    from bifrost_cli.data.image_sets import ImageSet
     from bifrost_cli.evaluation.networks.feature_network import ClipScorer
     from bifrost_cli.runtime.ui import Ui
 
-_RULES = {"clip_cosine_x100": ("CLIP cosine x 100", "100 max(cos, 0)"),
-          "clipscore_hessel": ("CLIPScore (Hessel)", "2.5 max(cos, 0) on 'A photo depicts ' + prompt")}  # fmt: skip
+# label, factor of max(cos, 0), what stands before the prompt, the rule in words
+_RULES = {"clip_cosine_x100": ("CLIP cosine x 100", 100, "", "100 max(cos, 0)"),
+          "clipscore_hessel": ("CLIPScore (Hessel)", 2.5, "A photo depicts ",
+                               "2.5 max(cos, 0) on 'A photo depicts ' + prompt")}  # fmt: skip
 
 
 class ClipScore(Metric):
@@ -39,44 +39,36 @@ class ClipScore(Metric):
     def compute(self, images: ImageSet, lines: Sequence[Line], ui: Ui) -> list[dict[str, Any]]:
         import numpy as np
 
+        from bifrost_cli.evaluation.networks.feature_network import BATCH
+
         entries, scorer = images.entries, self._scorer
         if bare := [entry.name for entry in entries if not entry.prompt]:
             raise DataError(
-                f"{len(bare)} of {len(entries)} images have no prompt to compare with",
-                at=", ".join(bare[:5]),
-                fix="give a samples artifact, or a folder with captions; or leave out --clipscore",
-                code="BF-DATA-007",
-            )
-        plain_N, prefixed_N = self._cosines(entries, ui)
+                f"{len(bare)} of {len(entries)} images have no prompt to compare with", at=", ".join(bare[:5]),
+                fix="give a samples artifact, or a folder with captions; or leave out --clipscore", code="BF-DATA-007",
+            )  # fmt: skip
+        cosines: dict[str, list[float]] = {name: [] for name in _RULES}
+        with ui.progress(len(entries), "CLIPScore") as bar:
+            for start in range(0, len(entries), BATCH):
+                batch = entries[start : start + BATCH]
+                filled = [*batch, *[batch[0]] * (BATCH - len(batch))]  # one batch size: bits that do not depend on N
+                image_BD = scorer.features(np.stack([scorer.prepare(entry.load()) for entry in filled]))
+                for name, (_, _, prefix, _) in _RULES.items():
+                    found = scorer.cosines(image_BD, [f"{prefix}{entry.prompt}" for entry in filled])
+                    cosines[name] += found[: len(batch)].tolist()
+                bar.advance(len(batch))
         prompts = [str(entry.prompt) for entry in entries]
         cut = scorer.cut(sorted(set(prompts)))
         details = [f"{cut} prompts are longer than this CLIP reads, and are cut"] if cut else []
-        scores = {"clip_cosine_x100": 100 * np.maximum(plain_N, 0), "clipscore_hessel": 2.5 * np.maximum(prefixed_N, 0)}
-        return [self._row(name, scores_N, prompts, details) for name, scores_N in scores.items()]
+        return [self._row(name, np.array(values), prompts, details) for name, values in cosines.items()]
 
-    def _cosines(self, entries: Sequence[EvalImage], ui: Ui) -> tuple[np.ndarray, np.ndarray]:
-        import numpy as np
-
-        from bifrost_cli.evaluation.networks.feature_network import BATCH, HESSEL_PREFIX
-
-        scorer, plain, prefixed = self._scorer, [], []
-        with ui.progress(len(entries), "CLIPScore") as bar:
-            for start in range(0, len(entries), BATCH):
-                batch = list(entries[start : start + BATCH])
-                filled = batch + [batch[0]] * (BATCH - len(batch))  # one batch size: bits that do not depend on N
-                pixels_BHWc = np.stack([scorer.prepare(entry.load()) for entry in filled])
-                texts = [str(entry.prompt) for entry in filled]
-                plain.append(scorer.cosines(pixels_BHWc, texts)[: len(batch)])
-                prefixed.append(scorer.cosines(pixels_BHWc, [HESSEL_PREFIX + text for text in texts])[: len(batch)])
-                bar.advance(len(batch))
-        return np.concatenate(plain), np.concatenate(prefixed)
-
-    def _row(self, name: str, scores_N: np.ndarray, prompts: list[str], details: list[str]) -> dict[str, Any]:
+    def _row(self, name: str, cosine_N: Any, prompts: list[str], details: list[str]) -> dict[str, Any]:
         from bifrost_cli.stats import clustered_error
 
-        (label, rule), error, count = _RULES[name], clustered_error(scores_N.tolist(), prompts), len(set(prompts))
+        (label, factor, _, rule), identity, count = _RULES[name], self.identity, len(set(prompts))
+        scores_N = factor * cosine_N.clip(0)
+        error = clustered_error(scores_N.tolist(), prompts)
         known: dict[str, Any] = {"standard_error": error} if count > 1 else {}
-        identity = self.identity
         return row(
             name, label, float(scores_N.mean()), n_gen=len(scores_N), extractor=identity, details=details, **known,
             spread=f"standard error {error:.2g}, {count} prompts" if known else "one prompt, so its error is unknown",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +26,9 @@ from bifrost_cli.evaluation.metrics.metric import (
 from bifrost_cli.evaluation.metrics.shapes_accuracy import share
 
 if TYPE_CHECKING:
-    from bifrost_cli.data.image_sets import EvalImage, ImageSet
-    from bifrost_cli.evaluation.benchmarks.geneval_files import Asked
-    from bifrost_cli.evaluation.networks.detector import ColourNamer, Detector
+    from bifrost_cli.data.image_sets import ImageSet
+    from bifrost_cli.evaluation.benchmarks.geneval import Asked
+    from bifrost_cli.evaluation.networks.judges import ColourNamer, Detector
     from bifrost_cli.runtime.ui import Ui
 
 PROTOCOL = "bifrost-geneval/2"  # 2: intervals of tasks by prompt
@@ -53,14 +54,13 @@ class GenEval(Metric):
     def __init__(self, detector: Detector, namer: ColourNamer, asked: Sequence[Asked]) -> None:
         from bifrost_cli.artifacts.identity import digest_of
 
-        self._detector, self._namer, self._asked = detector, namer, list(asked)
+        self._detector, self._namer, self._asked, self.device = detector, namer, list(asked), detector.device
         needed = {clause["class"] for line in asked for clause in (*line["include"], *line.get("exclude", ()))}
         if unknown := sorted(needed - set(detector.classes.values())):
             raise DataError(f"the detector knows no {', '.join(unknown[:5])}", code="BF-DATA-007",
                             fix="give a Mask2Former of COCO's instances: --detector FOLDER_OR_ID")  # fmt: skip
         self.identity = {"detector": detector.identity, "colours": namer.identity, "asked": digest_of(self._asked),
                          "protocol": PROTOCOL}  # fmt: skip
-        self.device = detector.device
 
     @classmethod
     def check(cls, request: Any) -> None:
@@ -69,12 +69,11 @@ class GenEval(Metric):
 
     @classmethod
     def load(cls, inputs: MetricInputs) -> GenEval:
-        from bifrost_cli.evaluation.benchmarks.geneval_files import asked_of, from_layout, is_layout, read_asked
-        from bifrost_cli.evaluation.networks.detector import ColourNamer
+        from bifrost_cli.evaluation.benchmarks.geneval import asked_of, from_layout, is_layout, read_asked
+        from bifrost_cli.evaluation.networks.judges import ColourNamer
         from bifrost_cli.evaluation.networks.load_networks import load_detector
 
-        metadata = inputs.options.get("metadata")
-        if metadata is not None:
+        if (metadata := inputs.options.get("metadata")) is not None:
             asked = asked_of(inputs.images, read_asked(Path(metadata)), Path(metadata))
         elif inputs.samples is not None and is_layout(inputs.samples):
             asked = from_layout(inputs.samples, inputs.rules)[1]
@@ -84,9 +83,14 @@ class GenEval(Metric):
         return cls(load_detector(inputs.options["detector"], inputs.device), ColourNamer(load_scorer(inputs)), asked)
 
     def compute(self, images: ImageSet, lines: Sequence[Line], ui: Ui) -> list[dict[str, Any]]:
+        from bifrost_cli.evaluation.benchmarks.geneval import counted, verdict
+
         with ui.progress(len(lines), "GenEval") as bar:
             for line, entry, asked in zip(lines, images.entries, self._asked, strict=True):
-                line.update(self._judged(entry, asked))
+                rgb_HWc = entry.load()
+                objects = counted(self._detector.objects(rgb_HWc), asked["tag"])
+                right, why = verdict(asked, objects, partial(self._namer.colours, rgb_HWc))
+                line.update(category=asked["tag"], right=right, why=why)
                 bar.advance(1)
         detector: dict[str, Any] = self._detector.identity
         source = generated_from((entry.plan for entry in images.entries), images.artifact is not None)
@@ -99,14 +103,6 @@ class GenEval(Metric):
         return [geneval_row(lines, f"by {detector['name']}", sentence, protocol=PROTOCOL, extractor=detector,
                             painted_from=source)]  # fmt: skip
 
-    def _judged(self, entry: EvalImage, asked: Asked) -> dict[str, Any]:
-        from bifrost_cli.evaluation.benchmarks.geneval_rules import counted, verdict
-
-        rgb_HWc = entry.load()
-        objects = counted(self._detector.objects(rgb_HWc), asked["tag"])
-        right, why = verdict(asked, objects, lambda objects, name: self._namer.colours(rgb_HWc, objects, name))
-        return {"category": asked["tag"], "right": right, "why": why}
-
     def settings(self) -> dict[str, str]:
         return {"detector": self._detector.identity["name"], "detector, sha256": self._detector.identity["weights"],
                 "CLIP of colours": self._namer.identity["name"]}  # fmt: skip
@@ -118,27 +114,28 @@ class GenEval(Metric):
 def geneval_row(lines: Sequence[Mapping[str, Any]], judge: str, sentence: str = "", **more: Any) -> dict[str, Any]:
     """The summary of judged images (`category`, `right`, `prompt`): each task's share, and the unweighted mean of the
     tasks. The images of a prompt are one cluster; the mean's interval is made of the tasks' (Zou and Donner 2008)."""
-    from bifrost_cli.evaluation.benchmarks.geneval_rules import PROMPTS
+    from bifrost_cli.evaluation.benchmarks.geneval import PROMPTS
     from bifrost_cli.stats import clustered_error
 
-    rows = []
-    for name in PROMPTS:
-        if task := [line for line in lines if line["category"] == name]:
-            error = clustered_error([float(line["right"]) for line in task], [line["prompt"] for line in task])
+    rows, odd = [], []
+    for name, count in PROMPTS.items():
+        task = [line for line in lines if line["category"] == name]
+        prompts = [line["prompt"] for line in task]
+        if task:
+            error = clustered_error([float(line["right"]) for line in task], prompts)
             rows.append({**share(name, task, by_prompt=True), "error_by_prompt": error})
+        if len(set(prompts)) != count:
+            odd.append(f"{name} {len(set(prompts))} of {count}")
     value = sum(found["value"] for found in rows) / len(rows)
     error = math.hypot(*(found["error_by_prompt"] for found in rows)) / len(rows)
     low, high = (math.hypot(*(found["value"] - found["interval95"][end] for found in rows)) / len(rows)
                  for end in (0, 1))  # fmt: skip
-    right = [line for line in lines if line["right"]]
-    prompts = {name: len({line["prompt"] for line in lines if line["category"] == name}) for name in PROMPTS}
-    odd = [f"{name} {prompts[name]} of {count}" for name, count in PROMPTS.items() if prompts[name] != count]
+    right = [line["prompt"] for line in lines if line["right"]]
     return row(
         "geneval", f"GenEval {judge}", value, format="share", n_gen=len(lines), standard_error=error, sentence=sentence,
         interval95=[value - low, value + high], spread=f"95 % by prompt: {value - low:.1%} to {value + high:.1%}",
         details=[f"{len(right)} of {len(lines)} images are right",
-                 f"{len({line['prompt'] for line in right})} of {len({line['prompt'] for line in lines})} prompts have "
-                 "one that is right",
+                 f"{len(set(right))} of {len({line['prompt'] for line in lines})} prompts have one that is right",
                  *[f"not the benchmark's own {sum(PROMPTS.values())} prompts: {', '.join(odd)}"] * bool(odd)],
         categories=rows, **more,
     )  # fmt: skip

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
     from bifrost_cli.config.schema import Evaluate, Images, Latents, Models
     from bifrost_cli.data.image_sets import ImageSet
-    from bifrost_cli.evaluation.reference import Reference
-    from bifrost_cli.evaluation.request import EvalRequest
+    from bifrost_cli.evaluation.inputs import EvalRequest, Reference
     from bifrost_cli.runtime.ui import Ui
 
 Line = dict[str, Any]  # of an image: name, prompt, plan, seed; `right`, `why` and `category` where it was judged
@@ -35,20 +34,13 @@ class MetricOption:
 
 @dataclass(frozen=True)
 class MetricInputs:
-    """What a metric is loaded from.
-
-    Args:
-        images: the images to measure; `reference`: what they are compared with.
-        options: values of the metrics' own options, by name; `samples`: the folder or artifact that was named, if any.
-        settings: the recipe's evaluate section; `models`, `latents` and `rules`: its sections models, latents, images.
-        shared: what several metrics use and load once, such as a feature network.
-    """
+    """What a metric is loaded from."""
 
     images: ImageSet
     reference: Reference | None
-    options: Mapping[str, Any]
-    samples: Path | None
-    settings: Evaluate
+    options: Mapping[str, Any]  # values of the metrics' own, by name
+    samples: Path | None  # the folder or artifact that was named, if any
+    settings: Evaluate  # the recipe's evaluate section, then its sections models, latents and images
     models: Models
     latents: Latents
     rules: Images
@@ -57,41 +49,29 @@ class MetricInputs:
     shared: dict[Any, Any] = field(default_factory=dict)
 
     def share(self, key: Any, load: Callable[[], T]) -> T:
-        """What `load` gives, loaded by the first metric that asks for `key`."""
+        """What several metrics use, as a feature network: loaded by the first that asks for `key`."""
         if key not in self.shared:
             self.shared[key] = load()
         return self.shared[key]
 
 
 class Metric:
-    """One metric: class attributes describe it, an instance has its networks loaded.
+    """One metric: class attributes describe it, an instance has its networks loaded."""
 
-    Attributes:
-        name: the flag `--NAME`, and the name in `evaluate(metrics=[NAME])`.
-        help: the flag's line in `bifrost eval --help`; `protocol`: what `--explain` prints, in plain sentences.
-        gates: names in report.json that `--gate NAME<1` stands for; none: NAME itself.
-        needs_prompts: judges images by their prompts, so that a set must not mix planned and unplanned images.
-        needs_reference: compares with a reference; `needs_many`: is biased by few images, so that --min-samples holds.
-        reconstructs: measures reconstructions of the reference instead of samples.
-        keys: keys of the recipe's evaluate section that decide its numbers; `options`: options of its own.
-        identity: JSON of all that decides the numbers besides the images; it is part of the report's identity.
-        packages: whose versions the report names; `device`: where it computed.
-    """
-
-    name: ClassVar[str]
-    help: ClassVar[str]
-    protocol: ClassVar[str]
-    gates: ClassVar[tuple[str, ...]] = ()
-    needs_prompts: ClassVar[bool] = False
+    name: ClassVar[str]  # the flag `--NAME`, and the name in `evaluate(metrics=[NAME])`
+    help: ClassVar[str]  # the flag's line in `bifrost eval --help`
+    protocol: ClassVar[str]  # what `--explain` prints, in plain sentences
+    gates: ClassVar[tuple[str, ...]] = ()  # names in report.json that `--gate NAME<1` stands for; none: NAME itself
+    needs_prompts: ClassVar[bool] = False  # a set must not mix images of prompts and of plans
     needs_reference: ClassVar[bool] = False
-    needs_many: ClassVar[bool] = False
-    reconstructs: ClassVar[bool] = False
-    keys: ClassVar[tuple[str, ...]] = ()
+    needs_many: ClassVar[bool] = False  # it is biased by few images, so that --min-samples holds
+    reconstructs: ClassVar[bool] = False  # it measures reconstructions of the reference instead of samples
+    keys: ClassVar[tuple[str, ...]] = ()  # keys of the recipe's evaluate section that decide its numbers
     options: ClassVar[tuple[MetricOption, ...]] = ()
 
-    identity: dict[str, Any]
-    packages: tuple[str, ...] = ()
-    device: str = "cpu"
+    identity: dict[str, Any]  # JSON of all that decides the numbers besides the images; part of the report's identity
+    packages: tuple[str, ...] = ()  # whose versions the report names
+    device: str = "cpu"  # where it computed
 
     @classmethod
     def check(cls, request: EvalRequest) -> None:

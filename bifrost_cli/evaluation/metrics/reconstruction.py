@@ -11,10 +11,9 @@ from bifrost_cli.evaluation.metrics.metric import Line, Metric, MetricInputs, ro
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
 
     from bifrost_cli.data.image_sets import ImageSet
-    from bifrost_cli.evaluation.networks.lpips import Lpips
+    from bifrost_cli.evaluation.networks.feature_network import Lpips
     from bifrost_cli.models.encoders import Encoder
     from bifrost_cli.runtime.ui import Ui
 
@@ -57,9 +56,8 @@ class Reconstruction(Metric):
         from bifrost_cli.evaluation.networks.load_networks import load_lpips
         from bifrost_cli.loading.loaders import ModelLoader
 
-        lpips: Lpips | str
         try:
-            lpips = load_lpips(inputs.settings, inputs.device)
+            lpips: Lpips | str = load_lpips(inputs.settings, inputs.device)
         except EnvironmentProblem as error:
             if inputs.settings.lpips_weights:  # the recipe names a file, so that file must be there
                 raise
@@ -78,27 +76,20 @@ class Reconstruction(Metric):
 
     def _numbers(self, made_HWC: np.ndarray, true_HWC: np.ndarray) -> dict[str, float | None]:
         """Of one image; equal images have no finite PSNR: None, as JSON knows no infinity."""
-        from torch import cosine_similarity
-
-        from bifrost_cli.evaluation.formulas.similarity import psnr, ssim
-
-        decibels = psnr(made_HWC, true_HWC)
-        numbers = {"psnr": decibels if math.isfinite(decibels) else None, "ssim": ssim(made_HWC, true_HWC)}
-        if not isinstance(self._lpips, str):
-            numbers["lpips"] = self._lpips.distance(made_HWC, true_HWC)
-        numbers["latents_cosine"] = float(
-            cosine_similarity(self._latents(made_HWC), self._latents(true_HWC), dim=-1).mean()
-        )
-        return numbers
-
-    def _latents(self, rgb_HWc: np.ndarray) -> torch.Tensor:
-        """Patch latents (P, C) of an image, float64."""
         import torch
 
         from bifrost_cli.data.images import square
+        from bifrost_cli.evaluation.formulas import psnr, ssim
 
+        decibels, size = psnr(made_HWC, true_HWC), self._encoder.image_size
+        numbers = {"psnr": decibels if math.isfinite(decibels) else None, "ssim": ssim(made_HWC, true_HWC)}
+        if not isinstance(self._lpips, str):
+            numbers["lpips"] = self._lpips.distance(made_HWC, true_HWC)
         with torch.no_grad():
-            return self._encoder.encode(square(rgb_HWc, self._encoder.image_size)[None].copy())[0].double().cpu()
+            made_PC, true_PC = (self._encoder.encode(square(rgb_HWC, size)[None].copy())[0].double().cpu()
+                                for rgb_HWC in (made_HWC, true_HWC))  # fmt: skip
+        numbers["latents_cosine"] = float(torch.cosine_similarity(made_PC, true_PC, dim=-1).mean())
+        return numbers
 
     def _row(self, name: str, values: Sequence[float | None]) -> dict[str, Any]:
         """The mean over the images that have a value, at least one; the others equal their originals."""
@@ -106,15 +97,15 @@ class Reconstruction(Metric):
 
         label, rule = _RULES[name]
         finite = np.array([value for value in values if value is not None], np.float64)
-        deviation = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
-        equal = len(values) - len(finite)
+        count, equal = len(finite), len(values) - len(finite)
+        deviation = float(finite.std(ddof=1)) if count > 1 else 0.0
         extractor = {"lpips": self.identity["lpips"], "latents_cosine": self._encoder.identity}.get(name)
         return row(
-            name, label, float(finite.mean()), n_gen=len(finite), sd=deviation, protocol=PROTOCOL, extractor=extractor,
-            standard_error=deviation / math.sqrt(len(finite)), equal=equal,
+            name, label, float(finite.mean()), n_gen=count, sd=deviation, protocol=PROTOCOL, extractor=extractor,
+            standard_error=deviation / math.sqrt(count), equal=equal,
             spread=f"standard deviation {deviation:.3g} over images",
             details=[f"{equal} images are equal to the last bit and not in the mean"] if equal else [],
-            sentence=f"Mean over {len(finite)} images, each against its original as uint8: {rule}.",
+            sentence=f"Mean over {count} images, each against its original as uint8: {rule}.",
         )  # fmt: skip
 
     def settings(self) -> dict[str, str]:

@@ -29,7 +29,25 @@ class ShapesAccuracy(Metric):
             for line, entry in zip(lines, images.entries, strict=True):
                 line.update(judge(entry))
                 bar.advance(1)
-        return [shapes_row(lines)]
+        from bifrost_cli.shapes.captions import CATEGORIES
+
+        counted = [line for line in lines if line["right"] is not None]
+        if not counted:
+            raise DataError(
+                f"none of {len(lines)} images has a prompt of the built-in world, so the checker cannot judge them",
+                fix='make some: bifrost generate "a red circle above a blue square" -o DIR; or leave out --shapes',
+                code="BF-DATA-007",
+            )
+        total = share("all", counted)
+        low, high = total["interval95"]
+        by_category = [share(name, [line for line in counted if line["category"] == name]) for name in CATEGORIES]
+        return [row(
+            "shapes_accuracy", "Images that show their prompt", total.pop("value"), format="share", n_gen=len(counted),
+            spread=f"{total['right']} of {total['count']}, 95 %: {low:.1%} to {high:.1%}", **total,
+            categories=[found for found in by_category if found], not_judged=len(lines) - len(counted),
+            sentence="By the programmatic checker: objects, colours, counts, places and a named background all as the "
+            f"prompt says, {len(counted)} images of the built-in world, judged once each.",
+        )]  # fmt: skip
 
     def warnings(self, images: ImageSet, lines: Sequence[Mapping[str, Any]]) -> list[str]:
         found, prompts = [], [line["prompt"] for line in lines if line["right"] is not None]
@@ -53,33 +71,6 @@ def judge(entry: EvalImage) -> dict[str, Any]:
         return {"category": None, "right": None, "why": "not judged: not a prompt of the built-in world"}
     verdict = check(prompt, entry.load())
     return {"category": prompt.category, "right": bool(verdict.right), "why": verdict.why}
-
-
-def shapes_row(judged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The share of images that show their prompts, over all and by category.
-
-    Raises:
-        DataError: no image has a prompt of the built-in world.
-    """
-    from bifrost_cli.shapes.captions import CATEGORIES
-
-    counted = [line for line in judged if line["right"] is not None]
-    if not counted:
-        raise DataError(
-            f"none of {len(judged)} images has a prompt of the built-in world, so the checker cannot judge them",
-            fix='make some: bifrost generate "a red circle above a blue square" -o DIR; or leave out --shapes',
-            code="BF-DATA-007",
-        )
-    total = share("all", counted)
-    low, high = total["interval95"]
-    by_category = [share(name, [line for line in counted if line["category"] == name]) for name in CATEGORIES]
-    return row(
-        "shapes_accuracy", "Images that show their prompt", total.pop("value"), format="share", n_gen=len(counted),
-        spread=f"{total['right']} of {total['count']}, 95 %: {low:.1%} to {high:.1%}", **total,
-        categories=[found for found in by_category if found], not_judged=len(judged) - len(counted),
-        sentence="By the programmatic checker: objects, colours, counts, places and a named background all as the "
-        f"prompt says, {len(counted)} images of the built-in world, judged once each.",
-    )  # fmt: skip
 
 
 def share(name: str, lines: Sequence[Mapping[str, Any]], by_prompt: bool = False) -> dict[str, Any]:

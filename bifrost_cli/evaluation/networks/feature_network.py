@@ -1,4 +1,4 @@
-"""Feature networks: images in, one vector for each image out; open_clip models, DINOv2, and CLIP's text side.
+"""Networks of metrics: images to vectors (open_clip, DINOv2, Inception), CLIP's text side, and LPIPS.
 
 The resize rule belongs to a network: it is part of its identity. Where weights lie is not known here.
 Shapes: B batch, N images, H W pixels, D feature width.
@@ -6,8 +6,11 @@ Shapes: B batch, N images, H W pixels, D feature width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Protocol
+import io
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import groupby, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,41 +21,47 @@ from bifrost_cli.data.safetensors_io import weights_hash
 
 BATCH = 32  # fixed: another batch size gives other last bits
 DINO_SIZE, IMAGENET_MEAN, IMAGENET_STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HESSEL_PREFIX = "A photo depicts "  # Hessel et al. 2021
+SPATIAL_CHANNELS = 7  # Nash et al. 2021, appendix B; ADM's evaluator reads the first seven of mixed_6/conv
+_INCEPTION_LAYERS = {"pool": "2048", "logits": "logits_unbiased"}  # our names to torch-fidelity's
 _LONGER = 8  # a text is tokenized at this many context lengths to see whether it is cut
 
 
-class FeatureNetwork(Protocol):
+class FeatureNetwork:
     """`identity` names the network, its weights and its resize rule; `layers` are what `outputs` can be asked for."""
 
     identity: dict[str, Any]
-    layers: tuple[str, ...]
+    layers: tuple[str, ...] = ("pool",)
     device: str
 
     def prepare(self, rgb_HWc: np.ndarray) -> np.ndarray:
         """An image uint8 (H, W, 3) as the network reads it."""
+        return rgb_HWc
 
+    def forward(self, pixels_BcHW: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Prepared images of one size, uint8, to (B, D) for every layer."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
     def outputs(self, pixels_BHWc: np.ndarray, layers: Sequence[str]) -> dict[str, np.ndarray]:
         """Prepared images of one size, uint8 (B, H, W, 3), to float32 (B, D) by layer."""
+        found = self.forward(torch.from_numpy(np.array(pixels_BHWc)).permute(0, 3, 1, 2).to(self.device))
+        return {layer: found[layer].float().cpu().numpy() for layer in layers}
 
 
-class ClipFeatures:
+class ClipFeatures(FeatureNetwork):
     """The image tower of an open_clip model, in float32: its projected embedding, not normalised."""
-
-    layers: tuple[str, ...] = ("pool",)
 
     def __init__(self, model: torch.nn.Module, name: str) -> None:
         self._model: Any = model.eval().requires_grad_(False).float()
         visual: Any = model.visual
         size = visual.image_size
         self.image_size: int = size if isinstance(size, int) else size[0]
-        device = next(model.parameters()).device
-        self.device = str(device)
-        self._mean_C11 = torch.tensor(visual.image_mean, device=device).view(-1, 1, 1)
-        self._std_C11 = torch.tensor(visual.image_std, device=device).view(-1, 1, 1)
+        self.device = str(next(model.parameters()).device)
+        self._mean_C11, self._std_C11 = (torch.tensor(values, device=self.device).view(-1, 1, 1)
+                                         for values in (visual.image_mean, visual.image_std))  # fmt: skip
         width = self.features(np.zeros((1, self.image_size, self.image_size, 3), np.uint8)).shape[1]
         kinds = {type(module).__name__ for module in visual.modules()}  # the same weights with QuickGELU are another
-        self.identity: dict[str, Any] = {
+        self.identity = {
             "name": name,
             "family": "open_clip",
             "weights": weights_hash(visual.state_dict()),
@@ -66,37 +75,30 @@ class ClipFeatures:
         }
 
     def prepare(self, rgb_HWc: np.ndarray) -> np.ndarray:
-        """The central square at the tower's size."""
         return square(rgb_HWc, self.image_size)
 
-    def outputs(self, pixels_BHWc: np.ndarray, layers: Sequence[str]) -> dict[str, np.ndarray]:
-        """As the protocol says; the only layer is `pool`."""
-        return {layer: {"pool": self.features(pixels_BHWc)}[layer] for layer in layers}
+    def features(self, pixels_BHWc: np.ndarray) -> np.ndarray:
+        """`outputs` of the only layer."""
+        return self.outputs(pixels_BHWc, ("pool",))["pool"]
 
-    @torch.inference_mode()
-    def features(self, pixels_BHWC: np.ndarray) -> np.ndarray:
-        """Images uint8 (B, S, S, 3), S = `image_size`, to float32 (B, D). ValueError on another shape or type."""
-        shape = (self.image_size, self.image_size, 3)
-        if pixels_BHWC.dtype != np.uint8 or pixels_BHWC.shape[1:] != shape:
-            raise ValueError(f"images must be uint8 (B, {', '.join(map(str, shape))}), not {pixels_BHWC.shape}")
-        pixels_BCHW = torch.from_numpy(np.ascontiguousarray(pixels_BHWC)).permute(0, 3, 1, 2)
-        pixels_BCHW = pixels_BCHW.to(self._mean_C11.device, torch.float32).div(255)
-        embedding_BD = self._model.encode_image((pixels_BCHW - self._mean_C11) / self._std_C11)
-        return embedding_BD.float().cpu().numpy()
+    def forward(self, pixels_BcHW: torch.Tensor) -> dict[str, torch.Tensor]:
+        """ValueError: another shape or type than uint8 (B, 3, S, S), S = `image_size`."""
+        shape = (3, self.image_size, self.image_size)
+        if pixels_BcHW.dtype != torch.uint8 or pixels_BcHW.shape[1:] != shape:
+            raise ValueError(f"images must be uint8 (B, {shape}), not {pixels_BcHW.dtype} {tuple(pixels_BcHW.shape)}")
+        return {"pool": self._model.encode_image((pixels_BcHW.float().div(255) - self._mean_C11) / self._std_C11)}
 
 
-class ClipScorer:
-    """Cosines between a CLIP's embeddings of images and texts; `tokenize(texts, context_length)` is open_clip's own."""
+class ClipScorer(ClipFeatures):
+    """Both towers of a CLIP; `tokenize(texts, context_length)` is open_clip's own."""
 
     def __init__(self, model: torch.nn.Module, tokenize: Callable[..., torch.Tensor], name: str) -> None:
-        self._model: Any = model
-        self._features, self._tokenize = ClipFeatures(model, name), tokenize
-        self.identity, self.prepare = self._features.identity, self._features.prepare
-        self.images = self._features.features
+        super().__init__(model, name)
+        self._tokenize = tokenize
 
-    def cosines(self, pixels_BHWc: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-        """Prepared images uint8 (B, S, S, 3) and as many texts -> cosines (B,) float64."""
-        image_BD, text_BD = self.images(pixels_BHWc), self.texts(texts)
+    def cosines(self, image_BD: np.ndarray, texts: Sequence[str]) -> np.ndarray:
+        """`features` of images and as many texts -> cosines (B,) float64."""
+        text_BD = self.texts(texts)
         norms_B = np.linalg.norm(image_BD, axis=1) * np.linalg.norm(text_BD, axis=1)
         return (image_BD * text_BD).sum(axis=1) / norms_B
 
@@ -109,20 +111,17 @@ class ClipScorer:
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings (B, D) float64 of texts, not normalised."""
-        ids_BT = self._tokenize(list(texts)).to(self._features.device)
-        return self._model.encode_text(ids_BT).double().cpu().numpy()
+        return self._model.encode_text(self._tokenize(list(texts)).to(self.device)).double().cpu().numpy()
 
 
-class DinoFeatures:
+class DinoFeatures(FeatureNetwork):
     """The class token of a transformers Dinov2Model by dgm-eval's rule: with ViT-L/14 the FD-DINOv2 of papers."""
-
-    layers: tuple[str, ...] = ("pool",)
 
     def __init__(self, model: torch.nn.Module, name: str) -> None:
         self._model: Any = model.eval().requires_grad_(False).float()
-        config: Any = model.config
         self.device = str(next(model.parameters()).device)
-        self.identity: dict[str, Any] = {
+        config: Any = model.config
+        self.identity = {
             "name": name,
             "family": "dinov2",
             "weights": weights_hash(model.state_dict()),
@@ -133,17 +132,77 @@ class DinoFeatures:
         }
 
     def prepare(self, rgb_HWc: np.ndarray) -> np.ndarray:
-        """Squashed to 224 x 224 by Pillow's antialiasing bicubic."""
         return np.asarray(Image.fromarray(rgb_HWc).resize((DINO_SIZE, DINO_SIZE), Image.Resampling.BICUBIC))
 
+    def forward(self, pixels_BcHW: torch.Tensor) -> dict[str, torch.Tensor]:
+        mean_c11, std_c11 = (torch.tensor(values, device=self.device).view(-1, 1, 1)
+                             for values in (IMAGENET_MEAN, IMAGENET_STD))  # fmt: skip
+        pixels_BcHW = (pixels_BcHW.float().div(255) - mean_c11) / std_c11
+        return {"pool": self._model(pixel_values=pixels_BcHW).last_hidden_state[:, 0]}
+
+
+class InceptionFeatures(FeatureNetwork):
+    """The Inception network of FID, torch-fidelity's in float32.
+
+    Layers: `pool` (2048, for FID, KID and PRDC), `spatial` (7 channels of a 17x17 layer row by row, NHWC, for sFID) and
+    `logits` (1008 classes without bias, for the Inception score). The resize to 299 pixels is TensorFlow 1's and part
+    of the network. `state` is checked strictly: RuntimeError names what does not fit.
+    """
+
+    layers = ("pool", "spatial", "logits")
+
+    def __init__(self, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        own = io.BytesIO()  # the stock class reads a file by unpickling: it gets one that was written here
+        torch.save(dict(state), own)
+        own.seek(0)
+        self._model = FeatureExtractorInceptionV3("inception", list(_INCEPTION_LAYERS.values()), own).to(device)
+        self._spatial: list[torch.Tensor] = []
+        self._model.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, out: self._spatial.append(out))
+        self.device = str(device)
+        self.identity = {
+            "name": "inception",
+            "family": "inception-2015-12-05",
+            "weights": weights_hash(dict(state)),
+            "width": 2048,
+            "image_size": 299,
+            "resize": "bilinear as in TensorFlow 1, no antialiasing",
+        }
+
+    def forward(self, pixels_BcHW: torch.Tensor) -> dict[str, torch.Tensor]:
+        self._spatial.clear()
+        found = dict(zip(_INCEPTION_LAYERS, self._model(pixels_BcHW), strict=True))
+        return found | {"spatial": self._spatial[0][:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)}
+
+
+class Lpips:
+    """The perceptual distance of two images (Zhang et al. 2018), by the `lpips` package: version 0.1, AlexNet.
+
+    `trunk`: a state dict of torchvision's AlexNet; what is not of its features is ignored. KeyError or RuntimeError
+    names what is missing or does not fit.
+    """
+
+    def __init__(self, trunk: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        import lpips
+
+        with warnings.catch_warnings():  # the package still names torchvision's old arguments
+            warnings.simplefilter("ignore")
+            self._net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+        inner = self._net.net  # its slices keep the numbers of AlexNet's modules: slice2.3.weight is features.3.weight
+        inner.load_state_dict({name: trunk[f"features.{name.split('.', 1)[1]}"] for name in inner.state_dict()})
+        self._net.to(device).eval()
+        self._device = device
+        self.identity: dict[str, Any] = {"name": "lpips-alex-0.1", "weights": weights_hash(self._net.state_dict())}
+
     @torch.inference_mode()
-    def outputs(self, pixels_BHWc: np.ndarray, layers: Sequence[str]) -> dict[str, np.ndarray]:
-        """As the protocol says; the only layer is `pool`."""
-        scaled_BHWc = torch.from_numpy(np.array(pixels_BHWc)).to(self.device).float().div(255)
-        mean_c, std_c = (torch.tensor(values, device=scaled_BHWc.device) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        pixels_BcHW = ((scaled_BHWc - mean_c) / std_c).permute(0, 3, 1, 2)
-        token_BD = self._model(pixel_values=pixels_BcHW).last_hidden_state[:, 0]
-        return {layer: {"pool": token_BD}[layer].float().cpu().numpy() for layer in layers}
+    def distance(self, first_HWc: np.ndarray, second_HWc: np.ndarray) -> float:
+        """0 for equal images. ValueError: not two uint8 images of one size."""
+        if first_HWc.dtype != np.uint8 or second_HWc.dtype != np.uint8 or first_HWc.shape != second_HWc.shape:
+            raise ValueError("two uint8 images of one size are needed")
+        pixels = torch.from_numpy(np.stack([first_HWc, second_HWc])).permute(0, 3, 1, 2).to(self._device)
+        first, second = (pixels / 127.5 - 1).split(1)  # [-1, 1]: [0, 1] would give no error and another number
+        return float(self._net(first, second))
 
 
 def feature_batches(
@@ -153,17 +212,8 @@ def feature_batches(
 
     A batch is filled up with empty images, so that an image's features do not depend on what stands beside it.
     """
-    batch: list[np.ndarray] = []
-    for image in images:
-        if batch and (len(batch) == BATCH or image.shape != batch[0].shape):
-            yield _filled(network, batch, layers)
-            batch = []
-        batch.append(image)
-    if batch:
-        yield _filled(network, batch, layers)
-
-
-def _filled(network: FeatureNetwork, batch: list[np.ndarray], layers: Sequence[str]) -> dict[str, np.ndarray]:
-    missing = [np.zeros_like(batch[0])] * (BATCH - len(batch))
-    outputs = network.outputs(np.stack(batch + missing), layers)
-    return {layer: values_BD[: len(batch)] for layer, values_BD in outputs.items()}
+    for _, alike in groupby(images, key=lambda image: image.shape):
+        while batch := list(islice(alike, BATCH)):
+            missing = [np.zeros_like(batch[0])] * (BATCH - len(batch))
+            outputs = network.outputs(np.stack(batch + missing), layers)
+            yield {layer: values_BD[: len(batch)] for layer, values_BD in outputs.items()}

@@ -16,13 +16,18 @@ from bifrost_cli.artifacts.files import sha256_file
 from bifrost_cli.config.schema import Evaluate
 from bifrost_cli.data.safetensors_io import load_tensors
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem
-from bifrost_cli.evaluation.networks.feature_network import ClipFeatures, DinoFeatures, FeatureNetwork
+from bifrost_cli.evaluation.networks.feature_network import (
+    ClipFeatures,
+    DinoFeatures,
+    FeatureNetwork,
+    InceptionFeatures,
+    Lpips,
+)
 from bifrost_cli.loading.open_clip_models import features_name, load_open_clip
 from bifrost_cli.loading.resolve import model_errors, resolve_device, resolve_model
 
 if TYPE_CHECKING:
-    from bifrost_cli.evaluation.networks.detector import Detector
-    from bifrost_cli.evaluation.networks.lpips import Lpips
+    from bifrost_cli.evaluation.networks.judges import Detector
 
 INCEPTION_FILE, ALEXNET_FILE = "weights-inception-2015-12-05-6726825d.pth", "alexnet-owt-7be5be79.pth"
 PUBLISHED = {INCEPTION_FILE: "6726825d", ALEXNET_FILE: "7be5be79"}  # the first eight digits of their sha256
@@ -54,7 +59,7 @@ def load_features(ref: str, settings: Evaluate, device: str | torch.device) -> F
         ArtifactError: weights that do not fit (BF-ART-007), or are damaged or no weights at all (BF-ART-005, 008).
     """
     if ref == "inception":
-        return _load(_INCEPTION, settings, lambda state: _inception(state, resolve_device(str(device))))
+        return _load(_INCEPTION, settings, lambda state: InceptionFeatures(state, resolve_device(str(device))))
     if ref.startswith(DINO):
         from transformers import Dinov2Model
 
@@ -66,32 +71,20 @@ def load_features(ref: str, settings: Evaluate, device: str | torch.device) -> F
 
 def load_lpips(settings: Evaluate, device: str) -> Lpips:
     """LPIPS with AlexNet's weights from the recipe's file, else torchvision's own cache; errors as `load_features`."""
-
-    def load(state: dict[str, torch.Tensor]) -> Lpips:
-        from bifrost_cli.evaluation.networks.lpips import Lpips
-
-        return Lpips(state, resolve_device(device))
-
-    return _load(_ALEXNET, settings, load)
+    return _load(_ALEXNET, settings, lambda state: Lpips(state, resolve_device(device)))
 
 
 def load_detector(ref: str, device: str) -> Detector:
     """A Mask2Former for instances, a folder or a hub id. Errors as `load_features`."""
     from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
-    from bifrost_cli.evaluation.networks.detector import Detector
+    from bifrost_cli.evaluation.networks.judges import Detector
 
     with model_errors(ref):
         processor = AutoImageProcessor.from_pretrained(resolve_model(ref), trust_remote_code=False)
     fix = "give one like facebook/mask2former-swin-small-coco-instance"
     model = _whole(Mask2FormerForUniversalSegmentation, ref, fix)
     return Detector(model.to(resolve_device(device)), processor, Path(ref).name)
-
-
-def _inception(state: dict[str, torch.Tensor], device: torch.device) -> FeatureNetwork:
-    from bifrost_cli.evaluation.networks.inception import InceptionFeatures
-
-    return InceptionFeatures(state, device)
 
 
 def _whole(kind: Any, ref: str, fix: str) -> Any:
@@ -113,36 +106,25 @@ def _load(published: _Published, settings: Evaluate, load: Callable[[dict[str, t
     path = Path(given).expanduser() if given else cache
     if not path.is_file():
         raise EnvironmentProblem(
-            f"{metric} needs the standard {network} weights, and {path} is not there",
-            at=f"{file} ({source})",
-            fix=f"put it at {cache}, or --set evaluate.{key}=FILE{instead}",
-            code="BF-ENV-030",
-        )
+            f"{metric} needs the standard {network} weights, and {path} is not there", at=f"{file} ({source})",
+            fix=f"put it at {cache}, or --set evaluate.{key}=FILE{instead}", code="BF-ENV-030",
+        )  # fmt: skip
     try:
-        return load(_state(path))
+        return load(_read_published(path) if path.suffix == ".pth" else load_tensors(path)[0])
     except ImportError as error:
         raise EnvironmentProblem(f"{metric} needs the package {error.name}", fix="pip install 'bifrost-cli[eval]'",
                                  code="BF-ENV-002") from error  # fmt: skip
     except (KeyError, RuntimeError) as error:  # torch lists every tensor that is missing or of another shape
-        raise ArtifactError(
-            f"{path} does not hold the weights of the {network} network",
-            at=str(error)[:600],
-            fix=f"give {file}, or its tensors as safetensors",
-            code="BF-ART-007",
-        ) from error
+        raise ArtifactError(f"{path} does not hold the weights of the {network} network", at=str(error)[:600],
+                            fix=f"give {file}, or its tensors as safetensors",
+                            code="BF-ART-007") from error  # fmt: skip
 
 
-def _state(path: Path) -> dict[str, torch.Tensor]:
-    if path.suffix != ".pth":
-        return load_tensors(path)[0]
+def _read_published(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that its publisher wrote with torch.save; nothing else in it is read."""
     if path.name in PUBLISHED and not sha256_file(path).startswith(PUBLISHED[path.name]):
         raise ArtifactError(f"{path} is damaged: its sha256 is not {PUBLISHED[path.name]}...", fix="fetch it again",
                             code="BF-ART-005")  # fmt: skip
-    return read_published(path)
-
-
-def read_published(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file that its publisher wrote with torch.save; nothing else in it is read. BF-ART-008."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever the bytes lead it to
