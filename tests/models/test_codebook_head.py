@@ -96,3 +96,9 @@ def test_codes_are_found_in_clusters_however_rare():
 def test_fewer_latents_than_codes_are_refused():
     with pytest.raises(ValueError, match="8 codes cannot be made of 4 latents"):
         CodebookHead(1, 2, 8).fit(torch.randn(4, 2), seed=0)
+
+
+def test_fewer_different_latents_than_codes_repeat_codes():
+    head = CodebookHead(1, 2, 4)
+    head.fit(torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(4, 1), seed=0)
+    assert {tuple(row) for row in head.codes_KC.tolist()} == {(1.0, 0.0), (0.0, 1.0)}

@@ -36,18 +36,28 @@ class CodebookHead(nn.Module):
         self.register_buffer("codes_KC", torch.zeros(codes, channels))
 
     def fit(self, tokens_NC: Tensor, seed: int) -> None:
-        """Set the codes to k-means centres (k-means++ start) of latents in the decoder's space.
+        """Set the codes to k-means centres of latents in the decoder's space, from a k-means++ start.
+
+        Most patches of an image are its background: a start drawn evenly would leave rare latents without a code.
 
         Raises:
-            ValueError: fewer different latents than codes.
+            ValueError: fewer latents than codes.
         """
-        step = -(-len(tokens_NC) // FIT_TOKENS)
-        latents_NC, codes = tokens_NC[::step].double().cpu().numpy(), len(self.codes_KC)
-        if len(latents_NC) < codes:
-            raise ValueError(f"{codes} codes cannot be made of {len(latents_NC)} latents")
+        latents_NC = tokens_NC[:: -(-len(tokens_NC) // FIT_TOKENS)].float().cpu()
+        if len(latents_NC) < len(self.codes_KC):
+            raise ValueError(f"{len(self.codes_KC)} codes cannot be made of {len(latents_NC)} latents")
+        generator = torch.Generator().manual_seed(seed)
+        chosen, distance_N = [], torch.ones(len(latents_NC))
+        for _ in self.codes_KC:
+            if not distance_N.any():  # fewer different latents than codes: some codes repeat
+                distance_N += 1
+            chosen.append(int(torch.multinomial(distance_N, 1, generator=generator)))
+            new_N = (latents_NC - latents_NC[chosen[-1]]).square().sum(-1)
+            distance_N = torch.minimum(distance_N, new_N) if len(chosen) > 1 else new_N
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="One of the clusters is empty")
-            centres_KC, _ = kmeans2(latents_NC, codes, iter=FIT_STEPS, minit="++", seed=seed)
+            start_KC = latents_NC[chosen].double().numpy()
+            centres_KC, _ = kmeans2(latents_NC.double().numpy(), start_KC, iter=FIT_STEPS, minit="matrix")
         self.codes_KC.copy_(torch.from_numpy(centres_KC))
 
     def nearest(self, latents_NC: Tensor) -> Tensor:
