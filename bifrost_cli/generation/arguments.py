@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from bifrost_cli.config.schema import Generate, Images
 from bifrost_cli.data.images import read_image
 from bifrost_cli.errors import RecipeError, UsageError
-from bifrost_cli.generation.decoder import BifrostDecoder
 from bifrost_cli.generation.requests import ImageRequest, image_requests
+from bifrost_cli.generation.stages import BifrostDecoder
 from bifrost_cli.loading.compatibility import require_output_size
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -101,10 +101,10 @@ def refuse(negative_prompt: Any, output_type: str, tensor_inputs: Sequence[str])
 def stacked(images: list[Any], output_type: str) -> Any:
     """Images as `output_type` says: see `BifrostPipelineOutput`."""
     if output_type == "pil":
-        return images
+        return [Image.fromarray(image) for image in images]
     if output_type == "latent":
         return torch.stack(images) if images else torch.empty(0)
-    pixels_BHWC = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255 if images else np.empty(0)
+    pixels_BHWC = np.stack(images).astype(np.float32) / 255 if images else np.empty(0)
     return pixels_BHWC if output_type == "np" else torch.from_numpy(pixels_BHWC).movedim(-1, 1)
 
 

@@ -20,12 +20,10 @@ def ask(
     device: str = "auto",
     ui: Ui | None = None,
 ) -> str:
-    """The MLLM's greedy answer.
+    """The MLLM's greedy answer about an image file.
 
     Args:
         recipe: names the MLLM, and how images are read.
-        image: a file.
-        question: about it.
         max_tokens: longest answer.
         device: where to compute.
         ui: told what was repaired in the image, and whether the answer was cut.

@@ -18,7 +18,7 @@ from bifrost_cli.artifacts.manifest import MANIFEST
 from bifrost_cli.config.load import load_recipe, recipe_names
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.errors import ArtifactError
-from bifrost_cli.loading.compatibility import fits, has_own_conditioner, require_encoder, require_fit
+from bifrost_cli.loading.compatibility import has_own_conditioner, require_encoder, require_fit, trained_on
 from bifrost_cli.loading.resolve import builtin, resolve_model
 from bifrost_cli.runtime.ui import counted
 
@@ -55,20 +55,25 @@ def choose_models(branch: Ref, controlnet: Ref, workspace: Path | str) -> Genera
     if str(branch) in ("builtin", "builtin:branch") and controlnet is None:
         controlnet = "builtin"
     given_branch, given_controlnet = _given(branch, "branch", workspace), _given(controlnet, "controlnet", workspace)
-    branches = [given_branch] if given_branch else find(workspace, "branch")
-    controlnets = [given_controlnet] if given_controlnet else find(workspace, "controlnet")
     if given_branch and given_controlnet:
         require_fit(given_branch, given_controlnet)
         return _models(given_branch, given_controlnet, "as given")
+    branches = [given_branch] if given_branch else find(workspace, "branch")
+    controlnets = [given_controlnet] if given_controlnet else find(workspace, "controlnet")
+    found = f", the newest from {workspace}" + ("; --branch builtin goes back" if branch is None else " that fits it")
     for candidate in branches:
         if has_own_conditioner(candidate) and not given_controlnet:
-            why = f"using {_trained(candidate)}, learned queries with their own control{_found(branch, workspace)}"
+            why = f"using {_trained(candidate)}, learned queries with their own control{found}"
             return GenerationModels(candidate, candidate, why)
         for other in controlnets:
-            if fits(candidate, other):
-                why = f"using {_trained(candidate)} and {_trained(other)}{_found(branch, workspace)}"
-                return GenerationModels(candidate, other, why)
-    return _with_builtin(given_branch, given_controlnet, workspace)
+            if trained_on(candidate) == trained_on(other):
+                return GenerationModels(candidate, other, f"using {_trained(candidate)} and {_trained(other)}{found}")
+    pair = (given_branch or builtin("branch"), given_controlnet or builtin("controlnet"))
+    if given_branch or given_controlnet:
+        require_fit(*pair)
+        return _models(*pair, f"{workspace} holds nothing else that fits the given one, so the other is built in")
+    counts = f"{len(branches)} branch and {len(controlnets)} controlnet"
+    return _models(*pair, f"the built-in pair, because {workspace} holds no pair that fits ({counts})")
 
 
 def choose_controlnet(controlnet: Ref, encoder: dict[str, Any], workspace: Path | str) -> tuple[Artifact, str]:
@@ -86,13 +91,7 @@ def choose_controlnet(controlnet: Ref, encoder: dict[str, Any], workspace: Path 
 
 
 def pretrained(
-    ref: Path | str,
-    *,
-    branch: Ref = None,
-    controlnet: Ref = None,
-    workspace: Path | str = "runs",
-    sets: Sequence[str] = (),
-    revision: str | None = None,
+    ref: Path | str, branch: Ref, controlnet: Ref, workspace: Path | str, sets: Sequence[str], revision: str | None
 ) -> tuple[Recipe, GenerationModels]:
     """The recipe and the artifacts that a name means; see `BifrostPipeline.from_pretrained`."""
     path = Path(ref).expanduser()
@@ -110,28 +109,29 @@ def pretrained(
 
 def _of_folder(folder: Path, branch: Ref, controlnet: Ref, sets: Sequence[str]) -> tuple[Recipe, GenerationModels]:
     """An artifact, or a folder of artifacts; what it does not hold is chosen from beside it."""
-    if (folder / MANIFEST).is_file():
-        artifact = Artifact.open(folder)
-        if artifact.kind not in ("branch", "controlnet", "samples"):
-            raise ArtifactError(f"{folder} is a {artifact.kind} artifact, which does not generate images",
-                                fix="give a branch, a controlnet or samples", code="BF-ART-001")  # fmt: skip
-        if artifact.kind == "samples":
-            parents = {parent["kind"]: _parent(artifact, parent) for parent in artifact.parents}
-            branch, controlnet = branch or parents.get("branch"), controlnet or parents.get("controlnet")
-        elif artifact.kind == "branch":
-            branch = folder
-        else:
-            controlnet = folder
-        return load_recipe(folder, sets), choose_models(branch, controlnet, folder.parent)
-    if not any(find(folder, kind) for kind in ("branch", "controlnet")):
-        raise ArtifactError(
-            f"{folder} holds no branch and no controlnet artifact",
-            fix=f"give a folder that does; published weights are imported first: bifrost import {quote(str(folder))}",
-            code="BF-ART-001",
-        )
-    models = choose_models(branch, controlnet, folder)
-    trained = models.branch if models.branch.path.parent == folder else models.controlnet
-    return load_recipe(trained.path, sets), models
+    if not (folder / MANIFEST).is_file():
+        if not find(folder, "branch") and not find(folder, "controlnet"):
+            raise ArtifactError(
+                f"{folder} holds no branch and no controlnet artifact",
+                fix="give a folder that does; published weights are imported first: "
+                f"bifrost import {quote(str(folder))}",
+                code="BF-ART-001",
+            )
+        models = choose_models(branch, controlnet, folder)
+        trained = models.branch if models.branch.path.parent == folder else models.controlnet
+        return load_recipe(trained.path, sets), models
+    artifact = Artifact.open(folder)
+    if artifact.kind not in ("branch", "controlnet", "samples"):
+        raise ArtifactError(f"{folder} is a {artifact.kind} artifact, which does not generate images",
+                            fix="give a branch, a controlnet or samples", code="BF-ART-001")  # fmt: skip
+    if artifact.kind == "samples":
+        parents = {parent["kind"]: _parent(artifact, parent) for parent in artifact.parents}
+        branch, controlnet = branch or parents.get("branch"), controlnet or parents.get("controlnet")
+    elif artifact.kind == "branch":
+        branch = folder
+    else:
+        controlnet = folder
+    return load_recipe(folder, sets), choose_models(branch, controlnet, folder.parent)
 
 
 def _parent(artifact: Artifact, parent: dict[str, Any]) -> Path:
@@ -145,18 +145,11 @@ def _parent(artifact: Artifact, parent: dict[str, Any]) -> Path:
 
 
 def _given(ref: Ref, kind: str, workspace: Path | str) -> Artifact | None:
-    if ref is None:
-        return None
-    return builtin(kind) if str(ref) == "builtin" else resolve(workspace, ref, kind)
+    return None if ref is None else resolve(workspace, ref, kind)
 
 
-def _with_builtin(branch: Artifact | None, controlnet: Artifact | None, workspace: Path | str) -> GenerationModels:
-    pair = (branch or builtin("branch"), controlnet or builtin("controlnet"))
-    if branch or controlnet:
-        require_fit(*pair)
-        return _models(*pair, f"{workspace} holds nothing else that fits the given one, so the other is built in")
-    counts = " and ".join(f"{len(find(workspace, kind))} {kind}" for kind in ("branch", "controlnet"))
-    return _models(*pair, f"the built-in pair, because {workspace} holds no pair that fits ({counts})")
+def _models(branch: Artifact, controlnet: Artifact, why: str) -> GenerationModels:
+    return GenerationModels(branch, controlnet, f"{branch.id} and {controlnet.id}: {why}")
 
 
 def _trained(artifact: Artifact) -> str:
@@ -164,11 +157,3 @@ def _trained(artifact: Artifact) -> str:
     recipe = artifact.info.get("recipe")
     steps = (recipe if isinstance(recipe, dict) else {}).get(artifact.kind, {}).get("train", {}).get("steps")
     return artifact.id if steps is None else f"{artifact.id} of {counted(steps, 'step')}"
-
-
-def _found(branch: Ref, workspace: Path | str) -> str:
-    return f", the newest from {workspace}" + ("; --branch builtin goes back" if branch is None else " that fits it")
-
-
-def _models(branch: Artifact, controlnet: Artifact, why: str) -> GenerationModels:
-    return GenerationModels(branch, controlnet, f"{branch.id} and {controlnet.id}: {why}")

@@ -13,85 +13,49 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from bifrost_cli import __version__
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
 from bifrost_cli.artifacts.files import exists, make_folder, write_bytes, write_new
-from bifrost_cli.artifacts.identity import digest_of, provenance
+from bifrost_cli.artifacts.identity import digest_of
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.png import contact_sheet, png_bytes, png_pixels
 from bifrost_cli.errors import UsageError
-from bifrost_cli.generation.requests import ImageRequest, destination, image_requests, image_settings, read_prompts
+from bifrost_cli.generation.requests import (
+    ImageRequest,
+    destination,
+    image_requests,
+    image_settings,
+    png_facts,
+    read_prompts,
+)
 from bifrost_cli.runtime.ui import Ui, counted
 
 if TYPE_CHECKING:
-    from bifrost_cli.generation.choose_models import GenerationModels
     from bifrost_cli.generation.pipeline import BifrostPipeline
-    from bifrost_cli.generation.prior import PredictedLatents
+    from bifrost_cli.generation.stages import PredictedLatents
 
 SHEET = 256  # images of a grid
 
 
 @dataclass(frozen=True)
-class GenerationRun:
-    """What is to be generated from what, apart from where it goes."""
+class _Run:
+    """What is generated from what, with the loaded pipeline; `settings` decide an image beside prompt and seed."""
 
     recipe: Recipe
-    prompts: list[str]
-    copies: int
-    seed: int
-    save_latents: bool
-    grid: bool
-    models: GenerationModels
+    requests: list[ImageRequest]
+    settings: dict[str, Any]
+    identity: dict[str, Any]
+    parents: Sequence[Artifact]
+    pipe: BifrostPipeline
+    ui: Ui
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides an image beside prompt, seed and weights (which the parents' ids stand for)."""
-        return image_settings(self.recipe, max_text_tokens=self.recipe.branch.max_text_tokens)
+    def png(self, request: ImageRequest, predicted: PredictedLatents) -> bytes:
+        pixels_HWC = self.pipe.render(request, predicted)
+        return png_bytes(pixels_HWC, png_facts(request, self.settings, self.parents, predicted.plan))
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What decides the samples artifact."""
-        requested = {"prompts": digest_of(self.prompts), "count": len(self.prompts), "copies": self.copies}
-        extras = {"save_latents": self.save_latents, "grid": self.grid}
-        return {**requested, "seed": self.seed, "settings": self.settings, **extras}
-
-    def image_requests(self) -> list[ImageRequest]:
-        """One for each image, in order."""
-        return list(image_requests(self.prompts, self.copies, self.seed))
-
-    def plan(self, file: Path | None, folder: Path, device: str) -> dict[str, Any]:
-        """What a dry run says: what would be generated from what, and how much of it is there."""
-        from bifrost_cli.loading.resolve import resolve_device
-
-        settings, requests = self.recipe.generate, self.image_requests()
-        there = {path.name for path in folder.iterdir()} if folder.is_dir() and not file else set()
-        return {
-            "output": str(file or folder),
-            "branch": self.models.branch.id,
-            "controlnet": self.models.controlnet.id,
-            "prompts": len(self.prompts),
-            "pictures": len(requests),
-            "pictures_there": len({request.name for request in requests} & there),
-            "plan_tokens": settings.plan_tokens if settings.plan else 0,
-            "branch_passes": settings.decode_steps * (1 if settings.branch_guidance == 1.0 else 2),
-            "diffusion_steps": settings.steps,
-            "weights": self.recipe.models.weights,
-            "offload": settings.offload,
-            "device": str(resolve_device(device)),
-        }
-
-    def png(self, request: ImageRequest, plan: str | None, pixels_HWC: np.ndarray) -> bytes:
-        """The image with everything that made it in its text chunks; no time, no host, no position in a batch."""
-        facts = {
-            "settings": self.settings,
-            "artifacts": {parent.kind: parent.id for parent in self.models.parents},
-            "versions": provenance()["versions"],
-        }
-        planned = {} if plan is None else {"plan": plan}
-        text = {"prompt": request.prompt, **planned, "seed": str(request.seed), "Software": f"bifrost {__version__}"}
-        return png_bytes(pixels_HWC, text | {key: json.dumps(value) for key, value in facts.items()})
+    def say_cut(self, count: int) -> None:
+        if count:
+            self.ui.say(f"{count} of the images had a prompt or a plan longer than the models read or write; "
+                        "its end was cut")  # fmt: skip
 
 
 def generate(
@@ -146,52 +110,70 @@ def generate(
         raise UsageError("--grid needs several images", fix="give a folder: -o DIR; or leave --grid out")
     from bifrost_cli.generation.choose_models import choose_models
     from bifrost_cli.generation.pipeline import BifrostPipeline
-    from bifrost_cli.generation.stages import timing_line
     from bifrost_cli.loading.compatibility import require_one_step
+    from bifrost_cli.loading.resolve import resolve_device
 
-    models = choose_models(branch, controlnet, workspace)
-    require_one_step(models.branch, recipe.generate.decode_steps)
+    models, wanted = choose_models(branch, controlnet, workspace), recipe.generate
+    require_one_step(models.branch, wanted.decode_steps)
     ui.say(models.why)
-    run = GenerationRun(recipe, texts, n, seed, save_latents, grid, models)
-    default = default_path(workspace, "samples", identity_id("samples", run.identity, models.parents))
+    requests = list(image_requests(texts, n, seed))
+    settings = image_settings(recipe, max_text_tokens=recipe.branch.max_text_tokens)
+    requested = {"prompts": digest_of(texts), "count": len(texts), "copies": n, "seed": seed}
+    identity = {**requested, "settings": settings, "save_latents": save_latents, "grid": grid}
+    folder = Path(output or default_path(workspace, "samples", identity_id("samples", identity, models.parents)))
     if dry_run:
-        return run.plan(file, Path(output or default), device)
-    one_half = recipe.generate.offload != "none"
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() and not file else set()
+        return {
+            "output": str(file or folder),
+            "branch": models.branch.id,
+            "controlnet": models.controlnet.id,
+            "prompts": len(texts),
+            "pictures": len(requests),
+            "pictures_there": len({request.name for request in requests} & there),
+            "plan_tokens": wanted.plan_tokens if wanted.plan else 0,
+            "branch_passes": wanted.decode_steps * (1 if wanted.branch_guidance == 1.0 else 2),
+            "diffusion_steps": wanted.steps,
+            "weights": recipe.models.weights,
+            "offload": wanted.offload,
+            "device": str(resolve_device(device)),
+        }
+    one_half = wanted.offload != "none"
     pipe = BifrostPipeline(recipe, models.branch, models.controlnet, device=device, one_half=one_half, ui=ui)
-    result = _to_file(run, pipe, file, ui) if file else _to_folder(run, pipe, Path(output or default), device, ui)
+    run = _Run(recipe, requests, settings, identity, models.parents, pipe, ui)
+    result = _to_file(run, file, save_latents) if file else _to_folder(run, folder, seed, device)
     if timings:
-        ui.say(f"time: {timing_line(pipe.seconds) or 'nothing was generated'}")
+        spent = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in pipe.seconds.items())
+        ui.say(f"time: {spent or 'nothing was generated'}")
     return result
 
 
-def _to_file(run: GenerationRun, pipe: BifrostPipeline, file: Path, ui: Ui) -> Path:
+def _to_file(run: _Run, file: Path, save_latents: bool) -> Path:
     from bifrost_cli.generation.samples_folder import latents_bytes
 
-    latents = file.with_suffix(".safetensors")
-    (request,) = run.image_requests()
-    predicted = pipe.predict(request)
-    data = latents_bytes(predicted) if run.save_latents else b""
-    kept = run.save_latents and os.path.lexists(latents)
+    latents, (request,) = file.with_suffix(".safetensors"), run.requests
+    predicted = run.pipe.predict(request)
+    data = latents_bytes(predicted) if save_latents else b""
+    kept = save_latents and os.path.lexists(latents)
     if kept and not (latents.is_file() and latents.read_bytes() == data):  # the same: a run was killed before its image
         raise exists(latents)
-    pixels_HWC = pipe.render(request, predicted)
+    png = run.png(request, predicted)
     make_folder(file.parent)
-    if run.save_latents and not kept:
+    if save_latents and not kept:
         write_new(latents, data)
-    write_new(file, run.png(request, predicted.plan, pixels_HWC))
-    _say_cut(int(pipe.cuts(request, predicted)), ui)
-    ui.say(f"{file}: seed {request.seed}; another: --seed {request.seed + 1}")
+    write_new(file, png)
+    run.say_cut(int(run.pipe.cuts(request, predicted)))
+    run.ui.say(f"{file}: seed {request.seed}; another: --seed {request.seed + 1}")
     return file
 
 
-def _to_folder(run: GenerationRun, pipe: BifrostPipeline, folder: Path, device: str, ui: Ui) -> Artifact:
-    from bifrost_cli.generation.samples_folder import SamplesFolder, latents_bytes
+def _to_folder(run: _Run, folder: Path, seed: int, device: str) -> Artifact:
+    from bifrost_cli.generation.samples_folder import fill_folder, latents_bytes
 
-    requests = run.image_requests()
+    pipe, requests = run.pipe, run.requests
 
     def render(request: ImageRequest, predicted: PredictedLatents) -> tuple[dict[str, bytes], dict[str, Any]]:
-        files = {request.name: run.png(request, predicted.plan, pipe.render(request, predicted))}
-        if run.save_latents:
+        files = {request.name: run.png(request, predicted)}
+        if run.identity["save_latents"]:
             files[f"latents/{request.index:05d}.safetensors"] = latents_bytes(predicted)
         return files, {"plan": predicted.plan, "cut": pipe.cuts(request, predicted)}
 
@@ -199,19 +181,20 @@ def _to_folder(run: GenerationRun, pipe: BifrostPipeline, folder: Path, device: 
         lines = [{"index": r.index, "file": r.name, "prompt": r.prompt, "plan": facts[r.index]["plan"], "seed": r.seed}
                  for r in requests]  # fmt: skip
         write_lines(draft.path / "prompts.jsonl", lines)
-        if run.grid:
+        if run.identity["grid"]:
             shown = [png_pixels((draft.path / request.name).read_bytes()) for request in requests[:SHEET]]
             write_bytes(draft.path / "grid.png", png_bytes(contact_sheet(shown)))
         cut = sum(facts[request.index]["cut"] for request in requests)
         info = {"settings": run.settings, "cut": cut, "recipe": run.recipe.model_dump(mode="json")}
         stages = {stage: round(value, 3) for stage, value in pipe.seconds.items()}
         cost = {"samples": len(requests), "stages": stages}
-        return draft.commit(info, made={"seed": run.seed, "device": device}, cost=cost)
+        return draft.commit(info, made={"seed": seed, "device": device}, cost=cost)
 
-    samples = SamplesFolder(folder, run.identity, run.models.parents, requests, ui)
-    artifact = samples.fill(pipe.predict, render, commit, latents_first=pipe.one_half)
-    _say_cut(artifact.info["cut"], ui)
-    ui.say(f"{folder}: {counted(len(requests), 'image')}; evaluate them: bifrost eval --samples {quote(str(folder))}")
+    options = {"ui": run.ui, "latents_first": pipe.one_half}
+    artifact = fill_folder(folder, run.identity, run.parents, requests, pipe.predict, render, commit, **options)
+    run.say_cut(artifact.info["cut"])
+    count = counted(len(requests), "image")
+    run.ui.say(f"{folder}: {count}; evaluate them: bifrost eval --samples {quote(str(folder))}")
     return artifact
 
 
@@ -219,8 +202,3 @@ def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Write JSON lines."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_bytes(path, text.encode("utf-8"))
-
-
-def _say_cut(count: int, ui: Ui) -> None:
-    if count:
-        ui.say(f"{count} of the images had a prompt or a plan longer than the models read or write; its end was cut")

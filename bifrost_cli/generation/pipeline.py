@@ -22,10 +22,8 @@ from bifrost_cli.errors import ArtifactError, UsageError, memory_errors
 from bifrost_cli.generation import arguments
 from bifrost_cli.generation.arguments import BifrostPipelineOutput
 from bifrost_cli.generation.choose_models import pretrained
-from bifrost_cli.generation.decoder import BifrostDecoder
-from bifrost_cli.generation.prior import BifrostPrior, PredictedLatents
 from bifrost_cli.generation.requests import ImageRequest, read_prompts
-from bifrost_cli.generation.stages import StageCallback
+from bifrost_cli.generation.stages import BifrostDecoder, BifrostPrior, PredictedLatents, StageCallback
 from bifrost_cli.loading.compatibility import require_base, require_one_step
 from bifrost_cli.loading.fingerprints import diffusion_fingerprint
 from bifrost_cli.loading.loaders import ModelLoader
@@ -52,6 +50,9 @@ class BifrostPipeline:
         one_half: keep only one of prior, decoder and encoder in memory, for a single pass over many images.
         in_memory: copy weights out of their files, so that these may change or go.
         ui: hears the plans and what was chosen.
+
+    Attributes:
+        interrupt: set it to True, from a callback or another thread, and the running call ends after its step.
     """
 
     def __init__(
@@ -67,8 +68,8 @@ class BifrostPipeline:
     ) -> None:
         self.recipe, self.branch, self.controlnet = recipe, branch, controlnet
         self.loader = ModelLoader(recipe.models, device, recipe.generate.offload, in_memory=in_memory)
-        self.one_half, self.seconds = one_half, dict[str, float]()
-        self._ui, self._said, self._interrupt = ui or Ui(), "", False
+        self.one_half, self.seconds, self.interrupt = one_half, dict[str, float](), False
+        self._ui, self._said = ui or Ui(), ""
         self._prior: BifrostPrior | None = None
         self._decoder: BifrostDecoder | None = None
         self._encoder: Encoder | None = None
@@ -104,14 +105,7 @@ class BifrostPipeline:
             ArtifactError, RecipeError, EnvironmentProblem: what is named does not fit, cannot be used, or is not here.
         """
         ui = ui or Ui()
-        recipe, models = pretrained(
-            pretrained_name_or_path,
-            branch=branch,
-            controlnet=controlnet,
-            workspace=workspace,
-            sets=sets,
-            revision=revision,
-        )
+        recipe, models = pretrained(pretrained_name_or_path, branch, controlnet, workspace, sets, revision)
         ui.say(models.why)
         require_one_step(models.branch, recipe.generate.decode_steps)
         pipe = cls(recipe, models.branch, models.controlnet, device=device, in_memory=True, ui=ui)
@@ -128,7 +122,9 @@ class BifrostPipeline:
             if self.one_half and self.controlnet is not None:  # before hours of predicted latents, not after
                 models = self.recipe.models
                 require_base(self.controlnet, "painter", models.diffusion, diffusion_fingerprint(models))
-            self._prior = BifrostPrior.load(self.recipe, _there(self.branch, "branch"), self.loader)
+            if self.branch is None:
+                raise ArtifactError("this pipeline has no branch", fix="branch=FOLDER", code="BF-ART-001")
+            self._prior = BifrostPrior(self.recipe, self.branch, self.loader)
             self._prior.seconds = self.seconds
         return self._prior
 
@@ -137,8 +133,9 @@ class BifrostPipeline:
         """Diffusion model and ControlNet, loaded when first used. ArtifactError BF-ART-001: it has no ControlNet."""
         if self._decoder is None:
             self._unload_others()
-            controlnet = _there(self.controlnet, "controlnet")
-            self._decoder = BifrostDecoder.load(self.recipe, controlnet, self.loader, self._ui)
+            if self.controlnet is None:
+                raise ArtifactError("this pipeline has no controlnet", fix="controlnet=FOLDER", code="BF-ART-001")
+            self._decoder = BifrostDecoder(self.recipe, self.controlnet, self.loader, self._ui)
             self._decoder.seconds = self.seconds
         return self._decoder
 
@@ -224,8 +221,7 @@ class BifrostPipeline:
             branch_guidance: weight of the prompt in the branch.
             control_scale: weight of the ControlNet.
             plan: let the MLLM write a dense description first.
-            height: pixels a side; images are square, and the ControlNet fixes their size.
-            width: the same as `height`.
+            height: pixels a side; images are square, and the ControlNet fixes their size. `width` means the same.
             negative_prompt: refused: neither half was trained with one.
             output_type: `pil`, `np`, `pt` or `latent`; see `BifrostPipelineOutput`.
             callback_on_step_end: called as `callback(pipe, step, timestep, kwargs)` after each step of both loops.
@@ -255,13 +251,14 @@ class BifrostPipeline:
         with self._lock:
             if side is not None:
                 arguments.require_side(side, self.decoder, self.prior.branch.patches)
-            self._interrupt, before = False, dict(self.seconds)
+            self.interrupt, before = False, dict(self.seconds)
             images, predicted, interrupted = [], [], False
             try:
                 for request in requests:
                     on_step = self._on_step(callback_on_step_end, request, interruptible=True)
                     latents = self.predict(request, settings=settings, callback=on_step)
-                    images.append(self._image(request, latents.latents_PC, output_type, settings, side, on_step))
+                    options = {"settings": settings, "output_size": side, "callback": on_step}
+                    images.append(self._image(request, latents.latents_PC, output_type, **options))
                     predicted.append(latents)
             except _Interrupted:
                 interrupted = True
@@ -277,28 +274,18 @@ class BifrostPipeline:
             interrupted=interrupted,
         )
 
-    @property
-    def interrupt(self) -> bool:
-        """Set it to True, from a callback or another thread, and the running call ends after its step."""
-        return self._interrupt
-
-    @interrupt.setter
-    def interrupt(self, value: bool) -> None:
-        self._interrupt = value
-
     def encode(self, image: Image.Image | np.ndarray | Path | str) -> torch.Tensor:
         """Patch latents (P, C), float32 on the CPU, of the centre square of a PIL image, uint8 array or file."""
         rgb = arguments.pixels_of(image, self.recipe.images)
         with self._lock, torch.no_grad():
-            encoder, shared = self.encoder, [] if self._encoder is not None else self._shared_modules()
+            encoder, shared = self.encoder, list[torch.nn.Module]()
+            if self._encoder is None and self.recipe.latents.encoder == "mllm" and self._prior is not None:
+                shared = [self._prior.mllm.model]  # not its own: it lies where the half lies
+            elif self._encoder is None and self._decoder is not None:
+                shared = [self._decoder.diffusion.vae]
             with self.loader.policy.on(*shared):
                 pixels_BHWC = square(rgb, encoder.image_size)[None].copy()  # Pillow lends a read-only array
                 return encoder.encode(pixels_BHWC)[0].float().cpu()
-
-    def _shared_modules(self) -> list[torch.nn.Module]:
-        if self.recipe.latents.encoder == "mllm" and self._prior is not None:
-            return [self._prior.mllm.model]
-        return [self._decoder.diffusion.vae] if self._decoder is not None else []
 
     def decode(
         self,
@@ -328,9 +315,10 @@ class BifrostPipeline:
         with self._lock:
             if side is not None:
                 arguments.require_side(side, self.decoder, len(latents))
-            on_step = self._on_step(callback_on_step_end, request)
-            image = self._image(request, latents, output_type, settings, side, on_step)
-        return image if output_type == "pil" else arguments.stacked([image], output_type)
+            options = {"settings": settings, "output_size": side}
+            options["callback"] = self._on_step(callback_on_step_end, request)
+            images = arguments.stacked([self._image(request, latents, output_type, **options)], output_type)
+        return images[0] if output_type == "pil" else images
 
     # ---- one image, for the commands --------------------------------------------------------------------------------
 
@@ -345,37 +333,19 @@ class BifrostPipeline:
             self._said = request.prompt
         return predicted
 
-    def render(self, request: ImageRequest, predicted: PredictedLatents, prompt: str | None = None) -> np.ndarray:
-        """The image of a request, uint8 (H, W, 3); `prompt` instead of the request's is what FLUX or SD3 reads."""
-        text = request.prompt if prompt is None else prompt
-        with memory_errors(f"generating {request.name}", self.loader.policy.needs_less()):
-            return self.decoder.render(text, predicted.latents_PC, request.seed)
+    def render(self, request: ImageRequest, predicted: PredictedLatents) -> np.ndarray:
+        """The image of a request, uint8 (H, W, 3)."""
+        return self._image(request, predicted.latents_PC)
 
     def cuts(self, request: ImageRequest, predicted: PredictedLatents) -> bool:
         """True when any model read less than the whole prompt or plan."""
-        return predicted.cut or self.decoder.cuts(request.prompt)
+        return predicted.cut or self.decoder.diffusion.too_long(request.prompt, self.decoder.text_tokens)
 
-    def _image(
-        self,
-        request: ImageRequest,
-        latents_PC: torch.Tensor,
-        output_type: str,
-        settings: Generate,
-        side: int | None,
-        callback: StageCallback,
-    ) -> Any:
+    def _image(self, request: ImageRequest, latents_PC: torch.Tensor, output_type: str = "pil", **options: Any) -> Any:
+        """Pixels, uint8 (H, W, 3), or the VAE latents (c, h, w) of `latent`; options as `BifrostDecoder.denoise`."""
         with memory_errors(f"generating {request.name}", self.loader.policy.needs_less()):
-            vae_latents_Bchw = self.decoder.denoise(
-                request.prompt,
-                latents_PC,
-                request.seed,
-                settings=settings,
-                output_size=side,
-                callback=callback,
-            )
-            if output_type == "latent":
-                return vae_latents_Bchw[0]
-            return Image.fromarray(self.decoder.decode(vae_latents_Bchw))
+            vae_latents_Bchw = self.decoder.denoise(request.prompt, latents_PC, request.seed, **options)
+            return vae_latents_Bchw[0] if output_type == "latent" else self.decoder.decode(vae_latents_Bchw)
 
     def _on_step(
         self, callback: StepCallback | None, request: ImageRequest, *, interruptible: bool = False
@@ -388,13 +358,7 @@ class BifrostPipeline:
                 if returned and returned.get("latents", shown) is not shown:
                     raise UsageError("callback_on_step_end returned other latents", at="it can watch and stop a step, "
                                      "not change it", fix="return its kwargs, or nothing")  # fmt: skip
-            if interruptible and self._interrupt:
+            if interruptible and self.interrupt:
                 raise _Interrupted
 
         return on_step
-
-
-def _there(artifact: Artifact | None, kind: str) -> Artifact:
-    if artifact is None:
-        raise ArtifactError(f"this pipeline has no {kind}", fix=f"{kind}=FOLDER", code="BF-ART-001")
-    return artifact

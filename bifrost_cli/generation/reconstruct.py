@@ -5,16 +5,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from bifrost_cli import __version__
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
 from bifrost_cli.artifacts.files import make_folder, write_new
-from bifrost_cli.artifacts.identity import provenance
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.image_sets import PROMPTS, ImageSet
 from bifrost_cli.data.images import read_image
@@ -23,10 +21,12 @@ from bifrost_cli.errors import UsageError
 from bifrost_cli.generation.choose_models import choose_controlnet
 from bifrost_cli.generation.generate import write_lines
 from bifrost_cli.generation.pipeline import BifrostPipeline
-from bifrost_cli.generation.prior import PredictedLatents
-from bifrost_cli.generation.requests import ImageRequest, destination, generate_settings, image_settings
-from bifrost_cli.generation.samples_folder import SamplesFolder
+from bifrost_cli.generation.requests import ImageRequest, destination, generate_settings, image_settings, png_facts
+from bifrost_cli.generation.samples_folder import fill_folder
+from bifrost_cli.generation.stages import PredictedLatents
 from bifrost_cli.runtime.ui import Ui
+
+_MARK = {"reconstruction": "yes"}
 
 
 def reconstruct(
@@ -68,27 +68,19 @@ def reconstruct(
     decoded = read_image(Path(image), recipe.images)
     for note in decoded.notes:
         ui.say(f"{image}: {note}")
-    pipe = BifrostPipeline(recipe, device=device, one_half=True, ui=ui)
-    pipe.controlnet, why = choose_controlnet(controlnet, pipe.encoder.identity, workspace)
-    ui.say(why)
+    pipe, used = _pipeline(recipe, controlnet, workspace, device, ui)
     rows, columns = pipe.encoder.grid
-    predicted = PredictedLatents(prompt, None, False, pipe.encode(decoded.rgb))
-    pixels_HWC = pipe.render(ImageRequest(0, prompt, seed), predicted)
-    make_folder(file.parent)
-    write_new(file, png_bytes(pixels_HWC, _facts(recipe, pipe.controlnet, prompt, seed)))
-    ui.say(f"{file}: reconstructed from {rows}x{columns} latents of {image}")
-    return file
-
-
-def _facts(recipe: Recipe, controlnet: Artifact, prompt: str, seed: int) -> dict[str, str]:
+    request = ImageRequest(0, prompt, seed)
+    pixels_HWC = pipe.render(request, PredictedLatents(prompt, None, False, pipe.encode(decoded.rgb)))
     settings = {
         "images": recipe.images.model_dump(mode="json"),
         "latents": recipe.latents.model_dump(mode="json"),
         "generate": generate_settings(recipe),
     }
-    facts = {"settings": settings, "artifacts": {"controlnet": controlnet.id}, "versions": provenance()["versions"]}
-    plain = {"reconstruction": "yes", "prompt": prompt, "seed": str(seed), "Software": f"bifrost {__version__}"}
-    return plain | {key: json.dumps(value) for key, value in facts.items()}
+    make_folder(file.parent)
+    write_new(file, png_bytes(pixels_HWC, _MARK | png_facts(request, settings, [used])))
+    ui.say(f"{file}: reconstructed from {rows}x{columns} latents of {image}")
+    return file
 
 
 def reconstruct_set(
@@ -110,26 +102,18 @@ def reconstruct_set(
         A samples artifact whose image i is the i-th of the set.
     """
     ui = ui or Ui()
-    pipe = BifrostPipeline(recipe, device=device, one_half=True, ui=ui)
-    pipe.controlnet, why = choose_controlnet(controlnet, pipe.encoder.identity, workspace)
-    ui.say(why)
-    parents = [pipe.controlnet]
+    pipe, used = _pipeline(recipe, controlnet, workspace, device, ui)
     settings = image_settings(recipe, encoder=pipe.encoder.identity)
-    identity = {
-        "reconstructions of": images.digest,
-        "count": len(images.entries),
-        "seed": seed,
-        "settings": settings,
-    }
-    folder = default_path(workspace, "samples", identity_id("samples", identity, parents))
+    counted = {"reconstructions of": images.digest, "count": len(images.entries)}
+    identity = {**counted, "seed": seed, "settings": settings}
+    folder = default_path(workspace, "samples", identity_id("samples", identity, [used]))
     requests = [ImageRequest(index, entry.prompt or "", seed) for index, entry in enumerate(images.entries)]
 
     def encode(request: ImageRequest) -> PredictedLatents:
         return PredictedLatents(request.prompt, None, False, pipe.encode(images.entries[request.index].load()))
 
     def render(request: ImageRequest, predicted: PredictedLatents) -> tuple[dict[str, bytes], dict[str, Any]]:
-        pixels_HWC = pipe.render(request, predicted, prompt="")
-        return {request.name: png_bytes(pixels_HWC, {"reconstruction": "yes"})}, {}
+        return {request.name: png_bytes(pipe.render(replace(request, prompt=""), predicted), _MARK)}, {}
 
     def commit(draft: Draft, facts: Mapping[int, dict[str, Any]]) -> Artifact:
         lines = [{"index": r.index, "file": r.name, "prompt": r.prompt or None, "plan": None, "seed": r.seed,
@@ -138,5 +122,14 @@ def reconstruct_set(
         info = {"settings": settings, "recipe": recipe.model_dump(mode="json")}
         return draft.commit(info, made={"seed": seed, "device": device}, cost={"samples": len(requests)})
 
-    samples = SamplesFolder(folder, identity, parents, requests, ui)
-    return samples.fill(encode, render, commit, latents_first=True)
+    return fill_folder(folder, identity, [used], requests, encode, render, commit, ui, latents_first=True)
+
+
+def _pipeline(
+    recipe: Recipe, controlnet: Path | str | None, workspace: Path | str, device: str, ui: Ui
+) -> tuple[BifrostPipeline, Artifact]:
+    """Encoder and decoder, with the ControlNet that was chosen for this encoder's latents."""
+    pipe = BifrostPipeline(recipe, device=device, one_half=True, ui=ui)
+    pipe.controlnet, why = choose_controlnet(controlnet, pipe.encoder.identity, workspace)
+    ui.say(why)
+    return pipe, pipe.controlnet

@@ -8,20 +8,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from bifrost_cli import __version__
+from bifrost_cli.artifacts import Artifact
+from bifrost_cli.artifacts.identity import provenance
 from bifrost_cli.artifacts.manifest import require_outside
 from bifrost_cli.config.schema import Recipe, identity_of
 from bifrost_cli.errors import UsageError
 from bifrost_cli.runtime.ui import Ui
-from bifrost_cli.training.data_order import derive
-
-if TYPE_CHECKING:
-    import torch
 
 MAX_BYTES = 64 * 1024
 FILE_BYTES = 1 << 28  # of a file of prompts
 OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_EXAMPLE = 'bifrost generate "a red circle above a blue square" -o out.png'
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,27 @@ def image_requests(prompts: Sequence[str], copies: int, seed: int) -> Iterator[I
         rendered[prompt] += 1
 
 
-def generator_of(seed: int, prompt: str, purpose: str) -> torch.Generator:
-    """Random numbers of one image for one purpose, on the CPU: the same on every device and beside any others."""
-    import torch
-
-    return torch.Generator().manual_seed(derive(seed, prompt, purpose))
-
-
 def generate_settings(recipe: Recipe) -> dict[str, Any]:
     """What of the `generate` section decides an image, and the prompt tokens of the diffusion model."""
     return {**identity_of(recipe.generate), "painter_tokens": recipe.models.diffusion_text_tokens}
 
 
 def image_settings(recipe: Recipe, **more: Any) -> dict[str, Any]:
-    """What of a recipe decides an image beside prompt, seed and weights, as identities and PNG files record it."""
+    """What of a recipe decides an image beside prompt, seed and weights (which the parents' ids stand for)."""
     quantized = {"weights": recipe.models.weights} if recipe.models.weights != "dtype" else {}
     sizes = {"paint_size": recipe.images.output_size, **more}
     return {**generate_settings(recipe), **sizes, "dtype": recipe.models.dtype, **quantized}
+
+
+def png_facts(
+    request: ImageRequest, settings: dict[str, Any], parents: Sequence[Artifact], plan: str | None = None
+) -> dict[str, str]:
+    """A PNG's text chunks: everything that made the image; no time, no host, no position in a batch."""
+    artifacts = {parent.kind: parent.id for parent in parents}
+    facts = {"settings": settings, "artifacts": artifacts, "versions": provenance()["versions"]}
+    planned = {} if plan is None else {"plan": plan}
+    text = {"prompt": request.prompt, **planned, "seed": str(request.seed), "Software": f"bifrost {__version__}"}
+    return text | {key: json.dumps(value) for key, value in facts.items()}
 
 
 def read_prompts(prompts: str | Path | Sequence[str], ui: Ui) -> list[str]:
@@ -74,15 +78,27 @@ def read_prompts(prompts: str | Path | Sequence[str], ui: Ui) -> list[str]:
     text, over 64 kB, or holds a NUL; the file's name and line are given.
     """
     if isinstance(prompts, Path):
-        return _prompt_file(prompts, ui)
-    given = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not given:
-        raise UsageError("there is no prompt", fix=_EXAMPLE)
-    for number, prompt in enumerate(given, start=1):
-        if not isinstance(prompt, str):
-            raise UsageError(f"prompt {number} is {type(prompt).__name__}, not text", fix=_EXAMPLE)
-        _check(prompt, f"prompt {number}" if len(given) > 1 else "the prompt")
-    return given
+        lines = _text(prompts).removesuffix("\n").split("\n")  # not splitlines: U+2028 may stand in a prompt
+        placed = [(f"{prompts}:{number}", line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+        if not placed:
+            raise UsageError(f"{prompts} holds no prompt", fix="write one prompt a line")
+        if prompts.suffix == ".jsonl":
+            placed = [(where, _of_json(line, where)) for where, line in placed]
+        skipped = len(lines) - len(placed)
+    else:
+        given, skipped = [prompts] if isinstance(prompts, str) else list(prompts), 0
+        if not given:
+            raise UsageError("there is no prompt", fix=_EXAMPLE)
+        for number, prompt in enumerate(given, start=1):
+            if not isinstance(prompt, str):
+                raise UsageError(f"prompt {number} is {type(prompt).__name__}, not text", fix=_EXAMPLE)
+        numbered = [(f"prompt {number}", prompt) for number, prompt in enumerate(given, start=1)]
+        placed = numbered if len(given) > 1 else [("the prompt", given[0])]
+    for where, prompt in placed:
+        _check(prompt, where)
+    if skipped:
+        ui.say(f"{prompts}: {len(placed)} prompts; {skipped} blank lines skipped")
+    return [prompt for _, prompt in placed]
 
 
 def destination(output: Path | str | None, images: int) -> Path | None:
@@ -110,36 +126,9 @@ def destination(output: Path | str | None, images: int) -> Path | None:
     return path
 
 
-_EXAMPLE = 'bifrost generate "a red circle above a blue square" -o out.png'
-
-
 def _exists(path: Path, other: str) -> UsageError:
     return UsageError(f"{path} exists already", at="nothing is overwritten", fix=f"-o {quote(other)}, or remove {path}",
                       code="BF-USE-002")  # fmt: skip
-
-
-def _prompt_file(path: Path, ui: Ui) -> list[str]:
-    lines = _text(path).removesuffix("\n").split("\n")  # not splitlines: U+2028 may stand in a prompt
-    prompts = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not prompts:
-        raise UsageError(f"{path} holds no prompt", fix="write one prompt a line")
-    if path.suffix == ".jsonl":
-        prompts = [(number, _of_json(line, f"{path}:{number}")) for number, line in prompts]
-    for number, prompt in prompts:
-        _check(prompt, f"{path}:{number}")
-    if blank := len(lines) - len(prompts):
-        ui.say(f"{path}: {len(prompts)} prompts; {blank} blank lines skipped")
-    return [prompt for _, prompt in prompts]
-
-
-def _of_json(line: str, where: str) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is no JSON: {error}", fix='a line is an object: {"prompt": "a star"}') from error
-    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-        raise UsageError(f"{where} has no prompt", fix='a line is an object: {"prompt": "a star"}')
-    return value["prompt"]
 
 
 def _text(path: Path) -> str:
@@ -153,6 +142,17 @@ def _text(path: Path) -> str:
         raise UsageError(f"{path} is not UTF-8 text", at=f"byte {error.start}", fix="save it as UTF-8") from error
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", fix="give a text file") from error
+
+
+def _of_json(line: str, where: str) -> str:
+    example = 'a line is an object: {"prompt": "a star"}'
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is no JSON: {error}", fix=example) from error
+    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        raise UsageError(f"{where} has no prompt", fix=example)
+    return value["prompt"]
 
 
 def _check(prompt: str, where: str) -> None:

@@ -14,11 +14,11 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers import dynamic_module_utils
 
-from bifrost_cli.artifacts import Artifact
+from bifrost_cli.artifacts import Artifact, resolve
+from bifrost_cli.artifacts.workspace import BUILTIN
 from bifrost_cli.errors import ArtifactError, BifrostError, EnvironmentProblem, memory_errors
 from bifrost_cli.loading.hub import HUB_ERRORS, first_line, hub_problem
 
-BUILTIN = Path(__file__).parents[1] / "builtin"
 dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds that transformers waits for a y on stdin before it refuses code
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja", "*.model")
 
@@ -38,7 +38,7 @@ def resolve_device(name: str) -> torch.device:
 
 def builtin(kind: str) -> Artifact:
     """The branch or the ControlNet that ships with the package."""
-    return Artifact.open(BUILTIN / kind)
+    return resolve("", f"builtin:{kind}", kind)
 
 
 def resolve_model(ref: str, *, revision: str | None = None, patterns: Sequence[str] = MODEL_FILES) -> str:

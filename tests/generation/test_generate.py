@@ -20,7 +20,7 @@ from bifrost_cli.errors import ArtifactError, RecipeError, Stopped, UsageError
 from bifrost_cli.generation.choose_models import choose_models
 from bifrost_cli.generation.generate import generate
 from bifrost_cli.generation.requests import image_requests, read_prompts
-from bifrost_cli.loading import loaders, resolve
+from bifrost_cli.loading import loaders
 from bifrost_cli.runtime.ui import Ui
 
 
@@ -227,7 +227,7 @@ def test_a_paint_size_that_does_not_fit_says_which_does(system: System, tmp_path
 
 
 def test_the_newest_pair_that_fits_else_the_builtin(system: System, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(resolve, "BUILTIN", system.branch.path.parent)
+    monkeypatch.setattr("bifrost_cli.artifacts.workspace.BUILTIN", system.branch.path.parent)
     workspace, one = tmp_path / "runs", nn.Linear(1, 1)
     shared = {key: system.branch.identity[key] for key in ("encoder", "grid", "channels")}
     assert choose_models(None, None, workspace).branch.id == system.branch.id

@@ -21,7 +21,7 @@ from bifrost_cli.errors import ArtifactError, BifrostError, EnvironmentProblem, 
 from bifrost_cli.generation.arguments import seed_of
 from bifrost_cli.generation.generate import generate
 from bifrost_cli.generation.reconstruct import reconstruct
-from bifrost_cli.loading import loaders, resolve
+from bifrost_cli.loading import loaders
 
 PROMPTS = ["a star", "a red circle"]
 
@@ -291,7 +291,7 @@ def test_a_second_call_loads_nothing_and_is_quick(tiny, loads) -> None:
 
 def test_what_a_name_means(system: System, tmp_path: Path, monkeypatch, loads) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(resolve, "BUILTIN", system.branch.path.parent)
+    monkeypatch.setattr("bifrost_cli.artifacts.workspace.BUILTIN", system.branch.path.parent)
     recipe, runs = system.recipe.model_dump(mode="json"), tmp_path / "runs"
     folders = {}
     for kind, artifact in (("branch", system.branch), ("controlnet", system.controlnet)):

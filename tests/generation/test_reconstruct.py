@@ -15,7 +15,6 @@ from bifrost_cli.errors import ArtifactError, UsageError
 from bifrost_cli.generation.ask import ask
 from bifrost_cli.generation.choose_models import choose_controlnet
 from bifrost_cli.generation.reconstruct import reconstruct
-from bifrost_cli.loading import resolve
 from bifrost_cli.loading.loaders import load_mllm
 from bifrost_cli.loading.resolve import resolve_device
 from bifrost_cli.models.mllm.frozen_mllm import Completion, Mllm
@@ -48,7 +47,7 @@ def test_the_latents_decide_the_picture(system: System, image: Path, tmp_path: P
 
 
 def test_the_controlnet_is_found_and_must_fit(system: System, image: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(resolve, "BUILTIN", system.branch.path.parent)
+    monkeypatch.setattr("bifrost_cli.artifacts.workspace.BUILTIN", system.branch.path.parent)
     assert choose_controlnet(None, system.encoder, tmp_path)[0].id == system.controlnet.id
     identity = {**system.controlnet.identity, "encoder": {**system.encoder, "weights": "f" * 64}}
     stranger = save_part(tmp_path / "runs" / "controlnet-x", "controlnet", nn.Linear(1, 1), {}, identity)

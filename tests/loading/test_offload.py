@@ -13,10 +13,9 @@ import torch
 from fixtures_flux import System, save_system
 
 from bifrost_cli.errors import OutOfMemory, Stopped
-from bifrost_cli.generation.decoder import BifrostDecoder
 from bifrost_cli.generation.generate import generate
-from bifrost_cli.generation.prior import BifrostPrior
 from bifrost_cli.generation.reconstruct import reconstruct
+from bifrost_cli.generation.stages import BifrostDecoder, BifrostPrior
 from bifrost_cli.loading import loaders
 from bifrost_cli.loading.loaders import ModelLoader
 
@@ -77,8 +76,8 @@ def test_the_mllm_is_gone_before_the_painter_comes(system: System, tmp_path: Pat
 def test_layers_are_nowhere_between_calls_and_the_rest_stays(system: System) -> None:
     recipe = told(system, "sequential")
     loader = ModelLoader(recipe.models, "cpu", "sequential")
-    prior = BifrostPrior.load(recipe, system.branch, loader)
-    decoder_half = BifrostDecoder.load(recipe, system.controlnet, loader)
+    prior = BifrostPrior(recipe, system.branch, loader)
+    decoder_half = BifrostDecoder(recipe, system.controlnet, loader)
     predict = prior.predict("a star", 0)
     decoder_half.render("a star", predict.latents_PC, 0)
     for module in (

@@ -16,7 +16,7 @@ from torch import nn
 from bifrost_cli.data.safetensors_io import load_tensors
 from bifrost_cli.errors import EnvironmentProblem, RecipeError
 from bifrost_cli.generation.generate import generate
-from bifrost_cli.generation.prior import BifrostPrior
+from bifrost_cli.generation.stages import BifrostPrior
 from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.loading.quantize import bytes_of, layers_of, quantize_layers
 from bifrost_cli.training.train_branch import train_branch
@@ -89,7 +89,7 @@ def test_generate_paints_with_them_and_says_so(system: System, tmp_path: Path, w
 
 def test_the_branch_of_a_quantized_mllm_is_what_it_was(system: System) -> None:
     recipe = with_weights(system.recipe, "nf4")
-    prior = BifrostPrior.load(recipe, system.branch, ModelLoader(recipe.models, "cpu"))
+    prior = BifrostPrior(recipe, system.branch, ModelLoader(recipe.models, "cpu"))
     assert {type(m).__name__ for m in prior.branch.modules() if isinstance(m, nn.Linear)} == {"Linear", "LinearHead"}
     assert any(type(m).__name__ == "Linear4bit" for m in prior.mllm.decoder.modules())
 

@@ -6,22 +6,22 @@ A plan is a sum of formulas; here every stage really runs, and what it took must
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from fixtures_flux import save_mllm, save_painter
+from fixtures_flux import save_mllm, save_painter, save_part
 from memory_meter import peak_bytes, weight_bytes
 from transformers import AutoModelForImageTextToText, T5Config, T5EncoderModel
 
 from bifrost_cli.config.load import load_recipe
-from bifrost_cli.generation.decoder import BifrostDecoder
-from bifrost_cli.generation.prior import BifrostPrior
+from bifrost_cli.generation.stages import BifrostDecoder, BifrostPrior
 from bifrost_cli.loading.loaders import load_diffusion, load_mllm
 from bifrost_cli.loading.offload import OffloadPolicy
 from bifrost_cli.models.branch.visual_branch import VisualBranch
-from bifrost_cli.models.diffusion.controlnet import latent_controlnet
+from bifrost_cli.models.diffusion.controlnet import controlnet_config, latent_controlnet
 from bifrost_cli.models.diffusion.flux import FluxModel
 from bifrost_cli.models.encoders import MllmEncoder, VaeEncoder
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
@@ -134,15 +134,22 @@ class Measured:
                               settings, self.recipe.models.diffusion_text_tokens)  # fmt: skip
         return peak_bytes(lambda: fit(task, settings.train, folder), [*self.frozen, controlnet])
 
-    def generation(self) -> int:
+    def generation(self, folder: Path) -> int:
         settings, dtype = self.recipe.controlnet, getattr(torch, self.recipe.models.dtype)
         branch = VisualBranch.from_mllm(self.mllm, self.system.grid**2, tune=tuned(self.recipe)).to(dtype)
         blocks = (settings.double_blocks, settings.single_blocks)
         controlnet = torch.nn.Module.to(latent_controlnet(self.diffusion.transformer, *blocks, self.mllm.width), dtype)
-        place = OffloadPolicy(torch.device("cpu"))
-        first = BifrostPrior(self.mllm, branch, self.recipe.generate, self.recipe.branch.max_text_tokens, place)
-        sizes = (self.recipe.images.output_size, self.recipe.models.diffusion_text_tokens)
-        second = BifrostDecoder(self.diffusion, controlnet.eval(), self.recipe.generate, *sizes, place)
+        made = [
+            save_part(folder / kind, kind, torch.nn.Identity(), config, {base: model.weights_hash()})
+            for kind, config, base, model in (("branch", {}, "mllm", self.mllm),
+                                              ("controlnet", controlnet_config(controlnet), "painter", self.diffusion))
+        ]  # fmt: skip
+        loader = SimpleNamespace(
+            policy=OffloadPolicy(torch.device("cpu")), mllm=lambda: self.mllm, branch=lambda *rest: branch,
+            diffusion=lambda: self.diffusion, controlnet=lambda *rest: controlnet.eval(),
+        )  # fmt: skip
+        first = BifrostPrior(self.recipe, made[0], loader)
+        second = BifrostDecoder(self.recipe, made[1], loader)
         held = [self.mllm.model, branch, controlnet, *self.frozen]
         return peak_bytes(lambda: second.render("a red circle", first.predict("a red circle", 0).latents_PC, 0), held)
 
@@ -169,8 +176,8 @@ def test_the_built_in_controlnet_trains_in_what_was_planned(small, tmp_path):
     assert near(small.planned("train controlnet"), small.controlnet(tmp_path))
 
 
-def test_the_built_in_system_paints_in_what_was_planned(small):
-    assert near(small.planned("generate"), small.generation())
+def test_the_built_in_system_paints_in_what_was_planned(small, tmp_path):
+    assert near(small.planned("generate"), small.generation(tmp_path))
 
 
 HALF = ["models.dtype=bfloat16", "branch.train.precision=bf16", "controlnet.train.precision=bf16"]
@@ -198,7 +205,7 @@ def test_a_system_of_middle_size_needs_what_was_planned(way, tmp_path):
     measured = {
         "extract-latents": system.extraction(),
         "train branch": system.branch(tmp_path / "branch"),
-        "generate": system.generation(),
+        "generate": system.generation(tmp_path / "parts"),
         "train controlnet": system.controlnet(tmp_path / "controlnet"),
     }
     found = {stage: near(system.planned(stage), bytes_) for stage, bytes_ in measured.items()}
