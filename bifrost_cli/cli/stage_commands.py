@@ -146,7 +146,9 @@ def generate(
     recipe: Recipe,
     ui: Ui,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to generate.")] = None,
-    prompts: Annotated[Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one a line.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one a line; - is stdin.")
+    ] = None,
     output: Output = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Images of each prompt.")] = 1,
     seed: Seed = 0,

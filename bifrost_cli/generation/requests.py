@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -21,6 +23,7 @@ from bifrost_cli.runtime.ui import Ui
 MAX_BYTES = 64 * 1024
 FILE_BYTES = 1 << 28  # of a file of prompts
 OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_EXAMPLES = 'a prompt is an object: {"prompt": "a star"}'
 _EXAMPLE = 'bifrost generate "a red circle above a blue square" -o out.png'
 
 
@@ -74,16 +77,19 @@ def read_prompts(prompts: str | Path | Sequence[str], ui: Ui) -> list[str]:
     """One prompt (str), a file with one a line (Path), or a list of them; each checked.
 
     In a file blank lines are skipped and counted; a line that begins with `#` is a prompt like any other; the lines of
-    a .jsonl file are objects with a "prompt", as GenEval's are. UsageError (2): no prompt, an empty one, one that is no
-    text, over 64 kB, or holds a NUL; the file's name and line are given.
+    a .jsonl file are objects with a "prompt", as GenEval's are; a .json file is a list of these or of texts. The file
+    `-` is standard input. UsageError (2): no prompt, an empty one, one that is no text, over 64 kB, or holds a NUL; the
+    file's name and line are given.
     """
-    if isinstance(prompts, Path):
+    if isinstance(prompts, Path) and prompts.suffix.lower() == ".json":
+        placed, skipped = _of_list(prompts), 0
+    elif isinstance(prompts, Path):
         lines = _text(prompts).removesuffix("\n").split("\n")  # not splitlines: U+2028 may stand in a prompt
         placed = [(f"{prompts}:{number}", line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
         if not placed:
             raise UsageError(f"{prompts} holds no prompt", fix="write one prompt a line")
-        if prompts.suffix == ".jsonl":
-            placed = [(where, _of_json(line, where)) for where, line in placed]
+        if prompts.suffix.lower() == ".jsonl":
+            placed = [(where, _of_object(_json(line, where), where)) for where, line in placed]
         skipped = len(lines) - len(placed)
     else:
         given, skipped = [prompts] if isinstance(prompts, str) else list(prompts), 0
@@ -133,8 +139,11 @@ def _exists(path: Path, other: str) -> UsageError:
 
 def _text(path: Path) -> str:
     try:
-        with path.open("rb") as stream:  # a file, or what a shell gives for <(...)
-            data = stream.read(FILE_BYTES + 1)
+        if str(path) == "-":
+            data = _stdin(sys.stdin)
+        else:
+            with path.open("rb") as stream:  # a file, or what a shell gives for <(...)
+                data = stream.read(FILE_BYTES + 1)
         if len(data) > FILE_BYTES:
             raise UsageError(f"{path} has more than {FILE_BYTES} bytes", fix="give a file with one prompt a line")
         return data.decode("utf-8-sig")
@@ -144,14 +153,30 @@ def _text(path: Path) -> str:
         raise UsageError(f"{path} cannot be read: {error.strerror}", fix="give a text file") from error
 
 
-def _of_json(line: str, where: str) -> str:
-    example = 'a line is an object: {"prompt": "a star"}'
+@cache
+def _stdin(stream: Any) -> bytes:
+    """Read once: what is asked before the models are loaded is asked again after."""
+    return stream.buffer.read(FILE_BYTES + 1)
+
+
+def _of_list(path: Path) -> list[tuple[str, str]]:
+    values = _json(_text(path), str(path))
+    if not isinstance(values, list) or not values:
+        raise UsageError(f"{path} is not a list of prompts", fix=f"write a list; {_EXAMPLES}")
+    placed = [(f"{path}[{index}]", value) for index, value in enumerate(values)]
+    return [(where, value if isinstance(value, str) else _of_object(value, where)) for where, value in placed]
+
+
+def _json(text: str, where: str) -> Any:
     try:
-        value = json.loads(line)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is no JSON: {error}", fix=example) from error
+        raise UsageError(f"{where} is no JSON: {error}", fix=_EXAMPLES) from error
+
+
+def _of_object(value: Any, where: str) -> str:
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-        raise UsageError(f"{where} has no prompt", fix=example)
+        raise UsageError(f"{where} has no prompt", fix=_EXAMPLES)
     return value["prompt"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -250,6 +251,37 @@ def test_orders_and_prompts_of_a_file(tmp_path: Path) -> None:
     assert prompts == ["# one", "../x/y", "a\u2028b"]
     made = [(order.name, order.seed) for order in image_requests(prompts, 2, 5)]
     assert made[:3] == [("00000.png", 5), ("00001.png", 6), ("00002.png", 5)]
+
+
+JSON_PROMPTS = {
+    "p.json": '["a star", {"prompt": "a\\nsquare"}]',
+    "P.JSON": '[{"prompt": "a star"}, "a\\nsquare"]',
+    "p.jsonl": '{"prompt": "a star"}\n\n{"prompt": "a\\nsquare", "tag": 3}\n',
+    "P.JSONL": '{"prompt": "a star"}\n{"prompt": "a\\nsquare"}',
+}
+
+
+@pytest.mark.parametrize("name", JSON_PROMPTS)
+def test_prompts_of_json_are_never_its_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(JSON_PROMPTS[name])
+    assert read_prompts(tmp_path / name, Ui()) == ["a star", "a\nsquare"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[", "is no JSON"), ('{"prompt": "a star"}', "not a list of prompts"), ("[]", "not a list of prompts"),
+     ('["a star", 3]', r"p.json\[1\] has no prompt"), ('["a star", ""]', r"p.json\[1\] is empty"),
+     ("[" * 100_000, "is no JSON")],
+)  # fmt: skip
+def test_a_json_file_that_is_no_list_of_prompts_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "p.json").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        read_prompts(tmp_path / "p.json", Ui())
+
+
+def test_prompts_from_standard_input_can_be_read_twice(monkeypatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"a star\n\na square\n")))
+    assert [read_prompts(Path("-"), Ui()) for _ in range(2)] == [["a star", "a square"]] * 2
 
 
 def test_reading_a_weight_that_does_not_fit(system: System, tmp_path: Path) -> None:
