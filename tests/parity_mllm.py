@@ -21,9 +21,9 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from bifrost_cli.interop.published_names import branch_name, sort_names
 from bifrost_cli.models.branch.masking import sample_masked
 from bifrost_cli.models.branch.visual_branch import VisualBranch
+from bifrost_cli.models.mllm.adapters import encode_patches
 from bifrost_cli.models.mllm.chat_template import TokenizedPrompts, image_mask, text_mask, tokenize_prompts
 from bifrost_cli.models.mllm.frozen_mllm import Mllm, PromptCache
-from bifrost_cli.models.mllm.qwen import encode_patches
 
 Row = tuple[str, float, float]
 BRANCH = VISUAL = 1e-4

@@ -24,11 +24,7 @@ _ACTIVATIONS = ("gelu", "relu", "silu", "swish")
 
 
 class UnsupportedSize(ValueError):
-    """An image size that an encoder cannot read.
-
-    Attributes:
-        nearest: a size that it can.
-    """
+    """An image size that an encoder cannot read; `nearest` is one that it can."""
 
     def __init__(self, message: str, nearest: int) -> None:
         super().__init__(message)
@@ -40,19 +36,13 @@ class UnsupportedTower(ValueError):
 
 
 class Encoder(Protocol):
-    """What extraction needs of an encoder.
-
-    Attributes:
-        identity: JSON values that decide the latents.
-        image_size: S.
-        grid: (H, W).
-        channels: C.
-    """
+    """What extraction needs of an encoder; `identity` are the JSON values that decide the latents. A constructor raises
+    `UnsupportedSize` when it cannot read images of `image_size`."""
 
     @property
     def identity(self) -> dict[str, Any]: ...
 
-    image_size: int
+    image_size: int  # S
     grid: tuple[int, int]
     channels: int
 
@@ -65,11 +55,6 @@ class MllmEncoder:
     """The MLLM's own visual encoder, whose latents are the tokens its decoder reads: the paper's choice (3.1)."""
 
     def __init__(self, mllm: Mllm, image_size: int) -> None:
-        """Read images of `image_size`.
-
-        Raises:
-            UnsupportedSize: the MLLM reads one other size, or only whole patches.
-        """
         patch = mllm.pixels_per_patch
         if mllm.image_size not in (None, image_size):
             raise UnsupportedSize(f"{image_size}, but the MLLM reads {mllm.image_size} pixels", mllm.image_size)
@@ -77,44 +62,19 @@ class MllmEncoder:
             nearest = max(patch, image_size // patch * patch)
             raise UnsupportedSize(f"{image_size}, not a whole number of the MLLM's patches of {patch} pixels", nearest)
         self._mllm, self.image_size, self.channels = mllm, image_size, mllm.width
-        self.grid = (image_size // patch, image_size // patch)
+        self.grid, self.encode = (image_size // patch, image_size // patch), mllm.encode
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """See `Encoder`."""
-        adapter, model, processor = self._mllm.adapter, self._mllm.model, self._mllm.image_processor
-        visual = adapter.visual(model)
-        return {
-            "name": "mllm",
-            "weights": weights_hash(visual.state_dict()),
-            "dtype": str(next(visual.parameters()).dtype).removeprefix("torch."),
-            **adapter.encoder_identity(model),
-            "image_size": self.image_size,
-            "grid": list(self.grid),
-            "channels": self.channels,
-            "resize": RESIZE,
-            "mean": list(processor.image_mean),
-            "std": list(processor.image_std),
-        }
-
-    def encode(self, pixels_BSS3: np.ndarray | Tensor) -> Tensor:
-        """See `Encoder`."""
-        return self._mllm.encode(pixels_BSS3)
+        adapter, model = self._mllm.adapter, self._mllm.model
+        facts = adapter.encoder_identity(model)
+        return _identity(self, "mllm", adapter.visual(model), facts, self._mllm.image_processor)
 
 
 class OpenClipEncoder:
-    """The image tower of an open_clip model: patch tokens of its last block, normed as the tower norms them.
-
-    Tokens come from open_clip's own `forward_intermediates`.
-    """
+    """The image tower of an open_clip model: patch tokens of its last block, normed as the tower norms them."""
 
     def __init__(self, model: Any, name: str, image_size: int) -> None:
-        """Read the tower of `model`; `name` is recorded.
-
-        Raises:
-            UnsupportedSize: the tower reads another size.
-            UnsupportedTower: it is not a vision transformer.
-        """
         self._visual: Any = model.visual.eval().requires_grad_(False)
         size = self._visual.image_size
         self.name, self.image_size = name, size if isinstance(size, int) else size[0]
@@ -130,24 +90,15 @@ class OpenClipEncoder:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """See `Encoder`."""
         norm = "after the final norm" if self._normalise else "without a norm"
-        return {
-            "name": self.name,
-            "weights": weights_hash(self._visual.state_dict()),
-            "dtype": str(next(self._visual.parameters()).dtype).removeprefix("torch."),
-            "activation": _activation(self._visual),
-            "layer": f"last block, patch tokens {norm}, before pooling",
-            "image_size": self.image_size,
-            "grid": list(self.grid),
-            "channels": self.channels,
-            "resize": RESIZE,
-            "mean": list(self._visual.image_mean),
-            "std": list(self._visual.image_std),
-        }
+        # The classes of the tower's activation functions: weights do not tell GELU from QuickGELU.
+        names = {type(module).__name__ for module in self._visual.modules()}
+        names = {name for name in names if any(word in name.lower() for word in _ACTIVATIONS)}
+        layer = f"last block, patch tokens {norm}, before pooling"
+        facts = {"activation": "+".join(sorted(names)), "layer": layer}
+        return _identity(self, self.name, self._visual, facts, self._visual)
 
     def encode(self, pixels_BSS3: np.ndarray | Tensor) -> Tensor:
-        """See `Encoder`."""
         pixels = torch.as_tensor(pixels_BSS3)
         if pixels.shape[1:] != (self.image_size, self.image_size, 3):
             raise ValueError(f"images must be (B, {self.image_size}, {self.image_size}, 3), not {tuple(pixels.shape)}")
@@ -172,11 +123,6 @@ class VaePatchEncoder:
     """The diffusion model's VAE latents as patch latents, 4x4 in a patch: compared with CLIP latents in the paper."""
 
     def __init__(self, vae: Any, image_size: int) -> None:
-        """Read images of `image_size`.
-
-        Raises:
-            UnsupportedSize: as `VaeEncoder`, or the VAE's grid is not a whole number of patches.
-        """
         self._vae, self.image_size = VaeEncoder(vae, image_size), image_size
         channels, side, _ = self._vae.shape
         if side % VAE_PATCH:
@@ -186,7 +132,6 @@ class VaePatchEncoder:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """See `Encoder`."""
         vae = self._vae.identity
         return {
             "name": "vae",
@@ -198,7 +143,6 @@ class VaePatchEncoder:
         }
 
     def encode(self, pixels_BSS3: np.ndarray | Tensor) -> Tensor:
-        """See `Encoder`."""
         tiles_BcHhWw = self._vae.encode(pixels_BSS3).unflatten(3, (-1, VAE_PATCH)).unflatten(2, (-1, VAE_PATCH))
         return tiles_BcHhWw.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
@@ -207,11 +151,6 @@ class VaeEncoder:
     """A diffusion model's VAE alone, for the latents that a ControlNet is trained on: shifted and scaled."""
 
     def __init__(self, vae: Any, image_size: int) -> None:
-        """Read images of `image_size`.
-
-        Raises:
-            UnsupportedSize: not a multiple of the VAE's factor times the transformer's packing.
-        """
         unit = 2 ** len(vae.config.block_out_channels)
         if image_size % unit:
             nearest = max(unit, image_size // unit * unit)
@@ -222,7 +161,6 @@ class VaeEncoder:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """See `Encoder`."""
         config = self._vae.config
         return {
             "weights": weights_hash(self._vae.state_dict()),
@@ -240,7 +178,17 @@ class VaeEncoder:
         return vae_encode(self._vae, torch.as_tensor(pixels_BSS3)).float()
 
 
-def _activation(tower: nn.Module) -> str:
-    """The classes of the tower's activation functions: weights do not tell GELU from QuickGELU."""
-    names = {type(module).__name__ for module in tower.modules()}
-    return "+".join(sorted(name for name in names if any(word in name.lower() for word in _ACTIVATIONS)))
+def _identity(encoder: Encoder, name: str, module: nn.Module, facts: dict[str, Any], source: Any) -> dict[str, Any]:
+    """`source` has the mean and standard deviation that pixels are normalised by."""
+    return {
+        "name": name,
+        "weights": weights_hash(module.state_dict()),
+        "dtype": str(next(module.parameters()).dtype).removeprefix("torch."),
+        **facts,
+        "image_size": encoder.image_size,
+        "grid": list(encoder.grid),
+        "channels": encoder.channels,
+        "resize": RESIZE,
+        "mean": list(source.image_mean),
+        "std": list(source.image_std),
+    }

@@ -433,7 +433,7 @@ def _install(site: Path, package: str, model_type: str, code: str) -> None:
 
 
 LOUD = """
-from bifrost_cli.models.mllm.qwen import Qwen25VLAdapter
+from bifrost_cli.models.mllm.adapters import Qwen25VLAdapter
 
 class Adapter(Qwen25VLAdapter):
     def encoder_identity(self, model):

@@ -1,8 +1,7 @@
 """The latent ControlNet: the stock ControlNet of FLUX or SD3, with a control embedder that reads patch latents.
 
-Residuals come from the stock forward; the only module that is replaced is the control embedder.
 Legend: B images, P patches, C latent channels, D the transformer's width, H W patch grid, r image tokens on a side of
-each patch (2 in the paper), N = r r P image tokens.
+each patch (2 in the paper), N = r r P image tokens, T text tokens.
 """
 
 from __future__ import annotations
@@ -11,13 +10,12 @@ import copy
 import inspect
 import math
 import warnings
+from abc import ABC, abstractmethod
 from typing import Any
 
-import torch
 from diffusers import FluxControlNetModel, SD3ControlNetModel
-from torch import nn
+from torch import Tensor, nn, relu
 
-from bifrost_cli.models.diffusion.base import Conditioner, UnsupportedControl
 from bifrost_cli.runtime.plugins import plugins
 
 # Family of diffusion models -> the stock class, and its module that is replaced.
@@ -25,6 +23,34 @@ FAMILIES: dict[str, tuple[type[Any], str]] = {
     "FLUX": (FluxControlNetModel, "controlnet_x_embedder"),
     "SD3": (SD3ControlNetModel, "pos_embed_input"),
 }
+
+# Stock FluxControlNetModel (diffusers 0.42) itself imports the rotary embedding from its deprecated place.
+warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated", category=FutureWarning)
+
+
+class UnsupportedControl(ValueError):
+    """A ControlNet or conditioner that the diffusion model cannot have: its setting `key` (`control`, `double_blocks`
+    or `single_blocks`) is wrong, and `value` the nearest that works."""
+
+    def __init__(self, message: str, key: str, value: str | int) -> None:
+        super().__init__(message)
+        self.key, self.value = key, value
+
+
+class Conditioner(nn.Module, ABC):
+    """A way for patch latents to condition FLUX that is not a ControlNet, for comparison."""
+
+    config: dict[str, Any]
+
+    @classmethod
+    @abstractmethod
+    def for_transformer(cls, transformer: Any, channels: int, patches: int, ratio: int) -> Conditioner:
+        """An untrained one for a FLUX transformer; `ratio` as for `DiffusionModel.new_controlnet`."""
+
+    @abstractmethod
+    def condition(self, sequence_BTD: Tensor, latents_BPC: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+        """The text sequence that the transformer reads, and what is added to its embedded input (B, N, D) or None."""
+
 
 # `controlnet.control` -> class, imported when an artifact or a recipe names it: they exist only to be compared.
 CONDITIONERS = plugins(
@@ -36,15 +62,10 @@ CONDITIONERS = plugins(
     base=Conditioner,
 )
 
-# Stock FluxControlNetModel (diffusers 0.42) itself imports the rotary embedding from its deprecated place.
-warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated", category=FutureWarning)
-
 
 class PatchLatentEmbedder(nn.Module):
-    """Upsamples patch latents r times and projects them to the transformer's width (r = 2: the paper's upsampler).
-
-    `proj` starts at zero, so that an untrained ControlNet changes nothing.
-    """
+    """Upsamples patch latents r times and projects them to the transformer's width (r = 2: the paper's upsampler);
+    `proj` starts at zero, so that an untrained ControlNet changes nothing."""
 
     def __init__(self, channels: int, width: int, ratio: int = 2) -> None:
         super().__init__()
@@ -57,40 +78,25 @@ class PatchLatentEmbedder(nn.Module):
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
 
-    def upsample(self, latents_BPC: torch.Tensor) -> torch.Tensor:
+    def upsample(self, latents_BPC: Tensor) -> Tensor:
         """(B, H*W, C) row-major -> (B, rH*rW, C) row-major. ValueError: P is not a square number."""
         side = math.isqrt(latents_BPC.shape[1])
         if side * side != latents_BPC.shape[1]:
             raise ValueError(f"{latents_BPC.shape[1]} patches are not a square grid")
         grid_BCHW = latents_BPC.mT.unflatten(2, (side, side))
-        fine_BCHW = torch.relu(self.bn1(self.upconv(grid_BCHW)))
+        fine_BCHW = relu(self.bn1(self.upconv(grid_BCHW)))
         fine_BCHW = self.bn2(self.conv(fine_BCHW))
         skip_BCHW = nn.functional.interpolate(grid_BCHW, scale_factor=self.ratio, mode="nearest")
-        return torch.relu(fine_BCHW + skip_BCHW).flatten(2).mT
+        return relu(fine_BCHW + skip_BCHW).flatten(2).mT
 
-    def forward(self, latents_BPC: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents_BPC: Tensor) -> Tensor:
         """(B, P, C) -> (B, N, D)."""
         return self.proj(self.upsample(latents_BPC))
 
 
 def latent_controlnet(transformer: Any, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2) -> Any:
-    """A new ControlNet for FLUX: copies of its first blocks; outputs and control embedder at zero.
-
-    Source: section 3 of the paper (4 double blocks and 1 single block on FLUX.1-dev).
-
-    Args:
-        transformer: a stock FluxTransformer2DModel.
-        double_blocks: how many of its double blocks are copied.
-        single_blocks: how many of its single blocks.
-        channels: C of the patch latents.
-        ratio: r.
-
-    Returns:
-        A float32 module on the transformer's device.
-
-    Raises:
-        UnsupportedControl: the transformer would not read the residuals of so many blocks.
-    """
+    """A new ControlNet for FLUX: copies of its first blocks (4 double and 1 single of FLUX.1-dev in the paper, section
+    3); outputs and control embedder at zero, in float32. UnsupportedControl: it would not read so many residuals."""
     for key, blocks, available in (
         ("double_blocks", double_blocks, len(transformer.transformer_blocks)),
         ("single_blocks", single_blocks, len(transformer.single_transformer_blocks)),
@@ -106,10 +112,8 @@ def latent_controlnet(transformer: Any, double_blocks: int, single_blocks: int, 
 def latent_sd3_controlnet(
     transformer: Any, double_blocks: int, single_blocks: int, channels: int, ratio: int = 2
 ) -> Any:
-    """`latent_controlnet` for SD3, which has no single blocks and whose last block takes no residual.
-
-    It reads the pooled text, as in diffusers' training of it; published ControlNets that read zeros are not supported.
-    """
+    """`latent_controlnet` for SD3, which has no single blocks and whose last block takes no residual. It reads the
+    pooled text, as in diffusers' training of it; published ControlNets that read zeros are not supported."""
     if single_blocks:
         raise UnsupportedControl(f"{single_blocks}, but SD3 has no single blocks", "single_blocks", 0)
     _require_read("double_blocks", double_blocks, len(transformer.transformer_blocks) // 2)
@@ -136,11 +140,7 @@ def controlnet_config(controlnet: Any) -> dict[str, Any]:
 
 
 def controlnet_from_config(config: dict[str, Any]) -> nn.Module:
-    """An empty ControlNet or conditioner in eval mode, for `config` from `controlnet_config`; load its weights next.
-
-    Raises:
-        UsageError: a conditioner that is unknown here (an artifact made with a plug-in that is not installed).
-    """
+    """An empty ControlNet or conditioner in eval mode. UsageError: a conditioner of a plug-in that is not installed."""
     if "control" in config:
         kind = CONDITIONERS[config["control"]]
         return kind(**{key: value for key, value in config.items() if key != "control"}).eval()

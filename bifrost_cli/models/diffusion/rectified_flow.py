@@ -1,7 +1,7 @@
 """Rectified flow: the straight path from data to noise, its loss, its Euler sampler, noise levels and their shifts.
 
-FLUX, Stable Diffusion 3 and the branch's flow head train and sample with these functions; a model comes in as its
-velocity. Letters: x0 clean, e noise, s (sigma) noise level in [0, 1] with 1 = pure noise. B images, other axes free.
+A model comes in as its velocity. Letters: x0 clean, e noise, s (sigma) noise level in [0, 1] with 1 = pure noise. B
+images, other axes free.
 """
 
 from __future__ import annotations
@@ -12,63 +12,41 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bifrost_cli.models.row_noise import NoiseSource, normal
 
 
-def noisy(clean: torch.Tensor, noise: torch.Tensor, sigma_B: torch.Tensor) -> torch.Tensor:
+def noisy(clean: Tensor, noise: Tensor, sigma_B: Tensor) -> Tensor:
     """The point at noise level s on the straight path: x_s = (1 - s) x0 + s e (SD3, arXiv 2403.03206, eq. 13)."""
     sigma = sigma_B.to(clean.dtype).reshape(-1, *[1] * (clean.ndim - 1))
     return (1 - sigma) * clean + sigma * noise
 
 
-def flow_target(clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def flow_target(clean: Tensor, noise: Tensor) -> Tensor:
     """The velocity dx_s/ds = e - x0, which the model learns; the same at every noise level."""
     return noise - clean
 
 
 def flow_matching_loss(
-    velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    clean: torch.Tensor,
-    noise: torch.Tensor,
-    sigma_B: torch.Tensor,
-) -> torch.Tensor:
-    """Conditional flow matching (SD3, arXiv 2403.03206, section 2).
-
-    Args:
-        velocity: the model, called with x_s of `clean`'s shape and `sigma_B`.
-        clean: x0, (B, ...).
-        noise: e, of the same shape.
-        sigma_B: noise levels in [0, 1], one for each entry of the batch, (B,) or (B, 1, ...).
-
-    Returns:
-        The mean squared error to e - x0, a float32 scalar with the model's graph.
-    """
+    velocity: Callable[[Tensor, Tensor], Tensor], clean: Tensor, noise: Tensor, sigma_B: Tensor
+) -> Tensor:
+    """Conditional flow matching (SD3, section 2): the mean squared error of `velocity(x_s, sigma_B)` to e - x0, a
+    float32 scalar. There is a noise level for each entry of the batch, (B,) or (B, 1, ...)."""
     predicted = velocity(noisy(clean, noise, sigma_B), sigma_B)
     return torch.nn.functional.mse_loss(predicted.float(), flow_target(clean, noise).float())
 
 
 def euler(
-    velocity: Callable[[torch.Tensor, Any], torch.Tensor],
-    x: torch.Tensor,
+    velocity: Callable[[Tensor, Any], Tensor],
+    x: Tensor,
     sigmas: Iterable[Any],
-    callback: Callable[[int, Any, torch.Tensor], object] | None = None,
-) -> torch.Tensor:
-    """Integrate dx/ds = v from the first to the last of `sigmas` by Euler's method.
-
-    The sum is taken in float32 and rounded to the velocity's type at every step: bit for bit what `step` of diffusers'
-    FlowMatchEulerDiscreteScheduler does.
-
-    Args:
-        velocity: the model, called with x and one entry of `sigmas`.
-        x: the starting point, usually noise.
-        sigmas: noise levels, falling; one more than there are steps. Numbers, or a tensor (n + 1,).
-        callback: called after each step with its index from 0, the noise level it started at, and the new x. What it
-            raises ends the loop.
-
-    Returns:
-        x at the last noise level.
-    """
+    callback: Callable[[int, Any, Tensor], object] | None = None,
+) -> Tensor:
+    """Integrate dx/ds = v from the first to the last of `sigmas`, one more than there are steps, by Euler's method; the
+    callback gets each step's index from 0, the noise level it started at, and the new x."""
+    # The sum is taken in float32 and rounded to the velocity's type at every step: bit for bit what `step` of
+    # FlowMatchEulerDiscreteScheduler does.
     for step, (sigma, following) in enumerate(pairwise(sigmas)):
         slope = velocity(x, sigma)
         x = (x.float() + (following - sigma) * slope).to(slope.dtype)
@@ -77,29 +55,25 @@ def euler(
     return x
 
 
-def logit_normal(count: int, generator: NoiseSource, mean: float = 0.0, sd: float = 1.0) -> torch.Tensor:
+def logit_normal(count: int, generator: NoiseSource, mean: float = 0.0, sd: float = 1.0) -> Tensor:
     """`count` noise levels s = sigmoid(u), u ~ N(mean, sd) (SD3, section 3.1; the draw of diffusers' FLUX trainers)."""
     return torch.sigmoid(mean + sd * normal((count,), generator))
 
 
 def shift_mu(
-    image_tokens: int,
-    base_tokens: int = 256,
-    max_tokens: int = 4096,
-    base_shift: float = 0.5,
-    max_shift: float = 1.15,
+    image_tokens: int, base_tokens: int = 256, max_tokens: int = 4096, base_shift: float = 0.5, max_shift: float = 1.15
 ) -> float:
     """FLUX's shift exponent: the line through (base_tokens, base_shift) and (max_tokens, max_shift)."""
     slope = (max_shift - base_shift) / (max_tokens - base_tokens)
     return image_tokens * slope + (base_shift - slope * base_tokens)
 
 
-def shift_exponential(sigma: torch.Tensor, mu: float) -> torch.Tensor:
+def shift_exponential(sigma: Tensor, mu: float) -> Tensor:
     """s' = e^mu / (e^mu + 1/s - 1): more noise for larger images (FLUX.1-dev, dynamic shifting)."""
     return math.exp(mu) / (math.exp(mu) + (1 / sigma - 1))
 
 
-def shift_constant(sigma: torch.Tensor, shift: float) -> torch.Tensor:
+def shift_constant(sigma: Tensor, shift: float) -> Tensor:
     """s' = k s / (1 + (k - 1) s), the same at every size (SD3, eq. 23; FLUX.1-schnell has k = 1)."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 

@@ -1,7 +1,5 @@
-"""Prompts as the branch reads them: chat template, left padding, truncation, positions and attention masks.
-
-As published (Bifrost-1, arXiv 2508.05954), and pinned by tests/vectors. Knows no model and no weights.
-Legend: B batch, T text tokens, P patches.
+"""Prompts as the branch reads them: chat template, left padding, truncation, positions and attention masks; as
+published (Bifrost-1, arXiv 2508.05954), and pinned by tests/vectors. Legend: B batch, T text tokens, P patches.
 """
 
 from __future__ import annotations
@@ -38,14 +36,7 @@ CAPTION_OPENERS = (
 
 @dataclass(frozen=True)
 class TokenizedPrompts:
-    """Left-padded prompts, int64 tensors.
-
-    Attributes:
-        input_ids_BT: token ids.
-        attention_BT: 1 at real tokens, 0 at padding.
-        position_ids_BT: positions on one rotary axis; where a decoder has three (M-RoPE), they are equal for text.
-        truncated: for each row, whether it was cut.
-    """
+    """Left-padded prompts, int64; attention is 1 at real tokens, and positions are those of every rotary axis."""
 
     input_ids_BT: Tensor
     attention_BT: Tensor
@@ -71,12 +62,8 @@ class ChatTemplate:
 
     @classmethod
     def of_chat(cls, tokenizer: Any, opening: str) -> ChatTemplate:
-        """The tokenizer's own chat template around a user turn, up to where the assistant's text begins.
-
-        Args:
-            tokenizer: a stock tokenizer with a chat template.
-            opening: what stands before the first image token that the branch generates.
-        """
+        """The tokenizer's own chat template around a user turn, up to where the assistant's text begins; `opening`
+        stands before the first image token that the branch generates."""
         chat = [{"role": "user", "content": [{"type": "text", "text": _PLACEHOLDER}]}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         start = tokenizer.decode(tokenizer("")["input_ids"])  # what the tokenizer puts before every text
@@ -102,11 +89,10 @@ class ChatTemplate:
 
     def _around(self, text: str, tail: str) -> list[int]:
         # The pieces meet at special tokens or where the pre-tokenizer splits anyway: the ids are those of one text.
-        pieces = (self.head, True), (self.lead + text + self.trail, False), (tail, True)
-        return [token for piece, special in pieces for token in self._tokenize(piece, special)]
-
-    def _tokenize(self, text: str, special: bool) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
+        ids: list[int] = []
+        for piece, special in (self.head, True), (self.lead + text + self.trail, False), (tail, True):
+            ids += self.tokenizer(piece, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
+        return ids
 
 
 def chat_text(prompt: str) -> str:
@@ -125,11 +111,8 @@ def join_plan(prompt: str, plan: str | None) -> str:
 
 
 def harmless(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text with a space inside everything that the tokenizer would read as one of its added tokens.
-
-    Tokenizers may see them in other letters, too: CLIP's lower-cases, T5's takes wide letters for narrow ones and drops
-    control characters. Any other text is returned as it is.
-    """
+    """The text with a space inside everything that the tokenizer would read as one of its added tokens, also in other
+    letters: CLIP's lower-cases, T5's takes wide letters for narrow ones and drops control characters."""
     tokens = [token for token in tokenizer.get_added_vocab() if token.strip()]
     pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)", re.IGNORECASE)
     plain = "".join(char for char in unicodedata.normalize("NFKC", text) if unicodedata.category(char) not in _DROPPED)
@@ -143,23 +126,11 @@ def harmless(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def tokenize_prompts(
     ids: Sequence[Sequence[int]], text_length: int, closing: Sequence[int], pad_id: int
 ) -> TokenizedPrompts:
-    """Left-pad and truncate rows of ids.
-
-    Args:
-        ids: B rows of token ids.
-        text_length: T. Longer rows are cut on the right, and their last ids replaced by `closing`.
-        closing: ids at the end of every prompt.
-        pad_id: the padding token.
-
-    Returns:
-        Positions count from 0 at the first real token; padding has position 1.
-
-    Raises:
-        ValueError: `closing` is longer than `text_length`.
-    """
+    """Left-pad rows of ids to `text_length`; longer ones are cut on the right, and end with `closing`, too."""
     if text_length < len(closing):
         raise ValueError(f"{text_length} text tokens cannot hold the {len(closing)} closing tokens of the template")
-    rows = [_fit(list(row), text_length, list(closing)) for row in ids]
+    cut = text_length - len(closing)
+    rows = [[*row] if len(row) <= text_length else [*row[:cut], *closing] for row in ids]
     padded = [(text_length - len(row), row) for row in rows]
     return TokenizedPrompts(
         input_ids_BT=torch.tensor([[pad_id] * padding + row for padding, row in padded]),
@@ -184,24 +155,16 @@ def image_mask(attention_BT: Tensor, patches: int) -> Tensor:
 
 
 def additive(allowed_BQK: Tensor, dtype: torch.dtype) -> Tensor:
-    """The additive mask (B, 1, Q, K) of stock attention: 0 where allowed, else the lowest finite number of `dtype`.
-
-    Additive on purpose: transformers' eager attention silently adds a boolean mask as if it were numbers.
-    """
+    """The mask (B, 1, Q, K) of stock attention: 0 where allowed, else the lowest finite number of `dtype`, because
+    transformers' eager attention silently adds a boolean mask as if it were numbers."""
     zeros = torch.zeros(allowed_BQK.shape, dtype=dtype, device=allowed_BQK.device)
     return zeros.masked_fill(~allowed_BQK, torch.finfo(dtype).min)[:, None]
 
 
 def clean_caption(caption: str) -> str:
-    """The published cleaning of training captions: a known opener is removed, and the rest capitalised.
-
-    `str.capitalize` also lower-cases all but the first letter, including names.
-    """
+    """The published cleaning of training captions: a known opener is removed, and the rest capitalised (which
+    lower-cases all but the first letter, including names)."""
     for opener in CAPTION_OPENERS:
         if caption.startswith(opener):
             return caption[len(opener) :].strip().capitalize()
     return caption
-
-
-def _fit(row: list[int], length: int, closing: list[int]) -> list[int]:
-    return row if len(row) <= length else row[: length - len(closing)] + closing

@@ -1,6 +1,5 @@
 """The frozen multimodal LLM: caches prompts, encodes images, writes plans, answers questions.
 
-Stock transformers classes; nothing here trains or changes a weight, and nothing here knows of the branch.
 Legend: B batch, T text tokens, h key-value heads, d head width, P patches, C latent channels (the MLLM's width D).
 """
 
@@ -9,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -18,15 +17,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from bifrost_cli.data.safetensors_io import weights_hash
 from bifrost_cli.models.branch.decoder_adapters import with_cache
+from bifrost_cli.models.mllm import chat_template
 from bifrost_cli.models.mllm.adapters import adapter_of
-from bifrost_cli.models.mllm.chat_template import (
-    ChatTemplate,
-    TokenizedPrompts,
-    additive,
-    harmless,
-    text_mask,
-    tokenize_prompts,
-)
+from bifrost_cli.models.mllm.chat_template import ChatTemplate, TokenizedPrompts
 
 
 @dataclass(frozen=True)
@@ -46,15 +39,19 @@ class Completion(NamedTuple):
 
 
 class Mllm:
-    """A frozen multimodal LLM of any family in `adapters.FAMILIES`, with its tokenizer and image processor.
+    """A frozen multimodal LLM of any family in `adapters.FAMILIES`, in eval mode and without gradients.
 
     Floating-point sums can differ in the last bit between batch sizes: call with one row where bytes must repeat.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: Any) -> None:
-        """Wrap stock parts, in eval mode and without gradients. ArtifactError BF-ART-009: an unsupported family."""
         self.model: Any = model.eval().requires_grad_(False)
         self.adapter = adapter_of(model.config)
+        self.decoder: Any = self.model.model.language_model  # without its language head
+        self.text_config: Any = model.config.text_config
+        self.width: int = self.text_config.hidden_size  # also of the patch latents
+        self.pixels_per_patch = self.adapter.pixels_per_patch(model.config)  # on a side of one patch latent
+        self.image_size = self.adapter.image_size(model.config)  # the only side it reads; None: whole patches
         # transformers' stubs do not know attributes that depend on the checkpoint
         self.tokenizer: Any = tokenizer
         self.image_processor = image_processor
@@ -62,59 +59,25 @@ class Mllm:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The family's chat template."""
         return self.adapter.template(self.tokenizer)
 
     @property
-    def decoder(self) -> Any:
-        """The stock text model, without its language head."""
-        return self.model.model.language_model
-
-    @property
-    def text_config(self) -> Any:
-        """The decoder's stock configuration."""
-        return self.model.config.text_config
-
-    @property
-    def width(self) -> int:
-        """D: width of the decoder, and channels of the patch latents."""
-        return self.text_config.hidden_size
-
-    @property
     def device(self) -> torch.device:
-        """Where the weights are."""
         return self.model.device
-
-    @property
-    def pixels_per_patch(self) -> int:
-        """Pixels on a side of one patch latent (28 for Qwen2.5-VL: 14-pixel patches, merged 2x2)."""
-        return self.adapter.pixels_per_patch(self.model.config)
-
-    @property
-    def image_size(self) -> int | None:
-        """The only image side that the visual encoder reads; None: any whole number of patches."""
-        return self.adapter.image_size(self.model.config)
 
     def weights_hash(self) -> str:
         """sha256 over all weights, computed once: nothing in this class changes a weight."""
         self._hash = self._hash or weights_hash(self.model.state_dict())
         return self._hash
 
-    # ---- prompts ----------------------------------------------------------------------------------------------------
-
     def tokenize_prompts(
         self, prompts: Sequence[str], max_tokens: int, *, text_length: int | None = None
     ) -> TokenizedPrompts:
-        """Prompts in the chat template, left-padded.
-
-        Args:
-            prompts: B strings; the empty one gives the unconditional text.
-            max_tokens: longer rows are truncated to so many tokens, the template's end kept.
-            text_length: T to pad to; None pads to the longest row.
-        """
+        """Prompts in the chat template (the empty one gives the unconditional text), left-padded to the longest row or
+        to `text_length`, and truncated to `max_tokens` with the template's end kept."""
         ids = [self.template.ids(prompt) for prompt in prompts]
         length = min(max_tokens, max(map(len, ids))) if text_length is None else text_length
-        return tokenize_prompts(ids, length, self.template.closing(), self.tokenizer.pad_token_id)
+        return chat_template.tokenize_prompts(ids, length, self.template.closing(), self.tokenizer.pad_token_id)
 
     @torch.no_grad()
     def encode_prompts(self, prompts: TokenizedPrompts) -> PromptCache:
@@ -123,29 +86,18 @@ class Mllm:
         cache = DynamicCache()
         self.decoder(
             inputs_embeds=self.decoder.embed_tokens(ids_BT),
-            attention_mask=additive(text_mask(attention_BT), self.model.dtype),
+            attention_mask=chat_template.additive(chat_template.text_mask(attention_BT), self.model.dtype),
             position_ids=prompts.position_ids_BT.to(self.device),
             **with_cache(self.decoder, cache),
             use_cache=True,
         )
-        layers: list[Any] = list(cache.layers)
-        return PromptCache(tuple(layer.keys for layer in layers), tuple(layer.values for layer in layers), attention_BT)
-
-    # ---- images -----------------------------------------------------------------------------------------------------
+        keys, values = zip(*((layer.keys, layer.values) for layer in cast(Any, cache.layers)), strict=True)
+        return PromptCache(keys, values, attention_BT)
 
     @torch.no_grad()
     def encode(self, pixels_BHWC: np.ndarray | Tensor) -> Tensor:
-        """Patch latents: the image tokens that the decoder would read, unscaled.
-
-        Args:
-            pixels_BHWC: uint8 images of a side that the visual encoder reads; nothing is resized.
-
-        Returns:
-            latents_BPC float32, patches row by row.
-
-        Raises:
-            ValueError: images of another shape or type.
-        """
+        """Patch latents_BPC float32, row by row: the image tokens that the decoder would read, unscaled, of uint8
+        images of a side that the visual encoder reads."""
         pixels_BCHW = _channels_first(pixels_BHWC)
         sides, patch, only = pixels_BCHW.shape[2:], self.pixels_per_patch, self.image_size
         if any(side != only if only else side % patch for side in sides):
@@ -153,12 +105,10 @@ class Mllm:
             raise ValueError(f"images of {sides[0]}x{sides[1]} pixels are not {expected}")
         return self.adapter.latents(self.model, self.image_processor, pixels_BCHW).float()
 
-    # ---- text generation --------------------------------------------------------------------------------------------
-
     def write(self, texts: Sequence[str], instruction: str, max_new_tokens: int) -> list[Completion]:
         """Greedy answers to `instruction`, with each text in place of its `{prompt}`; special tokens are left out."""
         ids = [self.template.turn(instruction.replace("{prompt}", text)) for text in texts]
-        rows = tokenize_prompts(ids, max(map(len, ids)), (), self.tokenizer.pad_token_id)
+        rows = chat_template.tokenize_prompts(ids, max(map(len, ids)), (), self.tokenizer.pad_token_id)
         inputs = {"input_ids": rows.input_ids_BT, "attention_mask": rows.attention_BT}
         return self._generate(inputs, max_new_tokens)
 
@@ -169,11 +119,10 @@ class Mllm:
     def question(self, pixels_HWC: np.ndarray, question: str) -> dict[str, Tensor]:
         """Stock inputs (ids, masks, pixel values) for one image and one question."""
         # The stock processor reads special tokens anywhere in the text: a question must not open or close a turn.
-        parts = [{"type": "image"}, {"type": "text", "text": harmless(question, self.tokenizer)}]
+        parts = [{"type": "image"}, {"type": "text", "text": chat_template.harmless(question, self.tokenizer)}]
+        chat = [{"role": "user", "content": parts}]
         processor: Any = self.adapter.processor(self.model.config, self.tokenizer, self.image_processor)
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
-        )
+        text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         image = _channels_first(pixels_HWC[None])[0]
         # Some chat templates write the first token themselves.
         has_bos = text.startswith(self.tokenizer.bos_token or "\0")
@@ -186,22 +135,18 @@ class Mllm:
 
     @torch.no_grad()
     def _generate(self, inputs: dict[str, Tensor], max_new_tokens: int) -> list[Completion]:
-        prompt_tokens = inputs["input_ids"].shape[1]
         # Greedy: the sampling settings that checkpoints ship would only raise warnings.
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         ids_BT = self.model.generate(**self._on_device(inputs), max_new_tokens=max_new_tokens, **greedy)
-        written_BT = ids_BT[:, prompt_tokens:]
+        written_BT = ids_BT[:, inputs["input_ids"].shape[1] :]
         texts = self.tokenizer.batch_decode(written_BT, skip_special_tokens=True)
         end = self.model.generation_config.eos_token_id
-        ends = set(end) if isinstance(end, list) else {end}
-        return [Completion(text.strip(), ends.isdisjoint(row)) for text, row in
-                zip(texts, written_BT.tolist(), strict=True)]  # fmt: skip
+        ends, rows = set(end) if isinstance(end, list) else {end}, written_BT.tolist()
+        return [Completion(text.strip(), ends.isdisjoint(row)) for text, row in zip(texts, rows, strict=True)]
 
     def _on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
-            for name, value in inputs.items()
-        }
+        return {name: value.to(self.device, self.model.dtype if value.is_floating_point() else None)
+                for name, value in inputs.items()}  # fmt: skip
 
 
 def _channels_first(pixels_BHWC: np.ndarray | Tensor) -> Tensor:
