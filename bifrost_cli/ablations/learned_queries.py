@@ -1,17 +1,15 @@
 """Learned queries instead of image latents (`branch.target: queries`), after MetaQueries (arXiv 2504.06256).
 
-The branch predicts no image's latents. From masks alone it makes P tokens, and only the diffusion model's loss says
-what they are good for; branch and control are trained together and kept in one artifact. It is what patch latents are
-compared with, and the one training that needs the MLLM and the diffusion model at once. `train_branch` finds `prepare`
-by the name of the target.
-B batch, P queries, C channels of one.
+From masks alone the branch makes P tokens, and only the diffusion model's loss says what they are good for; branch and
+control are trained together and kept in one artifact. B batch, P queries, C channels of one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,10 +23,9 @@ from bifrost_cli.models.diffusion.base import DiffusionModel
 from bifrost_cli.models.mllm.frozen_mllm import Mllm, PromptCache
 from bifrost_cli.models.row_noise import RowSlice
 from bifrost_cli.runtime.ui import Ui
-from bifrost_cli.training.branch_task import SHOWN, Batch, BranchTask
-from bifrost_cli.training.controlnet_task import SHOWN_GUIDANCE, rendered_sheet
-from bifrost_cli.training.train_controlnet import diffusion_of, new_control, save_memory
-from bifrost_cli.training.training_run import TrainingRun, say_cut
+from bifrost_cli.training.train_branch import BranchTask
+from bifrost_cli.training.train_controlnet import SHOWN_GUIDANCE, load_with_control, rendered_pairs
+from bifrost_cli.training.training_run import Batch, TrainingRun, say_cut
 
 ENCODER = {"name": "learned queries"}  # stands where an image encoder's identity would, so that no other part fits
 
@@ -72,35 +69,22 @@ class LearnedQueriesTask(BranchTask):
         captions = ["" if drop else self._caption(row) for row, drop in zip(batch.rows, dropped_B, strict=True)]
         with torch.no_grad():
             text = self._diffusion.embed(captions, self._max_tokens)
-        tokens_BPC, vae_Bchw = self.queries(batch.prefix), self._vae(batch.rows)
+        tokens_BPC, vae_Bchw = self.queries(batch.text), self._vae(batch.rows)
         return self._diffusion.control_loss(self.queries.control, vae_Bchw, tokens_BPC, text, part), {}
 
-    def samples(self, folder: Path, step: int) -> None:
-        """A sheet of pairs: a held-out image (its VAE latents decoded) and what is generated from its text."""
-        rows = self.held_rows[:SHOWN]
-        if not rows:
-            return
-        tokens_BPC = self.module(self._batch(rows, [self._best_text(row) for row in rows]).prefix)
+    def _pairs(self, rows: list[int]) -> Sequence[np.ndarray]:
+        """A held-out image, and what is generated from its text."""
+        tokens_BPC = self.module(self._batch(rows, [self._best_text(row) for row in rows]).text)
         text = self._diffusion.embed([self._caption(row) for row in rows], self._max_tokens, SHOWN_GUIDANCE)
         seed = self._settings.train.seed
-        rendered_sheet(self._diffusion, self.queries.control, self._vae(rows), tokens_BPC, text, seed, folder, step)
-
-    def _vae(self, rows: list[int]) -> Tensor:
-        return torch.from_numpy(self._store.vae(rows)).to(self._diffusion.device, torch.float32)
+        return rendered_pairs(self._diffusion, self.queries.control, self._vae(rows), tokens_BPC, text, seed)
 
 
 def prepare(run: TrainingRun, branch: VisualBranch, mllm: Mllm, ui: Ui) -> TrainingRun:
-    """The training of the branch, with a new control of the recipe's kind drawn from the branch's seed.
-
-    Raises:
-        ArtifactError, StoreError: as `train_controlnet` for the diffusion model and the store's VAE latents.
-    """
+    """The training of the branch, with a new control of the recipe's kind drawn from the branch's seed."""
     recipe, store = run.recipe, run.store
-    store.vae([0])  # a store without VAE latents is refused before the diffusion model is loaded
-    diffusion = diffusion_of(recipe, store, ModelLoader(recipe.models, run.device), ui)
-    control = new_control(recipe, store, diffusion, run.train.seed).float()
-    if run.train.gradient_checkpointing:
-        save_memory(control, diffusion.transformer)
+    diffusion, control = load_with_control(recipe, store, ModelLoader(recipe.models, run.device), run.train, ui)
+    control = control.float()
     base, config = diffusion_fingerprint(recipe.models, diffusion), diffusion.controlnet_config(control)
     conditioner = {"config": config, "drop_prompt": recipe.controlnet.drop_prompt}
     tokens = recipe.models.diffusion_text_tokens

@@ -1,8 +1,6 @@
 """ablate: one question of the paper, answered on the built-in world: every variant under every seed, and a table.
 
-Comes in: an ablation. Goes out: a report artifact with the table, a plot and images. Each cell is trained, generated
-and judged by the stages themselves, whose artifacts stay in the workspace: what was made is not made again, so that a
-stopped ablation continues. Does not know what the variants are.
+Each cell is made by the stages themselves, whose artifacts stay in the workspace, so that a stopped ablation continues.
 """
 
 from __future__ import annotations
@@ -54,10 +52,6 @@ class _Cell:
     def right(self) -> int:
         return sum(bool(verdict["right"]) for verdict in self.verdicts)
 
-    def numbers(self) -> dict[str, Any]:
-        count = len(self.verdicts)
-        return {"seed": self.seed, "right": self.right, "count": count, "value": self.right / count, **self.cost}
-
 
 def ablate(
     name: str,
@@ -70,14 +64,21 @@ def ablate(
     ui: Ui | None = None,
 ) -> Artifact | dict[str, Any]:
     """Train, generate and judge every variant under every seed; returns the report artifact, or the plan of a dry run.
-
-    Errors: those of the stages; RecipeError when a variant's keys make no recipe, found before anything is trained.
-    """
+    RecipeError when a variant's keys make no recipe, before anything is trained."""
     ui, workspace = ui or Ui(), Path(workspace)
     recipes = {(variant, seed): load_recipe(ablation.base, ablation.sets(variant, seed))
                for variant in ablation.rows() for seed in ablation.seeds}  # fmt: skip
     if dry_run:
-        return _plan(name, ablation, recipes)
+        return {
+            "ablation": name,
+            "question": ablation.question,
+            "variants": list(ablation.rows()),
+            "seeds": ablation.seeds,
+            "cells": len(recipes),
+            "pictures": len(recipes) * ablation.prompts,
+            "branch_steps": {variant: recipe.branch.train.steps for (variant, _), recipe in recipes.items()},
+            "controlnet": ablation.controlnet,
+        }
     identity = {"schema": SCHEMA, "name": name, "ablation": ablation.model_dump(mode="json"), "prompts": PROMPT_SEED}
     path = Path(output) if output else default_path(workspace, "report", identity_id("report", identity, []))
     with Draft.open(path, "report", identity) as draft:
@@ -89,18 +90,21 @@ def ablate(
             cells.append(_cell(variant, seed, recipe, ablation, workspace / "ablations", device, ui))
             ui.say(f"{name}: {variant}, seed {seed}: {cells[-1].right} of {len(cells[-1].verdicts)} right")
         rows = [_row(variant, [cell for cell in cells if cell.variant == variant]) for variant in ablation.rows()]
-        report = _report(name, ablation, rows, cells)
+        shown = [cell for cell in cells if cell.seed == ablation.seeds[0]]
+        report, kept = _report(name, ablation, rows, shown), _measured(name, ablation, rows)
+        images = {f"{cell.variant}: {entry}": image for cell in shown
+                  for entry, image in thumbnails(cell.images.entries[:SHOWN]).items()}  # fmt: skip
         write_json(draft.path / "report.json", report)
-        write_json(draft.path / "measured.json", measured(name, ablation, report))
-        write_bytes(draft.path / "table.md", table(measured(name, ablation, report)).encode("utf-8"))
-        write_bytes(draft.path / "report.html", report_html(report, _shown(cells)).encode("utf-8"))
+        write_json(draft.path / "measured.json", kept)
+        write_bytes(draft.path / "table.md", table(kept).encode("utf-8"))
+        write_bytes(draft.path / "report.html", report_html(report, images).encode("utf-8"))
         info = {"ablation": name, "headline": [f"{row['name']}: {row['value']:.3f}" for row in rows]}
         return draft.commit(info, cost={"samples": sum(len(cell.verdicts) for cell in cells)})
 
 
 def table(measured: Mapping[str, Any]) -> str:
-    """What `measured` gives, as Markdown: mean over seeds with its interval, the values of the seeds; of a curve the
-    seconds of training a seed, too."""
+    """What is kept of an ablation, as Markdown: mean over seeds with its interval, the values of the seeds; of a curve
+    the seconds of training a seed, too."""
     timed = "seconds" in measured["rows"][0]
     asked = f"`{measured['name']}`: {measured['question']}"
     heads = [asked, "right", "95 % over seeds", "seeds", *(["trained"] if timed else [])]
@@ -116,12 +120,12 @@ def table(measured: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measured(name: str, ablation: Ablation, report: Mapping[str, Any]) -> dict[str, Any]:
+def _measured(name: str, ablation: Ablation, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What is kept of an ablation, small enough to ship: `recipes/ablations/measured/NAME.json`."""
     rows = [{"name": row["name"], "value": row["value"], "interval95": row["interval95"],
              "seeds": [seed["value"] for seed in row["seeds"]],
              **({"seconds": round(_seconds(row))} if ablation.budgets else {})}
-            for row in report["results"][0]["categories"]]  # fmt: skip
+            for row in results]  # fmt: skip
     return {"schema": MEASURED, "name": name, "question": ablation.question, "prompts": ablation.prompts, "rows": rows}
 
 
@@ -129,9 +133,6 @@ def _seconds(row: Mapping[str, Any]) -> float:
     """Device seconds of the trainings of one seed, the mean."""
     each = [sum(value for name, value in seed.items() if name.endswith("_seconds")) for seed in row["seeds"]]
     return sum(each) / len(each)
-
-
-# ---- one cell -------------------------------------------------------------------------------------------------------
 
 
 def _cell(variant: str, seed: int, recipe: Recipe, ablation: Ablation, workspace: Path, device: str, ui: Ui) -> _Cell:
@@ -169,23 +170,10 @@ def _row(variant: str, cells: Sequence[_Cell]) -> dict[str, Any]:
         "error_by_prompt": clustered_error(verdicts, prompts),
         "right": sum(cell.right for cell in cells),
         "count": len(verdicts),
-        "seeds": [cell.numbers() for cell in cells],
-    }
-
-
-# ---- the report -----------------------------------------------------------------------------------------------------
-
-
-def _plan(name: str, ablation: Ablation, recipes: dict[tuple[str, int], Recipe]) -> dict[str, Any]:
-    return {
-        "ablation": name,
-        "question": ablation.question,
-        "variants": list(ablation.rows()),
-        "seeds": ablation.seeds,
-        "cells": len(recipes),
-        "pictures": len(recipes) * ablation.prompts,
-        "branch_steps": {variant: recipe.branch.train.steps for (variant, _), recipe in recipes.items()},
-        "controlnet": ablation.controlnet,
+        "seeds": [
+            {"seed": cell.seed, "right": cell.right, "count": len(cell.verdicts), "value": value, **cell.cost}
+            for cell, value in zip(cells, values, strict=True)
+        ],
     }
 
 
@@ -202,17 +190,29 @@ def _report(name: str, ablation: Ablation, rows: list[dict[str, Any]], cells: Se
         "sentence": f"By the programmatic checker, {ablation.prompts} held-out {JUDGED[ablation.judge]} a seed. "
         "Intervals are Student's over the seeds; where all seeds agree, of one seed's images.",
     }
+    pictures = [
+        {
+            "name": f"{cell.variant}: {entry.name}",
+            "prompt": entry.prompt,
+            "plan": entry.plan,
+            "seed": entry.seed,
+            **verdict,
+        }
+        for cell in cells
+        for entry, verdict in zip(cell.images.entries[:SHOWN], cell.verdicts[:SHOWN], strict=True)
+    ]
     return {
         "schema": SCHEMA,
         "title": f"Ablation: {name}",
         "question": ablation.question,
         "summary": " ".join(filter(None, (ablation.question, ablation.reading))),
         "results": [result],
-        "pictures": [line for cell in _first(cells) for line in _lines(cell)],
+        "pictures": pictures,
         "plots": _plots(ablation, rows),
         "warnings": ["This is the built-in world: what holds here need not hold for photographs."],
-        "settings": {"base": ablation.base, "controlnet": ablation.controlnet, **_texts(ablation.keys)}
-        | {f"variant {variant}": ", ".join(ablation.sets(variant, seed)) for variant, seed in _pairs(ablation)},
+        "settings": {"base": ablation.base, "controlnet": ablation.controlnet}
+        | {key: str(value) for key, value in ablation.keys.items()}
+        | {f"variant {variant}": ", ".join(ablation.sets(variant, ablation.seeds[0])) for variant in ablation.rows()},
         "lineage": [],
         "command": f"bifrost ablate {name}",
         "env": {},
@@ -227,34 +227,8 @@ def _plots(ablation: Ablation, rows: Sequence[Mapping[str, Any]]) -> list[dict[s
     if ablation.budgets:
         series: dict[str, list[list[float]]] = {}
         for row in rows:
-            series.setdefault(ablation.rows()[row["name"]][0], []).append(
-                [_seconds(row), row["value"], *row["interval95"]])  # fmt: skip
+            point = [_seconds(row), row["value"], *row["interval95"]]
+            series.setdefault(ablation.rows()[row["name"]][0], []).append(point)
         plots.append({"kind": "lines", "title": "What training time buys", "series": series, "caption": told,
                       "x": "seconds of training", "y": "right", "powers": ""})  # fmt: skip
     return plots
-
-
-def _pairs(ablation: Ablation) -> list[tuple[str, int]]:
-    return [(variant, ablation.seeds[0]) for variant in ablation.rows()]
-
-
-def _texts(keys: dict[str, Any]) -> dict[str, str]:
-    return {key: str(value) for key, value in keys.items()}
-
-
-def _first(cells: Sequence[_Cell]) -> list[_Cell]:
-    seen: dict[str, _Cell] = {}
-    for cell in cells:
-        seen.setdefault(cell.variant, cell)
-    return list(seen.values())
-
-
-def _lines(cell: _Cell) -> list[dict[str, Any]]:
-    pairs = zip(cell.images.entries[:SHOWN], cell.verdicts[:SHOWN], strict=True)
-    return [{"name": f"{cell.variant}: {entry.name}", "prompt": entry.prompt, "plan": entry.plan, "seed": entry.seed,
-             **verdict} for entry, verdict in pairs]  # fmt: skip
-
-
-def _shown(cells: Sequence[_Cell]) -> dict[str, tuple[bytes, int]]:
-    return {f"{cell.variant}: {name}": image for cell in _first(cells)
-            for name, image in thumbnails(cell.images.entries[:SHOWN]).items()}  # fmt: skip

@@ -1,8 +1,4 @@
-"""An ablation: one question, several recipes that differ in it, several seeds; the schema of `recipes/ablations`.
-
-In: a shipped name or a YAML file. Out: an `Ablation`, or RecipeError with file:line:column. Does not know how a
-variant is trained or judged.
-"""
+"""An ablation: one question, several recipes that differ in it, several seeds; the schema of `recipes/ablations`."""
 
 from __future__ import annotations
 
@@ -60,11 +56,11 @@ class Ablation(Section):
         """The `--set` values of one cell of the table, the row's own last."""
         diffusion_seed = self.seeds[0] if self.controlnet == "once" else seed
         seeds = {"branch.train.seed": seed, "controlnet.train.seed": diffusion_seed}
-        return [f"{key}={_text(value)}" for key, value in {**self.keys, **seeds, **self.rows()[row][1]}.items()]
+        values = {**self.keys, **seeds, **self.rows()[row][1]}
+        return [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
 
 
 def ablation_names() -> list[str]:
-    """The shipped ablations."""
     return sorted(path.stem for path in (recipes_folder() / "ablations").glob("*.yaml"))
 
 
@@ -78,14 +74,6 @@ def load_ablation(ref: str) -> Ablation:
     """A shipped name or a YAML file. RecipeError BF-RECIPE-004 when there is neither."""
     path = recipes_folder() / "ablations" / f"{ref}.yaml" if ref in ablation_names() else Path(ref)
     if not path.is_file():
-        raise RecipeError(
-            f"there is no ablation {ref}",
-            at=f"shipped: {', '.join(ablation_names())}",
-            fix="give one of these, or a YAML file",
-            code="BF-RECIPE-004",
-        )
+        raise RecipeError(f"there is no ablation {ref}", at=f"shipped: {', '.join(ablation_names())}",
+                          fix="give one of these, or a YAML file", code="BF-RECIPE-004")  # fmt: skip
     return validate(Ablation, parse_file(path))
-
-
-def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,36 +1,30 @@
 """Checkpoints of a training: whole or absent, checked byte by byte, never guessed.
 
 `step-NNNNNNN/` folders hold safetensors, `state.json` and `manifest.json` (sha256 of each file). A folder is filled
-under a temporary name and renamed last; older ones go only after the new one was read back. A `step-*` folder that does
-not verify is an error, never a reason to start again.
-With several processes the first writes what all have; what is in parts each writes its own of. A checkpoint of any
-number of processes, whole or in parts, is read by any other.
+under a temporary name and renamed last; one that does not verify is an error, never a reason to start again. A
+checkpoint of any number of processes, whole or in parts (of which each writes its own), is read by any other.
 """
 
 from __future__ import annotations
 
+import errno
 import re
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from bifrost_cli.artifacts.files import (
-    make_folder,
-    new_folder,
-    read_json,
-    remove,
-    sha256_file,
-    sweep,
-    sync,
-    write_json,
-)
+from bifrost_cli.artifacts import files
 from bifrost_cli.data.safetensors_io import load_tensors, save_tensors
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.runtime import distributed
-from bifrost_cli.training.sharded_state import read_shards, spread, write_shards
 
 FORMAT = 1
 SHARDS = "shards"  # the folder of tensors in parts, in the place of one file a group
@@ -47,75 +41,6 @@ class Checkpoint:
     state: dict
 
 
-class Checkpoints:
-    """The checkpoints of one training, in `folder`; at most `keep` (at least one) are left after a save."""
-
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = Path(folder), max(1, keep)
-
-    def prepare(self) -> None:
-        """Create the folder and remove what a killed save left under temporary names."""
-        make_folder(self.folder)
-        sweep(self.folder)
-
-    def steps(self) -> list[int]:
-        """Steps of all checkpoint folders, damaged ones included, oldest first."""
-        matches = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
-        return sorted(int(match[1]) for match in matches if match)
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"step-{step:07d}"
-
-    def save(self, checkpoint: Checkpoint, parts: bool = False) -> None:
-        """Write, rename, read back, then drop the oldest. All processes call it; `parts`: the tensors are in parts.
-
-        Raises DiskFull, ArtifactError (5), in all processes.
-        """
-        final = self.path(checkpoint.step)
-        if distributed.run_on_main(lambda: checkpoint.step in self.steps()):
-            distributed.run_on_main(lambda: verify(final))
-            return
-        if parts:
-            self._save_parts(checkpoint, final)
-        else:
-            distributed.run_on_main(lambda: self._save_whole(checkpoint, final))
-        distributed.run_on_main(self._drop_old)
-
-    def _save_whole(self, checkpoint: Checkpoint, final: Path) -> None:
-        with new_folder(final) as draft:
-            for name, tensors in checkpoint.groups.items():
-                save_tensors(draft / f"{name}.safetensors", tensors, {"kind": "checkpoint", "step": checkpoint.step})
-            _finish(draft, checkpoint, {path.name: sha256_file(path) for path in sorted(draft.iterdir())})
-        verify(final)
-
-    def _save_parts(self, checkpoint: Checkpoint, final: Path) -> None:
-        with new_folder(final) if distributed.rank() == 0 else nullcontext() as folder:
-            draft = Path(distributed.run_on_main(lambda: str(folder)))
-            write_shards(draft / SHARDS, checkpoint.groups)
-            mine = sorted((draft / SHARDS).iterdir())[distributed.rank() :: distributed.world()]
-            with distributed.raise_together():
-                for path in (*mine, draft / SHARDS):
-                    sync(path)
-            digests = distributed.all_gather_object({f"{SHARDS}/{path.name}": sha256_file(path) for path in mine})
-            if distributed.rank() == 0:
-                _finish(draft, checkpoint, {name: digest for part in digests for name, digest in part.items()})
-        distributed.raise_if_any_failed()  # it has its name
-        verify(final, slice(distributed.rank(), None, distributed.world()))
-        distributed.raise_if_any_failed()
-
-    def _drop_old(self) -> None:
-        for step in self.steps()[: -self.keep]:
-            remove(self.path(step))
-
-    def newest(self) -> SavedCheckpoint | None:
-        """The newest checkpoint, verified, or None when there is none. Raises ArtifactError when it is damaged."""
-        if not self.steps():
-            return None
-        path = self.path(self.steps()[-1])
-        files = tuple(verify(path))
-        return SavedCheckpoint(path, self.steps()[-1], read_json(path / "state.json"), files)
-
-
 @dataclass(frozen=True)
 class SavedCheckpoint:
     """A checkpoint on the disk whose bytes are right."""
@@ -126,31 +51,63 @@ class SavedCheckpoint:
     files: tuple[str, ...]
 
     def read(self, group: str, module: nn.Module) -> dict[str, Tensor]:
-        """A group ({} where there is none), on the CPU or, where `module` is in parts, in the same parts.
-
-        All processes call it. One group at a time, since a host's processes would else hold all of them at once.
-        """
+        """A group ({} where there is none), on the CPU or, where `module` is in parts, in the same parts. All processes
+        call it, for one group at a time, since a host's processes would else hold all of them at once."""
         if any(name.startswith(SHARDS) for name in self.files):
-            return read_shards(self.path / SHARDS, module, group)
+            return _read_shards(self.path / SHARDS, module, group)
         name = f"{group}.safetensors"
         if name not in self.files:
             return {}
-        tensors = None if distributed.rank() else {group: load_tensors(self.path / name)[0]}
-        return spread(tensors, module).get(group, {})
+        return _spread({} if distributed.rank() else load_tensors(self.path / name)[0], module)
 
 
-def _finish(draft: Path, checkpoint: Checkpoint, digests: dict[str, str]) -> None:
-    """The state, and last the manifest."""
-    write_json(draft / "state.json", {**checkpoint.state, "step": checkpoint.step})
-    digests = {**digests, "state.json": sha256_file(draft / "state.json")}
-    write_json(draft / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "files": digests})
+class Checkpoints:
+    """The checkpoints of one training, in `folder`; at most `keep` (at least one) are left after a save."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = Path(folder), max(1, keep)
+
+    def prepare(self) -> None:
+        """Create the folder and remove what a killed save left under temporary names."""
+        files.make_folder(self.folder)
+        files.sweep(self.folder)
+
+    def steps(self) -> list[int]:
+        """Steps of all checkpoint folders, damaged ones included, oldest first."""
+        matches = (_NAME.fullmatch(path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:07d}"
+
+    def newest(self) -> SavedCheckpoint | None:
+        """The newest checkpoint, verified, or None when there is none. Raises ArtifactError when it is damaged."""
+        steps = self.steps()
+        if not steps:
+            return None
+        path = self.path(steps[-1])
+        names = tuple(verify(path))
+        return SavedCheckpoint(path, steps[-1], files.read_json(path / "state.json"), names)
+
+    def save(self, checkpoint: Checkpoint, parts: bool = False) -> None:
+        """Write, rename, read back, then drop the oldest; errors are those of all processes, which all call it."""
+        final = self.path(checkpoint.step)
+        if distributed.run_on_main(lambda: checkpoint.step in self.steps()):
+            distributed.run_on_main(lambda: verify(final))
+            return
+        if parts:
+            _save_parts(checkpoint, final)
+        else:
+            distributed.run_on_main(lambda: _save_whole(checkpoint, final))
+        distributed.run_on_main(self._drop_old)
+
+    def _drop_old(self) -> None:
+        for step in self.steps()[: -self.keep]:
+            files.remove(self.path(step))
 
 
 def verify(path: Path, part: slice = slice(None)) -> dict[str, str]:
-    """Check every byte of a checkpoint folder; returns its files and digests. Raises ArtifactError (5).
-
-    `part`: of the sorted files, those whose bytes are read.
-    """
+    """Check a checkpoint folder, and every byte of `part` of its sorted files; returns all files and digests."""
 
     def damaged(why: str) -> ArtifactError:
         return ArtifactError(
@@ -162,25 +119,23 @@ def verify(path: Path, part: slice = slice(None)) -> dict[str, str]:
 
     if not (path / "manifest.json").is_file():
         raise damaged("manifest.json is missing")
-    manifest = read_json(path / "manifest.json")
-    files, number = (manifest.get(key) if isinstance(manifest, dict) else None for key in ("files", "format"))
+    manifest = files.read_json(path / "manifest.json")
+    listed, number = (manifest.get(key) if isinstance(manifest, dict) else None for key in ("files", "format"))
     if type(number) is int and number > FORMAT:
         raise ArtifactError.newer(f"{path} is a checkpoint", number, FORMAT)
-    if not isinstance(files, dict) or number != FORMAT or not _is_whole(files):
+    in_parts = isinstance(listed, dict) and any(name.startswith(f"{SHARDS}/") for name in listed)
+    required = {"state.json"} if in_parts else _REQUIRED
+    if not isinstance(listed, dict) or number != FORMAT or not listed.keys() >= required:
         raise damaged("manifest.json is not a checkpoint's")
     step = manifest.get("step")
     if type(step) is not int or path.name != f"step-{step:07d}":
         raise damaged(f"its manifest says step {step}")
-    for name, digest in sorted(files.items())[part]:
+    for name, digest in sorted(listed.items())[part]:
         if not (path / name).is_file():
             raise damaged(f"{name} is missing")
-        if sha256_file(path / name) != digest:
+        if files.sha256_file(path / name) != digest:
             raise damaged(f"{name} has changed since it was written")
-    return files
-
-
-def _is_whole(files: dict[str, str]) -> bool:
-    return files.keys() >= _REQUIRED or "state.json" in files and any(name.startswith(f"{SHARDS}/") for name in files)
+    return listed
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -196,11 +151,103 @@ def restore_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
     own = module_tensors(module)
     wrong = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
     if wrong:
-        raise ArtifactError(
-            f"the checkpoint is of another model: {len(wrong)} tensors differ",
-            at=", ".join(wrong[:5]),
-            fix="train into a new folder",
-            code="BF-ART-007",
-        )
+        raise ArtifactError(f"the checkpoint is of another model: {len(wrong)} tensors differ", at=", ".join(wrong[:5]),
+                            fix="train into a new folder", code="BF-ART-007")  # fmt: skip
     for name, tensor in own.items():
         tensor.copy_(tensors[name])
+
+
+def _save_whole(checkpoint: Checkpoint, final: Path) -> None:
+    with files.new_folder(final) as draft:
+        for name, tensors in checkpoint.groups.items():
+            save_tensors(draft / f"{name}.safetensors", tensors, {"kind": "checkpoint", "step": checkpoint.step})
+        _finish(draft, checkpoint, {path.name: files.sha256_file(path) for path in sorted(draft.iterdir())})
+    verify(final)
+
+
+def _save_parts(checkpoint: Checkpoint, final: Path) -> None:
+    # torch.distributed.checkpoint's default storage writes a pickle (`.metadata`), which may not be read from a shared
+    # place; its Hugging Face storage keeps the offsets in the headers of safetensors files, one a process.
+    mine = slice(distributed.rank(), None, distributed.world())
+    flat = {
+        f"{group}/{name}": tensor if isinstance(tensor, DTensor) else tensor.clone()  # two groups may share a buffer
+        for group, tensors in checkpoint.groups.items()
+        for name, tensor in tensors.items()
+    }
+    with files.new_folder(final) if distributed.rank() == 0 else nullcontext() as folder:
+        draft = Path(distributed.run_on_main(lambda: str(folder)))
+        shards = draft / SHARDS
+        try:
+            dcp.save(flat, storage_writer=dcp.HuggingFaceStorageWriter(str(shards), save_distributed=True))
+        except dcp.CheckpointException as error:
+            with files.disk_errors(shards):
+                raise _cause(error) from error
+        paths = sorted(shards.iterdir())[mine]
+        with distributed.raise_together():
+            for path in (*paths, shards):
+                files.sync(path)
+        digests = distributed.all_gather_object({f"{SHARDS}/{path.name}": files.sha256_file(path) for path in paths})
+        if distributed.rank() == 0:
+            _finish(draft, checkpoint, {name: digest for part in digests for name, digest in part.items()})
+    distributed.raise_if_any_failed()  # it has its name
+    verify(final, mine)
+    distributed.raise_if_any_failed()
+
+
+def _finish(draft: Path, checkpoint: Checkpoint, digests: dict[str, str]) -> None:
+    """The state, and last the manifest."""
+    files.write_json(draft / "state.json", {**checkpoint.state, "step": checkpoint.step})
+    digests = {**digests, "state.json": files.sha256_file(draft / "state.json")}
+    files.write_json(draft / "manifest.json", {"format": FORMAT, "step": checkpoint.step, "files": digests})
+
+
+def _cause(error: Any) -> BaseException:
+    """The first process's own exception; an OSError is rebuilt, so that its number is understood."""
+    cause = next(iter(error.failures.values()))[0]
+    while not isinstance(cause, OSError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    if "No space left" in str(cause) and not isinstance(cause, OSError):
+        return OSError(errno.ENOSPC, "No space left on device")
+    return cause
+
+
+def _read_shards(folder: Path, module: nn.Module, group: str) -> dict[str, Tensor]:
+    """A group that any number of processes wrote: whole tensors, or this process's parts when `module` is sharded, of
+    which each then reads no more than it holds."""
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    metadata: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    parameters, prefix = dict(module.named_parameters()), f"{group}/"
+    flat = {name: _like(parameters, name.removeprefix(prefix), about.size, about.properties.dtype)
+            for name, about in metadata.items() if name.startswith(prefix)}  # fmt: skip
+    if flat:
+        alone = not any(isinstance(parameter, DTensor) for parameter in parameters.values())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
+            dcp.load(flat, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    return {name.removeprefix(prefix): tensor for name, tensor in flat.items()}
+
+
+def _spread(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The first process's tensors (the others have none) in all: whole, or in parts when `module` is sharded. One at a
+    time, so that no other process ever holds them whole beside its parts."""
+    if distributed.world() == 1:
+        return tensors
+    about = distributed.run_on_main(lambda: [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()])
+    parameters, spread = dict(module.named_parameters()), dict[str, Tensor]()
+    for name, shape, dtype in about:
+        whole = tensors[name] if name in tensors else torch.empty(shape, dtype=dtype)
+        part = _like(parameters, name, shape, dtype)
+        if isinstance(part, DTensor):
+            whole = distribute_tensor(whole.to(part.device), part.device_mesh, part.placements)
+        else:
+            dist.broadcast(whole, 0)
+        spread[name] = whole
+    return spread
+
+
+def _like(parameters: dict[str, nn.Parameter], name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A tensor to fill for `parameter` or `parameter/key`: in parts where its parameter is."""
+    owner = parameters.get(name.split("/")[0])
+    if isinstance(owner, DTensor) and owner.shape == shape:
+        return torch.zeros_like(owner, dtype=dtype).detach()
+    return torch.zeros(shape, dtype=dtype)

@@ -1,7 +1,6 @@
 """Which rows a training step sees, and which random numbers: pure functions of (seed, step, ...).
 
-Nothing here has a state, so a resume needs the step number alone. The order comes from our own integer hash, not from a
-library's generator, and so does not change with library versions.
+The order comes from our own integer hash, not from a library's generator, and so does not change with their versions.
 """
 
 from __future__ import annotations
@@ -42,10 +41,7 @@ def permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
 
 
 def batch_indices(seed: int, step: int, batch_size: int, rows: int) -> list[int]:
-    """Row numbers of batch `step`: positions [step * batch_size, +batch_size) of the endless sequence of epochs.
-
-    The concatenation of all batches is the same sequence for every batch size. Raises ValueError when rows < 1.
-    """
+    """Row numbers of batch `step`: positions [step * batch_size, +batch_size) of the endless sequence of epochs."""
     if rows < 1:
         raise ValueError("batch_indices needs at least one row")
     first = step * batch_size
@@ -53,12 +49,9 @@ def batch_indices(seed: int, step: int, batch_size: int, rows: int) -> list[int]
 
 
 def held_out(keys: Sequence[str], count: int) -> tuple[list[int], list[int]]:
-    """(rows to train on, rows to validate on): the `count` rows whose keys have the smallest hash are held out.
-
-    At most a tenth of the rows, and at least one if `count` is not 0; one more where an image's other row would else
-    be trained on. Which rows depends on the keys alone, so a row keeps its side when seeds or settings change. Raises
-    ValueError when nothing is left to train on.
-    """
+    """(rows to train on, rows to validate on): the `count` rows whose keys have the smallest hash are held out, so that
+    a row keeps its side when seeds or settings change. At most a tenth of the rows, and at least one if `count` is not
+    0; one more where an image's other row would else be trained on."""
     count = min(count, max(1, len(keys) // 10))
     ranked = sorted(range(len(keys)), key=lambda row: (derive("held out", image_of(keys[row])), keys[row]))
     while 0 < count < len(keys) and image_of(keys[ranked[count - 1]]) == image_of(keys[ranked[count]]):

@@ -26,44 +26,29 @@ from bifrost_cli.runtime.signals import StopFlag
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.training.checkpoint import Checkpoint, Checkpoints, SavedCheckpoint, module_tensors, restore_module
 from bifrost_cli.training.data_order import derive, micro_seed
-from bifrost_cli.training.ema import EMA
-from bifrost_cli.training.optimizer import make_optimizer, optimizer_tensors, restore_optimizer
+from bifrost_cli.training.optimizer import EMA, make_optimizer, optimizer_tensors, restore_optimizer
 from bifrost_cli.training.parallel import Parallel, full_tensor, local
-from bifrost_cli.training.train_log import NullLogger, TrainingLogger
+from bifrost_cli.training.train_log import TrainingLogger
 
 # What changes the weights; a checkpoint made under other values of these does not continue.
 SETTINGS = (
-    "steps",
-    "batch_size",
-    "accumulate",
-    "optimizer",
-    "lr",
-    "betas",
-    "weight_decay",
-    "warmup",
-    "clip",
-    "ema",
-    "ema_warmup",
-    "precision",
-    "seed",
-)
+    "steps", "batch_size", "accumulate", "optimizer", "lr", "betas", "weight_decay", "warmup", "clip", "ema",
+    "ema_warmup", "precision", "seed",
+)  # fmt: skip
 _BEFORE = {"optimizer": "adamw", "ema_warmup": False}  # what checkpoints had before there was a choice
 
 
 class Task(Protocol):
-    """What is trained.
-
-    Optional methods: `keys(batch) -> list[str]` for error reports; `weights(step) -> list[float]`, how much each
-    micro-batch counts in the mean of a step (all 1 without it); `validate() -> dict[str, float]` and
+    """What is trained. Optional methods: `keys(batch) -> list[str]` for error reports; `weights(step) -> list[float]`,
+    how much each micro-batch counts in the mean of a step (all 1 without it); `validate() -> dict[str, float]` and
     `samples(folder, step)`, which run under EMA weights, in eval mode, without gradients.
     """
 
     @property
-    def module(self) -> nn.Module:
-        """What is trained."""
+    def module(self) -> nn.Module: ...
 
     def batch(self, step: int, micro: int) -> Any:
-        """The batch of a step; a pure function of its arguments."""
+        """A pure function of its arguments."""
 
     def loss(self, batch: Any, generator: torch.Generator) -> tuple[Tensor, Mapping[str, Tensor | float]]:
         """A scalar loss and numbers to record; random numbers come from `generator`, on the CPU on any device."""
@@ -71,15 +56,15 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training made. `ema_state` has all weights that are not frozen (the raw ones when `ema` is 0), and
-    `raw_state` with `ema_warmup` the raw ones; both are {} in all processes but the first."""
+    """`ema_state` has all weights that are not frozen (the raw ones when `ema` is 0), and `raw_state` with `ema_warmup`
+    the raw ones; both are {} in all processes but the first."""
 
     step: int
     metrics: dict[str, float]
     seconds: float
     samples_seen: int
     ema_state: dict[str, Tensor]
-    raw_state: dict[str, Tensor] = field(default_factory=dict)
+    raw_state: dict[str, Tensor]
 
 
 @dataclass
@@ -94,6 +79,12 @@ class _State:
     seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.train.precision == "bf16")
+
+    def due(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
+
 
 def fit(
     task: Task,
@@ -106,60 +97,52 @@ def fit(
 ) -> FitResult:
     """Train `task.module` in place for `train.steps` steps, continuing from the newest checkpoint in `folder`.
 
-    Raises:
-        Diverged: the first loss or gradient that is not finite, before the optimizer step.
-        Stopped: after a signal, with a checkpoint written.
-        ArtifactError: a damaged checkpoint, or one made under other settings.
-        UsageError: any checkpoint when `resume` is False.
-        DiskFull: a checkpoint does not fit.
-        EnvironmentProblem: a tracker of `train.report_to` is not installed or does not start.
+    Diverged: before an optimizer step with a number that is not finite; Stopped: after a signal, with a checkpoint;
+    ArtifactError: a damaged checkpoint, or one of other settings; UsageError: any checkpoint when `resume` is False.
     """
     folder = Path(folder)
     make_folder(folder)
     checkpoints = Checkpoints(folder / "checkpoints", train.keep)
-    with StopFlag() as stop, NullLogger() if distributed.rank() else TrainingLogger(folder, train, ui) as records:
-        # ---- start, or continue
+    with StopFlag() as stop, _records(folder, train, ui) as records:
         state = _start(task, train, torch.device(device))
         _continue(state, checkpoints, records, resume)
-        records.begin(state.step, state.seconds)
-        # ---- train
+        if records:
+            records.begin(state.step, state.seconds)
         while state.step < train.steps:
             row, stopping = _step(state, folder, stop)
-            records.step(state.step, row)
+            if records:
+                records.step(state.step, row)
             _examine(state, folder, records)
             last = state.step == train.steps
-            if last or stopping or _due(state.step, train.checkpoint_every):
-                digests = records.sync()
-                state.seconds = records.seconds()
+            if last or stopping or state.due(train.checkpoint_every):
+                digests = records.sync() if records else {}
+                state.seconds = records.seconds() if records else 0.0
                 _save(state, checkpoints, digests)
-                records.saved(records.seconds() - state.seconds)
+                if records:
+                    records.saved(records.seconds() - state.seconds)
             if stopping and not last:
-                raise Stopped(
-                    f"stopped at step {state.step} of {train.steps}; a checkpoint is written",
-                    at=str(checkpoints.path(state.step)),
-                    fix="run the same command again to continue",
-                    code="BF-STOP-001",
-                )
+                raise Stopped(f"stopped at step {state.step} of {train.steps}; a checkpoint is written",
+                              at=str(checkpoints.path(state.step)), fix="run the same command again to continue",
+                              code="BF-STOP-001")  # fmt: skip
     seen = state.step * train.batch_size * train.accumulate
     raw = state.ema.whole(raw=True) if train.ema and train.ema_warmup else {}
     return FitResult(state.step, state.metrics, state.seconds, seen, state.ema.whole(), raw)
 
 
-# ---- start and resume --------------------------------------------------------------------------------------------
+def _records(folder: Path, train: Train, ui: Ui | None) -> AbstractContextManager[TrainingLogger | None]:
+    """None in all processes but the first, which alone writes anything down."""
+    return nullcontext() if distributed.rank() else TrainingLogger(folder, train, ui)
 
 
 def _start(task: Task, train: Train, device: torch.device) -> _State:
     module = task.module.to(device)
     parallel = Parallel(module, train.parallel, device)
     module.train()
-    return _State(
-        task, train, device, parallel, EMA(module, train.ema, train.ema_warmup), make_optimizer(module, train)
-    )
+    ema = EMA(module, train.ema, train.ema_warmup)
+    return _State(task, train, device, parallel, ema, make_optimizer(module, train))
 
 
-def _continue(state: _State, checkpoints: Checkpoints, records: TrainingLogger, resume: bool) -> None:
-    # 1. leftovers of a killed save go; 2. the newest checkpoint must verify; 3. its settings must be ours;
-    # 4. the tables are cut back to its step; 5. weights, EMA, optimizer. Step 0 is reached only with no checkpoint.
+def _continue(state: _State, checkpoints: Checkpoints, records: TrainingLogger | None, resume: bool) -> None:
     saved = distributed.run_on_main(lambda: _find(state.train, checkpoints, records, resume))
     if saved is None:
         return
@@ -170,39 +153,26 @@ def _continue(state: _State, checkpoints: Checkpoints, records: TrainingLogger, 
     state.step, state.seconds, state.metrics = saved.step, saved.state["seconds"], saved.state["metrics"]
 
 
-def _find(train: Train, checkpoints: Checkpoints, records: TrainingLogger, resume: bool) -> SavedCheckpoint | None:
+def _find(train: Train, checkpoints: Checkpoints, records: Any, resume: bool) -> SavedCheckpoint | None:
+    """The newest checkpoint, when it is whole and of our settings; the tables are cut back to its step."""
     checkpoints.prepare()
     if not resume and checkpoints.steps():
-        raise UsageError(
-            f"{checkpoints.folder} already holds checkpoints",
-            at=f"steps {checkpoints.steps()}",
-            fix="let it resume, or train into a new folder",
-            code="BF-USE-002",
-        )
+        raise UsageError(f"{checkpoints.folder} already holds checkpoints", at=f"steps {checkpoints.steps()}",
+                         fix="let it resume, or train into a new folder", code="BF-USE-002")  # fmt: skip
     saved = checkpoints.newest()
-    if saved is not None:
-        _same_settings(saved.state.get("train", {}), _settings(train), saved.path)
-    records.cut(saved.step if saved else 0, saved.state.get("records", {}) if saved else {})
+    if saved is None:
+        records.cut(0, {})
+        return None
+    before, now = {**_BEFORE, **saved.state.get("train", {})}, _settings(train)
+    if changed := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
+        raise ArtifactError(f"checkpoint {saved.path} was made with other training settings", at="; ".join(changed),
+                            fix="set them back, or train into a new folder", code="BF-ART-003")  # fmt: skip
+    records.cut(saved.step, saved.state.get("records", {}))
     return saved
 
 
 def _settings(train: Train) -> dict[str, Any]:
     return json.loads(json.dumps({name: getattr(train, name) for name in SETTINGS}))
-
-
-def _same_settings(before: dict, now: dict, path: Path) -> None:
-    before = {**_BEFORE, **before}
-    changed = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
-    if changed:
-        raise ArtifactError(
-            f"checkpoint {path} was made with other training settings",
-            at="; ".join(changed),
-            fix="set them back, or train into a new folder",
-            code="BF-ART-003",
-        )
-
-
-# ---- one step ----------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, train: Train) -> float:
@@ -249,12 +219,8 @@ def _micro(state: _State, micro: int) -> tuple[Tensor, Mapping[str, Tensor | flo
     torch.manual_seed(derive(seed, rank) if rank else seed)  # dropout draws from the global generator
     generator = torch.Generator().manual_seed(seed)  # equal in all processes: each takes its part of a draw for all
     batch = state.task.batch(state.step, micro)
-    with _autocast(state):
+    with state.autocast():
         return state.parallel.run(state.task.loss, batch, generator)
-
-
-def _autocast(state: _State) -> torch.autocast:
-    return torch.autocast(state.device.type, torch.bfloat16, enabled=state.train.precision == "bf16")
 
 
 def _diverged(state: _State, folder: Path, loss: float, norm: float) -> None:
@@ -263,26 +229,16 @@ def _diverged(state: _State, folder: Path, loss: float, norm: float) -> None:
     batches = sum(distributed.all_gather_object(batches), [])
     report = {"step": state.step + 1, "loss": str(loss), "grad_norm": str(norm), "keys": sum(batches, [])}
     distributed.run_on_main(lambda: write_json(folder / "nonfinite.json", report))
-    raise Diverged(
-        f"loss {loss} or gradient norm {norm} is not finite at step {state.step + 1}",
-        code="BF-NAN-001",
-        at=f"batch keys in {folder / 'nonfinite.json'}; the last checkpoint is intact",
-        fix="look at those rows, or lower the learning rate (lr) and train into a new folder",
-    )
+    raise Diverged(f"loss {loss} or gradient norm {norm} is not finite at step {state.step + 1}", code="BF-NAN-001",
+                   at=f"batch keys in {folder / 'nonfinite.json'}; the last checkpoint is intact",
+                   fix="look at those rows, or lower the learning rate (lr) and train into a new folder")  # fmt: skip
 
 
-# ---- between steps -----------------------------------------------------------------------------------------------
-
-
-def _due(step: int, every: int) -> bool:
-    return bool(every) and step % every == 0
-
-
-def _examine(state: _State, folder: Path, records: TrainingLogger) -> None:
+def _examine(state: _State, folder: Path, records: TrainingLogger | None) -> None:
     """Validation and sample grids. All processes compute the same, because what is in parts needs all of them in step;
     the first writes."""
     train, task, last = state.train, state.task, state.step == state.train.steps
-    if hasattr(task, "validate") and (last or _due(state.step, train.validate_every)):
+    if hasattr(task, "validate") and (last or state.due(train.validate_every)):
         with _averaged(state):
             metrics = {name: float(value) for name, value in state.parallel.run(task.validate).items()}
         if not all(map(math.isfinite, metrics.values())):
@@ -292,14 +248,12 @@ def _examine(state: _State, folder: Path, records: TrainingLogger) -> None:
                 fix="check the held-out rows, or lower the learning rate (lr) and train into a new folder",
             )
         state.metrics = metrics
-        records.validation(state.step, metrics)
-    if hasattr(task, "samples") and train.sample_every and (last or _due(state.step, train.sample_every)):
-        with _averaged(state), _samples_folder(folder) as samples:
-            state.parallel.run(task.samples, Path(samples), state.step)
-
-
-def _samples_folder(folder: Path) -> AbstractContextManager[Any]:
-    return tempfile.TemporaryDirectory(prefix="bifrost-") if distributed.rank() else nullcontext(folder / "samples")
+        if records:
+            records.validation(state.step, metrics)
+    if hasattr(task, "samples") and train.sample_every and (last or state.due(train.sample_every)):
+        unread = tempfile.TemporaryDirectory(prefix="bifrost-") if distributed.rank() else nullcontext()
+        with _averaged(state), unread as other:
+            state.parallel.run(task.samples, Path(other or folder / "samples"), state.step)
 
 
 @contextmanager
@@ -309,7 +263,7 @@ def _averaged(state: _State) -> Iterator[None]:
     state.ema.exchange()
     state.task.module.eval()
     try:
-        with torch.no_grad(), _autocast(state), state.parallel.whole():
+        with torch.no_grad(), state.autocast(), state.parallel.whole():
             yield
     finally:
         state.task.module.train()
@@ -322,14 +276,10 @@ def _save(state: _State, checkpoints: Checkpoints, digests: dict[str, str | None
     if state.ema.tensors:
         groups["ema"] = {**groups["model"], **state.ema.tensors}
     bad = [name for tensors in groups.values() for name, t in tensors.items() if not torch.isfinite(local(t)).all()]
-    distributed.raise_if_any_failed(_not_finite(bad[0], state.step) if bad else None)
+    error = None
+    if bad:
+        error = Diverged(f"{bad[0]} is not finite after step {state.step}; no checkpoint was written of it",
+                         fix="lower the learning rate (lr) and train into a new folder", code="BF-NAN-001")  # fmt: skip
+    distributed.raise_if_any_failed(error)
     facts = {"train": _settings(state.train), "seconds": state.seconds, "metrics": state.metrics, "records": digests}
-    checkpoints.save(Checkpoint(state.step, groups, facts), parts=state.parallel.sharded)
-
-
-def _not_finite(name: str, step: int) -> Diverged:
-    return Diverged(
-        f"{name} is not finite after step {step}; no checkpoint was written of it",
-        fix="lower the learning rate (lr) and train into a new folder",
-        code="BF-NAN-001",
-    )
+    checkpoints.save(Checkpoint(state.step, groups, facts), parts=bool(state.parallel.sharded))

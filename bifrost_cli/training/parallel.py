@@ -1,8 +1,4 @@
-"""A module that several processes train together: PyTorch's DDP or FSDP2 around it, batch statistics over all rows.
-
-In: a module on its device, `ddp` or `fsdp`. Out: a `Parallel` that runs losses through it, and the whole tensors of
-what is sharded. With one process nothing is wrapped. Knows no loss, no optimizer and no checkpoint.
-"""
+"""A module that several processes train together: PyTorch's DDP or FSDP2 around it, batch statistics over all rows."""
 
 from __future__ import annotations
 
@@ -21,63 +17,58 @@ from bifrost_cli.runtime import distributed
 
 class Parallel:
     """`module` in all processes of the job; with `fsdp` each holds a part of every tensor, cut along its first
-    dimension, and gathers a layer when it is needed. What is frozen outside the module is never wrapped."""
+    dimension, and gathers a layer when it is needed (`sharded`). With one process nothing is wrapped."""
 
     def __init__(self, module: nn.Module, kind: str, device: torch.device) -> None:
         self._around: nn.Module | None = None
-        self._sharded: list[Any] = []
+        self.sharded: list[Any] = []
         if distributed.world() == 1:
             return
-        _share_statistics(module)
+        for part in module.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.__class__ = _SharedBatchNorm  # the same parameters and buffers, under the same names
         self._around = _Call(module)
-        if kind == "fsdp":
-            self._shard(module, device)
-        else:
+        if kind != "fsdp":
             # A ControlNet without single blocks leaves some of its last block unused.
             self._around = nn.parallel.DistributedDataParallel(self._around, find_unused_parameters=True)
+            return
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(device.type, (distributed.world(),))
+        with torch.no_grad():  # the first process's weights everywhere, as DDP does when it is made
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor, 0)
+        layers = [layer for layer in _layers(module) if any(True for _ in layer.parameters())]
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(self._around, mesh=mesh, reshard_after_forward=True)
+        self.sharded = [self._around, *layers]
 
     def run(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """`work(*arguments)`, which calls the module, inside the wrapper's forward pass."""
         return work(*arguments) if self._around is None else self._around(work, *arguments)
 
-    @property
-    def sharded(self) -> bool:
-        """True when tensors are in parts."""
-        return bool(self._sharded)
-
     def summing(self, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward: gradients are averaged over the processes only with the step's last."""
         if isinstance(self._around, nn.parallel.DistributedDataParallel) and not last:
             return self._around.no_sync()
-        for module in self._sharded[:1]:
+        for module in self.sharded[:1]:
             module.set_requires_gradient_sync(last)
         return nullcontext()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
         """Every process holds the whole module meanwhile: decoding uses parts of layers outside their forward pass."""
-        for module in self._sharded:
+        for module in self.sharded:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
         try:
             yield
         finally:
-            for module in self._sharded:
+            for module in self.sharded:
                 module.reshard()
                 module.set_reshard_after_forward(True, recurse=False)
-
-    def _shard(self, module: nn.Module, device: torch.device) -> None:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = init_device_mesh(device.type, (distributed.world(),))
-        _spread_weights(module)
-        layers = [layer for layer in _layers(module) if any(True for _ in layer.parameters())]
-        for layer in layers:
-            fully_shard(layer, mesh=mesh)
-        assert self._around is not None
-        fully_shard(self._around, mesh=mesh, reshard_after_forward=True)
-        self._sharded = [self._around, *layers]
 
 
 class _Call(nn.Module):
@@ -97,16 +88,6 @@ def _layers(module: nn.Module) -> Iterator[nn.Module]:
         yield from child if isinstance(child, nn.ModuleList) else _layers(child)
 
 
-@torch.no_grad()
-def _spread_weights(module: nn.Module) -> None:
-    """The first process's weights everywhere, as DDP does when it is made."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        dist.broadcast(tensor, 0)
-
-
-# ---- tensors that may be sharded -------------------------------------------------------------------------------------
-
-
 def local(tensor: Tensor) -> Tensor:
     """This process's part; the tensor itself when it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -117,15 +98,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# ---- batch statistics ------------------------------------------------------------------------------------------------
-
-
 class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the rows of all processes, so that a batch means the same however many share it.
-
-    PyTorch's own SyncBatchNorm needs a GPU; this gives the same numbers anywhere (tests compare it with BatchNorm on
-    the whole batch). Two sums, not one of squares: a mean that is large beside the deviation would cancel.
-    """
+    """BatchNorm over the rows of all processes, so that a batch means the same however many share it; PyTorch's own
+    SyncBatchNorm needs a GPU. Two sums, not one of squares: a mean that is large beside the deviation would cancel."""
 
     def _check_input_dim(self, value: Tensor) -> None:
         pass
@@ -148,9 +123,3 @@ class _SharedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_var.lerp_(variance_C * count / (count - 1), self.momentum)
         scaled = centred * torch.rsqrt(variance_C + self.eps).view(shape)
         return (scaled * self.weight.view(shape) + self.bias.view(shape)).to(value.dtype)
-
-
-def _share_statistics(module: nn.Module) -> None:
-    for part in module.modules():
-        if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            part.__class__ = _SharedBatchNorm  # the same parameters and buffers, under the same names

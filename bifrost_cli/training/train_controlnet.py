@@ -1,36 +1,37 @@
 """train controlnet: copies of a few of the diffusion model's blocks learn to condition it on patch latents.
 
-The diffusion model is hashed before and after and never changed; no image is opened.
+No image is opened, and none is decoded but for the sample grids. B batch, P patches, C latent channels, c h w VAE grid.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
 
 from bifrost_cli.artifacts import Artifact
-from bifrost_cli.config.schema import Recipe
+from bifrost_cli.config.schema import ControlNet, Recipe, Train
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.errors import RecipeError
 from bifrost_cli.loading.compatibility import check_settings, control_ratio, require_precision, require_vae_latents
 from bifrost_cli.loading.fingerprints import diffusion_fingerprint
 from bifrost_cli.loading.loaders import ModelLoader, encoder_errors
-from bifrost_cli.models.diffusion.base import DiffusionModel, UnsupportedControl
+from bifrost_cli.models import row_noise
+from bifrost_cli.models.diffusion.base import ControlInput, DiffusionModel, UnsupportedControl
 from bifrost_cli.models.encoders import VaeEncoder
+from bifrost_cli.models.row_noise import NoiseSource, RowSlice
 from bifrost_cli.runtime.launch import together
 from bifrost_cli.runtime.ui import Ui
-from bifrost_cli.training.controlnet_task import ControlNetTask
-from bifrost_cli.training.data_order import derive
-from bifrost_cli.training.training_run import (
-    TrainingRun,
-    choose_store,
-    run_training,
-    say_cut,
-    shared_identity,
-)
+from bifrost_cli.training import training_run
+from bifrost_cli.training.data_order import derive, uniform
+from bifrost_cli.training.training_run import Batch, StoreTask, TrainingRun
+
+SHOWN_STEPS, SHOWN_GUIDANCE, SHOWN_SCALE = 28, 3.5, 0.7  # of a sample grid; the paper's settings (section 4)
 
 
 @together
@@ -49,69 +50,50 @@ def train_controlnet(
 
     Args:
         recipe: its `controlnet` and `models` sections decide the training.
-        latents: a latents artifact with VAE latents; None takes the newest of the workspace.
-        output: the artifact's folder; None names it by its id in `workspace`.
-        resume: "auto", a run folder, or a checkpoint in one.
-        device: "auto" or a torch device.
-        dry_run: return the plan and write nothing.
+        latents: a latents artifact with VAE latents; the other arguments are as for `train_branch`.
 
     Returns:
         The controlnet artifact, or the plan.
 
     Raises:
-        StoreError: a store without VAE latents, or a damaged one.
-        ArtifactError: VAE latents of another diffusion model or size (BF-ART-004), a damaged checkpoint.
-        RecipeError, Diverged, Stopped, DiskFull: as `training.loop.fit` and `run_training`.
+        ArtifactError: VAE latents of another diffusion model or size (BF-ART-004); StoreError: a store without any.
     """
     ui, settings, models = ui or Ui(), recipe.controlnet, recipe.models
     require_precision("controlnet", settings.train, models)
-    store, loader = choose_store(recipe, latents, workspace, ui), ModelLoader(models, device)
-    store.vae([0])  # a store without VAE latents is refused before anything is loaded
-    diffusion = diffusion_of(recipe, store, loader, ui)
-    controlnet = new_control(recipe, store, diffusion, settings.train.seed)
-    if settings.train.gradient_checkpointing:
-        save_memory(controlnet, diffusion.transformer)  # the gradient passes through the frozen diffusion model, too
-    base, small = diffusion_fingerprint(models, diffusion), {}
+    store, loader = training_run.choose_store(recipe, latents, workspace, ui), ModelLoader(models, device)
+    diffusion, controlnet = load_with_control(recipe, store, loader, settings.train, ui)
+    base = diffusion_fingerprint(models, diffusion)
+    small = {} if models.weights == "dtype" else {"weights": models.weights}
     loader.policy.settle(*diffusion.frozen_modules(), frozen=diffusion.frozen_modules(but=("vae",)))
-    if models.weights != "dtype":
-        small = {"weights": models.weights}
-    tokens = recipe.models.diffusion_text_tokens
+    tokens = models.diffusion_text_tokens
     task = ControlNetTask(controlnet.float(), diffusion, store, settings, tokens)
-    say_cut(task.too_long, store, tokens, ui)
-    job = TrainingRun(
-        kind="controlnet",
-        recipe=recipe,
-        train=settings.train,
-        store=store,
-        identity={**shared_identity(store, settings), "painter": base, "painter_tokens": tokens, **small},
-        task=task,
-        config=diffusion.controlnet_config(controlnet),
-        frozen=diffusion.weights_hash,
-        frozen_hash=diffusion.weights_hash() if small else base,
-        device=loader.device,
-    )
-    result = run_training(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
+    training_run.say_cut(lambda row: diffusion.too_long(store.captions[row], tokens), store, tokens, ui)
+    shared = training_run.shared_identity(store, settings)
+    job = TrainingRun(kind="controlnet", recipe=recipe, train=settings.train, store=store,
+                      identity={**shared, "painter": base, "painter_tokens": tokens, **small}, task=task,
+                      config=diffusion.controlnet_config(controlnet), frozen=diffusion.weights_hash,
+                      frozen_hash=diffusion.weights_hash() if small else base, device=loader.device)  # fmt: skip
+    result = training_run.run_training(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
     if isinstance(result, Artifact):
         ui.say(f"controlnet: {result.path}")
     return result
 
 
-def diffusion_of(recipe: Recipe, store: LatentsStore, loader: ModelLoader, ui: Ui) -> DiffusionModel:
-    """The recipe's diffusion model; the store's VAE latents are its own."""
+def load_with_control(
+    recipe: Recipe, store: LatentsStore, loader: ModelLoader, train: Train, ui: Ui
+) -> tuple[DiffusionModel, nn.Module]:
+    """The recipe's diffusion model, which must be the store's VAE latents' own, and a new control for it."""
+    store.vae([0])  # a store without VAE latents is refused before anything is loaded
     diffusion = loader.diffusion()
     check_settings(recipe, diffusion, ui)
     with encoder_errors("images.output_size"):
         vae = VaeEncoder(diffusion.vae, recipe.images.output_size)
     require_vae_latents(store, vae.identity, recipe.name)
-    return diffusion
-
-
-def save_memory(*modules: nn.Module) -> None:
-    """Keep only the inputs of layers for the gradient; the small controls have no layers to forget."""
-    for module in modules:
-        enable: Any = getattr(module, "enable_gradient_checkpointing", None)
-        if enable is not None:
-            enable()
+    control = new_control(recipe, store, diffusion, train.seed)
+    if train.gradient_checkpointing:  # the gradient passes through the frozen diffusion model, too
+        for module in (control, diffusion.transformer):
+            getattr(module, "enable_gradient_checkpointing", lambda: None)()  # small controls have no layers to forget
+    return diffusion, control
 
 
 def new_control(recipe: Recipe, store: LatentsStore, diffusion: DiffusionModel, seed: int) -> nn.Module:
@@ -126,3 +108,67 @@ def new_control(recipe: Recipe, store: LatentsStore, diffusion: DiffusionModel, 
     except UnsupportedControl as error:
         fix = f"--set controlnet.{error.key}={error.value}"
         raise RecipeError(f"controlnet.{error.key}: {error}", fix=fix, code="BF-RECIPE-005") from None
+
+
+class ControlNetTask(StoreTask):
+    """The flow loss of a frozen diffusion model; dropped texts and noise follow from (seed, step, row)."""
+
+    section = "controlnet"
+
+    def __init__(
+        self, control: nn.Module, diffusion: DiffusionModel, store: LatentsStore, settings: ControlNet, max_tokens: int
+    ) -> None:
+        super().__init__(control, store, settings, diffusion.device)
+        self._diffusion, self._max_tokens, self._kept = diffusion, max_tokens, dict[Any, Any]()
+        self._std_C = torch.from_numpy(store.std_C).to(diffusion.device)
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        control_BPC, part = batch.latents_BPC, RowSlice(generator, batch.first, batch.total)
+        if self._settings.latent_noise and self.module.training:  # a validation is of the true latents
+            control_BPC = self._noisy(control_BPC, part)
+        return self._diffusion.control_loss(self.module, self._vae(batch.rows), control_BPC, batch.text, part), {}
+
+    def _noisy(self, latents_BPC: Tensor, source: NoiseSource) -> Tensor:
+        """Each row gets its own noise level, uniform up to `latent_noise` channel deviations, so that the ControlNet
+        tolerates the errors of predicted latents."""
+        level_B11 = row_noise.uniform((len(latents_BPC), 1, 1), source) * self._settings.latent_noise
+        noise_BPC = row_noise.normal(latents_BPC.shape, source) * level_B11
+        return latents_BPC + noise_BPC.to(latents_BPC) * self._std_C
+
+    def validate(self) -> dict[str, float]:
+        """The loss on held-out rows, with no text, and with another row's latents (which must be much higher)."""
+        rows = self.held_rows
+        captions = [self._store.captions[row] for row in rows]
+        metrics = self._held("", captions) | self._held("_no_text", [""] * len(rows))
+        return metrics | (self._held("_shuffled", captions, rows[1:] + rows[:1]) if len(rows) > 1 else {})
+
+    def _pairs(self, rows: list[int]) -> Sequence[np.ndarray]:
+        text = self._read([self._store.captions[row] for row in rows], SHOWN_GUIDANCE)
+        seed = self._settings.train.seed
+        return rendered_pairs(self._diffusion, self.module, self._vae(rows), self._latents(rows), text, seed)
+
+    def _read(self, texts: Sequence[str], guidance: float = 1.0) -> Any:
+        """Those of validations and sample grids, the same each time, are kept in main memory."""
+        key = (guidance, *texts)
+        if key in self._kept:
+            return send_to_device(self._kept[key], self._diffusion.device)
+        text = self._diffusion.embed(texts, self._max_tokens, guidance)
+        if not self.module.training:
+            self._kept[key] = send_to_device(text, "cpu")
+        return text
+
+    def _text(self, row: int, number: int) -> str:
+        dropped = uniform(self._settings.train.seed, number, row, "drop prompt") < self._settings.drop_prompt
+        return "" if dropped else self._store.captions[row]
+
+
+def rendered_pairs(
+    diffusion: DiffusionModel, control: nn.Module, vae_Bchw: Tensor, control_BPC: Tensor, text: Any, seed: int
+) -> Sequence[np.ndarray]:
+    """Images (their VAE latents decoded), and those generated from `control_BPC` and `text`."""
+    generator = torch.Generator().manual_seed(derive(seed, "samples"))
+    pixels = vae_Bchw.shape[-1] * diffusion.factor
+    noise_Bchw = torch.cat([diffusion.noise(pixels, generator) for _ in vae_Bchw])
+    control_input = ControlInput(control, control_BPC, SHOWN_SCALE)
+    made_Bchw = diffusion.denoise(noise_Bchw, text, control=control_input, steps=SHOWN_STEPS, guidance=SHOWN_GUIDANCE)
+    return diffusion.decode(vae_Bchw).numpy(), diffusion.decode(made_Bchw).numpy()

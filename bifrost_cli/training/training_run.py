@@ -1,4 +1,4 @@
-"""What `train branch` and `train controlnet` share: choosing the store, planning, running the loop, committing.
+"""What `train branch` and `train controlnet` share: choosing the store, its rows, planning, running, committing.
 
 The artifact holds `model.safetensors` (averaged weights, only what was trained; with `ema_warmup` the live ones in
 `raw.safetensors`), `config.json`, `losses.csv`, `validation.csv` and `samples/`.
@@ -7,17 +7,22 @@ The artifact holds `model.safetensors` (averaged weights, only what was trained;
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from torch import Tensor, nn
 
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id, newest, resolve
 from bifrost_cli.artifacts.files import make_folder, remove, sweep, write_bytes, write_json
 from bifrost_cli.config.schema import Recipe, Train, identity_of
 from bifrost_cli.data.latents.reader import LatentsStore
+from bifrost_cli.data.png import contact_sheet, png_bytes
 from bifrost_cli.data.safetensors_io import save_tensors
 from bifrost_cli.errors import ArtifactError, BifrostError, DataError, DiskFull, RecipeError, UsageError, memory_errors
 from bifrost_cli.loading.compatibility import require_latents_named
@@ -25,30 +30,90 @@ from bifrost_cli.loading.open_clip_models import features_name
 from bifrost_cli.runtime import distributed
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.training.checkpoint import Checkpoints
-from bifrost_cli.training.data_order import image_of
-from bifrost_cli.training.loop import FitResult, Task, fit
+from bifrost_cli.training.data_order import batch_indices, derive, held_out, image_of
+from bifrost_cli.training.loop import FitResult, fit
 
-RECORDS = ("losses.csv", "validation.csv")
+SHOWN = 8  # images of a sample grid
 _LOOKED_AT = 2000  # rows whose texts are measured before the training; a store may have millions
 
 
-def say_cut(too_long: Callable[[int], bool], store: LatentsStore, tokens: int, ui: Ui) -> None:
-    """Count the store's first texts of which the training does not read the end; `too_long` says it of a row."""
-    rows = min(store.rows, _LOOKED_AT)
-    if cut := sum(map(too_long, range(rows))):
-        ui.say(f"{cut} of the first {rows} texts are longer than {tokens} tokens and are cut")
+@dataclass(frozen=True)
+class Batch:
+    """Rows of the store, their patch latents, and what a frozen model makes of their texts. `total` rows are drawn
+    together; the `first` of them belong to the processes before this one."""
+
+    rows: list[int]
+    latents_BPC: Tensor
+    text: Any
+    first: int
+    total: int
 
 
-class StoreTask(Task, Protocol):
-    """A task on the rows of a store."""
+class StoreTask(ABC):
+    """A `loop.Task` on the rows of a store, whose batches are functions of (seed, step, row)."""
 
-    @property
-    def train_rows(self) -> Sequence[int]:
-        """Rows to train on."""
+    section: ClassVar[str]  # of the recipe
 
-    @property
-    def held_rows(self) -> Sequence[int]:
-        """Rows to validate on."""
+    def __init__(self, module: nn.Module, store: LatentsStore, settings: Any, device: torch.device) -> None:
+        self.module, self._store, self._settings, self._device = module, store, settings, device
+        self.train_rows, self.held_rows = held_out(store.keys, settings.train.validation_rows)
+
+    def batch(self, step: int, micro: int) -> Batch:
+        train = self._settings.train
+        number = step * train.accumulate + micro
+        indices = batch_indices(train.seed, number, train.batch_size, len(self.train_rows))
+        mine = distributed.share(train.batch_size, f"{self.section}.train.batch_size")
+        rows = [self.train_rows[index] for index in indices[mine]]
+        return self._batch(rows, [self._text(row, number) for row in rows], mine.start, train.batch_size)
+
+    def keys(self, batch: Batch) -> list[str]:
+        return [self._store.keys[row] for row in batch.rows]
+
+    @abstractmethod
+    def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]: ...
+
+    def samples(self, folder: Path, step: int) -> None:
+        """A sheet of pairs of held-out rows; see `_pairs`."""
+        if rows := self.held_rows[:SHOWN]:
+            make_folder(folder)
+            sheet = contact_sheet([np.concatenate(pair, axis=1) for pair in zip(*self._pairs(rows), strict=True)])
+            write_bytes(folder / f"step-{step:07d}.png", png_bytes(sheet))
+
+    @abstractmethod
+    def _pairs(self, rows: list[int]) -> Sequence[np.ndarray]:
+        """Two uint8 (B, H, W, 3): what is true, and what is made."""
+
+    @abstractmethod
+    def _text(self, row: int, number: int) -> str:
+        """What is read of the row in the batch of this number."""
+
+    @abstractmethod
+    def _read(self, texts: Sequence[str]) -> Any:
+        """What a frozen model makes of texts."""
+
+    def _latents(self, rows: list[int]) -> Tensor:
+        return torch.from_numpy(self._store.latents(rows)).to(self._device, torch.float32)
+
+    def _vae(self, rows: list[int]) -> Tensor:
+        return torch.from_numpy(self._store.vae(rows)).to(self._device, torch.float32)
+
+    @torch.no_grad()
+    def _batch(self, rows: list[int], texts: Sequence[str], first: int = 0, total: int | None = None) -> Batch:
+        return Batch(rows, self._latents(rows), self._read(texts), first, total or len(rows))
+
+    def _held(self, suffix: str, texts: Sequence[str], latents_of: list[int] | None = None) -> dict[str, float]:
+        """Means over the held-out rows, with these texts and these rows' latents; with a suffix the loss alone."""
+        size, seed = self._settings.train.batch_size, self._settings.train.seed
+        total: defaultdict[str, float] = defaultdict(float)
+        for start in range(0, len(self.held_rows), size):
+            part = slice(start, start + size)
+            batch = self._batch(self.held_rows[part], texts[part])
+            if latents_of is not None:
+                batch = replace(batch, latents_BPC=self._latents(latents_of[part]))
+            loss, metrics = self.loss(batch, torch.Generator().manual_seed(derive(seed, "validate", start)))
+            for name, value in {"loss": loss, **({} if suffix else metrics)}.items():
+                total[name + suffix] += float(value) * len(batch.rows) / len(self.held_rows)
+        return dict(total)
 
 
 @dataclass(frozen=True)
@@ -68,30 +133,27 @@ class TrainingRun:
 
     @property
     def parameters(self) -> int:
-        """Trained numbers."""
         return sum(parameter.numel() for parameter in self.task.module.parameters() if parameter.requires_grad)
 
 
 def choose_store(recipe: Recipe, latents: Path | str | None, workspace: Path | str, ui: Ui) -> LatentsStore:
-    """The given latents artifact, else the newest of the workspace; checked before any weight is loaded.
-
-    Raises:
-        ArtifactError: none is there, or its encoder has not the recipe's name (BF-ART-004).
-        StoreError: it is damaged.
-        DataError: too few rows (BF-DATA-008).
-    """
+    """The given latents artifact, else the newest of the workspace; checked before any weight is loaded."""
     artifact = resolve(workspace, latents, "latents") if latents is not None else newest(workspace, "latents")
     why = "as given" if latents is not None else f"the newest in {workspace}"
     ui.say(f"latents: {artifact.path} ({artifact.id}), {why}")
     store = LatentsStore.open(artifact)
     require_latents_named(store, features_name(recipe.latents.encoder), recipe.name)
     if store.rows < 3 and len({image_of(key) for key in store.keys}) < 2:
-        raise DataError(
-            f"{artifact.path} has {store.rows} rows: too few to train on and validate",
-            code="BF-DATA-008",
-            fix="extract more images: bifrost extract-latents",
-        )
+        raise DataError(f"{artifact.path} has {store.rows} rows: too few to train on and validate", code="BF-DATA-008",
+                        fix="extract more images: bifrost extract-latents")  # fmt: skip
     return store
+
+
+def say_cut(too_long: Callable[[int], bool], store: LatentsStore, tokens: int, ui: Ui) -> None:
+    """Count the store's first texts of which the training does not read the end; `too_long` says it of a row."""
+    rows = min(store.rows, _LOOKED_AT)
+    if cut := sum(map(too_long, range(rows))):
+        ui.say(f"{cut} of the first {rows} texts are longer than {tokens} tokens and are cut")
 
 
 def shared_identity(store: LatentsStore, section: Any) -> dict[str, Any]:
@@ -103,42 +165,77 @@ def shared_identity(store: LatentsStore, section: Any) -> dict[str, Any]:
 def run_training(
     run: TrainingRun, *, output: Path | str | None, workspace: Path | str, resume: Path | str, dry_run: bool, ui: Ui
 ) -> Artifact | dict[str, Any]:
-    """Train, or continue, or say that it is done; with `dry_run` return the plan and touch nothing.
-
-    Args:
-        run: what is trained.
-        output: the artifact's folder; None names it by its id in `workspace`.
-        workspace: where artifacts are.
-        resume: "auto" continues what the same command left; a run folder, or a checkpoint in one, names it.
-        dry_run: return the plan.
-        ui: where progress goes.
-
-    Raises:
-        RecipeError: a batch of more rows than there are.
-        BifrostError: weights that are frozen were changed.
-        DiskFull, Diverged, Stopped, OutOfMemory, ArtifactError: as `training.loop.fit`.
-    """
+    """Train, or continue, or say that it is done; with `dry_run` return the plan and touch nothing. The other arguments
+    are those of `train_branch`."""
     parents = [run.store.artifact]
     chosen = output if str(resume) == "auto" else _run_folder(resume, output)
     path = Path(chosen or default_path(workspace, run.kind, identity_id(run.kind, run.identity, parents)))
     plan = _plan(run, path)
     if dry_run:
         return plan
-    _require_rows(run)
-    distributed.share(run.train.batch_size, f"{run.kind}.train.batch_size")
+    rows, size = plan["rows"], run.train.batch_size
+    if size > rows:
+        raise RecipeError(f"{run.kind}.train.batch_size {size} is more than the {rows} rows to train on",
+                          at=f"{run.store.artifact.path} has {run.store.rows} rows, {run.store.rows - rows} held out",
+                          fix=f"--set {run.kind}.train.batch_size={rows}", code="BF-RECIPE-005")  # fmt: skip
+    distributed.share(size, f"{run.kind}.train.batch_size")
     with distributed.main_context(lambda: Draft.open(path, run.kind, run.identity, parents)) as draft:
         if distributed.run_on_main(lambda: _is_made(draft, plan)):
             ui.say(f"{path} holds this {run.kind} already")
             return Artifact.open(path)
-        ui.say(
-            f"{run.kind}: {run.parameters:,} trained parameters, {run.train.steps} steps on {plan['rows']} rows, "
-            f"in {path}{_processes(run)}"
-        )
+        count = distributed.world()
+        shared = f", by {count} processes ({run.train.parallel}), {size // count} rows each" if count > 1 else ""
+        trained = f"{run.parameters:,} trained parameters, {run.train.steps} steps on {rows} rows"
+        ui.say(f"{run.kind}: {trained}, in {path}{shared}")
         with memory_errors(f"a step of the {run.kind}'s training", _needs_less(run)):
             result = fit(run.task, run.train, path / "work", device=run.device, ui=ui)
-        _require_untouched(run)
+        if (now := run.frozen()) != run.frozen_hash:
+            raise BifrostError(f"training the {run.kind} changed weights that are frozen",
+                               at=f"sha256 {run.frozen_hash[:12]} -> {now[:12]}", fix="please report this")  # fmt: skip
         distributed.run_on_main(lambda: _commit(run, draft, result))
     return Artifact.open(path)
+
+
+def _run_folder(resume: Path | str, output: Path | str | None) -> Path:
+    """The run folder that `--resume` names, by itself or by its newest checkpoint."""
+    if output is not None:
+        raise UsageError(f"--resume {resume} continues where it is, so -o {output} would be ignored", fix="give one",
+                         code="BF-USE-001")  # fmt: skip
+    named = Path(resume)
+    folder = named.parents[2] if named.name.startswith("step-") and len(named.parents) > 2 else named
+    checkpoints = Checkpoints(folder / "work" / "checkpoints")
+    if not named.is_dir() or not checkpoints.steps():
+        raise ArtifactError(
+            f"{named} holds no checkpoint to resume from", fix="leave --resume out to start", code="BF-ART-001"
+        )
+    last = checkpoints.path(checkpoints.steps()[-1])
+    if folder != named and last.name != named.name:
+        raise UsageError(f"{named} is not the newest checkpoint of its run", at=str(last), code="BF-USE-001",
+                         fix=f"--resume {last}, or remove the newer ones first")  # fmt: skip
+    return folder
+
+
+def _plan(run: TrainingRun, path: Path) -> dict[str, Any]:
+    """What the training will do and need, in bytes: weights, gradients and averaged weights are float32, AdamW's two
+    averages float32 or 8 bits with a scale for each block of 256."""
+    kept = 4 + (2 * (1 + 4 / 256) if run.train.optimizer == "adamw8bit" else 8) + 4 * bool(run.train.ema)
+    raw = bool(run.train.ema) and run.train.ema_warmup  # kept beside the averages
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    rows = len(run.task.train_rows)
+    return {
+        "output": str(path),
+        "latents": run.store.artifact.id,
+        "rows": rows,
+        "held_out": len(run.task.held_rows),
+        "steps": run.train.steps,
+        "epochs": round(run.train.steps * run.train.batch_size * run.train.accumulate / rows, 2),
+        "continues_at": max(Checkpoints(path / "work" / "checkpoints").steps(), default=0),
+        "parameters": run.parameters,
+        "memory_of_the_trained_part": round(run.parameters * (kept + 4)),
+        "disk_needed": round(run.parameters * (kept * (run.train.keep + 1) + 4 * (1 + raw))),
+        "disk_free": shutil.disk_usage(existing).free,
+        "device": str(run.device),
+    }
 
 
 def _is_made(draft: Draft | None, plan: dict[str, Any]) -> bool:
@@ -146,17 +243,10 @@ def _is_made(draft: Draft | None, plan: dict[str, Any]) -> bool:
     if draft.complete:
         _tidy(draft.path / "work")
     elif not draft.continued and plan["disk_needed"] > plan["disk_free"]:
-        raise DiskFull(
-            f"a {draft.kind} training does not fit on the disk of {draft.path}",
-            at=f"need {plan['disk_needed']:,} bytes, free {plan['disk_free']:,}",
-            fix=f"free some space, or --set {draft.kind}.train.keep=1",
-        )
+        raise DiskFull(f"a {draft.kind} training does not fit on the disk of {draft.path}",
+                       at=f"need {plan['disk_needed']:,} bytes, free {plan['disk_free']:,}",
+                       fix=f"free some space, or --set {draft.kind}.train.keep=1")  # fmt: skip
     return draft.complete is not None
-
-
-def _processes(run: TrainingRun) -> str:
-    count = distributed.world()
-    return f", by {count} processes ({run.train.parallel}), {run.train.batch_size // count} rows each" * (count > 1)
 
 
 def _needs_less(run: TrainingRun) -> str:
@@ -172,17 +262,15 @@ def _needs_less(run: TrainingRun) -> str:
 def _commit(run: TrainingRun, draft: Draft | None, result: FitResult) -> None:
     assert draft is not None  # in the first process
     work = draft.path / "work"
-    save_tensors(draft.path / "model.safetensors", result.ema_state, {"kind": run.kind})
-    if result.raw_state:
-        save_tensors(draft.path / "raw.safetensors", result.raw_state, {"kind": run.kind})
+    for name, state in (("model", result.ema_state), ("raw", result.raw_state)):
+        if state:
+            save_tensors(draft.path / f"{name}.safetensors", state, {"kind": run.kind})
     write_json(draft.path / "config.json", run.config)
-    for name in RECORDS:
-        if (work / name).exists():
-            write_bytes(draft.path / name, (work / name).read_bytes())
-    if (work / "samples").is_dir():
+    sheets = sorted(work.glob("samples/*"))
+    if sheets:
         make_folder(draft.path / "samples")
-        for sheet in sorted((work / "samples").iterdir()):
-            write_bytes(draft.path / "samples" / sheet.name, sheet.read_bytes())
+    for made in (*(path for path in (work / "losses.csv", work / "validation.csv") if path.exists()), *sheets):
+        write_bytes(draft.path / made.relative_to(work), made.read_bytes())
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else str(run.device)
     draft.commit(
         {"recipe": run.recipe.model_dump(mode="json"), "metrics": result.metrics, "parameters": run.parameters},
@@ -196,73 +284,3 @@ def _tidy(work: Path) -> None:
     """The artifact is whole: nothing can be continued from here any more, also if the last run was killed in this."""
     remove(work / "checkpoints")
     sweep(work)
-
-
-def _plan(run: TrainingRun, path: Path) -> dict[str, Any]:
-    """What the training will do and need, in bytes: weights, gradients and averaged weights are float32, AdamW's two
-    averages float32 or 8 bits with a scale for each block of 256."""
-    kept = 4 + (2 * (1 + 4 / 256) if run.train.optimizer == "adamw8bit" else 8) + 4 * bool(run.train.ema)
-    raw = bool(run.train.ema) and run.train.ema_warmup  # kept beside the averages
-    steps = Checkpoints(path / "work" / "checkpoints").steps()
-    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    rows = len(run.task.train_rows)
-    return {
-        "output": str(path),
-        "latents": run.store.artifact.id,
-        "rows": rows,
-        "held_out": len(run.task.held_rows),
-        "steps": run.train.steps,
-        "epochs": round(run.train.steps * run.train.batch_size * run.train.accumulate / rows, 2),
-        "continues_at": steps[-1] if steps else 0,
-        "parameters": run.parameters,
-        "memory_of_the_trained_part": round(run.parameters * (kept + 4)),
-        "disk_needed": round(run.parameters * (kept * (run.train.keep + 1) + 4 * (1 + raw))),
-        "disk_free": shutil.disk_usage(existing).free,
-        "device": str(run.device),
-    }
-
-
-def _require_rows(run: TrainingRun) -> None:
-    rows, size = len(run.task.train_rows), run.train.batch_size
-    if size > rows:
-        raise RecipeError(
-            f"{run.kind}.train.batch_size {size} is more than the {rows} rows to train on",
-            at=f"{run.store.artifact.path} has {run.store.rows} rows, {run.store.rows - rows} held out",
-            fix=f"--set {run.kind}.train.batch_size={rows}",
-            code="BF-RECIPE-005",
-        )
-
-
-def _require_untouched(run: TrainingRun) -> None:
-    if (now := run.frozen()) != run.frozen_hash:
-        raise BifrostError(
-            f"training the {run.kind} changed weights that are frozen",
-            at=f"sha256 {run.frozen_hash[:12]} -> {now[:12]}",
-            fix="please report this",
-        )
-
-
-def _run_folder(resume: Path | str, output: Path | str | None) -> Path:
-    """The run folder that `--resume` names, by itself or by its newest checkpoint."""
-    if output is not None:
-        raise UsageError(
-            f"--resume {resume} continues where it is, so -o {output} would be ignored",
-            fix="give one",
-            code="BF-USE-001",
-        )
-    named = Path(resume)
-    folder = named.parents[2] if named.name.startswith("step-") and len(named.parents) > 2 else named
-    steps = Checkpoints(folder / "work" / "checkpoints").steps()
-    if not named.is_dir() or not steps:
-        raise ArtifactError(
-            f"{named} holds no checkpoint to resume from", fix="leave --resume out to start", code="BF-ART-001"
-        )
-    newest_one = Checkpoints(folder / "work" / "checkpoints").path(steps[-1])
-    if folder != named and newest_one.name != named.name:
-        raise UsageError(
-            f"{named} is not the newest checkpoint of its run",
-            at=str(newest_one),
-            code="BF-USE-001",
-            fix=f"--resume {newest_one}, or remove the newer ones first",
-        )
-    return folder

@@ -72,9 +72,9 @@ def test_training_sees_what_one_decode_step_gives(task):
     module.eval()
     batch = task.batch(0, 0)
     with torch.no_grad():
-        tokens_BPC = module(batch.prefix)
+        tokens_BPC = module(batch.text)
     orders_BP = random_orders(8, 16, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(tokens_BPC, sample_masked(module.branch, batch.prefix, steps=1, orders_BP=orders_BP))
+    torch.testing.assert_close(tokens_BPC, sample_masked(module.branch, batch.text, steps=1, orders_BP=orders_BP))
 
 
 def test_the_loss_is_the_painters_and_trains_both_parts_alone(task, monkeypatch):

@@ -127,7 +127,7 @@ ALLOWED_WRITES = {
     "artifacts/lock.py: os.ftruncate": "the name of the holder, which outlives nobody",
     "data/png.py: Image.fromarray(np.ascontiguousarray(pixels_HWC)).save": "into memory",
     "training/loop.py: checkpoints.save": "ours",
-    "training/sharded_state.py: dcp.save": "PyTorch's own, into a folder that our rename makes a checkpoint",
+    "training/checkpoint.py: dcp.save": "PyTorch's own, into a folder that our rename makes a checkpoint",
     "training/loop.py: tempfile.TemporaryDirectory": "what only the first process is to write",
     "runtime/launch.py: tempfile.TemporaryDirectory": "an exit code, gone with the job",
     "evaluation/networks/feature_network.py: torch.save": "into memory",

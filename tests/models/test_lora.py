@@ -16,8 +16,7 @@ from bifrost_cli.generation.generate import generate
 from bifrost_cli.loading.loaders import load_branch, load_mllm
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.diffusion.controlnet import controlnet_config
-from bifrost_cli.training.branch_task import BranchTask
-from bifrost_cli.training.train_branch import train_branch
+from bifrost_cli.training.train_branch import BranchTask, train_branch
 
 KINDS = {"lora": {"tune": "lora", "lora_rank": 2}, "layers": {"tune": "layers", "layers": 1}}
 NEW = {"mask_token", "position_embedding", "vision_head.weight", "vision_head.bias"}

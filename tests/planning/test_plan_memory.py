@@ -28,10 +28,9 @@ from bifrost_cli.models.mllm.frozen_mllm import Mllm
 from bifrost_cli.planning.memory import estimates
 from bifrost_cli.planning.meta_models import build
 from bifrost_cli.toy_system import tiny_models
-from bifrost_cli.training.branch_task import BranchTask
-from bifrost_cli.training.controlnet_task import ControlNetTask
 from bifrost_cli.training.loop import fit
-from bifrost_cli.training.train_branch import tuned
+from bifrost_cli.training.train_branch import BranchTask, tuned
+from bifrost_cli.training.train_controlnet import ControlNetTask
 
 NEAR = 0.15
 WORDS = ("a", "red", "circle", "above", "blue", "square")

@@ -16,9 +16,8 @@ from bifrost_cli.errors import ArtifactError, BifrostError, DataError, OutOfMemo
 from bifrost_cli.loading.loaders import ModelLoader, load_branch
 from bifrost_cli.models.encoders import MllmEncoder
 from bifrost_cli.training import loop
-from bifrost_cli.training.branch_task import BranchTask
 from bifrost_cli.training.data_order import micro_seed
-from bifrost_cli.training.train_branch import build_branch, train_branch
+from bifrost_cli.training.train_branch import BranchTask, build_branch, train_branch
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +204,7 @@ def test_resume_names_a_run_or_its_newest_checkpoint(workspace, mllm_folder, tmp
 def test_a_batch_is_a_function_of_the_step(workspace):
     one, other = task(workspace).batch(5, 0), task(workspace).batch(5, 0)
     assert one.rows == other.rows and torch.equal(one.latents_BPC, other.latents_BPC)
-    assert all(torch.equal(a, b) for a, b in zip(one.prefix.keys, other.prefix.keys, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(one.text.keys, other.text.keys, strict=True))
     assert task(workspace).batch(6, 0).rows != one.rows
 
 
@@ -258,8 +257,8 @@ def test_a_row_of_a_batch_is_a_row_alone(workspace):
     both, alone = tested._batch([0, 1], CAPTIONS[:2]), tested._batch([0], CAPTIONS[:1])
     masked_BP = torch.ones(2, 16, dtype=torch.bool)
     torch.testing.assert_close(
-        tested.module(both.latents_BPC, masked_BP, both.prefix)[:1],
-        tested.module(alone.latents_BPC, masked_BP[:1], alone.prefix),
+        tested.module(both.latents_BPC, masked_BP, both.text)[:1],
+        tested.module(alone.latents_BPC, masked_BP[:1], alone.text),
         rtol=1e-4,
         atol=1e-5,
     )
@@ -270,9 +269,9 @@ def test_captions_of_300_tokens_are_read_and_longer_ones_are_cut_and_counted(tmp
     mllm_store(tmp_path / "latents-a", captions=long * 10)
     tested = task(tmp_path, max_text_tokens=300, drop_prompt=0.0)
     batch = tested._batch([0, 1, 2, 3], long)
-    assert batch.prefix.keys[0].shape[2] == 300 and 10 <= sum(map(tested.too_long, range(40))) < 40
+    assert batch.text.keys[0].shape[2] == 300 and 10 <= sum(map(tested.too_long, range(40))) < 40
     cut = tested._batch([3], long[3:])  # a text that is cut is the same text, whoever else is in the batch
-    torch.testing.assert_close(batch.prefix.keys[0][3:], cut.prefix.keys[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(batch.text.keys[0][3:], cut.text.keys[0], rtol=1e-4, atol=1e-5)
     loss, _ = tested.loss(batch, torch.Generator().manual_seed(0))
     assert torch.isfinite(loss)
 

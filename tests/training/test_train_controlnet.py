@@ -16,8 +16,7 @@ from bifrost_cli.loading.loaders import ModelLoader, load_controlnet, load_diffu
 from bifrost_cli.models.diffusion.controlnet import latent_controlnet
 from bifrost_cli.models.encoders import VaeEncoder
 from bifrost_cli.runtime.ui import Ui
-from bifrost_cli.training.controlnet_task import ControlNetTask
-from bifrost_cli.training.train_controlnet import train_controlnet
+from bifrost_cli.training.train_controlnet import ControlNetTask, train_controlnet
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +63,9 @@ def test_held_out_texts_are_embedded_once_and_others_are_not_kept(workspace, mon
         first, counted = tested.validate(), len(calls)
         assert tested.validate() == first and len(calls) == counted == 2  # with the captions, and without
     tested.module.train()
-    kept = len(tested._encoded)
+    kept = len(tested._kept)
     tested.batch(0, 0)
-    assert len(calls) == counted + 1 and len(tested._encoded) == kept
+    assert len(calls) == counted + 1 and len(tested._kept) == kept
 
 
 def test_gradient_checkpointing_changes_no_byte(made, workspace, flux_folder, tmp_path):
