@@ -1,8 +1,6 @@
-"""Learned queries instead of image latents (`branch.target: queries`), after MetaQueries (arXiv 2504.06256).
-
-From masks alone the branch makes P tokens, and only the diffusion model's loss says what they are good for; branch and
-control are trained together and kept in one artifact. B batch, P queries, C channels of one.
-"""
+"""Learned queries instead of image latents (`branch.target: queries`), after MetaQueries (arXiv 2504.06256). From masks
+alone the branch makes P tokens, and only the diffusion model's loss says what they are good for; branch and control are
+trained together and kept in one artifact. B batch, P queries, C channels of one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""ablate: one question of the paper, answered on the built-in world: every variant under every seed, and a table.
-
-Each cell is made by the stages themselves, whose artifacts stay in the workspace, so that a stopped ablation continues.
-"""
+"""ablate: one question of the paper, answered on the built-in world: every variant under every seed, and a table. Each
+cell is made by the stages themselves, whose artifacts stay in the workspace, so that a stopped ablation continues."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""Image encoders: uint8 images to patch latents, and an identity that says which encoder made them.
-
-Latents are taken before any pooling, unscaled. Two encoders are the same exactly when their identities are equal:
-weights, dtype, preprocessing, layer and activation (the same weights with another activation silently give other
-latents). Legend: B images, H W the patch grid, P = H*W patches row by row, C channels, S pixels a side.
-"""
+"""Image encoders: uint8 images to patch latents, and an identity that says which encoder made them. Latents are taken
+before any pooling, unscaled. Two encoders are the same exactly when their identities are equal: weights, dtype,
+preprocessing, layer and activation (the same weights with another activation silently give other latents). Legend: B
+images, H W the patch grid, P = H*W patches row by row, C channels, S pixels a side."""
 
 from __future__ import annotations
 

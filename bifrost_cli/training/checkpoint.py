@@ -1,9 +1,7 @@
-"""Checkpoints of a training: whole or absent, checked byte by byte, never guessed.
-
-`step-NNNNNNN/` folders hold safetensors, `state.json` and `manifest.json` (sha256 of each file). A folder is filled
-under a temporary name and renamed last; one that does not verify is an error, never a reason to start again. A
-checkpoint of any number of processes, whole or in parts (of which each writes its own), is read by any other.
-"""
+"""Checkpoints of a training: whole or absent, checked byte by byte, never guessed. `step-NNNNNNN/` folders hold
+safetensors, `state.json` and `manifest.json` (sha256 of each file). A folder is filled under a temporary name and
+renamed last; one that does not verify is an error, never a reason to start again. A checkpoint of any number of
+processes, whole or in parts (of which each writes its own), is read by any other."""
 
 from __future__ import annotations
 

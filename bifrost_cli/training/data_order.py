@@ -1,7 +1,5 @@
-"""Which rows a training step sees, and which random numbers: pure functions of (seed, step, ...).
-
-The order comes from our own integer hash, not from a library's generator, and so does not change with their versions.
-"""
+"""Which rows a training step sees, and which random numbers: pure functions of (seed, step, ...). The order comes from
+our own integer hash, not from a library's generator, and so does not change with their versions."""
 
 from __future__ import annotations
 

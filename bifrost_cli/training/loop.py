@@ -1,8 +1,6 @@
 """The training loop: AdamW, warm-up and cosine, clipping, accumulation, EMA, exact resume. One loop for every training.
-
 In the folder of a training it keeps `checkpoints/`, `losses.csv`, `validation.csv`, `train.log` and `samples/`.
-Everything random is a function of (seed, step), so 20 steps give the same bits as 10, a kill, and 10 more.
-"""
+Everything random is a function of (seed, step), so 20 steps give the same bits as 10, a kill, and 10 more."""
 
 from __future__ import annotations
 
@@ -41,8 +39,7 @@ _BEFORE = {"optimizer": "adamw", "ema_warmup": False}  # what checkpoints had be
 class Task(Protocol):
     """What is trained. Optional methods: `keys(batch) -> list[str]` for error reports; `weights(step) -> list[float]`,
     how much each micro-batch counts in the mean of a step (all 1 without it); `validate() -> dict[str, float]` and
-    `samples(folder, step)`, which run under EMA weights, in eval mode, without gradients.
-    """
+    `samples(folder, step)`, which run under EMA weights, in eval mode, without gradients."""
 
     @property
     def module(self) -> nn.Module: ...
@@ -96,10 +93,8 @@ def fit(
     resume: bool = True,
 ) -> FitResult:
     """Train `task.module` in place for `train.steps` steps, continuing from the newest checkpoint in `folder`.
-
     Diverged: before an optimizer step with a number that is not finite; Stopped: after a signal, with a checkpoint;
-    ArtifactError: a damaged checkpoint, or one of other settings; UsageError: any checkpoint when `resume` is False.
-    """
+    ArtifactError: a damaged checkpoint, or one of other settings; UsageError: any checkpoint when `resume` is False."""
     folder = Path(folder)
     make_folder(folder)
     checkpoints = Checkpoints(folder / "checkpoints", train.keep)

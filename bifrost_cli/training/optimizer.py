@@ -53,11 +53,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tenso
 
 
 class EMA:
-    """Exponential moving averages of a module's trained weights by name, in `tensors`; none when the decay is 0.
-
-    With `warmup` the decay of step t is min(decay, (1 + t) / (10 + t)), so that the first weights are soon forgotten
-    (with 0.997 alone they are still 64 % after 150 steps), and BatchNorm's running statistics are averaged too.
-    """
+    """Exponential moving averages of a module's trained weights by name, in `tensors`; none when the decay is 0. With
+    `warmup` the decay of step t is min(decay, (1 + t) / (10 + t)), so that the first weights are soon forgotten (with
+    0.997 alone they are still 64 % after 150 steps), and BatchNorm's running statistics are averaged too."""
 
     def __init__(self, module: nn.Module, decay: float, warmup: bool = False) -> None:
         self._module, self._decay, self._warmup = module, decay, warmup

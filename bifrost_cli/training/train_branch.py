@@ -1,7 +1,5 @@
-"""train branch: a trainable copy of the MLLM's decoder learns to predict patch latents from text.
-
-B batch, P patches, C latent channels.
-"""
+"""train branch: a trainable copy of the MLLM's decoder learns to predict patch latents from text. B batch, P patches, C
+latent channels."""
 
 from __future__ import annotations
 

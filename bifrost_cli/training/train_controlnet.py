@@ -1,7 +1,5 @@
-"""train controlnet: copies of a few of the diffusion model's blocks learn to condition it on patch latents.
-
-No image is opened, and none is decoded but for the sample grids. B batch, P patches, C latent channels, c h w VAE grid.
-"""
+"""train controlnet: copies of a few of the diffusion model's blocks learn to condition it on patch latents. No image is
+opened, and none is decoded but for the sample grids. B batch, P patches, C latent channels, c h w VAE grid."""
 
 from __future__ import annotations
 

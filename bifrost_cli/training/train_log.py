@@ -1,9 +1,7 @@
-"""What a training writes down: the tables losses.csv and validation.csv, the lines of train.log, and trackers.
-
-The tables are the same bytes however often the training was interrupted, so they hold no times; those go to train.log.
-A tracker that fails during a training is named once and left out. Nothing is sent anywhere unless the user's own
-settings say so.
-"""
+"""What a training writes down: the tables losses.csv and validation.csv, the lines of train.log, and trackers. The
+tables are the same bytes however often the training was interrupted, so they hold no times; those go to train.log. A
+tracker that fails during a training is named once and left out. Nothing is sent anywhere unless the user's own settings
+say so."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""What `train branch` and `train controlnet` share: choosing the store, its rows, planning, running, committing.
-
-The artifact holds `model.safetensors` (averaged weights, only what was trained; with `ema_warmup` the live ones in
-`raw.safetensors`), `config.json`, `losses.csv`, `validation.csv` and `samples/`.
-"""
+"""What `train branch` and `train controlnet` share: choosing the store, its rows, planning, running, committing. The
+artifact holds `model.safetensors` (averaged weights, only what was trained; with `ema_warmup` the live ones in
+`raw.safetensors`), `config.json`, `losses.csv`, `validation.csv` and `samples/`."""
 
 from __future__ import annotations
 

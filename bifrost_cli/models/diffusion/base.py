@@ -1,8 +1,6 @@
-"""Frozen diffusion models: what is the same for every family (`flux`, `sd3`), and what a family has to add.
-
-Legend: B images, T text tokens, P patches and C channels of the patch latents, c VAE channels, h w VAE grid, H W
-pixels, N image tokens of the transformer (2x2 VAE latents each).
-"""
+"""Frozen diffusion models: what is the same for every family (`flux`, `sd3`), and what a family has to add. Legend: B
+images, T text tokens, P patches and C channels of the patch latents, c VAE channels, h w VAE grid, H W pixels, N image
+tokens of the transformer (2x2 VAE latents each)."""
 
 from __future__ import annotations
 
@@ -47,14 +45,11 @@ def vae_decode(vae: Any, latents_Bchw: Tensor) -> Tensor:
 
 
 class DiffusionModel(ABC):
-    """A frozen diffusion model in parts, all of stock classes, loaded in eval mode and without gradients.
-
-    What `embed` returns is the family's own type; it is handed unread to `denoise` and `control_loss`. A package adds a
-    family by an entry point of the group `bifrost.diffusion_models`: its name is `family`, its value a subclass.
-
-    `parts` maps folders of the diffusers pipeline to the `module:class` that reads each, which is an argument of the
-    constructor; the transformer's class decides which family a pipeline is of.
-    """
+    """A frozen diffusion model in parts, all of stock classes, loaded in eval mode and without gradients. What `embed`
+    returns is the family's own type; it is handed unread to `denoise` and `control_loss`. A package adds a family by an
+    entry point of the group `bifrost.diffusion_models`: its name is `family`, its value a subclass. `parts` maps
+    folders of the diffusers pipeline to the `module:class` that reads each, which is an argument of the constructor;
+    the transformer's class decides which family a pipeline is of."""
 
     family: ClassVar[str]  # as artifacts record it
     parts: ClassVar[dict[str, str]]

@@ -1,8 +1,6 @@
-"""The latent ControlNet: the stock ControlNet of FLUX or SD3, with a control embedder that reads patch latents.
-
-Legend: B images, P patches, C latent channels, D the transformer's width, H W patch grid, r image tokens on a side of
-each patch (2 in the paper), N = r r P image tokens, T text tokens.
-"""
+"""The latent ControlNet: the stock ControlNet of FLUX or SD3, with a control embedder that reads patch latents. Legend:
+B images, P patches, C latent channels, D the transformer's width, H W patch grid, r image tokens on a side of each
+patch (2 in the paper), N = r r P image tokens, T text tokens."""
 
 from __future__ import annotations
 

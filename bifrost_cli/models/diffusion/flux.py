@@ -1,9 +1,6 @@
-"""FLUX (dev and schnell), with a latent ControlNet's residuals.
-
-The denoising loop is ours, because the stock pipeline would encode the control with the VAE. Legend: B images, T text
-tokens, D text width, c VAE channels, h w VAE grid, N = h/2 * w/2 packed tokens (of 4c channels), P patches and C
-channels of the patch latents.
-"""
+"""FLUX (dev and schnell), with a latent ControlNet's residuals. The denoising loop is ours, because the stock pipeline
+would encode the control with the VAE. Legend: B images, T text tokens, D text width, c VAE channels, h w VAE grid, N =
+h/2 * w/2 packed tokens (of 4c channels), P patches and C channels of the patch latents."""
 
 from __future__ import annotations
 

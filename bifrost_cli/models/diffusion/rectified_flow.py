@@ -1,8 +1,6 @@
-"""Rectified flow: the straight path from data to noise, its loss, its Euler sampler, noise levels and their shifts.
-
-A model comes in as its velocity. Letters: x0 clean, e noise, s (sigma) noise level in [0, 1] with 1 = pure noise. B
-images, other axes free.
-"""
+"""Rectified flow: the straight path from data to noise, its loss, its Euler sampler, noise levels and their shifts. A
+model comes in as its velocity. Letters: x0 clean, e noise, s (sigma) noise level in [0, 1] with 1 = pure noise. B
+images, other axes free."""
 
 from __future__ import annotations
 

@@ -1,8 +1,6 @@
-"""Stable Diffusion 3 and 3.5, with a latent ControlNet's residuals.
-
-The denoising loop is ours, because the stock pipeline would encode the control with the VAE. Legend: B images, T text
-tokens (77 of CLIP, then T5's), D text width, c VAE channels, h w VAE grid, P patches and C channels of patch latents.
-"""
+"""Stable Diffusion 3 and 3.5, with a latent ControlNet's residuals. The denoising loop is ours, because the stock
+pipeline would encode the control with the VAE. Legend: B images, T text tokens (77 of CLIP, then T5's), D text width, c
+VAE channels, h w VAE grid, P patches and C channels of patch latents."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""What differs between families of multimodal LLMs, and which family a model belongs to.
-
-A package adds a family by an entry point of the group `bifrost.mllm_families`: its name is the `model_type` of
-config.json, its value an `MllmAdapter`. Legend: B images, P patches, C channels (the decoder's width), N patches of all
-images, before Qwen's 2x2 merge.
-"""
+"""What differs between families of multimodal LLMs, and which family a model belongs to. A package adds a family by an
+entry point of the group `bifrost.mllm_families`: its name is the `model_type` of config.json, its value an
+`MllmAdapter`. Legend: B images, P patches, C channels (the decoder's width), N patches of all images, before Qwen's 2x2
+merge."""
 
 from __future__ import annotations
 
@@ -91,13 +89,10 @@ class Qwen25VLAdapter(MllmAdapter):
 
 class Qwen3VLAdapter(Qwen25VLAdapter):
     """Qwen3-VL. The branch norms the keys of every head, as it does; its three rotary axes are interleaved, which is
-    the same for text (one position on all three) and image tokens (0).
-
-    DeepStack, which adds features of earlier visual layers to the first hidden states at image positions, is not
-    copied: the branch predicts only the merged tokens, which are what the ControlNet reads. The template is the
-    checkpoint's own (no system turn; a Thinking checkpoint opens `<think>` before the image), followed by
-    `<|vision_start|>`.
-    """
+    the same for text (one position on all three) and image tokens (0). DeepStack, which adds features of earlier visual
+    layers to the first hidden states at image positions, is not copied: the branch predicts only the merged tokens,
+    which are what the ControlNet reads. The template is the checkpoint's own (no system turn; a Thinking checkpoint
+    opens `<think>` before the image), followed by `<|vision_start|>`."""
 
     towers = ("qwen3_vl_vision",)
     _processor, _video = "Qwen3VLProcessor", "Qwen3VLVideoProcessor"
@@ -115,14 +110,12 @@ def encode_patches(model: PreTrainedModel, pixel_rows: Tensor, grid_N3: Tensor) 
 
 
 class LlavaAdapter(MllmAdapter):
-    """LLaVA: a CLIP or SigLIP tower, a projector, and a Llama, Mistral or Qwen2 decoder; one image, one tile.
-
-    Patch latents are the projector's outputs for the tower's patches, at the decoder's width; the class token is not a
-    patch and is dropped, whatever the checkpoint's select strategy. A tower reads one image size: NeXT and OneVision
-    cut large images into tiles when they answer questions, but a latent grid is of the whole image at the tower's size.
-    No special token opens an image in these templates: the branch's tokens follow `ASSISTANT:`, or the checkpoint's
-    own.
-    """
+    """LLaVA: a CLIP or SigLIP tower, a projector, and a Llama, Mistral or Qwen2 decoder; one image, one tile. Patch
+    latents are the projector's outputs for the tower's patches, at the decoder's width; the class token is not a patch
+    and is dropped, whatever the checkpoint's select strategy. A tower reads one image size: NeXT and OneVision cut
+    large images into tiles when they answer questions, but a latent grid is of the whole image at the tower's size. No
+    special token opens an image in these templates: the branch's tokens follow `ASSISTANT:`, or the checkpoint's
+    own."""
 
     towers = ("clip_vision_model", "siglip_vision_model")  # the first has a class token
     _processor = "LlavaProcessor"

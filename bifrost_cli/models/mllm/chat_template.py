@@ -46,12 +46,10 @@ class TokenizedPrompts:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """Turns prompts into ids of a chat: `head`, `lead` + text + `trail`, `tail` and, to generate, `opening`.
-
-    Head, tail and opening are tokenized with their special tokens; what stands between is tokenized in one piece as
-    ordinary characters, so that no prompt can open or close a turn. The defaults are as published: the text ends right
-    after `<|vision_start|>`.
-    """
+    """Turns prompts into ids of a chat: `head`, `lead` + text + `trail`, `tail` and, to generate, `opening`. Head, tail
+    and opening are tokenized with their special tokens; what stands between is tokenized in one piece as ordinary
+    characters, so that no prompt can open or close a turn. The defaults are as published: the text ends right after
+    `<|vision_start|>`."""
 
     tokenizer: Any
     head: str = SYSTEM

@@ -1,7 +1,5 @@
-"""The frozen multimodal LLM: caches prompts, encodes images, writes plans, answers questions.
-
-Legend: B batch, T text tokens, h key-value heads, d head width, P patches, C latent channels (the MLLM's width D).
-"""
+"""The frozen multimodal LLM: caches prompts, encodes images, writes plans, answers questions. Legend: B batch, T text
+tokens, h key-value heads, d head width, P patches, C latent channels (the MLLM's width D)."""
 
 from __future__ import annotations
 
@@ -39,10 +37,8 @@ class Completion(NamedTuple):
 
 
 class Mllm:
-    """A frozen multimodal LLM of any family in `adapters.FAMILIES`, in eval mode and without gradients.
-
-    Floating-point sums can differ in the last bit between batch sizes: call with one row where bytes must repeat.
-    """
+    """A frozen multimodal LLM of any family in `adapters.FAMILIES`, in eval mode and without gradients. Floating-point
+    sums can differ in the last bit between batch sizes: call with one row where bytes must repeat."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, image_processor: Any) -> None:
         self.model: Any = model.eval().requires_grad_(False)
