@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.latents.reader import LatentsStore
-from bifrost_cli.loading.fingerprints import diffusion_fingerprint
-from bifrost_cli.loading.loaders import ModelLoader
+from bifrost_cli.loading.loaders import ModelLoader, fingerprint
 from bifrost_cli.models import row_noise
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.diffusion.base import DiffusionModel
@@ -83,7 +82,7 @@ def prepare(run: TrainingRun, branch: VisualBranch, mllm: Mllm, ui: Ui) -> Train
     recipe, store = run.recipe, run.store
     diffusion, control = load_with_control(recipe, store, ModelLoader(recipe.models, run.device), run.train, ui)
     control = control.float()
-    base, config = diffusion_fingerprint(recipe.models, diffusion), diffusion.controlnet_config(control)
+    base, config = fingerprint("diffusion", recipe.models, diffusion), diffusion.controlnet_config(control)
     conditioner = {"config": config, "drop_prompt": recipe.controlnet.drop_prompt}
     tokens = recipe.models.diffusion_text_tokens
     say_cut(lambda row: diffusion.too_long(store.captions[row], tokens), store, tokens, ui)

@@ -81,7 +81,7 @@ def export_mllm(
 
     Example: bifrost export-mllm --recipe bifrost1-7b -o mllm
     """
-    from bifrost_cli.interop.export_mllm import export_mllm
+    from bifrost_cli.interop.export import export_mllm
 
     folder = export_mllm(recipe, output, ui=ui)
     return Result([str(folder)], {"path": str(folder), "files": sorted(path.name for path in folder.iterdir())}, folder)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +12,11 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from bifrost_cli.config.schema import Generate, Images
-from bifrost_cli.data.images import read_image
-from bifrost_cli.errors import RecipeError, UsageError
+from bifrost_cli.config.schema import Generate
+from bifrost_cli.errors import UsageError
 from bifrost_cli.generation.requests import ImageRequest, image_requests
 from bifrost_cli.generation.stages import BifrostDecoder
-from bifrost_cli.loading.compatibility import require_output_size
+from bifrost_cli.models.diffusion.controlnet import image_tokens
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -49,21 +48,24 @@ class BifrostPipelineOutput:
 
 
 def seed_of(generator: torch.Generator) -> int:
-    """The seed that a generator stands for: its own while nothing was drawn from it, else a number drawn from it.
-
-    One number is drawn either way, so that the next call with it gives another image. A fresh generator means the same
-    on every device, since images draw their numbers on the CPU.
-    """
+    """The seed that a generator stands for: its own while nothing was drawn from it, else a number drawn from it. One
+    is drawn either way, so that the next call gives another image; a fresh one means the same on every device."""
     fresh = torch.Generator(generator.device).manual_seed(generator.initial_seed())
     untouched = torch.equal(fresh.get_state(), generator.get_state())
     drawn = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     return generator.initial_seed() if untouched else drawn
 
 
-def seeded(
-    prompts: Sequence[str], count: int, seed: int | None, generator: torch.Generator | Sequence[torch.Generator] | None
-) -> list[ImageRequest]:
-    """`count` images of each prompt; UsageError for a seed and a generator, or the wrong number of generators."""
+def requests_of(
+    prompts: Sequence[str], num_images: int | None, per_prompt: int | None, seed: int | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+) -> list[ImageRequest]:  # fmt: skip
+    """The images of each prompt, their number by whichever of the two names; UsageError for what contradicts."""
+    if None not in (num_images, per_prompt) and num_images != per_prompt:
+        raise UsageError(f"num_images={num_images} and num_images_per_prompt={per_prompt}", fix="give one of them")
+    count = next((value for value in (num_images, per_prompt) if value is not None), 1)
+    if type(count) is not int or count < 1:
+        raise UsageError(f"num_images={count!r} is not a number of images", fix="num_images=1")
     if generator is not None and seed is not None:
         raise UsageError("seed and generator both say where an image begins", fix="give one of them")
     if seed is not None and (type(seed) is not int or seed < 0):
@@ -74,16 +76,6 @@ def seeded(
     if len(generators) != total or not all(isinstance(one, torch.Generator) for one in generators):
         raise UsageError(f"{len(generators)} generators for {total} images", fix="give one torch.Generator an image")
     return [ImageRequest(i, prompts[i // count], seed_of(one)) for i, one in enumerate(generators)]
-
-
-def image_count(num_images: int | None, per_prompt: int | None) -> int:
-    """The images of each prompt, by whichever of the two names."""
-    if None not in (num_images, per_prompt) and num_images != per_prompt:
-        raise UsageError(f"num_images={num_images} and num_images_per_prompt={per_prompt}", fix="give one of them")
-    count = next((value for value in (num_images, per_prompt) if value is not None), 1)
-    if type(count) is not int or count < 1:
-        raise UsageError(f"num_images={count!r} is not a number of images", fix="num_images=1")
-    return count
 
 
 def refuse(negative_prompt: Any, output_type: str, tensor_inputs: Sequence[str]) -> None:
@@ -108,11 +100,11 @@ def stacked(images: list[Any], output_type: str) -> Any:
     return pixels_BHWC if output_type == "np" else torch.from_numpy(pixels_BHWC).movedim(-1, 1)
 
 
-def settings_of(recipe: Generate, **changes: Any) -> Generate:
-    """The recipe's section with what was given; UsageError for a value that it does not take."""
-    given = {key: value for key, value in changes.items() if value is not None}
+def settings_of(recipe: Generate, given: dict[str, Any]) -> Generate:
+    """The recipe's section with what is not None; UsageError for a value that it does not take."""
+    changes = {key: value for key, value in given.items() if value is not None}
     try:
-        return Generate.model_validate({**recipe.model_dump(), **given})
+        return Generate.model_validate({**recipe.model_dump(), **changes})
     except ValidationError as error:
         problem = error.errors()[0]
         name = {"steps": "num_inference_steps"}.get(str(problem["loc"][0]), problem["loc"][0])
@@ -131,22 +123,8 @@ def side_of(height: int | None, width: int | None) -> int | None:
 
 def require_side(side: int, decoder: BifrostDecoder, patches: int) -> None:
     """UsageError unless the decoder makes images of `side` pixels from so many patches."""
-    unit, right = 2 * decoder.diffusion.factor, ""
-    try:
-        require_output_size(side, decoder.diffusion, decoder.controlnet, patches)
-    except RecipeError as error:
-        right = str(error.fix).rpartition("=")[2]
-    if right or side % unit:
-        right = right or str(max(unit, side // unit * unit))
+    unit, tokens = 2 * decoder.diffusion.factor, image_tokens(decoder.controlnet, patches)
+    right = max(unit, side // unit * unit) if tokens is None else unit * math.isqrt(tokens)
+    if side != right:
         raise UsageError(f"height={side} does not fit: this ControlNet is for {right} pixels",
                          fix=f"height={right}, or leave it out")  # fmt: skip
-
-
-def pixels_of(image: Image.Image | np.ndarray | Path | str, rules: Images) -> np.ndarray:
-    """An image as uint8 (H, W, 3). BadImage for a file that is none, UsageError for another array."""
-    if isinstance(image, Image.Image):
-        image = np.asarray(image.convert("RGB"))
-    rgb = image if isinstance(image, np.ndarray) else read_image(Path(image), rules).rgb
-    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[-1] != 3:
-        raise UsageError(f"an image is uint8 (H, W, 3), not {rgb.dtype} {rgb.shape}", fix="give a PIL image")
-    return rgb

@@ -1,17 +1,15 @@
 """Which branch and which ControlNet generate together, and what `BifrostPipeline.from_pretrained` means by a name.
 
-Two artifacts fit when they were trained on latents of the same encoder, grid and channels: that is read from their
-manifests, before any weight.
+Two fit when they were trained on latents of the same encoder, grid and channels, as their manifests say.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, NamedTuple
 
 from bifrost_cli.artifacts import Artifact, find, lineage, resolve
 from bifrost_cli.artifacts.manifest import MANIFEST
@@ -27,31 +25,17 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ("*.json", "*.safetensors", "*.csv", "*.png", "*.txt", "*.jsonl", "*.md")
 
 
-@dataclass(frozen=True)
-class GenerationModels:
+class GenerationModels(NamedTuple):
     """A branch and a ControlNet that fit; `why` is the first line of a command."""
 
     branch: Artifact
     controlnet: Artifact
     why: str
 
-    @property
-    def parents(self) -> tuple[Artifact, ...]:
-        """What samples are made from: learned queries bring their own control."""
-        return (self.branch,) if has_own_conditioner(self.branch) else (self.branch, self.controlnet)
-
 
 def choose_models(branch: Ref, controlnet: Ref, workspace: Path | str) -> GenerationModels:
-    """What was given; for the rest the newest of the workspace that fits; else the built-in one.
-
-    Args:
-        branch: an artifact's folder, id or beginning of an id; `builtin` is the one of this package.
-        controlnet: likewise. With the built-in branch, the built-in ControlNet unless another is given.
-        workspace: where ids are looked up and the rest is chosen from.
-
-    Raises:
-        ArtifactError: BF-ART-004, naming both sides, when what was given does not fit; BF-ART-001 when it is not there.
-    """
+    """What was given (a folder, an id, or `builtin`); for the rest the newest of the workspace that fits; else the
+    built-in one. With the built-in branch, the built-in ControlNet unless another is given."""
     if str(branch) in ("builtin", "builtin:branch") and controlnet is None:
         controlnet = "builtin"
     given_branch, given_controlnet = _given(branch, "branch", workspace), _given(controlnet, "controlnet", workspace)
@@ -111,12 +95,8 @@ def _of_folder(folder: Path, branch: Ref, controlnet: Ref, sets: Sequence[str]) 
     """An artifact, or a folder of artifacts; what it does not hold is chosen from beside it."""
     if not (folder / MANIFEST).is_file():
         if not find(folder, "branch") and not find(folder, "controlnet"):
-            raise ArtifactError(
-                f"{folder} holds no branch and no controlnet artifact",
-                fix="give a folder that does; published weights are imported first: "
-                f"bifrost import {quote(str(folder))}",
-                code="BF-ART-001",
-            )
+            fix = f"give a folder that does; published weights are imported first: bifrost import {quote(str(folder))}"
+            raise ArtifactError(f"{folder} holds no branch and no controlnet artifact", fix=fix, code="BF-ART-001")
         models = choose_models(branch, controlnet, folder)
         trained = models.branch if models.branch.path.parent == folder else models.controlnet
         return load_recipe(trained.path, sets), models

@@ -19,18 +19,12 @@ from bifrost_cli.artifacts.identity import digest_of
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.png import contact_sheet, png_bytes, png_pixels
 from bifrost_cli.errors import UsageError
-from bifrost_cli.generation.requests import (
-    ImageRequest,
-    destination,
-    image_requests,
-    image_settings,
-    png_facts,
-    read_prompts,
-)
+from bifrost_cli.generation.requests import destination, image_requests, image_settings, png_facts, read_prompts
 from bifrost_cli.runtime.ui import Ui, counted
 
 if TYPE_CHECKING:
     from bifrost_cli.generation.pipeline import BifrostPipeline
+    from bifrost_cli.generation.requests import ImageRequest
     from bifrost_cli.generation.stages import PredictedLatents
 
 SHEET = 256  # images of a grid
@@ -51,11 +45,6 @@ class _Run:
     def png(self, request: ImageRequest, predicted: PredictedLatents) -> bytes:
         pixels_HWC = self.pipe.render(request, predicted)
         return png_bytes(pixels_HWC, png_facts(request, self.settings, self.parents, predicted.plan))
-
-    def say_cut(self, count: int) -> None:
-        if count:
-            self.ui.say(f"{count} of the images had a prompt or a plan longer than the models read or write; "
-                        "its end was cut")  # fmt: skip
 
 
 def generate(
@@ -110,17 +99,18 @@ def generate(
         raise UsageError("--grid needs several images", fix="give a folder: -o DIR; or leave --grid out")
     from bifrost_cli.generation.choose_models import choose_models
     from bifrost_cli.generation.pipeline import BifrostPipeline
-    from bifrost_cli.loading.compatibility import require_one_step
+    from bifrost_cli.loading.compatibility import has_own_conditioner, require_one_step
     from bifrost_cli.loading.resolve import resolve_device
 
     models, wanted = choose_models(branch, controlnet, workspace), recipe.generate
     require_one_step(models.branch, wanted.decode_steps)
     ui.say(models.why)
+    parents = [models.branch] if has_own_conditioner(models.branch) else [models.branch, models.controlnet]
     requests = list(image_requests(texts, n, seed))
     settings = image_settings(recipe, max_text_tokens=recipe.branch.max_text_tokens)
     requested = {"prompts": digest_of(texts), "count": len(texts), "copies": n, "seed": seed}
     identity = {**requested, "settings": settings, "save_latents": save_latents, "grid": grid}
-    folder = Path(output or default_path(workspace, "samples", identity_id("samples", identity, models.parents)))
+    folder = Path(output or default_path(workspace, "samples", identity_id("samples", identity, parents)))
     if dry_run:
         there = {path.name for path in folder.iterdir()} if folder.is_dir() and not file else set()
         return {
@@ -139,15 +129,19 @@ def generate(
         }
     one_half = wanted.offload != "none"
     pipe = BifrostPipeline(recipe, models.branch, models.controlnet, device=device, one_half=one_half, ui=ui)
-    run = _Run(recipe, requests, settings, identity, models.parents, pipe, ui)
-    result = _to_file(run, file, save_latents) if file else _to_folder(run, folder, seed, device)
+    run = _Run(recipe, requests, settings, identity, parents, pipe, ui)
+    result, cut, told = _to_file(run, file, save_latents) if file else _to_folder(run, folder, seed, device)
+    if cut:
+        ui.say(f"{cut} of the images had a prompt or a plan longer than the models read or write; its end was cut")
+    ui.say(told)
     if timings:
         spent = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in pipe.seconds.items())
         ui.say(f"time: {spent or 'nothing was generated'}")
     return result
 
 
-def _to_file(run: _Run, file: Path, save_latents: bool) -> Path:
+def _to_file(run: _Run, file: Path, save_latents: bool) -> tuple[Path, int, str]:
+    """The image; how many were cut; what to say of it."""
     from bifrost_cli.generation.samples_folder import latents_bytes
 
     latents, (request,) = file.with_suffix(".safetensors"), run.requests
@@ -161,12 +155,11 @@ def _to_file(run: _Run, file: Path, save_latents: bool) -> Path:
     if save_latents and not kept:
         write_new(latents, data)
     write_new(file, png)
-    run.say_cut(int(run.pipe.cuts(request, predicted)))
-    run.ui.say(f"{file}: seed {request.seed}; another: --seed {request.seed + 1}")
-    return file
+    told = f"{file}: seed {request.seed}; another: --seed {request.seed + 1}"
+    return file, int(run.pipe.cuts(request, predicted)), told
 
 
-def _to_folder(run: _Run, folder: Path, seed: int, device: str) -> Artifact:
+def _to_folder(run: _Run, folder: Path, seed: int, device: str) -> tuple[Artifact, int, str]:
     from bifrost_cli.generation.samples_folder import fill_folder, latents_bytes
 
     pipe, requests = run.pipe, run.requests
@@ -190,12 +183,11 @@ def _to_folder(run: _Run, folder: Path, seed: int, device: str) -> Artifact:
         cost = {"samples": len(requests), "stages": stages}
         return draft.commit(info, made={"seed": seed, "device": device}, cost=cost)
 
-    options = {"ui": run.ui, "latents_first": pipe.one_half}
-    artifact = fill_folder(folder, run.identity, run.parents, requests, pipe.predict, render, commit, **options)
-    run.say_cut(artifact.info["cut"])
+    artifact = fill_folder(folder, run.identity, run.parents, requests, pipe.predict, render, commit, run.ui,
+                           latents_first=pipe.one_half)  # fmt: skip
     count = counted(len(requests), "image")
-    run.ui.say(f"{folder}: {count}; evaluate them: bifrost eval --samples {quote(str(folder))}")
-    return artifact
+    told = f"{folder}: {count}; evaluate them: bifrost eval --samples {quote(str(folder))}"
+    return artifact, artifact.info["cut"], told
 
 
 def write_lines(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.config.schema import Generate, Recipe
-from bifrost_cli.data.images import square
+from bifrost_cli.data.images import read_image, square
 from bifrost_cli.errors import ArtifactError, UsageError, memory_errors
 from bifrost_cli.generation import arguments
 from bifrost_cli.generation.arguments import BifrostPipelineOutput
@@ -25,9 +26,7 @@ from bifrost_cli.generation.choose_models import pretrained
 from bifrost_cli.generation.requests import ImageRequest, read_prompts
 from bifrost_cli.generation.stages import BifrostDecoder, BifrostPrior, PredictedLatents, StageCallback
 from bifrost_cli.loading.compatibility import require_base, require_one_step
-from bifrost_cli.loading.fingerprints import diffusion_fingerprint
-from bifrost_cli.loading.loaders import ModelLoader
-from bifrost_cli.loading.offload import forget
+from bifrost_cli.loading.loaders import ModelLoader, fingerprint
 from bifrost_cli.loading.resolve import resolve_device
 from bifrost_cli.models.encoders import Encoder
 from bifrost_cli.runtime.ui import Ui
@@ -112,8 +111,6 @@ class BifrostPipeline:
         _ = pipe.prior, pipe.decoder
         return pipe
 
-    # ---- the parts --------------------------------------------------------------------------------------------------
-
     @property
     def prior(self) -> BifrostPrior:
         """MLLM and branch, loaded when first used. ArtifactError BF-ART-001: the pipeline has no branch."""
@@ -121,7 +118,7 @@ class BifrostPipeline:
             self._unload_others()
             if self.one_half and self.controlnet is not None:  # before hours of predicted latents, not after
                 models = self.recipe.models
-                require_base(self.controlnet, "painter", models.diffusion, diffusion_fingerprint(models))
+                require_base(self.controlnet, "painter", models.diffusion, fingerprint("diffusion", models))
             if self.branch is None:
                 raise ArtifactError("this pipeline has no branch", fix="branch=FOLDER", code="BF-ART-001")
             self._prior = BifrostPrior(self.recipe, self.branch, self.loader)
@@ -155,7 +152,7 @@ class BifrostPipeline:
     def _unload_others(self) -> None:
         if self.one_half:
             self._prior = self._decoder = self._encoder = None
-            forget()
+            clear_device_cache(garbage_collection=True)
 
     @property
     def device(self) -> torch.device:
@@ -179,11 +176,9 @@ class BifrostPipeline:
             halves = [half for half in (self._prior, self._decoder) if half is not None]
             self.loader.policy.change(*(module for half in halves for module in half.modules), **place)
             self.loader.device, self._encoder = self.device, None
-            for half in halves:
-                half.forget_prompts()
+            for cache in (cache for half in halves for cache in half.caches):
+                cache.cache_clear()  # what is kept of the last prompt lies on the device of its time
         return self
-
-    # ---- generating -------------------------------------------------------------------------------------------------
 
     def __call__(
         self,
@@ -233,21 +228,15 @@ class BifrostPipeline:
         Raises:
             UsageError: an argument that cannot be used; the message says which can.
         """
-        count = arguments.image_count(num_images, num_images_per_prompt)
-        settings = arguments.settings_of(
-            self.recipe.generate,
-            steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            decode_steps=decode_steps,
-            branch_guidance=branch_guidance,
-            control_scale=control_scale,
-            plan=plan,
-        )
+        of_branch = {"decode_steps": decode_steps, "branch_guidance": branch_guidance, "plan": plan}
+        of_diffusion = {"guidance_scale": guidance_scale, "control_scale": control_scale}
+        given = {"steps": num_inference_steps, **of_branch, **of_diffusion}
+        settings = arguments.settings_of(self.recipe.generate, given)
         if self.branch is not None:
             require_one_step(self.branch, settings.decode_steps)
         arguments.refuse(negative_prompt, output_type, callback_on_step_end_tensor_inputs)
         prompts, side = read_prompts(prompt, self._ui), arguments.side_of(height, width)
-        requests = arguments.seeded(prompts, count, seed, generator)
+        requests = arguments.requests_of(prompts, num_images, num_images_per_prompt, seed, generator)
         with self._lock:
             if side is not None:
                 arguments.require_side(side, self.decoder, self.prior.branch.patches)
@@ -276,7 +265,11 @@ class BifrostPipeline:
 
     def encode(self, image: Image.Image | np.ndarray | Path | str) -> torch.Tensor:
         """Patch latents (P, C), float32 on the CPU, of the centre square of a PIL image, uint8 array or file."""
-        rgb = arguments.pixels_of(image, self.recipe.images)
+        if isinstance(image, Image.Image):
+            image = np.asarray(image.convert("RGB"))
+        rgb = image if isinstance(image, np.ndarray) else read_image(Path(image), self.recipe.images).rgb
+        if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[-1] != 3:
+            raise UsageError(f"an image is uint8 (H, W, 3), not {rgb.dtype} {rgb.shape}", fix="give a PIL image")
         with self._lock, torch.no_grad():
             encoder, shared = self.encoder, list[torch.nn.Module]()
             if self._encoder is None and self.recipe.latents.encoder == "mllm" and self._prior is not None:
@@ -305,13 +298,13 @@ class BifrostPipeline:
 
         With the empty prompt it is what `bifrost reconstruct` writes. Only a callback that raises ends it early.
         """
-        given = {"guidance_scale": guidance_scale, "control_scale": control_scale}
-        settings = arguments.settings_of(self.recipe.generate, steps=num_inference_steps, **given)
+        given = {"steps": num_inference_steps, "guidance_scale": guidance_scale, "control_scale": control_scale}
+        settings = arguments.settings_of(self.recipe.generate, given)
         arguments.refuse(None, output_type, ("latents",))
         if not isinstance(latents, torch.Tensor) or latents.ndim != 2:
             raise UsageError("patch latents are a tensor (P, C)", at=f"got {getattr(latents, 'shape', type(latents))}",
                              fix="give those of one image, as encode returns them")  # fmt: skip
-        (request,), side = arguments.seeded([prompt], 1, seed, generator), arguments.side_of(height, None)
+        (request,), side = arguments.requests_of([prompt], 1, 1, seed, generator), arguments.side_of(height, None)
         with self._lock:
             if side is not None:
                 arguments.require_side(side, self.decoder, len(latents))
@@ -319,8 +312,6 @@ class BifrostPipeline:
             options["callback"] = self._on_step(callback_on_step_end, request)
             images = arguments.stacked([self._image(request, latents, output_type, **options)], output_type)
         return images[0] if output_type == "pil" else images
-
-    # ---- one image, for the commands --------------------------------------------------------------------------------
 
     def predict(
         self, request: ImageRequest, *, settings: Generate | None = None, callback: StageCallback | None = None

@@ -72,11 +72,8 @@ def reconstruct(
     rows, columns = pipe.encoder.grid
     request = ImageRequest(0, prompt, seed)
     pixels_HWC = pipe.render(request, PredictedLatents(prompt, None, False, pipe.encode(decoded.rgb)))
-    settings = {
-        "images": recipe.images.model_dump(mode="json"),
-        "latents": recipe.latents.model_dump(mode="json"),
-        "generate": generate_settings(recipe),
-    }
+    settings = {key: getattr(recipe, key).model_dump(mode="json") for key in ("images", "latents")}
+    settings["generate"] = generate_settings(recipe)
     make_folder(file.parent)
     write_new(file, png_bytes(pixels_HWC, _MARK | png_facts(request, settings, [used])))
     ui.say(f"{file}: reconstructed from {rows}x{columns} latents of {image}")

@@ -108,11 +108,8 @@ def read_prompts(prompts: str | Path | Sequence[str], ui: Ui) -> list[str]:
 
 
 def destination(output: Path | str | None, images: int) -> Path | None:
-    """The one PNG file that is asked for, or None when the images go into a samples folder.
-
-    UsageError (2): the file exists, several images for one file, a format other than PNG, a folder name that is a
-    file.
-    """
+    """The one PNG file that is asked for, or None when the images go into a samples folder. UsageError (2): the file
+    exists, several images for one file, a format other than PNG, a folder name that is a file."""
     if output is None:
         return None
     path = Path(output)

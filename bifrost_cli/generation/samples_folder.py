@@ -1,8 +1,7 @@
 """A folder of images that an interrupted run left half-done is completed, image by image, and becomes an artifact.
 
 `work/pictures.jsonl` has a line for each finished image, written after its files: an image counts only when every file
-still has the sha256 of its line. Where latents are predicted first, `work/sketches` keeps them in the same way. The
-next attempt looks only whether files are there; they are read once, when all are.
+still has the sha256 of its line. `work/sketches` keeps latents that are predicted first, in the same way.
 """
 
 from __future__ import annotations
@@ -25,91 +24,53 @@ from bifrost_cli.runtime.signals import StopFlag
 from bifrost_cli.runtime.ui import Ui
 
 Facts = dict[str, Any]
-Predict = Callable[[ImageRequest], PredictedLatents]
-Render = Callable[[ImageRequest, PredictedLatents], tuple[dict[str, bytes], Facts]]
 
 
 def fill_folder(
-    path: Path,
-    identity: Mapping[str, Any],
-    parents: Sequence[Artifact],
-    requests: Sequence[ImageRequest],
-    predict: Predict,
-    render: Render,
-    commit: Callable[[Draft, Mapping[int, Facts]], Artifact],
-    ui: Ui,
-    *,
-    latents_first: bool,
-) -> Artifact:
+    path: Path, identity: Mapping[str, Any], parents: Sequence[Artifact], requests: Sequence[ImageRequest],
+    predict: Callable[[ImageRequest], PredictedLatents],
+    render: Callable[[ImageRequest, PredictedLatents], tuple[dict[str, bytes], Facts]],
+    commit: Callable[[Draft, Mapping[int, Facts]], Artifact], ui: Ui, *, latents_first: bool,
+) -> Artifact:  # fmt: skip
     """Make the images that a samples folder lacks, and the artifact of all.
 
-    Args:
-        path: the folder.
-        identity: what decides its images.
-        parents: the artifacts that they are made with.
-        requests: one for each image.
-        predict: patch latents of a request.
-        render: an image's files by name, and what to note with it, from its request and patch latents.
-        commit: writes what is about all images; given the draft and what was noted, by index.
-        ui: hears how many there are already.
-        latents_first: predict the latents of all images before rendering one: the two need not be loaded at once.
-
-    Raises:
-        Stopped: a signal came; the next call goes on after the last whole image.
-        ArtifactError: the folder holds something else, or finished images that were damaged since.
+    `render` gives an image's files by name, and what to note with it; `commit` writes what is about all images, given
+    what was noted, by index. `latents_first`: the latents of all images are predicted before one is rendered, so that
+    the two need not be loaded at once. Stopped (75): a signal came; the next call goes on after the last whole image.
     """
     with StopFlag() as stop, Draft.open(path, "samples", identity, parents) as draft:
         if artifact := draft.complete:
             artifact.check()
             ui.say(f"{path} holds these images already; they were verified")
         else:
-            log = ResumeLog(draft.path)
+            log, total = ResumeLog(draft.path), len(requests)
+            sketches = ResumeLog(draft.path, "sketches") if latents_first else None
             if there := sum(log.there(request) for request in requests):
-                ui.say(f"{there} of {len(requests)} images are there already")
+                ui.say(f"{there} of {total} images are there already")
+
+            def check(done: int) -> None:
+                if stop.requested:
+                    raise Stopped(f"stopped after {done} of {total} images; they are kept", at=str(path),
+                                  fix="give the same command again; it continues")  # fmt: skip
+
             for finished in (log.there, log.done):  # first what is missing, then what is damaged
                 missing = [request for request in requests if not finished(request)]
-                if missing:
-                    _make(missing, len(requests), log, stop, predict, render, ui, latents_first)
+                if not missing:
+                    continue
+                with ui.progress(len(missing), "images") as bar:
+                    for request in missing if sketches else ():
+                        if sketches and not sketches.done(request):
+                            check(total - len(missing))
+                            sketches.add_latents(request, predict(request))
+                    for done, request in enumerate(missing, start=total - len(missing)):
+                        check(done)
+                        predicted = sketches.latents(request) if sketches else predict(request)
+                        log.add(request, *render(request, predicted))
+                        bar.advance(1)
             artifact = commit(draft, log.facts)
     remove(path / "work")  # also if the last run was killed before it could
     sweep(path)
     return artifact
-
-
-def _make(
-    missing: Sequence[ImageRequest],
-    total: int,
-    log: ResumeLog,
-    stop: StopFlag,
-    predict: Predict,
-    render: Render,
-    ui: Ui,
-    latents_first: bool,
-) -> None:
-    def check(rendered: int = 0) -> None:
-        if stop.requested:
-            raise Stopped(f"stopped after {total - len(missing) + rendered} of {total} images; they are kept",
-                          at=str(log.folder), fix="give the same command again; it continues")  # fmt: skip
-
-    with ui.progress(len(missing), "images") as bar:
-        if latents_first:
-            sketches = ResumeLog(log.folder, "sketches")
-            for request in missing:
-                if not sketches.done(request):
-                    check()
-                    predicted = predict(request)
-                    noted = {"plan": predicted.plan, "cut": predicted.cut}
-                    sketches.add(request, {_sketch(request): latents_bytes(predicted)}, noted)
-
-            def kept(request: ImageRequest) -> PredictedLatents:
-                latents_PC = load((log.folder / _sketch(request)).read_bytes())["latents"]
-                return PredictedLatents(request.prompt, **sketches.facts[request.index], latents_PC=latents_PC)
-
-            predict = kept
-        for done, request in enumerate(missing):
-            check(done)
-            log.add(request, *render(request, predict(request)))
-            bar.advance(1)
 
 
 class ResumeLog:
@@ -148,14 +109,21 @@ class ResumeLog:
         sync(self._path.parent)
         self._files[request.index], self.facts[request.index] = digests, dict(facts)
 
+    def add_latents(self, request: ImageRequest, predicted: PredictedLatents) -> None:
+        """Keep what was predicted until its image is rendered."""
+        name = f"work/sketches/{request.index:05d}.safetensors"
+        self.add(request, {name: latents_bytes(predicted)}, {"plan": predicted.plan, "cut": predicted.cut})
+
+    def latents(self, request: ImageRequest) -> PredictedLatents:
+        """What `add_latents` kept."""
+        (name,) = self._files[request.index]
+        latents_PC = load((self.folder / name).read_bytes())["latents"]
+        return PredictedLatents(request.prompt, **self.facts[request.index], latents_PC=latents_PC)
+
 
 def latents_bytes(predicted: PredictedLatents) -> bytes:
     """The patch latents as a safetensors file, exactly."""
     return save({"latents": predicted.latents_PC.contiguous()})
-
-
-def _sketch(request: ImageRequest) -> str:
-    return f"work/sketches/{request.index:05d}.safetensors"
 
 
 def _line(text: bytes) -> tuple[dict[str, Any], int] | None:

@@ -1,8 +1,7 @@
 """The two halves of the pipeline: the prior makes patch latents of a prompt, the decoder an image of patch latents.
 
-One image at a time: sums of floats differ in the last bit between batch sizes, and the same seed must give the same
-bytes alone or among others. Legend: B images (1), P patches and C channels of the patch latents, c channels and h w
-sides of the VAE latents, H W pixels.
+One image at a time: sums of floats differ in the last bit between batch sizes. Legend: B images (1), P patches and C
+channels of the patch latents, c channels and h w sides of the VAE latents, H W pixels.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,7 @@ from torch import nn
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.config.schema import Generate, Recipe
 from bifrost_cli.loading.compatibility import check_settings, require_base, require_diffusion, require_output_size
-from bifrost_cli.loading.fingerprints import diffusion_fingerprint, mllm_fingerprint
-from bifrost_cli.loading.loaders import ModelLoader
+from bifrost_cli.loading.loaders import ModelLoader, fingerprint
 from bifrost_cli.models.branch.masking import random_orders, raster_orders, sample_masked
 from bifrost_cli.models.diffusion.base import ControlInput
 from bifrost_cli.models.mllm.chat_template import join_plan
@@ -38,14 +36,8 @@ StageCallback = Callable[[str, int, Any, torch.Tensor], None]
 
 @dataclass(frozen=True)
 class PredictedLatents:
-    """What the prior made of a prompt.
-
-    Attributes:
-        prompt: as it was given.
-        plan: the dense description that the MLLM wrote first, if `generate.plan` asks for one.
-        cut: True when prompt or plan were longer than the MLLM reads, or the plan than it writes.
-        latents_PC: patch latents, float32 on the CPU.
-    """
+    """What the prior made of a prompt: the plan that the MLLM wrote first, if `generate.plan` asks for one; whether
+    either was longer than the MLLM reads or writes; patch latents, float32 on the CPU."""
 
     prompt: str
     plan: str | None
@@ -55,26 +47,21 @@ class PredictedLatents:
 
 class BifrostPrior:
     """The frozen MLLM and the branch that was trained on it. `policy` says where they are between and during calls.
-
-    Raises:
-        ArtifactError: BF-ART-004, the branch was trained on another MLLM than the recipe names.
-    """
+    ArtifactError BF-ART-004: the branch was trained on another MLLM than the recipe names."""
 
     def __init__(self, recipe: Recipe, artifact: Artifact, loader: ModelLoader) -> None:
         self.settings, self.max_text_tokens = recipe.generate, recipe.branch.max_text_tokens
         self.policy, self.seconds = loader.policy, dict[str, float]()
         self.mllm = loader.mllm()
-        require_base(artifact, "mllm", recipe.models.mllm, mllm_fingerprint(recipe.models, self.mllm))
+        require_base(artifact, "mllm", recipe.models.mllm, fingerprint("mllm", recipe.models, self.mllm))
         self.branch = loader.branch(artifact, self.mllm)
         self.modules: list[nn.Module] = [self.mllm.model, self.branch]
         self.policy.settle(*self.modules, frozen=[self.mllm.decoder])
         self._encoded = lru_cache(maxsize=1)(self._encode)  # several images of a prompt follow each other
-        self._unconditional = lru_cache(maxsize=1)(self._encode_empty)
-
-    def forget_prompts(self) -> None:
-        """Drop what is kept of the last prompt: it lies on the device of its time."""
-        self._encoded.cache_clear()
-        self._unconditional.cache_clear()
+        self._unconditional = lru_cache(maxsize=1)(
+            lambda: self.mllm.encode_prompts(self.mllm.tokenize_prompts([""], self.max_text_tokens))
+        )
+        self.caches = (self._encoded, self._unconditional)
 
     @torch.no_grad()
     def predict(
@@ -82,11 +69,7 @@ class BifrostPrior:
     ) -> PredictedLatents:
         """Patch latents of a prompt; decode order and the noise of a sampling head follow from (prompt, seed) alone.
 
-        Args:
-            prompt: what to generate.
-            seed: another one gives another image of the same prompt.
-            settings: instead of the recipe's.
-            callback: called after each decode step.
+        `settings` instead of the recipe's; `callback` is called after each decode step.
         """
         settings, branch, noise_BPC = settings or self.settings, self.branch, None
         guided = settings.branch_guidance != 1.0
@@ -105,16 +88,10 @@ class BifrostPrior:
 
         with _timed(self.seconds, "decode"), self.policy.on(branch):
             latents_BPC = sample_masked(
-                branch,
-                cache,
-                self._unconditional() if guided else None,
-                steps=settings.decode_steps,
-                orders_BP=orders_BP,
-                guidance=settings.branch_guidance,
-                noise_BPC=noise_BPC,
-                temperature=settings.temperature,
-                callback=on_step,
-            ).cpu()
+                branch, cache, self._unconditional() if guided else None, steps=settings.decode_steps,
+                orders_BP=orders_BP, guidance=settings.branch_guidance, noise_BPC=noise_BPC,
+                temperature=settings.temperature, callback=on_step,
+            ).cpu()  # fmt: skip
         return PredictedLatents(prompt, plan, cut, latents_BPC[0])
 
     def _encode(
@@ -132,31 +109,22 @@ class BifrostPrior:
                 tokens = self.mllm.tokenize_prompts([join_plan(prompt, plan)], self.max_text_tokens)
                 return plan, plan_cut or tokens.truncated[0], self.mllm.encode_prompts(tokens)
 
-    def _encode_empty(self) -> PromptCache:
-        return self.mllm.encode_prompts(self.mllm.tokenize_prompts([""], self.max_text_tokens))
-
 
 class BifrostDecoder:
     """The frozen diffusion model and the ControlNet that was trained on it. `policy` as in `BifrostPrior`.
-
-    Raises:
-        ArtifactError: BF-ART-004, the ControlNet was trained on another diffusion model than the recipe names.
-    """
+    ArtifactError BF-ART-004: the ControlNet was trained on another diffusion model than the recipe names."""
 
     def __init__(self, recipe: Recipe, artifact: Artifact, loader: ModelLoader, ui: Ui | None = None) -> None:
         models, self.settings, self.output_size = recipe.models, recipe.generate, recipe.images.output_size
         self.text_tokens, self.policy, self.seconds = models.diffusion_text_tokens, loader.policy, dict[str, float]()
         self.diffusion = diffusion = loader.diffusion()
         check_settings(recipe, diffusion, ui or Ui())
-        require_diffusion(artifact, models.diffusion, diffusion, diffusion_fingerprint(models, diffusion))
+        require_diffusion(artifact, models.diffusion, diffusion, fingerprint("diffusion", models, diffusion))
         self.controlnet = loader.controlnet(artifact)
         self.modules = [*diffusion.frozen_modules(), self.controlnet]
         self.policy.settle(*self.modules, frozen=diffusion.frozen_modules(but=("vae",)))
         self._embedded = lru_cache(maxsize=1)(self._embed)
-
-    def forget_prompts(self) -> None:
-        """Drop what is kept of the last prompt: it lies on the device of its time."""
-        self._embedded.cache_clear()
+        self.caches = (self._embedded,)
 
     def render(self, prompt: str, latents_PC: torch.Tensor, seed: int = 0, **options: Any) -> np.ndarray:
         """The image, uint8 (H, W, 3); its noise follows from (prompt, seed) alone. Arguments as `denoise`."""
@@ -164,47 +132,26 @@ class BifrostDecoder:
 
     @torch.no_grad()
     def denoise(
-        self,
-        prompt: str,
-        latents_PC: torch.Tensor,
-        seed: int = 0,
-        *,
-        settings: Generate | None = None,
-        output_size: int | None = None,
-        callback: StageCallback | None = None,
-    ) -> torch.Tensor:
-        """VAE latents (1, c, h, w) of patch latents.
+        self, prompt: str, latents_PC: torch.Tensor, seed: int = 0, *, settings: Generate | None = None,
+        output_size: int | None = None, callback: StageCallback | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """VAE latents (1, c, h, w) of patch latents, as the prior or the image encoder gives them.
 
-        Args:
-            prompt: what the diffusion model reads beside the patch latents; may be empty.
-            latents_PC: patch latents, as the prior or the image encoder gives them.
-            seed: of the noise it starts from.
-            settings: instead of the recipe's.
-            output_size: pixels a side, instead of the recipe's.
-            callback: called after each diffusion step.
-
-        Raises:
-            RecipeError: BF-RECIPE-005, the size has not the image tokens that the ControlNet is for.
+        `prompt` is what the diffusion model reads beside them, and may be empty; `settings` and `output_size` (pixels a
+        side) instead of the recipe's; `callback` is called after each diffusion step. RecipeError BF-RECIPE-005: the
+        size has not the image tokens that the ControlNet is for.
         """
         settings, diffusion = settings or self.settings, self.diffusion
         size, device = output_size or self.output_size, self.policy.device
         require_output_size(size, diffusion, self.controlnet, len(latents_PC))
         text = self._embedded(prompt, settings.guidance_scale)
-
-        def on_step(step: int, timestep: torch.Tensor, latents_Bchw: torch.Tensor) -> None:
-            if callback is not None:
-                callback("diffusion", step, timestep, latents_Bchw)
-
         with _timed(self.seconds, "diffusion"), self.policy.on(diffusion.transformer, self.controlnet):
             noise_Bchw = diffusion.noise(size, _generator(seed, prompt, "diffusion"))
+            control = ControlInput(self.controlnet, latents_PC[None].to(device), settings.control_scale)
             return diffusion.denoise(
-                noise_Bchw,
-                send_to_device(text, device),
-                control=ControlInput(self.controlnet, latents_PC[None].to(device), settings.control_scale),
-                steps=settings.steps,
-                guidance=settings.guidance_scale,
-                callback=on_step,
-            )
+                noise_Bchw, send_to_device(text, device), control=control, steps=settings.steps,
+                guidance=settings.guidance_scale, callback=callback and partial(callback, "diffusion"),
+            )  # fmt: skip
 
     @torch.no_grad()
     def decode(self, vae_latents_Bchw: torch.Tensor) -> np.ndarray:

@@ -1,21 +1,20 @@
 """The model card of an exported branch or ControlNet, from its manifest alone.
 
-The card says what the part is, how to use it, what it was trained on, how, with what result, and under which licences
-its bases stand (`templates/model_card.md.j2`). It names no folder of this machine.
+What the part is, how to use it, what it was trained on, how, with what result, under which licences its bases stand.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from importlib import resources
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
 from bifrost_cli import __version__
 from bifrost_cli.artifacts import Artifact, lineage
+from bifrost_cli.interop.published_names import HUB_ID, public_name
 from bifrost_cli.loading.compatibility import trained_on
 
 
@@ -34,63 +33,51 @@ LICENCES = {  # by hub id; only what their model pages say
     "Qwen/Qwen2.5-VL-7B-Instruct": _APACHE,
     "Qwen/Qwen2.5-VL-32B-Instruct": _APACHE,
     "Qwen/Qwen2.5-VL-72B-Instruct": Licence("other", "Qwen License", "qwen"),
-    "black-forest-labs/FLUX.1-dev": Licence(
-        "other",
-        "FLUX.1 [dev] Non-Commercial License: gated, non-commercial",
-        "flux-1-dev-non-commercial-license",
-        "LICENSE.md",
-    ),
+    "black-forest-labs/FLUX.1-dev": Licence("other", "FLUX.1 [dev] Non-Commercial License: gated, non-commercial",
+                                            "flux-1-dev-non-commercial-license", "LICENSE.md"),
     "black-forest-labs/FLUX.1-schnell": _APACHE,
-}
+}  # fmt: skip
 _SHIPPED = Licence("apache-2.0", "Apache-2.0, ships with Bifrost")
 _UNKNOWN = Licence("other", "see the base model")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def model_card(artifact: Artifact) -> str:
     """The whole card: YAML front matter as the hub reads it, and Markdown."""
-    from huggingface_hub import ModelCard  # a second of imports
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData  # a second of imports
 
     bases, shared, settings = _bases(artifact), trained_on(artifact), artifact.identity.get("settings")
+    licences, metrics = {name: _licence(name) for name in bases.values()}, artifact.info.get("metrics") or {}
+    kinds = {licence.kind for licence in licences.values()}
+    other = [name for name, licence in licences.items() if licence.kind == "other"]
+    licence = licences[other[0]] if len(other) == 1 else _UNKNOWN
+    head = ModelCardData(
+        library_name="bifrost-cli",
+        license=kinds.pop() if len(kinds) == 1 else "other",
+        license_name=(licence.name or "see-base-models") if other else None,
+        license_link=f"https://huggingface.co/{other[0]}/blob/main/{licence.file}" if licence.name else None,
+        base_model=[name for name in bases.values() if HUB_ID.fullmatch(name)] or None,
+        model_name=artifact.id,
+        eval_results=[
+            EvalResult("text-to-image", "held-out-rows", "rows held out of the training", name, float(value))
+            for name, value in metrics.items()
+        ]
+        or None,
+    )
     template = resources.files(__package__).joinpath("templates", "model_card.md.j2").read_text("utf-8")
     card = ModelCard.from_template(
-        _front_matter(artifact, bases),
-        template_str=_TRIMMED.sub(r"\1", template),
+        head,
+        template_str=re.sub(r"^(\{%.*%\})\n", r"\1", template, flags=re.M),  # a tag alone leaves no empty line
         artifact=artifact,
         ancestors=list(_ancestors(artifact)),
         encoder=shared["encoder"],
         grid="x".join(map(str, shared["grid"])),
         channels=shared["channels"],
         settings=settings and yaml.safe_dump({artifact.kind: settings}, sort_keys=False, allow_unicode=True, width=100),
-        metrics=artifact.info.get("metrics") or {},
-        licences=[(part, name, _licence(name).terms) for part, name in bases.items()],
+        metrics=metrics,
+        licences=[(part, name, licences[name].terms) for part, name in bases.items()],
         version=__version__,
     )
     return str(card.content)
-
-
-_TRIMMED = re.compile(r"^(\{%.*%\})\n", re.M)  # a line that holds a tag alone leaves no empty line
-
-
-def _front_matter(artifact: Artifact, bases: Mapping[str, str]) -> Any:
-    from huggingface_hub import EvalResult, ModelCardData
-
-    kinds = {_licence(name).kind for name in bases.values()}
-    other = {name: _licence(name) for name in bases.values() if _licence(name).kind == "other"}
-    hub_id, licence = next(iter(other.items())) if len(other) == 1 else ("", _UNKNOWN)
-    results = [
-        EvalResult("text-to-image", "held-out-rows", "rows held out of the training", name, float(value))
-        for name, value in (artifact.info.get("metrics") or {}).items()
-    ]
-    return ModelCardData(
-        library_name="bifrost-cli",
-        license=kinds.pop() if len(kinds) == 1 else "other",
-        license_name=(licence.name or "see-base-models") if other else None,
-        license_link=f"https://huggingface.co/{hub_id}/blob/main/{licence.file}" if licence.name else None,
-        base_model=[name for name in bases.values() if _HUB_ID.fullmatch(name)] or None,
-        model_name=artifact.id,
-        eval_results=results or None,
-    )
 
 
 def _bases(artifact: Artifact) -> dict[str, str]:
@@ -101,11 +88,7 @@ def _bases(artifact: Artifact) -> dict[str, str]:
     bases = {"MLLM": models.get("mllm", "unknown")} if artifact.kind == "branch" or encoder == "mllm" else {}
     bases |= {"FLUX": diffusion} if artifact.kind == "controlnet" else {}
     bases |= {"encoder": encoder} if encoder != "mllm" else {}
-    return {part: name if _public(name) else Path(name).name for part, name in bases.items()}
-
-
-def _public(name: str) -> bool:
-    return name.startswith(("builtin:", "open_clip:")) or bool(_HUB_ID.fullmatch(name)) and not Path(name).exists()
+    return {part: public_name(name) for part, name in bases.items()}
 
 
 def _licence(name: str) -> Licence:
@@ -120,4 +103,4 @@ def _ancestors(artifact: Artifact) -> Iterator[str]:
         yield f"`{ancestor.id}` ({ancestor.kind}): {funnel or 'not at hand when this card was written'}"
     if source := artifact.info.get("source"):
         commit = f", commit {artifact.info['commit']}" if artifact.info.get("commit") else ""
-        yield f"imported from {source if _public(source) else Path(source).name}{commit}, which may say more"
+        yield f"imported from {public_name(source)}{commit}, which may say more"

@@ -1,21 +1,21 @@
 """Names of the published checkpoint's tensors and ours: the one table behind `bifrost import` and `bifrost export`.
 
-What the published code has no name for (normalized latents, the flow head, latents of another encoder) is called
+What the published code has no name for (normalized latents, a sampling head, latents of another encoder) is called
 `bifrost.` and our name. The published layout is one of Qwen2.5-VL and FLUX.
 """
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
 OWN = "bifrost."
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _BRANCH = {
     "mask_token": "mask_token",
     "learnable_pos_emb": "position_embedding",
@@ -27,31 +27,24 @@ _TO_PUBLISHED = {ours: published for published, ours in _BRANCH.items()}
 _PUBLISHED_LAYER = re.compile(r"vision_language_model\.model\.(layers\.\d+\.)(self_attn\.)?vision_branch_(.+)")
 _OUR_LAYER = re.compile(r"decoder\.(layers\.\d+\.)(self_attn\.)?(.+)")
 _OF_THE_BRANCH = re.compile(r".*vision_branch_.*|(mask_token|learnable_pos_emb|vision_head|bifrost)\b.*")
-_MLLM = (
-    ("vision_language_model.visual.", "model.visual."),
-    ("vision_language_model.model.", "model.language_model."),
-    ("vision_language_model.lm_head.", "lm_head."),
-)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+# Published prefix -> stock transformers 5.
+_MLLM = {
+    "vision_language_model.visual.": "model.visual.",
+    "vision_language_model.model.": "model.language_model.",
+    "vision_language_model.lm_head.": "lm_head.",
+}
 # Published prefix -> ours; every other name of a published ControlNet is diffusers' own and stays.
 _CONTROLNET = {
     "up_sampling_block.": "controlnet_x_embedder.",
     "controlnet_x_embedder.": "controlnet_x_embedder.proj.",
 }
-IGNORED = ("vision_gen_vae_model.", "diffusion_decoder.")
+_IGNORED = ("vision_gen_vae_model.", "diffusion_decoder.")
 
 
 @dataclass(frozen=True)
 class Names:
-    """The tensor names of a published checkpoint, sorted.
-
-    Attributes:
-        branch: published name -> `VisualBranch` state-dict key.
-        mllm: published name -> stock transformers 5 key of the frozen MLLM.
-        ignored: tensors of models that are not used (the VAE, the full diffusion decoder).
-        unknown: tensors of no known model.
-        unexpected: named like the branch's, but the branch has no such tensor.
-    """
+    """The names of a published checkpoint, sorted: of the branch and the MLLM, to ours and stock transformers 5's; of
+    models that are not used; of no known model; and named like the branch's, which has no such tensor."""
 
     branch: dict[str, str] = field(default_factory=dict)
     mllm: dict[str, str] = field(default_factory=dict)
@@ -78,14 +71,6 @@ def published_name(ours: str) -> str:
     return _TO_PUBLISHED.get(ours, OWN + ours)
 
 
-def mllm_name(published: str) -> str | None:
-    """The stock transformers 5 key of a published tensor name; None if it is not of the MLLM."""
-    for old, new in _MLLM:
-        if published.startswith(old):
-            return new + published.removeprefix(old)
-    return None
-
-
 def sort_names(names: Iterable[str]) -> Names:
     """Sort the tensor names of a published checkpoint; each ends in exactly one group."""
     result = Names()
@@ -94,10 +79,10 @@ def sort_names(names: Iterable[str]) -> Names:
             result.branch[name] = ours
         elif _OF_THE_BRANCH.fullmatch(name):
             result.unexpected.append(name)
-        elif ours := mllm_name(name):
+        elif (ours := _renamed(name, _MLLM)) != name:
             result.mllm[name] = ours
         else:
-            (result.ignored if name.startswith(IGNORED) else result.unknown).append(name)
+            (result.ignored if name.startswith(_IGNORED) else result.unknown).append(name)
     return result
 
 
@@ -107,42 +92,26 @@ def public_name(name: str) -> str:
     A local folder's path names users and machines, so of a path only the last part leaves the machine.
     """
     prefix, _, rest = name.rpartition(":")
-    if Path(rest).exists() or not _HUB_ID.fullmatch(rest):
+    if Path(rest).exists() or not HUB_ID.fullmatch(rest):
         rest = Path(rest).name
     prefix = prefix.removesuffix(":local-dir")
     return f"{prefix}:{rest}" if prefix.startswith(("builtin", "open_clip")) else rest
 
 
-# ---- the ControlNet -------------------------------------------------------------------------------------------------
-
-
-def config_from_published(config: dict[str, Any], channels: int) -> dict[str, Any]:
-    """A published `flux_controlnet/config.json` as `controlnet_from_config` takes it.
-
-    Args:
-        config: keys that the stock class does not know are left out.
-        channels: C of the patch latents, which the published code does not record.
-    """
-    from diffusers import FluxControlNetModel  # not needed for names
-
-    known = inspect.signature(FluxControlNetModel.__init__).parameters
-    return {**{key: value for key, value in config.items() if key in known}, "control_channels": channels}
-
-
 def from_published(weights: Mapping[str, T]) -> dict[str, T]:
     """The published `flux_controlnet/` state dict under our names (same tensors, nothing dropped)."""
-    return {_renamed(name, _CONTROLNET.items()): tensor for name, tensor in weights.items()}
+    return {_renamed(name, _CONTROLNET): tensor for name, tensor in weights.items()}
 
 
 def to_published(weights: Mapping[str, T]) -> dict[str, T]:
     """The inverse of `from_published`."""
     # The other way round: our name of the projection begins with our name of the upsampler.
-    names = [(ours, published) for published, ours in reversed(_CONTROLNET.items())]
+    names = {ours: published for published, ours in reversed(_CONTROLNET.items())}
     return {_renamed(name, names): tensor for name, tensor in weights.items()}
 
 
-def _renamed(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
-    for old, new in prefixes:
+def _renamed(name: str, prefixes: Mapping[str, str]) -> str:
+    for old, new in prefixes.items():
         if name.startswith(old):
             return new + name.removeprefix(old)
     return name

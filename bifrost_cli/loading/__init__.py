@@ -1,1 +1,1 @@
-"""Model references to loaded, frozen models: the hub, offloading, quantization, fingerprints."""
+"""Model references to loaded, frozen models: the hub, offloading, quantization, hashes."""

@@ -1,6 +1,6 @@
-"""Which artifacts, models, stores and settings fit together: every such check, in one place.
+"""Which artifacts, models, stores and settings fit together: every such check, as early as what it compares is known.
 
-Each raises an error that names both sides, as early as what it compares is known.
+ArtifactError BF-ART-004 names two that do not fit; RecipeError BF-RECIPE-005, settings that contradict a model.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 _SHARED = ("encoder", "grid", "channels")
 
-# ---- trained artifacts --------------------------------------------------------------------------------------------
-
 
 def has_own_conditioner(branch: Artifact) -> bool:
     """True for learned queries, whose artifact holds the control that they were trained with."""
@@ -34,15 +32,10 @@ def has_own_conditioner(branch: Artifact) -> bool:
 
 
 def require_one_step(branch: Artifact, steps: int) -> None:
-    """RecipeError BF-RECIPE-005: learned queries were never trained to read those that are known already."""
+    """Learned queries were never trained to read those that are known already."""
     if has_own_conditioner(branch) and steps != 1:
-        raise RecipeError(f"generate.decode_steps is {steps}; learned queries are decoded in one",
-                          fix="--set generate.decode_steps=1", code="BF-RECIPE-005")  # fmt: skip
-
-
-def fits(branch: Artifact, controlnet: Artifact) -> bool:
-    """True when both were trained on the same kind of latents."""
-    return trained_on(branch) == trained_on(controlnet)
+        raise _contradiction(f"generate.decode_steps is {steps}; learned queries are decoded in one",
+                             "--set generate.decode_steps=1")  # fmt: skip
 
 
 def trained_on(artifact: Artifact) -> dict[str, Any]:
@@ -55,86 +48,48 @@ def trained_on(artifact: Artifact) -> dict[str, Any]:
 
 
 def require_fit(branch: Artifact, controlnet: Artifact) -> None:
-    """ArtifactError BF-ART-004, naming both sides, unless they fit."""
-    if fits(branch, controlnet):
-        return
-    raise ArtifactError(
-        f"branch {branch.id} and controlnet {controlnet.id} were made from different latents",
-        at=f"branch {branch.path}: {described(branch)}\ncontrolnet {controlnet.path}: {described(controlnet)}",
-        fix="give two that were trained on the same store: bifrost artifacts lineage shows it",
-        code="BF-ART-004",
-    )
+    """Both were trained on the same kind of latents."""
+    if trained_on(branch) != trained_on(controlnet):
+        at = f"branch {branch.path}: {_described(branch)}\ncontrolnet {controlnet.path}: {_described(controlnet)}"
+        fix = "give two that were trained on the same store: bifrost artifacts lineage shows it"
+        raise _misfit(f"branch {branch.id} and controlnet {controlnet.id} were made from different latents", at, fix)
 
 
 def require_encoder(controlnet: Artifact, encoder: dict[str, Any]) -> None:
-    """ArtifactError BF-ART-004 unless the ControlNet was trained on latents of this encoder."""
-    if controlnet.identity.get("encoder") == encoder:
-        return
-    raise ArtifactError(
-        f"controlnet {controlnet.id} was trained on latents of another encoder",
-        at=f"controlnet {controlnet.path}: {described(controlnet)}\nencoder now: {_encoder(encoder)}",
-        fix="give the recipe that the ControlNet was trained with: --recipe " + str(controlnet.path),
-        code="BF-ART-004",
-    )
+    """The ControlNet was trained on latents of this encoder."""
+    if controlnet.identity.get("encoder") != encoder:
+        at = f"controlnet {controlnet.path}: {_described(controlnet)}\nencoder now: {_encoder(encoder)}"
+        fix = f"give the recipe that the ControlNet was trained with: --recipe {controlnet.path}"
+        raise _misfit(f"controlnet {controlnet.id} was trained on latents of another encoder", at, fix)
 
 
 def require_base(trained: Artifact, base: str, name: str, weights: str) -> None:
-    """ArtifactError BF-ART-004 unless `trained` was made on the base (`mllm`, `diffusion`) with these weights."""
+    """`trained` was made on the base (`mllm`, `painter`) with these weights."""
     recorded = trained.identity.get(base)
     if recorded is None and base == "painter":
         recorded = trained.identity.get("flux")  # the name of artifacts made before format 2 of the recipe
-    if recorded == weights:
-        return
-    raise ArtifactError(
-        f"{trained.kind} {trained.id} was trained on another {base} than {name}",
-        at=f"{trained.path}: weights {str(recorded)[:12]}\n{name}: weights {weights[:12]}",
-        fix=f"give the recipe that it was trained with: --recipe {quote(str(trained.path))}",
-        code="BF-ART-004",
-    )
-
-
-def check_settings(recipe: Recipe, diffusion: DiffusionModel, ui: Ui) -> None:
-    """RecipeError BF-RECIPE-005 for more text tokens than the model reads; a line for guidance that it ignores."""
-    settings, models, name = recipe.generate, recipe.models, recipe.models.diffusion
-    if models.diffusion_text_tokens > diffusion.most_tokens:
-        raise RecipeError(
-            f"models.diffusion_text_tokens is {models.diffusion_text_tokens}; {name} reads at most "
-            f"{diffusion.most_tokens}",
-            fix=f"--set models.diffusion_text_tokens={diffusion.most_tokens}",
-            code="BF-RECIPE-005",
+    if recorded != weights:
+        at = f"{trained.path}: weights {str(recorded)[:12]}\n{name}: weights {weights[:12]}"
+        raise _misfit(
+            f"{trained.kind} {trained.id} was trained on another {base} than {name}", at, _own_recipe(trained)
         )
-    if "guidance_scale" in settings.model_fields_set and not diffusion.reads_guidance:
-        ui.say(f"generate.guidance_scale {settings.guidance_scale:g} changes nothing: {name} has no guidance")
 
 
 def require_diffusion(controlnet: Artifact, name: str, diffusion: DiffusionModel, weights: str) -> None:
-    """ArtifactError BF-ART-004 unless the ControlNet was made for this family and on these weights (their hash); both
-    are named."""
+    """The ControlNet was made for this family, and on these weights (their hash)."""
     family = config_family(read_json(controlnet.file("config.json")))
     if family != diffusion.family:
-        raise ArtifactError(
-            f"controlnet {controlnet.id} is for {family}, and {name} is {diffusion.family}",
-            at=f"{controlnet.path}: {family}\n{name}: {diffusion.family}",
-            fix=f"give the recipe that it was trained with: --recipe {quote(str(controlnet.path))}",
-            code="BF-ART-004",
-        )
+        at = f"{controlnet.path}: {family}\n{name}: {diffusion.family}"
+        said = f"controlnet {controlnet.id} is for {family}, and {name} is {diffusion.family}"
+        raise _misfit(said, at, _own_recipe(controlnet))
     require_base(controlnet, "painter", name, weights)
 
 
-def require_output_size(size: int, diffusion: DiffusionModel, controlnet: nn.Module, patches: int) -> None:
-    """RecipeError BF-RECIPE-005 unless an image of `size` pixels a side has the image tokens that the ControlNet makes
-    of so many patches."""
-    side, wanted = size // (2 * diffusion.factor), image_tokens(controlnet, patches)
-    if wanted not in (None, side * side):
-        raise RecipeError(
-            f"images.output_size {size} makes {side * side} image tokens; the ControlNet gives {wanted}",
-            fix=f"--set images.output_size={2 * math.isqrt(wanted) * diffusion.factor}",
-            code="BF-RECIPE-005",
-        )
+def _own_recipe(trained: Artifact) -> str:
+    return f"give the recipe that it was trained with: --recipe {quote(str(trained.path))}"
 
 
-def described(artifact: Artifact) -> str:
-    """Encoder, weights, grid and channels in one line."""
+def _described(artifact: Artifact) -> str:
     shared = trained_on(artifact)
     grid = "x".join(map(str, shared["grid"]))
     return f"{_encoder(shared['encoder'])}, grid {grid}, {shared['channels']} channels"
@@ -144,70 +99,86 @@ def _encoder(identity: dict[str, Any]) -> str:
     return f"encoder {identity.get('name')}, weights {str(identity.get('weights'))[:12]}"
 
 
-# ---- latents stores and trainings -----------------------------------------------------------------------------------
+# ---- settings -------------------------------------------------------------------------------------------------------
 
 
-def require_latents_named(store: LatentsStore, name: str, recipe: str) -> None:
-    """ArtifactError BF-ART-004 unless the store's encoder has this name: known before any weight is loaded."""
-    if store.encoder.get("name") != name:
-        raise _other_latents(store, "latents of another encoder than that", recipe,
-                             f"encoder {store.encoder.get('name')}, not {name}")  # fmt: skip
+def check_settings(recipe: Recipe, diffusion: DiffusionModel, ui: Ui) -> None:
+    """No more text tokens than the model reads; a line for guidance that it ignores."""
+    settings, models, name = recipe.generate, recipe.models, recipe.models.diffusion
+    if models.diffusion_text_tokens > (most := diffusion.most_tokens):
+        said = f"models.diffusion_text_tokens is {models.diffusion_text_tokens}; {name} reads at most {most}"
+        raise _contradiction(said, f"--set models.diffusion_text_tokens={most}")
+    if "guidance_scale" in settings.model_fields_set and not diffusion.reads_guidance:
+        ui.say(f"generate.guidance_scale {settings.guidance_scale:g} changes nothing: {name} has no guidance")
 
 
-def require_latents_of(store: LatentsStore, encoder: dict[str, Any], recipe: str) -> None:
-    """ArtifactError BF-ART-004 unless the store's encoder has the same weights and preprocessing, too."""
-    if store.encoder != encoder:
-        raise _other_latents(store, "latents of another encoder than that", recipe, _unlike(store.encoder, encoder))
+def require_output_size(size: int, diffusion: DiffusionModel, controlnet: nn.Module, patches: int) -> None:
+    """An image of `size` pixels a side has the image tokens that the ControlNet makes of so many patches."""
+    side, wanted = size // (2 * diffusion.factor), image_tokens(controlnet, patches)
+    if wanted not in (None, side * side):
+        said = f"images.output_size {size} makes {side * side} image tokens; the ControlNet gives {wanted}"
+        raise _contradiction(said, f"--set images.output_size={2 * math.isqrt(wanted) * diffusion.factor}")
 
 
-def require_vae_latents(store: LatentsStore, vae: dict[str, Any], recipe: str) -> None:
-    """ArtifactError BF-ART-004 unless the store's VAE latents are of this VAE, at this size."""
-    if (recorded := store.attributes["painter"]) != vae:
-        raise _other_latents(store, "VAE latents of another diffusion model than that", recipe,
-                             _unlike(recorded or {}, vae))  # fmt: skip
+def require_tuning(branch: Branch, layers: int) -> None:
+    """An MLLM of so many layers can have this `branch.tune`."""
+    if branch.tune != "full" and branch.init == "random":
+        raise _contradiction(f"branch.init random with tune {branch.tune} would freeze random layers",
+                             "--set branch.tune=full, or init mllm")  # fmt: skip
+    if branch.tune == "layers" and branch.layers is not None and branch.layers > layers:
+        raise _contradiction(f"branch.layers is {branch.layers}; the MLLM has {layers} layers",
+                             f"--set branch.layers={layers}, or tune full")  # fmt: skip
+
+
+def require_precision(section: str, train: Train, models: Models) -> None:
+    """No gradient in fp32 passes through frozen weights of another type."""
+    if train.precision == "fp32" and models.dtype != "float32":
+        raise _contradiction(f"{section}.train.precision fp32 cannot run through frozen weights of {models.dtype}",
+                             "--set models.dtype=float32, or precision bf16")  # fmt: skip
+
+
+# ---- latents stores -------------------------------------------------------------------------------------------------
+
+
+def require_latents(
+    store: LatentsStore, recipe: str, *, name: str | None = None, encoder: dict | None = None, vae: dict | None = None
+) -> None:
+    """The store's encoder has this name (known before any weight is loaded), these weights and preprocessing; its VAE
+    latents are of this VAE, at this size. What is None is not compared."""
+    what, at = "latents of another encoder than that", ""
+    if name not in (None, store.encoder.get("name")):
+        at = f"encoder {store.encoder.get('name')}, not {name}"
+    elif encoder not in (None, store.encoder):
+        at = _unlike(store.encoder, encoder)
+    elif vae not in (None, recorded := store.attributes.get("painter")):
+        what, at = "VAE latents of another diffusion model than that", _unlike(recorded or {}, vae)
+    if at:
+        fix = f"give the store's own recipe: --recipe {quote(str(store.artifact.path))}, or extract again"
+        raise _misfit(f"{store.artifact.path} holds {what} of recipe {recipe}", at, fix)
 
 
 def control_ratio(store: LatentsStore, diffusion: DiffusionModel) -> int:
-    """Image tokens a side for each patch: 2 in the paper. ArtifactError BF-ART-004 when that is no whole number."""
+    """Image tokens a side for each patch: 2 in the paper; that is a whole number."""
     assert store.vae_shape is not None  # the ControlNet's training asked for a store with VAE latents
     (channels, height, width), (rows, columns) = store.vae_shape, store.grid
     ratio = height // (2 * rows)
     if ratio and (channels, height, width) == (diffusion.latent_channels, 2 * ratio * rows, 2 * ratio * columns):
         return ratio
-    raise ArtifactError(
+    raise _misfit(
         f"the VAE latents of {store.artifact.path} do not fit its patch latents in this diffusion model",
-        at=f"they are {(channels, height, width)}; a {rows}x{columns} grid needs "
+        f"they are {(channels, height, width)}; a {rows}x{columns} grid needs "
         f"{(diffusion.latent_channels, 4 * rows, 4 * columns)}, or another whole number of image tokens for each patch",
-        fix=f"extract again with --set images.output_size={4 * rows * diffusion.factor}",
-        code="BF-ART-004",
+        f"extract again with --set images.output_size={4 * rows * diffusion.factor}",
     )
 
 
-def require_tuning(branch: Branch, layers: int) -> None:
-    """RecipeError BF-RECIPE-005 for a `branch.tune` that an MLLM of so many layers cannot have."""
-    if branch.tune != "full" and branch.init == "random":
-        raise RecipeError(f"branch.init random with tune {branch.tune} would freeze random layers",
-                          fix="--set branch.tune=full, or init mllm", code="BF-RECIPE-005")  # fmt: skip
-    if branch.tune == "layers" and branch.layers is not None and branch.layers > layers:
-        raise RecipeError(f"branch.layers is {branch.layers}; the MLLM has {layers} layers", code="BF-RECIPE-005",
-                          fix=f"--set branch.layers={layers}, or tune full")  # fmt: skip
-
-
-def require_precision(section: str, train: Train, models: Models) -> None:
-    """RecipeError BF-RECIPE-005 for fp32 whose gradient passes through frozen weights of another type."""
-    if train.precision == "fp32" and models.dtype != "float32":
-        raise RecipeError(f"{section}.train.precision fp32 cannot run through frozen weights of {models.dtype}",
-                          fix="--set models.dtype=float32, or precision bf16", code="BF-RECIPE-005")  # fmt: skip
-
-
-def _other_latents(store: LatentsStore, what: str, recipe: str, at: str) -> ArtifactError:
-    return ArtifactError(
-        f"{store.artifact.path} holds {what} of recipe {recipe}",
-        at=at,
-        fix=f"give the store's own recipe: --recipe {quote(str(store.artifact.path))}, or extract again",
-        code="BF-ART-004",
-    )
-
-
-def _unlike(recorded: dict[str, Any], now: dict[str, Any]) -> str:
+def _unlike(recorded: dict[str, Any], now: dict[str, Any] | None) -> str:
     return differences(*({"kind": "latents", "parents": [], "identity": side} for side in (recorded, now)))
+
+
+def _misfit(message: str, at: str, fix: str) -> ArtifactError:
+    return ArtifactError(message, at=at, fix=fix, code="BF-ART-004")
+
+
+def _contradiction(message: str, fix: str) -> RecipeError:
+    return RecipeError(message, fix=fix, code="BF-RECIPE-005")

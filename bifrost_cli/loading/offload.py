@@ -1,13 +1,14 @@
-"""Where models are while they work and while they wait: on the device, or in main memory until they are needed.
+"""Models that share a device: where they are while they work and while they wait, and their weights in 8 or 4 bits.
 
-What they compute does not depend on it.
+The linear layers of a quantized model's blocks are those of bitsandbytes; embeddings, heads and norms keep theirs. The
+libraries' own `quantization_config` does the same while loading, but diffusers refuses it without a GPU.
 """
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -15,8 +16,7 @@ from accelerate import cpu_offload
 from accelerate.hooks import remove_hook_from_submodules
 from torch import nn
 
-from bifrost_cli.errors import UsageError
-from bifrost_cli.loading.quantize import layers_of, quantize_layers
+from bifrost_cli.errors import EnvironmentProblem, UsageError
 
 CPU = torch.device("cpu")
 
@@ -48,10 +48,8 @@ class OffloadPolicy:
         return "--set models.weights=nf4 --set generate.offload=model, or a GPU with more memory"
 
     def settle(self, *parts: nn.Module, frozen: Sequence[nn.Module] = ()) -> None:
-        """Make freshly loaded parts ready; `frozen` ones (parts, or inside parts) get the recipe's weights.
-
-        What was loaded can be hashed or copied before, not afterwards.
-        """
+        """Make freshly loaded parts ready; `frozen` ones (parts, or inside parts) get the recipe's weights. What was
+        loaded can be hashed or copied before, not afterwards."""
         quantized = {id(module) for module in frozen} if self.weights != "dtype" else set()
         for module in frozen if quantized else ():
             quantize_layers(module, self.weights, self.device)
@@ -61,14 +59,16 @@ class OffloadPolicy:
                 nn.Module.to(part, self.device)  # diffusers' own `to` warns of what it takes for a mistake
                 self._staying.add(part)
             elif self.offload == "sequential":
-                _stream(part, self.device)
+                layers = list(layers_of(part))
+                streamed = {id(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
+                for tensor in (*part.parameters(), *part.buffers()):
+                    if id(tensor) not in streamed:
+                        tensor.data = tensor.data.to(self.device)
+                for layer in layers:
+                    cpu_offload(layer, execution_device=self.device)
 
     def change(self, *parts: nn.Module, device: torch.device | None = None, offload: str | None = None) -> None:
-        """Take settled parts to another device, or under another `offload`.
-
-        Raises:
-            UsageError: their weights have 8 or 4 bits, which stay where they were made.
-        """
+        """Take settled parts to another device, or under another `offload`; UsageError for weights in 8 or 4 bits."""
         if self.weights != "dtype":
             raise UsageError(f"weights in {self.weights} stay on the device that they were made on",
                              fix="load again, with device=... and --set generate.offload=...")  # fmt: skip
@@ -93,18 +93,61 @@ class OffloadPolicy:
                 nn.Module.to(part, CPU)
 
 
-def forget() -> None:
-    """Give back the memory of models that nothing refers to any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def layers_of(module: nn.Module) -> Iterator[nn.Module]:
+    """The members of every list of layers that is in no other; diffusers keeps a None where there is nothing."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from (layer for layer in child if layer is not None)
+        else:
+            yield from layers_of(child)
 
 
-def _stream(module: nn.Module, device: torch.device) -> None:
-    layers = list(layers_of(module))
-    streamed = {id(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
-    for tensor in (*module.parameters(), *module.buffers()):
-        if id(tensor) not in streamed:
-            tensor.data = tensor.data.to(device)
-    for layer in layers:
-        cpu_offload(layer, execution_device=device)
+def quantize_layers(module: nn.Module, weights: str, device: torch.device) -> None:
+    """Replace, in place, the linear layers of `layers_of(module)`, but for what its class keeps in 32 bits. They go to
+    the device; gradients pass through to the inputs.
+
+    weights: int8 (LLM.int8(), arXiv 2208.07339) or nf4 (QLoRA, arXiv 2305.14314; blocks of 64, scales in 8 bits).
+    EnvironmentProblem BF-ENV-002 when bitsandbytes is not installed.
+    """
+    try:
+        import bitsandbytes
+    except ImportError:
+        said = f"the recipe asks for {weights} weights, and bitsandbytes is not installed"
+        fix = "pip install 'bifrost-cli[quant]', or --set models.weights=dtype"
+        raise EnvironmentProblem(said, code="BF-ENV-002", fix=fix) from None
+    for owner, name, linear in list(_linear(module)):
+        form = (linear.in_features, linear.out_features, linear.bias is not None)
+        kept: dict[str, Any] = {"requires_grad": False}
+        if weights == "int8":
+            layer = bitsandbytes.nn.Linear8bitLt(*form, has_fp16_weights=False, threshold=6.0, device="meta")
+            kind, kept["has_fp16_weights"] = bitsandbytes.nn.Int8Params, False
+        else:
+            dtype = linear.weight.dtype
+            layer = bitsandbytes.nn.Linear4bit(*form, compute_dtype=dtype, quant_type="nf4", device="meta")
+            # On some CPUs the first pass without a gradient would pack the weights anew, and lose later gradients.
+            layer.support_avx512bf16_for_cpu = False
+            kind, kept = bitsandbytes.nn.Params4bit, {**kept, "quant_type": "nf4", "module": layer}
+        layer.weight = kind(linear.weight.data, **kept).to(device)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.data.to(device), requires_grad=False)
+        setattr(owner, name, layer.eval())
+
+
+def bytes_of(module: nn.Module, weights: str, size: int) -> int:
+    """Bytes of the module's weights when `quantize_layers` is done with it; `size` is that of one number otherwise."""
+    total = size * sum(parameter.numel() for parameter in module.parameters())
+    for _, _, linear in _linear(module) if weights != "dtype" else ():
+        count = linear.weight.numel()
+        scales = 4 * linear.out_features if weights == "int8" else count // 64 + 4 * count // (64 * 256)
+        total += (count if weights == "int8" else count // 2) + scales - size * count
+    return total
+
+
+def _linear(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Owner, name and module of every linear layer in a list of layers, but for what the class keeps in 32 bits."""
+    kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+    for layer in layers_of(module):
+        for owner in layer.modules():
+            for name, child in owner.named_children():
+                if type(child) is nn.Linear and name not in kept:
+                    yield owner, name, child

@@ -5,6 +5,8 @@ Weights come from safetensors wherever we choose the file; a model without weigh
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,8 @@ def load_open_clip(ref: str, device: str | torch.device) -> Any:
     name, tag = _place(ref)
     known = open_clip.get_pretrained_cfg(name, tag) if tag else None
     quick_gelu = bool(known and known.get("quick_gelu"))
-    try:
+    with _explained(ref):
         model = open_clip.create_model(name, tag, force_quick_gelu=quick_gelu, require_pretrained=True)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise _explained(ref, error) from error
     return model.to(resolve_device(str(device))).eval()
 
 
@@ -44,10 +44,9 @@ def load_tokenizer(ref: str) -> Any:
     """open_clip's tokenizer of the same name: `tokenize(texts, context_length)`. Errors of `load_open_clip`."""
     import open_clip
 
-    try:
-        return open_clip.get_tokenizer(_place(ref)[0])
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise _explained(ref, error) from error
+    name, _ = _place(ref)
+    with _explained(ref):
+        return open_clip.get_tokenizer(name)
 
 
 def _place(ref: str) -> tuple[str, str | None]:
@@ -56,7 +55,13 @@ def _place(ref: str) -> tuple[str, str | None]:
         return _LOCAL + resolve_model(ref), None
     place = ref.removeprefix("open_clip:")
     if place.startswith(_LOCAL):
-        return _LOCAL + str(_safe_folder(Path(place.removeprefix(_LOCAL)).expanduser())), None
+        folder = Path(place.removeprefix(_LOCAL)).expanduser()
+        if not folder.is_dir():
+            raise EnvironmentProblem(f"there is no model folder {folder}", fix="check evaluate.features",
+                                     code="BF-ENV-020")  # fmt: skip
+        if not list(folder.glob("*.safetensors")):
+            raise _unsafe(str(folder))
+        return _LOCAL + str(folder), None
     if place.startswith("hf-hub:"):
         return place, None
     name, _, tag = place.partition("/")
@@ -65,32 +70,23 @@ def _place(ref: str) -> tuple[str, str | None]:
     return name, tag
 
 
-def _safe_folder(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise EnvironmentProblem(f"there is no model folder {folder}", fix="check evaluate.features", code="BF-ENV-020")
-    if not list(folder.glob("*.safetensors")):
-        raise _unsafe(str(folder))
-    return folder
-
-
 def _unsafe(place: str) -> ArtifactError:
-    return ArtifactError(
-        f"{place} holds no safetensors weights",
-        fix="convert them to open_clip_model.safetensors; other formats can run code and are not read",
-        code="BF-ART-008",
-    )
+    fix = "convert them to open_clip_model.safetensors; other formats can run code and are not read"
+    return ArtifactError(f"{place} holds no safetensors weights", fix=fix, code="BF-ART-008")
 
 
-def _explained(ref: str, error: Exception) -> EnvironmentProblem | ArtifactError:
-    first = (str(error).splitlines() or [type(error).__name__])[0]
-    if "state_dict" in first:
-        message, fix = f"the weights of {ref} do not fit", "give the model they belong to"
-        return ArtifactError(message, at=str(error)[:600], fix=fix, code="BF-ART-007")
-    if isinstance(error, SafetensorError):
-        return ArtifactError(f"{ref} holds damaged weights: {first}", fix="fetch the model again", code="BF-ART-008")
-    return EnvironmentProblem(
-        f"{ref} could not be loaded: {first[:200]}",
-        fix="check the name (open_clip.list_pretrained() has them all) and the network, or name a folder: "
-        "open_clip:local-dir:FOLDER",
-        code="BF-ENV-020",
-    )
+@contextmanager
+def _explained(ref: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        if "state_dict" in first:
+            raise ArtifactError(f"the weights of {ref} do not fit", at=str(error)[:600], code="BF-ART-007",
+                                fix="give the model they belong to") from error  # fmt: skip
+        if isinstance(error, SafetensorError):
+            raise ArtifactError(f"{ref} holds damaged weights: {first}", code="BF-ART-008",
+                                fix="fetch the model again") from error  # fmt: skip
+        fix = "check the name (open_clip.list_pretrained() has them all) and the network, or name a folder: "
+        raise EnvironmentProblem(f"{ref} could not be loaded: {first[:200]}", code="BF-ENV-020",
+                                 fix=f"{fix}open_clip:local-dir:FOLDER") from error  # fmt: skip

@@ -186,7 +186,7 @@ def _model(ref: str, revision: str | None, *, diffusion: bool) -> Finding:
 def _on_hub(ref: str, revision: str | None, missing: str) -> Finding:
     from huggingface_hub import HfApi
 
-    from bifrost_cli.loading.hub import HUB_ERRORS, hub_problem
+    from bifrost_cli.loading.resolve import HUB_ERRORS, hub_problem
 
     try:
         api = HfApi()
@@ -218,7 +218,7 @@ def _lack(folder: Path, diffusion: bool) -> str | None:
     """What a model's folder lacks: a part, or a file of weights that its index names."""
     from torch import nn
 
-    from bifrost_cli.loading.diffusion_families import diffusion_class, part_classes
+    from bifrost_cli.loading.loaders import diffusion_class, part_classes
 
     parts = [""]
     try:

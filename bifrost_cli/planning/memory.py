@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from bifrost_cli.config.schema import Recipe, Train
-from bifrost_cli.loading.quantize import bytes_of, layers_of
+from bifrost_cli.loading.offload import bytes_of, layers_of
 from bifrost_cli.planning.meta_models import MetaModels, numbers
 
 FULL = 4  # bytes of float32: trained weights, their gradients and averages, whatever the arithmetic

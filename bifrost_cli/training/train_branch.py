@@ -17,9 +17,8 @@ from bifrost_cli.config.schema import Branch, Recipe
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.safetensors_io import weights_hash
 from bifrost_cli.errors import RecipeError
-from bifrost_cli.loading.compatibility import require_latents_of, require_precision, require_tuning
-from bifrost_cli.loading.fingerprints import mllm_fingerprint
-from bifrost_cli.loading.loaders import ModelLoader
+from bifrost_cli.loading.compatibility import require_latents, require_precision, require_tuning
+from bifrost_cli.loading.loaders import ModelLoader, fingerprint
 from bifrost_cli.models.branch.masking import draw_masks, random_orders, sample_masked
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.mllm.chat_template import clean_caption, join_plan, tokenize_prompts
@@ -79,14 +78,14 @@ def train_branch(
     store, loader = training_run.choose_store(recipe, latents, workspace, ui), ModelLoader(recipe.models, device)
     mllm = loader.mllm()
     encoder = loader.encoder(recipe.latents, recipe.images, mllm=mllm)
-    require_latents_of(store, encoder.identity, recipe.name)
+    require_latents(store, recipe.name, encoder=encoder.identity)
     require_tuning(settings, mllm.text_config.num_hidden_layers)
     branch = build_branch(recipe, store, mllm)
     if settings.train.gradient_checkpointing:
         branch.enable_gradient_checkpointing()
     task = BranchTask(branch, mllm, store, settings)
     training_run.say_cut(task.too_long, store, settings.max_text_tokens, ui)
-    identity = {**training_run.shared_identity(store, settings), "mllm": mllm_fingerprint(recipe.models, mllm)}
+    identity = {**training_run.shared_identity(store, settings), "mllm": fingerprint("mllm", recipe.models, mllm)}
     job = TrainingRun(kind="branch", recipe=recipe, train=settings.train, store=store, identity=identity, task=task,
                       config=branch.config, frozen=lambda: weights_hash(mllm.model.state_dict()),
                       frozen_hash=identity["mllm"], device=loader.device)  # fmt: skip

@@ -16,9 +16,8 @@ from bifrost_cli.artifacts import Artifact
 from bifrost_cli.config.schema import ControlNet, Recipe, Train
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.errors import RecipeError
-from bifrost_cli.loading.compatibility import check_settings, control_ratio, require_precision, require_vae_latents
-from bifrost_cli.loading.fingerprints import diffusion_fingerprint
-from bifrost_cli.loading.loaders import ModelLoader, encoder_errors
+from bifrost_cli.loading.compatibility import check_settings, control_ratio, require_latents, require_precision
+from bifrost_cli.loading.loaders import ModelLoader, encoder_errors, fingerprint
 from bifrost_cli.models import row_noise
 from bifrost_cli.models.diffusion.base import ControlInput, DiffusionModel, UnsupportedControl
 from bifrost_cli.models.encoders import VaeEncoder
@@ -60,7 +59,7 @@ def train_controlnet(
     require_precision("controlnet", settings.train, models)
     store, loader = training_run.choose_store(recipe, latents, workspace, ui), ModelLoader(models, device)
     diffusion, controlnet = load_with_control(recipe, store, loader, settings.train, ui)
-    base = diffusion_fingerprint(models, diffusion)
+    base = fingerprint("diffusion", models, diffusion)
     small = {} if models.weights == "dtype" else {"weights": models.weights}
     loader.policy.settle(*diffusion.frozen_modules(), frozen=diffusion.frozen_modules(but=("vae",)))
     tokens = models.diffusion_text_tokens
@@ -86,7 +85,7 @@ def load_with_control(
     check_settings(recipe, diffusion, ui)
     with encoder_errors("images.output_size"):
         vae = VaeEncoder(diffusion.vae, recipe.images.output_size)
-    require_vae_latents(store, vae.identity, recipe.name)
+    require_latents(store, recipe.name, vae=vae.identity)
     control = new_control(recipe, store, diffusion, train.seed)
     if train.gradient_checkpointing:  # the gradient passes through the frozen diffusion model, too
         for module in (control, diffusion.transformer):

@@ -23,7 +23,7 @@ from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.png import contact_sheet, png_bytes
 from bifrost_cli.data.safetensors_io import save_tensors
 from bifrost_cli.errors import ArtifactError, BifrostError, DataError, DiskFull, RecipeError, UsageError, memory_errors
-from bifrost_cli.loading.compatibility import require_latents_named
+from bifrost_cli.loading.compatibility import require_latents
 from bifrost_cli.loading.open_clip_models import features_name
 from bifrost_cli.runtime import distributed
 from bifrost_cli.runtime.ui import Ui
@@ -140,7 +140,7 @@ def choose_store(recipe: Recipe, latents: Path | str | None, workspace: Path | s
     why = "as given" if latents is not None else f"the newest in {workspace}"
     ui.say(f"latents: {artifact.path} ({artifact.id}), {why}")
     store = LatentsStore.open(artifact)
-    require_latents_named(store, features_name(recipe.latents.encoder), recipe.name)
+    require_latents(store, recipe.name, name=features_name(recipe.latents.encoder))
     if store.rows < 3 and len({image_of(key) for key in store.keys}) < 2:
         raise DataError(f"{artifact.path} has {store.rows} rows: too few to train on and validate", code="BF-DATA-008",
                         fix="extract more images: bifrost extract-latents")  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fixtures_loading import load_branch, load_controlnet, load_diffusion, load_mllm
 
 from bifrost_cli.ablations.conditioners import TokenConditioner
 from bifrost_cli.ablations.learned_queries import LearnedQueries, LearnedQueriesTask
@@ -14,7 +15,6 @@ from bifrost_cli.extraction.extract import extract_latents
 from bifrost_cli.generation.choose_models import choose_models
 from bifrost_cli.generation.generate import generate
 from bifrost_cli.interop.export import export
-from bifrost_cli.loading.loaders import load_branch, load_controlnet, load_diffusion, load_mllm
 from bifrost_cli.loading.resolve import builtin
 from bifrost_cli.models.branch.masking import random_orders, sample_masked
 from bifrost_cli.models.diffusion.flux import FluxModel

@@ -99,8 +99,7 @@ def test_files_that_are_none_of_the_benchmarks(tmp_path, rows, columns, why):
 @pytest.fixture(scope="module")
 def mllm():
     import torch
-
-    from bifrost_cli.loading.loaders import load_mllm
+    from fixtures_loading import load_mllm
 
     return load_mllm("builtin:mllm", torch.device("cpu"), torch.float32)
 

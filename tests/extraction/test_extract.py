@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures_flux import save_system
+from fixtures_loading import load_vae
 from PIL import Image, ImageOps
 
 from bifrost_cli import extract_latents, load_recipe
@@ -33,7 +34,7 @@ from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.sources.scan import scan
 from bifrost_cli.errors import BifrostError, Diverged, Interrupted, Stopped
 from bifrost_cli.extraction import extract
-from bifrost_cli.loading.loaders import ModelLoader, load_vae
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.runtime.ui import Ui
 
 ROWS = "shapes:90:3"  # 6 shards, 12 batches

@@ -16,6 +16,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from fixtures_flux import PARTS as FLUX_PARTS
 from fixtures_flux import save_mllm, save_part, save_system, tiny_painter
+from fixtures_loading import load_controlnet, load_diffusion, load_mllm, load_vae
 from fixtures_mllm import random_branch, random_mllm
 from fixtures_plugins import install
 from fixtures_sd3 import save_sd3, tiny_sd3
@@ -28,7 +29,6 @@ from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.png import png_bytes, png_pixels
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem, RecipeError, Stopped
 from bifrost_cli.generation.reconstruct import reconstruct
-from bifrost_cli.loading.loaders import load_controlnet, load_diffusion, load_mllm, load_vae
 from bifrost_cli.models.diffusion.flux import FluxModel
 from bifrost_cli.models.diffusion.sd3 import Sd3Model
 from bifrost_cli.models.encoders import MllmEncoder

@@ -21,7 +21,7 @@ from bifrost_cli.errors import ArtifactError, RecipeError, Stopped, UsageError
 from bifrost_cli.generation.choose_models import choose_models
 from bifrost_cli.generation.generate import generate
 from bifrost_cli.generation.requests import image_requests, read_prompts
-from bifrost_cli.loading import loaders
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.runtime.ui import Ui
 
 
@@ -175,7 +175,7 @@ def test_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch, prompts,
 def test_a_dry_run_says_what_is_there_and_reads_no_weight(system: System, tmp_path: Path, monkeypatch) -> None:
     half = render(system, ["a star"], tmp_path / "out", n=2)
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(loaders, "load_mllm", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(ModelLoader, "mllm", lambda *a, **k: pytest.fail("weights were loaded"))
     plan = render(system, ["a star", "a circle"], half.path, n=2, dry_run=True)
     assert (plan["prompts"], plan["pictures"], plan["pictures_there"]) == (2, 4, 2)
     assert plan["branch"] == system.branch.id and plan["controlnet"] == system.controlnet.id
@@ -196,7 +196,7 @@ def test_long_and_foreign_prompts(system: System, tmp_path: Path) -> None:
 
 
 def test_parts_that_do_not_fit_are_named_before_loading(system: System, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(loaders, "load_mllm", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(ModelLoader, "mllm", lambda *a, **k: pytest.fail("weights were loaded"))
     other = {"encoder": {**system.encoder, "weights": "f" * 64}, "grid": [8, 8], "channels": 128}
     stranger = save_part(tmp_path / "other", "controlnet", nn.Linear(1, 1), {}, other)
     with pytest.raises(ArtifactError) as caught:

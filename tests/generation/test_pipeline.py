@@ -22,6 +22,7 @@ from bifrost_cli.generation.arguments import seed_of
 from bifrost_cli.generation.generate import generate
 from bifrost_cli.generation.reconstruct import reconstruct
 from bifrost_cli.loading import loaders
+from bifrost_cli.loading.loaders import ModelLoader
 
 PROMPTS = ["a star", "a red circle"]
 
@@ -219,8 +220,9 @@ def test_a_callback_may_decode_a_preview_but_not_change_a_step(pipe) -> None:
 @pytest.fixture
 def loads(monkeypatch) -> list[str]:
     names: list[str] = []
-    for name in ("load_mllm", "load_diffusion", "load_branch", "load_controlnet", "load_vae", "load_open_clip"):
-        monkeypatch.setattr(loaders, name, _counted(name, getattr(loaders, name), names))
+    for name in ("mllm", "diffusion", "branch", "controlnet", "vae"):
+        monkeypatch.setattr(ModelLoader, name, _counted(name, getattr(ModelLoader, name), names))
+    monkeypatch.setattr(loaders, "load_open_clip", _counted("open_clip", loaders.load_open_clip, names))
     return names
 
 
@@ -238,7 +240,7 @@ def test_a_pipeline_loads_once_and_outlives_its_folder(system: System, loads, tm
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(made.recipe.model_dump(mode="json")))
     parts = {"branch": made.branch.path, "controlnet": made.controlnet.path}
     pipe = BifrostPipeline.from_pretrained(tmp_path / "own.yaml", **parts, device="cpu")
-    assert sorted(loads) == ["load_branch", "load_controlnet", "load_diffusion", "load_mllm"]
+    assert sorted(loads) == ["branch", "controlnet", "diffusion", "mllm"]
     before, latents = pipe(PROMPTS), pipe.encode(np.zeros((64, 64, 3), np.uint8))
     for path in folder.rglob("*.safetensors"):
         path.write_bytes(b"\0" * path.stat().st_size)  # in place: what is mapped would change
@@ -336,7 +338,7 @@ def _with_recipe(artifact: Artifact, recipe: dict) -> Path:
 )
 def test_a_name_that_means_nothing(system: System, tmp_path: Path, monkeypatch, name, kind, message) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loaders, "load_mllm", lambda *rest, **more: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(ModelLoader, "mllm", lambda *rest, **more: pytest.fail("weights were loaded"))
     (tmp_path / "empty").mkdir()
     save_part(tmp_path / "latents", "latents", torch.nn.Linear(1, 1), {}, {"x": 1})
     parent = save_part(tmp_path / "gone", "branch", torch.nn.Linear(1, 1), {}, {"x": 2})

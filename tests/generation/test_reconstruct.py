@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fixtures_flux import System, save_part, save_system
+from fixtures_loading import load_mllm
 from torch import nn
 
 from bifrost_cli.data.images import BadImage
@@ -15,7 +16,6 @@ from bifrost_cli.errors import ArtifactError, UsageError
 from bifrost_cli.generation.ask import ask
 from bifrost_cli.generation.choose_models import choose_controlnet
 from bifrost_cli.generation.reconstruct import reconstruct
-from bifrost_cli.loading.loaders import load_mllm
 from bifrost_cli.loading.resolve import resolve_device
 from bifrost_cli.models.mllm.frozen_mllm import Completion, Mllm
 from bifrost_cli.runtime.ui import Ui

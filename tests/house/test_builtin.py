@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fixtures_loading import load_mllm
 
 from bifrost_cli import generate, load_recipe
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.config.schema import Train
 from bifrost_cli.data.png import png_pixels
 from bifrost_cli.generation.reconstruct import reconstruct
-from bifrost_cli.loading.loaders import load_mllm
 from bifrost_cli.shapes.captions import CATEGORIES, held_out, held_out_prompts, sample_prompt, sample_scene
 from bifrost_cli.shapes.checker import check
 from bifrost_cli.shapes.draw import draw

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fixtures_loading import load_branch, load_controlnet, load_mllm
 from fixtures_store import make_store, row
 from make_formats import CAPTIONS, PLANS
 
@@ -30,7 +31,6 @@ from bifrost_cli.data.safetensors_io import load_tensors, save_tensors
 from bifrost_cli.errors import ArtifactError, RecipeError, StoreError
 from bifrost_cli.evaluation import feature_statistics
 from bifrost_cli.evaluation.feature_statistics import load_statistics
-from bifrost_cli.loading.loaders import load_branch, load_controlnet, load_mllm
 from bifrost_cli.loading.resolve import builtin
 from bifrost_cli.reports.evaluation_page import report_html
 from bifrost_cli.training import checkpoint

@@ -11,6 +11,7 @@ import torch
 import yaml
 from diffusers import FluxControlNetModel
 from fixtures_flux import System, save_part, save_system
+from fixtures_loading import load_branch, load_mllm
 from safetensors.torch import load_file
 
 from bifrost_cli.artifacts import Artifact, Draft
@@ -19,13 +20,10 @@ from bifrost_cli.config.load import load_recipe
 from bifrost_cli.data.sharded_checkpoint import ShardedCheckpoint
 from bifrost_cli.errors import ArtifactError, BifrostError, UsageError
 from bifrost_cli.interop import export as stage
-from bifrost_cli.interop import export_mllm as export_mllm_stage
-from bifrost_cli.interop.export import export
-from bifrost_cli.interop.export_mllm import export_mllm
+from bifrost_cli.interop.export import export, export_mllm
 from bifrost_cli.interop.import_checkpoint import import_checkpoint
 from bifrost_cli.interop.model_card import model_card
 from bifrost_cli.interop.published_names import public_name
-from bifrost_cli.loading.loaders import load_branch, load_mllm
 from bifrost_cli.loading.resolve import builtin
 from bifrost_cli.models.branch.masking import sample_masked
 
@@ -235,7 +233,7 @@ def test_the_exported_mllm_is_the_one_that_generates(tmp_path, monkeypatch, caps
 
 def test_an_exported_mllm_is_whole_or_absent(tmp_path, monkeypatch):
     recipe, folder = load_recipe(), tmp_path / "out"
-    monkeypatch.setattr(export_mllm_stage, "_blocks", lambda path: iter([path.read_bytes()[:-1]]))
+    monkeypatch.setattr(stage, "_blocks", lambda path: iter([path.read_bytes()[:-1]]))
     with pytest.raises(BifrostError):
         export_mllm(recipe, folder)
     assert not folder.exists()

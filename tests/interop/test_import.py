@@ -15,6 +15,7 @@ import parity_mllm
 import pytest
 import torch
 from fixtures_flux import System, save_mllm, save_painter, save_system, tiny_painter
+from fixtures_loading import load_branch, load_controlnet, load_mllm
 from parity import VECTORS
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -26,7 +27,7 @@ from bifrost_cli.data.png import png_pixels, png_text
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem
 from bifrost_cli.interop import import_checkpoint as stage
 from bifrost_cli.interop.import_checkpoint import import_checkpoint
-from bifrost_cli.loading.loaders import ModelLoader, load_branch, load_controlnet, load_mllm
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.toy_system import tiny_models
 

@@ -16,7 +16,6 @@ from bifrost_cli.errors import OutOfMemory, Stopped
 from bifrost_cli.generation.generate import generate
 from bifrost_cli.generation.reconstruct import reconstruct
 from bifrost_cli.generation.stages import BifrostDecoder, BifrostPrior
-from bifrost_cli.loading import loaders
 from bifrost_cli.loading.loaders import ModelLoader
 
 PROMPTS = ["a star", "a red circle"]
@@ -55,7 +54,7 @@ def test_the_same_pictures_and_the_same_artifact(system: System, plain, tmp_path
 @pytest.mark.parametrize("offload", ["none", *APART])
 def test_the_mllm_is_gone_before_the_painter_comes(system: System, tmp_path: Path, monkeypatch, offload: str) -> None:
     alive: list[weakref.ref] = []
-    load_mllm, load_diffusion = loaders.load_mllm, loaders.load_diffusion
+    load_mllm, load_diffusion = ModelLoader.mllm, ModelLoader.diffusion
 
     def load_and_watch(*args, **options):
         mllm = load_mllm(*args, **options)
@@ -67,8 +66,8 @@ def test_the_mllm_is_gone_before_the_painter_comes(system: System, tmp_path: Pat
         assert (alive[0]() is None) == (offload != "none")
         return load_diffusion(*args, **options)
 
-    monkeypatch.setattr(loaders, "load_mllm", load_and_watch)
-    monkeypatch.setattr(loaders, "load_diffusion", look_and_load)
+    monkeypatch.setattr(ModelLoader, "mllm", load_and_watch)
+    monkeypatch.setattr(ModelLoader, "diffusion", look_and_load)
     render(system, tmp_path / "out.png", offload, "a star")
     assert len(alive) == 1
 

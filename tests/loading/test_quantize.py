@@ -18,7 +18,7 @@ from bifrost_cli.errors import EnvironmentProblem, RecipeError
 from bifrost_cli.generation.generate import generate
 from bifrost_cli.generation.stages import BifrostPrior
 from bifrost_cli.loading.loaders import ModelLoader
-from bifrost_cli.loading.quantize import bytes_of, layers_of, quantize_layers
+from bifrost_cli.loading.offload import bytes_of, layers_of, quantize_layers
 from bifrost_cli.training.train_branch import train_branch
 from bifrost_cli.training.train_controlnet import train_controlnet
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures_loading import load_diffusion, load_mllm, load_vae
 from safetensors.torch import load_file, save_file
 
 from bifrost_cli.errors import BifrostError
-from bifrost_cli.loading.loaders import load_diffusion, load_mllm, load_vae
 from bifrost_cli.loading.resolve import BUILTIN
 
 CPU = torch.device("cpu")

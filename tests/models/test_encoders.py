@@ -10,11 +10,12 @@ import pytest
 import torch
 from fixtures_clip import PREPROCESS, SIZE, save_tiny_clip
 from fixtures_flux import save_mllm, save_painter, tiny_painter
+from fixtures_loading import load_vae
 from fixtures_mllm import random_mllm
 
 from bifrost_cli.config.schema import Images, Latents, Models, Recipe
 from bifrost_cli.errors import RecipeError
-from bifrost_cli.loading.loaders import ModelLoader, load_vae
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.models.encoders import MllmEncoder, OpenClipEncoder, UnsupportedSize, VaeEncoder, VaePatchEncoder
 
 CPU = torch.device("cpu")

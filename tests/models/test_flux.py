@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from fixtures_flux import PARTS, tiny_controlnet, tiny_painter
+from fixtures_loading import load_diffusion
 from parity_flux import check_flux_denoise
 
-from bifrost_cli.loading.loaders import load_diffusion
 from bifrost_cli.models.diffusion import rectified_flow
 from bifrost_cli.models.diffusion.base import ControlInput, vae_encode
 from bifrost_cli.models.diffusion.flux import FluxModel, image_ids, pack, unpack

@@ -7,13 +7,13 @@ import sys
 import pytest
 import torch
 from fixtures_flux import save_painter, save_part, tiny_controlnet, tiny_painter
+from fixtures_loading import load_branch, load_mllm
 from fixtures_mllm import PATCHES, normal, random_mllm, tiny_mllm  # noqa: F401
 from fixtures_stage_training import TRAIN, mllm_store, recipe, save_mllm
 
 from bifrost_cli.data.safetensors_io import load_tensors
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem, RecipeError, Stopped
 from bifrost_cli.generation.generate import generate
-from bifrost_cli.loading.loaders import load_branch, load_mllm
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.diffusion.controlnet import controlnet_config
 from bifrost_cli.training.train_branch import BranchTask, train_branch

@@ -13,6 +13,7 @@ import open_clip
 import pytest
 import torch
 from fixtures_families import BUILDERS, SIDE, TOWER, WIDTH, llava, save_family
+from fixtures_loading import load_mllm
 from fixtures_mllm import normal, random_branch, randomize
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -24,7 +25,6 @@ from transformers import (
 )
 
 from bifrost_cli.errors import BifrostError
-from bifrost_cli.loading.loaders import load_mllm
 from bifrost_cli.models.branch.decoder_adapters import with_cache
 from bifrost_cli.models.branch.masking import draw_masks, random_orders, sample_masked
 from bifrost_cli.models.branch.visual_branch import VisualBranch

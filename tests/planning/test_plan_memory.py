@@ -13,12 +13,12 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from fixtures_flux import save_mllm, save_painter, save_part
+from fixtures_loading import load_diffusion, load_mllm
 from memory_meter import peak_bytes, weight_bytes
 from transformers import AutoModelForImageTextToText, T5Config, T5EncoderModel
 
 from bifrost_cli.config.load import load_recipe
 from bifrost_cli.generation.stages import BifrostDecoder, BifrostPrior
-from bifrost_cli.loading.loaders import load_diffusion, load_mllm
 from bifrost_cli.loading.offload import OffloadPolicy
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.diffusion.controlnet import controlnet_config, latent_controlnet

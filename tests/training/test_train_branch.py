@@ -8,12 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from fixtures_loading import load_branch
 from fixtures_mllm import random_mllm
 from fixtures_stage_training import CAPTIONS, PLANS, end, mllm_store, recipe, save_mllm, start
 
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.errors import ArtifactError, BifrostError, DataError, OutOfMemory, RecipeError, UsageError
-from bifrost_cli.loading.loaders import ModelLoader, load_branch
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.models.encoders import MllmEncoder
 from bifrost_cli.training import loop
 from bifrost_cli.training.data_order import micro_seed

@@ -7,12 +7,13 @@ import time
 import pytest
 import torch
 from fixtures_flux import tiny_painter
+from fixtures_loading import load_controlnet, load_diffusion
 from fixtures_stage_training import end, mllm_store, recipe, save_flux, start
 from fixtures_store import make_store
 
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.errors import ArtifactError, RecipeError, StoreError
-from bifrost_cli.loading.loaders import ModelLoader, load_controlnet, load_diffusion
+from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.models.diffusion.controlnet import latent_controlnet
 from bifrost_cli.models.encoders import VaeEncoder
 from bifrost_cli.runtime.ui import Ui
