@@ -20,19 +20,7 @@ from pathlib import Path
 import typer
 
 from bifrost_cli.artifacts.files import disk_errors
-from bifrost_cli.cli import (
-    ablate_commands,
-    artifact_commands,
-    data_commands,
-    eval_commands,
-    geneval_commands,
-    interop_commands,
-    planning_commands,
-    recipe_commands,
-    report_commands,
-    shapes_commands,
-    stage_commands,
-)
+from bifrost_cli.cli import artifact_commands, eval_commands, recipe_commands, stage_commands
 from bifrost_cli.cli.options import Version
 from bifrost_cli.errors import (
     BifrostError,
@@ -67,17 +55,19 @@ def root(context: typer.Context, version: Version = False) -> None:
         print(context.get_help())
 
 
-app.add_typer(stage_commands.app)
-app.add_typer(eval_commands.app)
-app.add_typer(report_commands.app)
-app.add_typer(geneval_commands.app, name="geneval")
-app.add_typer(interop_commands.app)
-app.add_typer(ablate_commands.app)
-app.add_typer(data_commands.app, name="data")
-app.add_typer(planning_commands.app)
-app.add_typer(artifact_commands.app, name="artifacts")
-app.add_typer(recipe_commands.app, name="recipes")
-app.add_typer(shapes_commands.app, name="shapes")
+for name, group in (
+    (None, stage_commands.app),
+    (None, eval_commands.app),
+    ("geneval", eval_commands.geneval),
+    (None, artifact_commands.interop),
+    (None, eval_commands.ablations),
+    ("data", stage_commands.data),
+    (None, recipe_commands.planning),
+    ("artifacts", artifact_commands.app),
+    ("recipes", recipe_commands.app),
+    ("shapes", stage_commands.shapes),
+):
+    app.add_typer(group, name=name)
 
 
 def main() -> None:
@@ -102,6 +92,7 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         code = int(app(arguments, prog_name="bifrost", standalone_mode=False) or 0)
         sys.stdout.flush()
+        return code
     except BrokenPipeError:
         return CLOSED_PIPE
     except BaseException as error:  # noqa: B036 the last line of defence: nothing reaches the user as a traceback
@@ -111,7 +102,6 @@ def run(arguments: list[str] | None = None) -> int:
         with contextlib.suppress(BrokenPipeError):
             return _tell(error, "--json" in given)
         return CLOSED_PIPE
-    return code
 
 
 def _tell(error: BaseException, as_json: bool) -> int:
@@ -144,43 +134,29 @@ def _prepare_environment() -> None:
 
 def explain(error: BaseException) -> BifrostError:
     """Any exception as one of ours."""
+    line = (str(error).splitlines() or [""])[0]
     if isinstance(error, BifrostError):
         return error
     if isinstance(error, KeyboardInterrupt):
         return Interrupted("interrupted before anything could be saved", fix="give the same command again")
     if hasattr(error, "format_message"):  # Typer's own usage errors; their class lives in a module that moves
-        return _usage(error)
+        context = getattr(error, "ctx", None)
+        place = context.command_path if context is not None else "bifrost"
+        return UsageError(error.format_message().rstrip("."), fix=f"see {place} --help")
     if is_out_of_memory(error):
-        return OutOfMemory(
-            "out of memory",
-            at=str(error).splitlines()[0] if str(error) else None,
-            fix="smaller batches: --set SECTION.batch_size=1",
-        )
-    if isinstance(error, OSError) and (problem := _disk(error)):
-        return problem
+        return OutOfMemory("out of memory", at=line or None, fix="smaller batches: --set SECTION.batch_size=1")
+    if isinstance(error, OSError):
+        try:
+            with disk_errors(Path(error.filename or "."), doing="use"):
+                raise error
+        except BifrostError as problem:
+            return problem
+        except OSError:
+            if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR):
+                what = f"{str(error.filename)[:80]} cannot be a path: {error.strerror}"
+                return UsageError(what, fix="choose another -o")
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("bifrost_cli"):
-        return EnvironmentProblem(
-            f"the package {error.name} is not installed", fix=f"pip install {error.name}", code="BF-ENV-002"
-        )
-    what = f"{type(error).__name__}: {error}".splitlines()[0]
-    return BifrostError(
-        f"this is a bug: {what}", fix="run it with --debug and report what it prints", code="BF-BUG-001"
-    )
-
-
-def _usage(error: BaseException) -> UsageError:
-    context = getattr(error, "ctx", None)
-    place = context.command_path if context is not None else "bifrost"
-    return UsageError(error.format_message().rstrip("."), fix=f"see {place} --help")  # type: ignore[attr-defined]
-
-
-def _disk(error: OSError) -> BifrostError | None:
-    try:
-        with disk_errors(Path(error.filename or "."), doing="use"):
-            raise error
-    except BifrostError as problem:
-        return problem
-    except OSError:
-        if error.errno in (errno.ENAMETOOLONG, errno.ENOTDIR):
-            return UsageError(f"{str(error.filename)[:80]} cannot be a path: {error.strerror}", fix="choose another -o")
-        return None
+        fix = f"pip install {error.name}"
+        return EnvironmentProblem(f"the package {error.name} is not installed", fix=fix, code="BF-ENV-002")
+    what = f"{type(error).__name__}: {line}"
+    return BifrostError(f"this is a bug: {what}", fix="run it with --debug and report what it prints")

@@ -1,34 +1,36 @@
-"""`bifrost artifacts`: what a workspace holds, what an artifact is and was made from, and what can be removed."""
+"""`bifrost artifacts`, and `import`, `export`, `export-mllm`: what a workspace holds, and other programs' layouts."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
 
-from bifrost_cli.artifacts import Artifact, lineage, newest, resolve
+from bifrost_cli.artifacts import Artifact, default_path, lineage, newest, resolve
 from bifrost_cli.artifacts.cleanup import Removable, leftovers, removable, remove_all
+from bifrost_cli.artifacts.manifest import require_new
 from bifrost_cli.artifacts.workspace import SHIPPED, Survey, survey
-from bifrost_cli.cli.command import Result, command
-from bifrost_cli.cli.options import DryRun, Reference, Workspace, artifact_arguments
-from bifrost_cli.errors import ArtifactError, Findings
+from bifrost_cli.cli.command import FIRST_PROMPT, Result, command, refusals
+from bifrost_cli.cli.options import RUNS, DryRun, NewFolder, Output, Recipe, Reference, Workspace, artifact_argument
+from bifrost_cli.errors import ArtifactError, EnvironmentProblem, Findings
 from bifrost_cli.runtime.ui import Ui, counted
 
-RUNS = Path("runs")
 app = typer.Typer(help="List, show, check and remove artifacts, and see what they were made from.")
+interop = typer.Typer()
 
 
 @app.callback(invoke_without_command=True)
 def _default(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
-        for line in ls(Ui()).lines:
-            print(line)
+        print("\n".join(ls().lines))
 
 
 @command(app, "ls")
-def ls(ui: Ui, workspace: Workspace = RUNS) -> Result:
+def ls(workspace: Workspace = RUNS) -> Result:
     """List the artifacts of a workspace, newest first; unfinished and damaged folders too.
 
     What its commands wrote elsewhere with -o is among them.
@@ -36,86 +38,97 @@ def ls(ui: Ui, workspace: Workspace = RUNS) -> Result:
     Example: bifrost artifacts ls -w runs
     """
     found = survey(workspace, outside=True)
-    rows = [(a.id, _when(a), _size(a), str(a.path)) for a in found.artifacts]
+    made = [
+        {"kind": a.kind, "id": a.id, "path": str(a.path), "when": a.manifest["made"]["when"]} for a in found.artifacts
+    ]
+    rows = []
+    for artifact, one in zip(found.artifacts, made, strict=True):
+        size = sum(entry["size"] for entry in artifact.files.values()) / 1e6
+        rows.append((artifact.id, one["when"][:16].replace("T", " "), f"{size:.1f} MB", one["path"]))
     rows += [("(unfinished)", "", "", str(path)) for path in found.drafts]
     rows += [("(damaged)", "", "", str(path)) for path, _ in found.broken]
+    data = {
+        "artifacts": made,
+        "unfinished": [str(path) for path in found.drafts],
+        "damaged": {str(path): reason for path, reason in found.broken},
+    }
     lines = [f"{name:24}  {when:16}  {size:>9}  {path}" for name, when, size, path in rows]
-    return Result(lines or [f"{workspace} holds no artifact; make one: bifrost extract-latents"], _survey_data(found))
+    return Result(lines or [f"{workspace} holds no artifact; make one: bifrost extract-latents"], data)
 
 
 @command(app, "show")
-def show(ui: Ui, ref: Reference = None, workspace: Workspace = RUNS) -> Result:
+def show(ref: Reference = None, workspace: Workspace = RUNS) -> Result:
     """Show what an artifact is: its settings, who made it, what it cost and what it holds.
 
     Example: bifrost artifacts show runs/latents-0123456789ab
     """
     artifact = _choose(workspace, ref)
-    manifest = artifact.manifest
     lines = [f"{artifact.id}  {artifact.path}"]
     for title in ("made", "cost", "identity", "info"):
-        shown = {key: value for key, value in manifest[title].items() if key != "recipe"}
+        shown = {key: value for key, value in artifact.manifest[title].items() if key != "recipe"}
         lines += [title, *(f"  {line}" for line in _lines(shown))]
     lines += ["parents", *(f"  {parent['id']}  {parent['path']}" for parent in artifact.parents)]
     lines += ["files", *(f"  {name}  {entry['size']:,} bytes" for name, entry in artifact.files.items())]
-    return Result(lines, {**manifest, "path": str(artifact.path)}, artifact.path)
+    return Result(lines, {**artifact.manifest, "path": str(artifact.path)}, artifact.path)
 
 
 @command(app, "verify")
 def verify(
     ui: Ui,
-    refs: Annotated[
-        list[str] | None,
-        artifact_arguments("(default: all of the workspace)"),
-    ] = None,
+    refs: Annotated[list[str] | None, artifact_argument("REF...", "(default: all of the workspace)")] = None,
     workspace: Workspace = RUNS,
 ) -> Result:
     """Read every byte of artifacts and compare it with their manifests. Exit code 8 when something is wrong.
 
     Example: bifrost artifacts verify runs/latents-0123456789ab
     """
-    problems: dict[str, list[str]] = {}
-    chosen, unreadable = _to_verify(refs, workspace)
-    for path, reason in unreadable:
-        problems[str(path)] = [reason]
+    found = survey(workspace) if not refs else Survey()
+    problems = {str(path): [reason] for path, reason in found.broken}
+    chosen = found.artifacts
+    for ref in refs or ():
+        try:
+            chosen.append(resolve(workspace, ref))
+        except ArtifactError as error:
+            if error.code != "BF-ART-005":
+                raise
+            problems[str(Path(ref))] = [error.message]
     with ui.progress(len(chosen), "artifacts") as bar:
         for artifact in chosen:
-            if found := artifact.verify():
-                problems[str(artifact.path)] = found
+            if damage := artifact.verify():
+                problems[str(artifact.path)] = damage
             for stray in artifact.strays():
                 ui.say(f"{artifact.path}: {stray} is not part of the artifact")
             bar.advance(1)
-    lines = [f"whole    {a.path}" for a in chosen if str(a.path) not in problems]
+    whole = [str(artifact.path) for artifact in chosen if str(artifact.path) not in problems]
+    lines = [f"whole    {path}" for path in whole]
     lines += [f"damaged  {path}: {reason}" for path, reasons in problems.items() for reason in reasons]
-    data = {"whole": [str(a.path) for a in chosen if str(a.path) not in problems], "damaged": problems}
     fix = "make the damaged ones again at a new place; nothing was changed"
     error = Findings(f"{counted(len(problems), 'damaged artifact')} found", fix=fix) if problems else None
-    return Result(lines or [f"{workspace} holds no artifact"], data, error=error)
+    return Result(lines or [f"{workspace} holds no artifact"], {"whole": whole, "damaged": problems}, error=error)
 
 
 @command(app, "lineage")
-def show_lineage(ui: Ui, ref: Reference = None, workspace: Workspace = RUNS) -> Result:
+def show_lineage(ref: Reference = None, workspace: Workspace = RUNS) -> Result:
     """Show what an artifact was made from, back to the first step.
 
     Example: bifrost artifacts lineage runs/report-0123456789ab
     """
     if ref is None and not survey(workspace, outside=True).artifacts:
-        return Result(_nothing(workspace), {"lineage": []})
-    ancestors = lineage(_choose(workspace, ref), workspace)
-    paths = [str(ancestor.artifact.path) if ancestor.artifact else None for ancestor in ancestors]
+        drafts = [f"unfinished: {path}; give the command that made it again" for path in survey(workspace).drafts]
+        shipped = [f"ships with bifrost: {resolve(workspace, ref).id}  ({ref})" for ref in SHIPPED]
+        nothing = f"{workspace} holds no artifact; make one: bifrost extract-latents"
+        return Result([nothing, *drafts, *shipped], {"lineage": []})
     lines, data = [], []
-    for ancestor, path in zip(ancestors, paths, strict=True):
-        lines.append(f"{'  ' * ancestor.depth}{ancestor.id}  {path or '(not here any more)'}")
-        data.append({"depth": ancestor.depth, "kind": ancestor.kind, "id": ancestor.id, "path": path})
+    for one in lineage(_choose(workspace, ref), workspace):
+        path = str(one.artifact.path) if one.artifact else None
+        lines.append(f"{'  ' * one.depth}{one.id}  {path or '(not here any more)'}")
+        data.append({"depth": one.depth, "kind": one.kind, "id": one.id, "path": path})
     return Result(lines, {"lineage": data})
 
 
 @command(app, "rm")
 def rm(
-    ui: Ui,
-    refs: Annotated[
-        list[str],
-        artifact_arguments("Folders or ids; unfinished folders too."),
-    ],
+    refs: Annotated[list[str], artifact_argument("REF...", "Folders or ids; unfinished folders too.")],
     workspace: Workspace = RUNS,
     dry_run: DryRun = False,
 ) -> Result:
@@ -127,7 +140,7 @@ def rm(
 
 
 @command(app, "gc")
-def gc(ui: Ui, workspace: Workspace = RUNS, dry_run: DryRun = False) -> Result:
+def gc(workspace: Workspace = RUNS, dry_run: DryRun = False) -> Result:
     """Remove unfinished folders that no process writes, and temporary files of killed processes.
 
     An interrupted command whose folder is removed begins anew. Artifacts stay.
@@ -148,45 +161,11 @@ def _removed(items: list[Removable], dry_run: bool) -> Result:
     return Result(lines, {"removed": data, "bytes": total, "dry_run": dry_run})
 
 
-def _nothing(workspace: Path) -> list[str]:
-    """What there is where a workspace holds no artifact."""
-    drafts = [f"unfinished: {path}; give the command that made it again" for path in survey(workspace).drafts]
-    shipped = [f"ships with bifrost: {resolve(workspace, ref).id}  ({ref})" for ref in SHIPPED]
-    return [f"{workspace} holds no artifact; make one: bifrost extract-latents", *drafts, *shipped]
-
-
 def _choose(workspace: Path, ref: str | None) -> Artifact:
     if ref is not None:
         return resolve(workspace, ref)
     found = survey(workspace, outside=True).artifacts
     return found[0] if found else newest(workspace, "latents")
-
-
-def _to_verify(refs: list[str] | None, workspace: Path) -> tuple[list[Artifact], list[tuple[Path, str]]]:
-    """Artifacts to read, and those whose manifest is damaged already. ArtifactError for one that is not there."""
-    if not refs:
-        found = survey(workspace)
-        return found.artifacts, found.broken
-    chosen, unreadable = [], []
-    for ref in refs:
-        try:
-            chosen.append(resolve(workspace, ref))
-        except ArtifactError as error:
-            if error.code != "BF-ART-005":
-                raise
-            unreadable.append((Path(ref), error.message))
-    return chosen, unreadable
-
-
-def _survey_data(found: Survey) -> dict[str, Any]:
-    return {
-        "artifacts": [
-            {"kind": a.kind, "id": a.id, "path": str(a.path), "when": a.manifest["made"]["when"]}
-            for a in found.artifacts
-        ],
-        "unfinished": [str(path) for path in found.drafts],
-        "damaged": {str(path): reason for path, reason in found.broken},
-    }
 
 
 def _lines(value: Any, name: str = "") -> Iterator[str]:
@@ -198,9 +177,73 @@ def _lines(value: Any, name: str = "") -> Iterator[str]:
         yield f"{name}: {text if len(text) <= 200 else text[:197] + '...'}"
 
 
-def _when(artifact: Artifact) -> str:
-    return artifact.manifest["made"]["when"][:16].replace("T", " ")
+@command(interop, "import")
+def import_checkpoint(
+    recipe: Recipe,
+    ui: Ui,
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder or a hub id in the published layout.")],
+    output: Output = None,
+    workspace: Workspace = RUNS,
+    dry_run: DryRun = False,
+) -> Result:
+    """Turn a published checkpoint into a branch and a ControlNet artifact.
+
+    The recipe names the frozen bases, which are loaded and compared; with --dry-run they are not, and every key is
+    listed.
+
+    Example: bifrost import hanlincs/Bifrost-1 --recipe bifrost1-7b -o runs/published
+    """
+    with refusals():
+        if not Path(source).expanduser().is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source):
+            what = f"{source} is neither a folder nor a hub id"
+            raise EnvironmentProblem(what, fix="check the path", code="BF-ENV-020")
+    from bifrost_cli.interop.import_checkpoint import import_checkpoint
+
+    artifacts = import_checkpoint(recipe, source, output=output, workspace=workspace, dry_run=dry_run, ui=ui)
+    if isinstance(artifacts, dict):
+        return Result([f"{group:12} {name}" for group, names in artifacts.items() for name in names], artifacts)
+    paths = [part.path for part in artifacts]
+    options = [("recipe", paths[0]), *((part.kind, part.path) for part in artifacts)]
+    given = " ".join(f"--{name} {quote(str(path))}" for name, path in options)
+    lines = [f"{part.id}  {part.path}" for part in artifacts]
+    data = {part.kind: {"id": part.id, "path": str(part.path)} for part in artifacts}
+    hint = f'next: bifrost generate "{FIRST_PROMPT}" -o out.png {given}'
+    return Result(lines, data, "\n".join(map(str, paths)), hint, artifacts=paths)
 
 
-def _size(artifact: Artifact) -> str:
-    return f"{sum(entry['size'] for entry in artifact.files.values()) / 1e6:.1f} MB"
+@command(interop, "export")
+def export(
+    ui: Ui,
+    ref: Annotated[str, typer.Argument(metavar="REF", help="A branch or ControlNet artifact, or builtin:branch.")],
+    output: Output = None,
+    workspace: Workspace = RUNS,
+) -> Result:
+    """Write a branch or a ControlNet for others to use: plain safetensors, a configuration and a model card.
+
+    A ControlNet beside its branch, in FOLDER/flux_controlnet, makes the published layout, which import reads.
+
+    Example: bifrost export builtin:controlnet -o exported/flux_controlnet
+    """
+    with refusals():
+        artifact = resolve(workspace, ref)
+        require_new(output or default_path(workspace, "export", artifact.id))
+    from bifrost_cli.interop.export import export
+
+    return _exported(export(ref, output=output, workspace=workspace, ui=ui))
+
+
+@command(interop, "export-mllm")
+def export_mllm(recipe: Recipe, ui: Ui, output: NewFolder = Path("mllm")) -> Result:
+    """Write the frozen MLLM as a folder of its own, for lmms-eval to measure its understanding.
+
+    The same bytes and the same hash of weights as generation uses; its README has the command.
+
+    Example: bifrost export-mllm --recipe bifrost1-7b -o mllm
+    """
+    from bifrost_cli.interop.export import export_mllm
+
+    return _exported(export_mllm(recipe, output, ui=ui))
+
+
+def _exported(folder: Path) -> Result:
+    return Result([str(folder)], {"path": str(folder), "files": sorted(path.name for path in folder.iterdir())}, folder)

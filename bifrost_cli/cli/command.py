@@ -1,17 +1,17 @@
 """What every command shares, written once: recipe, `--set`, `--json`, `-q`, `--debug`, `--offline`, and the printing.
 
-In: a function that takes a `recipe` and a `ui` (when it names them) and its own options, and returns a `Result`. Out:
-a Typer command. Results go to stdout, everything else to stderr. Does not know any stage.
+Results go to stdout, everything else to stderr.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,23 @@ from typing import Any
 import typer
 from typer.core import TyperCommand
 
+import bifrost_cli
+from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.workspace import remember_outside
-from bifrost_cli.cli.options import AsJson, Debug, Flag, Offline, Quiet, Sets, recipe_option
+from bifrost_cli.cli.options import AsJson, Debug, Offline, Quiet, Sets, key_name, key_option, parameter, recipe_option
 from bifrost_cli.errors import BifrostError, Interrupted, printable
 from bifrost_cli.errors import as_json as error_json
-from bifrost_cli.runtime.launch import distributed_env
+from bifrost_cli.runtime import launch
 from bifrost_cli.runtime.ui import TerminalUi, Ui
 
+FIRST_PROMPT = "a red circle above a blue square"
 _COMMON = {"as_json": AsJson, "quiet": Quiet, "debug": Debug, "offline": Offline}
+_SUPPLIED = ("recipe", "ui", "late")
+_NEXT = {
+    "latents": "next: bifrost train branch",
+    "branch": "next: bifrost train controlnet",
+    "controlnet": f'next: bifrost generate "{FIRST_PROMPT}" -o out.png',
+}
 
 
 @dataclass(frozen=True)
@@ -44,48 +53,89 @@ class Result:
     error: BifrostError | None = None
     artifacts: Sequence[Path] = ()
 
+    @classmethod
+    def of(cls, made: Artifact | Path | dict[str, Any], hint: str | None = None) -> Result:
+        """A stage's return value: an artifact, a file or folder, or the plan of a dry run."""
+        if isinstance(made, dict):
+            return cls([f"{name}: {value}" for name, value in made.items()], made)
+        if isinstance(made, Path):
+            return cls([str(made)], {"path": str(made)}, made, hint)
+        from bifrost_cli.loading.compatibility import has_own_conditioner
 
-Body = Callable[..., Result]
+        info = {key: value for key, value in made.info.items() if key != "recipe"}
+        data = {"kind": made.kind, "id": made.id, "path": str(made.path), "info": info}
+        hint = _NEXT.get("controlnet" if has_own_conditioner(made) else made.kind)
+        return cls([f"{made.id}  {made.path}"], data, made.path, hint, artifacts=[made.path])
+
+
+class LazyCommand(TyperCommand):
+    """A command that looks up the options of recipe keys and of metrics when it is used, and not when any command
+    starts: the schema that describes them costs more than all of `bifrost --help`."""
+
+    flags: Sequence[str] = ()
+    first: Callable[[Sequence[Any]], list[inspect.Parameter]] | None = None
+    late: dict[str, Any]  # their values; Typer hands a function only what its signature has
+    _params: list[Any] | None = None
+
+    @property
+    def params(self) -> list[Any]:
+        """Typer's parameters: `first`, those of the function, and `flags` before what every command has."""
+        if self._params is None:
+            place = next((n for n, param in enumerate(self._declared) if param.name == "as_json"), 0)
+            flags = _typer_params([key_option(key) for key in self.flags])
+            params = [*self._declared[:place], *flags, *self._declared[place:]]
+            self._params = [*(_typer_params(self.first(params)) if self.first else ()), *params]
+        return self._params
+
+    @params.setter
+    def params(self, params: list[Any]) -> None:
+        self._declared = params
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the function, the options that it does not declare in `late`."""
+        others = ctx.params.keys() - {param.name for param in self._declared}
+        self.late.update({name: ctx.params.pop(name) for name in others})
+        return super().invoke(ctx)
 
 
 def command(
     app: typer.Typer,
     name: str,
-    flags: Sequence[Flag] = (),
+    flags: Sequence[str] = (),
     default: str = "tiny",
-    check: Callable[..., None] | None = None,
-    cls: type[LazyCommand] | None = None,
-) -> Callable[[Body], Body]:
-    """Register a function as a command.
+    stage: str | None = None,
+    first: Callable[[Sequence[Any]], list[inspect.Parameter]] | None = None,
+    text: str | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as a command; the decorator leaves the function as it is.
+
+    `recipe` becomes --recipe, --set and `flags`; `ui` is supplied, and in `late` what was given for `first`.
 
     Args:
         app: the group that it belongs to.
         name: what people type.
-        flags: recipe keys that have a flag of their own.
+        flags: recipe keys that have an option of their own.
         default: the recipe when none is named.
-        check: takes the command's parameters and raises what can be refused before a model library is imported.
-        cls: the command's class; None is `LazyCommand`.
-
-    Returns:
-        The decorator; it leaves the function as it is. A `recipe` parameter becomes --recipe, --set and `flags`, and
-        `ui` is supplied.
+        stage: what `bifrost_cli` exports and takes the same options. The function then only refuses what can be refused
+            before a model library is imported; else it returns a `Result`.
+        first: gives more options when the command is used, from Typer's parameters that are there.
+        text: the help, where it is not the docstring.
     """
 
-    def register(body: Body) -> Body:
+    def register(body: Callable[..., Any]) -> Callable[..., Any]:
         own = inspect.signature(body, eval_str=True).parameters
-        values: dict[str, Any] = {}
+        late: dict[str, Any] = {}
 
         @functools.wraps(body)
         def run(*, as_json: bool, quiet: bool, debug: bool, offline: bool, **given: Any) -> None:
             try:
+                main = launch.distributed_env().rank == 0  # of several processes the first one speaks
                 if "recipe" in own:
-                    given["recipe"] = _load(given, flags, values)
-                if "ui" in own:
-                    given["ui"] = Ui() if quiet or distributed_env().rank else TerminalUi()
-                if check is not None:
-                    _check(check, given)
-                result = body(**given)
-                if distributed_env().rank == 0:  # of several processes the first one speaks
+                    given["recipe"] = _load(given["recipe"], given.pop("sets"), flags, late)
+                supplied = {"ui": TerminalUi() if main and not quiet else Ui(), "late": late}
+                given |= {name: value for name, value in supplied.items() if name in own}
+                result = _run_stage(stage, body, given) if stage else body(**given)
+                if main:
                     for path in result.artifacts:
                         remember_outside(given["workspace"], path)
                     _show(result, as_json, quiet)
@@ -99,90 +149,59 @@ def command(
                     raise RuntimeError("a file ended early") from error
                 raise
 
-        _declare(run, own, default)
-        app.command(name, cls=type("Command", (cls or LazyCommand,), {"flags": flags, "values": values}))(run)
+        wanted = [own[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in own if name not in _SUPPLIED]
+        wanted += [recipe_option(default), parameter("sets", Sets, None)] if "recipe" in own else []
+        _sign(run, [*wanted, *(parameter(name, hint, False) for name, hint in _COMMON.items())])
+        made = type("Command", (LazyCommand,), {"flags": flags, "first": first and staticmethod(first), "late": late})
+        app.command(name, cls=made, help=text)(run)
         return body
 
     return register
 
 
-class LazyCommand(TyperCommand):
-    """A command whose flags for recipe keys are looked up when it is used, and not when any command starts: the schema
-    that describes them costs more than all of `bifrost --help`."""
-
-    flags: Sequence[Flag] = ()
-    values: dict[str, Any]  # of the flags; Typer hands a function only what its signature has
-    _params: list[Any] | None = None
-
-    @property
-    def params(self) -> list[Any]:
-        """Typer's parameters: those of the function, with the flags before what every command has."""
-        if self._params is None:
-            place = next((n for n, param in enumerate(self._declared) if param.name == "as_json"), 0)
-            flags = typer_params([flag.declare() for flag in self.flags])
-            params = [*self._declared[:place], *flags, *self._declared[place:]]
-            self._params = [*self.first_params(params), *params]
-        return self._params
-
-    @params.setter
-    def params(self, params: list[Any]) -> None:
-        self._declared = params
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the function, the flags in `values`."""
-        self.values.update((flag.parameter, ctx.params.pop(flag.parameter)) for flag in self.flags)
-        return super().invoke(ctx)
-
-    def first_params(self, others: Sequence[Any]) -> list[Any]:
-        """Parameters of a subclass, before `others`."""
-        return []
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Around what is refused before a model library is imported: in every process of a job, said by the first one."""
+    try:
+        yield
+    except BifrostError as error:
+        error.elsewhere = launch.distributed_env().rank > 0
+        raise
 
 
-def typer_params(parameters: list[inspect.Parameter]) -> list[Any]:
+def _run_stage(stage: str, check: Callable[..., None], given: dict[str, Any]) -> Result:
+    """With --gpus N this command line goes to N processes, and this one ends as they do; a plan needs only one."""
+    with refusals():
+        check(**given)
+    if (count := given.pop("gpus", 1)) > 1:
+        launch.require_shared_device(given["device"], count)
+        if not given["dry_run"]:
+            launch.start(count, sys.argv[1:])
+    return Result.of(getattr(bifrost_cli, stage)(**given))
+
+
+def _sign(function: Callable[..., Any], parameters: list[inspect.Parameter]) -> None:
+    """Give a function the signature that Typer reads."""
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+def _typer_params(parameters: list[inspect.Parameter]) -> list[Any]:
     """Typer's own parameters for a function of these."""
 
     def nothing(**given: Any) -> None: ...
 
-    nothing.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    nothing.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    _sign(nothing, parameters)
     scratch = typer.Typer(add_completion=False)
     scratch.command()(nothing)
     return typer.main.get_command(scratch).params
 
 
-def _check(check: Callable[..., None], given: dict[str, Any]) -> None:
-    """Refuse in every process of a job, and say it in the first one."""
-    try:
-        check(**given)
-    except BifrostError as error:
-        error.elsewhere = distributed_env().rank > 0
-        raise
-
-
-def _declare(run: Callable[..., None], own: Any, default: str) -> None:
-    """Give `run` the signature that Typer reads."""
-    wanted = [parameter for name, parameter in own.items() if name not in ("recipe", "ui")]
-    if "recipe" in own:
-        wanted += [_option("recipe", recipe_option(default), default), _option("sets", Sets, None)]
-    wanted += [_option(name, hint, False) for name, hint in _COMMON.items()]
-    keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in wanted]
-    run.__signature__ = inspect.Signature(keyword_only)  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in wanted}
-
-
-def _option(name: str, hint: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
-
-
-def _load(given: dict[str, Any], flags: Sequence[Flag], values: dict[str, Any]) -> Any:
+def _load(ref: str, sets: Sequence[str] | None, flags: Sequence[str], late: dict[str, Any]) -> Any:
     from bifrost_cli.config.load import load_recipe
 
-    sets = list(given.pop("sets") or ())
-    for flag in flags:
-        value = values[flag.parameter]
-        if value is not None:
-            sets.append(f"{flag.key}={json.dumps(value)}")
-    return load_recipe(given.pop("recipe"), sets)
+    own = [f"{key}={json.dumps(late[key_name(key)])}" for key in flags if late[key_name(key)] is not None]
+    return load_recipe(ref, [*(sets or ()), *own])
 
 
 def _show(result: Result, as_json: bool, quiet: bool) -> None:

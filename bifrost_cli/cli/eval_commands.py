@@ -1,4 +1,7 @@
-"""`bifrost eval`: any metrics together, over one set of images; their flags and options follow from their classes."""
+"""`bifrost eval`, `report`, `geneval` and `ablate`: what was measured, and its pages.
+
+The options of `eval` that belong to metrics follow from their classes.
+"""
 
 from __future__ import annotations
 
@@ -7,41 +10,27 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from bifrost_cli.artifacts import Artifact
-from bifrost_cli.cli import preflight
-from bifrost_cli.cli.command import LazyCommand, Result, command, typer_params
-from bifrost_cli.cli.options import EVALUATE, Device, DryRun, Output, Recipe, Workspace
-from bifrost_cli.cli.stage_commands import as_result
+from bifrost_cli.artifacts import Artifact, resolve
+from bifrost_cli.artifacts.draft import require_place
+from bifrost_cli.artifacts.files import read_json
+from bifrost_cli.cli.command import FIRST_PROMPT, Result, command, refusals
+from bifrost_cli.cli.options import EVALUATE, RUNS, Device, DryRun, NewFolder, Output, Recipe, Workspace, parameter
 from bifrost_cli.errors import Findings
 from bifrost_cli.runtime.ui import Ui
-
-if TYPE_CHECKING:
-    from bifrost_cli.evaluation.gates import Gate
 
 LARGE = 2**30  # bytes of a report.json
 _METRIC, _OPTION = "metric_", "option_"  # prefixes of the parameters that follow from the metrics
 
 app = typer.Typer()
+geneval = typer.Typer(help="GenEval's own scorer: its folder layout out, its results in.")
+ablations = typer.Typer()
 
 
-class EvalCommand(LazyCommand):
-    """`bifrost eval`, whose metrics are looked up when it is used, too."""
-
-    def first_params(self, others: Sequence[Any]) -> list[Any]:
-        """The metrics' parameters."""
-        return _metric_params(others)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the function; the metrics' parameters, which its signature does not have, are `ctx.obj`."""
-        ctx.obj = {name: ctx.params.pop(name) for name in list(ctx.params) if name.startswith((_METRIC, _OPTION))}
-        return super().invoke(ctx)
-
-
-def _metric_params(declared: Sequence[Any]) -> list[Any]:
+def _metric_options(declared: Sequence[Any]) -> list[inspect.Parameter]:
     """A flag for each metric, then their options; names that `declared` has taken are left out."""
     from bifrost_cli.evaluation.registry import metric_flags
 
@@ -50,26 +39,22 @@ def _metric_params(declared: Sequence[Any]) -> list[Any]:
     for name, text, metric_options in metric_flags():
         if f"--{name}" not in taken and re.fullmatch("[a-z][a-z0-9_-]*", name):
             taken.add(f"--{name}")
-            flags.append(_parameter(_METRIC + name, bool, False, typer.Option(f"--{name}", help=text)))
+            hint = Annotated[bool, typer.Option(f"--{name}", help=text)]
+            flags.append(parameter(_METRIC + name.replace("-", "_"), hint, False))
         for option in metric_options:
-            if f"--{option.name}" not in taken:
-                taken.add(f"--{option.name}")
+            if (flag := f"--{option.name}") not in taken:
+                taken.add(flag)
                 text = option.help + (f"  (default: {option.default})" if option.default else "")
-                shown = typer.Option(f"--{option.name}", metavar=option.metavar, help=text)
-                options.append(_parameter(_OPTION + option.name, str | None, None, shown))
-    return typer_params([*flags, *options])
+                own = Annotated[str | None, typer.Option(flag, metavar=option.metavar, help=text)]
+                options.append(parameter(_OPTION + option.name.replace("-", "_"), own, None))
+    return [*flags, *options]
 
 
-def _parameter(name: str, kind: Any, default: Any, option: Any) -> inspect.Parameter:
-    name = name.replace("-", "_")
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])
-
-
-@command(app, "eval", EVALUATE, check=preflight.evaluate, cls=EvalCommand)
+@command(app, "eval", EVALUATE, first=_metric_options)
 def evaluate(
-    context: typer.Context,
     recipe: Recipe,
     ui: Ui,
+    late: dict[str, Any],
     fd: Annotated[
         list[str] | None, typer.Option("--fd", metavar="FEATURES", help="Frechet distance in another network too.")
     ] = None,
@@ -89,7 +74,7 @@ def evaluate(
     ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say how each metric is computed, and stop.")] = False,
     output: Output = None,
-    workspace: Workspace = Path("runs"),
+    workspace: Workspace = RUNS,
     device: Device = "auto",
     dry_run: DryRun = False,
 ) -> Result:
@@ -99,34 +84,152 @@ def evaluate(
 
     Example: bifrost eval --fid --samples runs/samples-0123456789ab --reference photos/
     """
+    from bifrost_cli.evaluation.gates import Gate
     from bifrost_cli.evaluation.registry import explained, metric_flags
+    from bifrost_cli.generation.requests import read_prompts
 
+    with refusals():
+        gates = [Gate.of(text) for text in gate or []]
+        if samples is not None and not Path(samples).is_dir():
+            resolve(workspace, samples, "samples")
+        if prompts is not None:
+            read_prompts(prompts, Ui())
+        if output is not None:
+            require_place(output)
     named = {_METRIC + name.replace("-", "_"): name for name, _, _ in metric_flags()}
-    metrics = [name for key, name in named.items() if context.obj.get(key)] or ([] if fd else ["fid"])
+    metrics = [name for key, name in named.items() if late.get(key)] or ([] if fd else ["fid"])
     if explain:
         lines = explained(metrics, fd or [])
         return Result(lines, {"explained": lines})
     from bifrost_cli.evaluation.evaluate import evaluate
-    from bifrost_cli.evaluation.gates import Gate
 
-    gates = [Gate.of(text) for text in gate or []]
-    options = {key.removeprefix(_OPTION): value for key, value in context.obj.items() if key.startswith(_OPTION)}
+    options = {key.removeprefix(_OPTION): value for key, value in late.items() if key.startswith(_OPTION)}
     found = evaluate(
         recipe, metrics=metrics, fd=fd or [], samples=samples, prompts=prompts, n=n, quarters=quarters,
         reference=reference, output=output, workspace=workspace, device=device, dry_run=dry_run, ui=ui, **options,
     )  # fmt: skip
-    return _gated(found, gates, ui) if isinstance(found, Artifact) else as_result(found)
-
-
-def _gated(report: Artifact, gates: Sequence[Gate], ui: Ui) -> Result:
-    """The report, with an error for the gates that do not hold."""
-    from bifrost_cli.artifacts.files import read_json
-
-    checked = [gate.check(read_json(report.file("report.json"), LARGE)["results"]) for gate in gates]
-    for gate in checked:
-        end = "holds" if gate["holds"] else "fails"
-        ui.say(f"gate {gate['gate']}: {gate['value']:.4g}, at worst {gate['end']:.4g}: {end}")
-    result = as_result(report)
-    failed = [gate["gate"] for gate in checked if not gate["holds"]]
+    result = Result.of(found)
+    if not gates or not isinstance(found, Artifact):
+        return result
+    checked = [gate.check(read_json(found.file("report.json"), LARGE)["results"]) for gate in gates]
+    for one in checked:
+        end = "holds" if one["holds"] else "fails"
+        ui.say(f"gate {one['gate']}: {one['value']:.4g}, at worst {one['end']:.4g}: {end}")
+    failed = [one["gate"] for one in checked if not one["holds"]]
     error = Findings(f"{len(failed)} of {len(checked)} gates do not hold", at=", ".join(failed)) if failed else None
-    return replace(result, data={**result.data, **({"gates": checked} if checked else {})}, error=error)
+    return replace(result, data={**result.data, "gates": checked}, error=error)
+
+
+@command(app, "report")
+def report(
+    ui: Ui,
+    ref: Annotated[
+        str | None, typer.Argument(metavar="REF", help="An artifact, or a running training.  (default: the newest)")
+    ] = None,
+    other: Annotated[str | None, typer.Argument(metavar="OTHER", help="Another of the same kind, beside it.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE.html", help="A new file.  (default: WORKSPACE/pages)"),
+    ] = None,
+    workspace: Workspace = RUNS,
+    force_compare: Annotated[
+        bool, typer.Option("--force-compare", help="Subtract numbers that were not measured alike, too.")
+    ] = False,
+    device: Device = "auto",
+) -> Result:
+    """Write the page of an artifact of any kind, or of two side by side; it opens from disk.
+
+    A training shows its sample grids, curves and health, also while it runs; a latents store its images beside their
+    latents; two reports what was measured differently, first. The default place is written again each time.
+
+    Example: bifrost report runs/branch-0123456789ab runs/branch-ba9876543210
+    """
+    from bifrost_cli.artifacts.workspace import survey
+    from bifrost_cli.reports.report import BUILTIN, report, unfinished_training
+
+    if ref is None:
+        there = survey(workspace)
+        newest = [artifact.path for artifact in there.artifacts[:1]] or [*filter(unfinished_training, there.drafts)]
+        if not newest:
+            lines = [
+                f"{workspace} holds no finished artifact yet",
+                *(f"unfinished: {path} (run its command again; it continues)" for path in there.drafts),
+                f"built-in: {', '.join(BUILTIN)}; their pages: bifrost report {BUILTIN[0]}",
+            ]
+            data = {"path": None, "builtin": list(BUILTIN), "unfinished": [str(path) for path in there.drafts]}
+            return Result(lines, data, hint=f'make images: bifrost generate "{FIRST_PROMPT}" -n 4 -o runs/samples')
+        ref = str(newest[0])
+        ui.say(f"{ref}, the newest in {workspace}")
+    page = report(ref, other, output=output, workspace=workspace, force=force_compare, device=device, ui=ui)
+    return Result.of(page, "open it in a browser")
+
+
+@command(geneval, "export")
+def export_geneval(
+    ui: Ui,
+    samples: Annotated[str, typer.Argument(metavar="SAMPLES", help="A samples artifact of the benchmark's prompts.")],
+    metadata: Annotated[Path, typer.Option("--metadata", metavar="FILE", help="The benchmark's file of prompts.")],
+    output: NewFolder,
+    workspace: Workspace = RUNS,
+) -> Result:
+    """Write the folder that GenEval's evaluate_images.py reads.
+
+    Example: bifrost geneval export runs/samples-0123456789ab --metadata evaluation_metadata.jsonl -o geneval
+    """
+    from bifrost_cli.evaluation.benchmarks.geneval_export import export_geneval
+
+    folder = export_geneval(samples, metadata, output, workspace=workspace, ui=ui)
+    return Result.of(folder, "score it, then: bifrost geneval import results.jsonl")
+
+
+@command(geneval, "import")
+def import_geneval(
+    ui: Ui,
+    results: Annotated[Path, typer.Argument(metavar="FILE", help="The results.jsonl of evaluate_images.py.")],
+    output: Output = None,
+    workspace: Workspace = RUNS,
+) -> Result:
+    """Make a report of the original scorer's results, with intervals.
+
+    Example: bifrost geneval import results.jsonl
+    """
+    from bifrost_cli.evaluation.benchmarks.geneval_export import import_geneval
+
+    return Result.of(import_geneval(results, output=output, workspace=workspace, ui=ui))
+
+
+@command(ablations, "ablate")
+def ablate(
+    ui: Ui,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A shipped ablation, or a YAML file.")] = None,
+    output: Output = None,
+    workspace: Workspace = RUNS,
+    device: Device = "auto",
+    dry_run: DryRun = False,
+    tables: Annotated[bool, typer.Option("--tables", help="Print what was measured, as the README has it.")] = False,
+) -> Result:
+    """Train and judge the variants of one question under several seeds; one table.
+
+    Without NAME: the list. Given again, an interrupted ablation goes on, and a finished one prints its table.
+
+    Example: bifrost ablate plan
+    """
+    from bifrost_cli.ablations.schema import ablation_names, load_ablation, measured_values
+
+    if tables:
+        from bifrost_cli.ablations.run_ablation import table
+
+        found = {values["name"]: table(values) for values in measured_values() if name in (None, values["name"])}
+        return Result("\n".join(found.values()).splitlines(), found)
+    if name is None:
+        questions = {found: load_ablation(found).question for found in ablation_names()}
+        return Result([f"{found:12}  {question}" for found, question in questions.items()], questions)
+    ablation = load_ablation(name)
+    from bifrost_cli.ablations.run_ablation import ablate as run
+
+    result = run(Path(name).stem, ablation, output=output, workspace=workspace, device=device, dry_run=dry_run, ui=ui)
+    if not isinstance(result, Artifact):
+        return Result([f"{key}: {value}" for key, value in result.items()], result)
+    lines = result.file("table.md").read_text(encoding="utf-8").splitlines()
+    return Result(lines, {"id": result.id, "path": str(result.path), **result.info}, result.path,
+                  f"report: {result.path / 'report.html'}")  # fmt: skip

@@ -1,8 +1,4 @@
-"""Options that several commands share, and the flags that stand for a recipe key.
-
-In: nothing. Out: annotated types for command signatures. Imports neither the schema nor a stage, so that `--help`
-stays quick. Does not know what the options do.
-"""
+"""Options that several commands share, and those that stand for a recipe key. Imports no schema and no stage."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import inspect
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -21,41 +17,40 @@ if TYPE_CHECKING:
 else:
     Recipe = Any  # signatures are evaluated when commands are registered; the schema costs 0.3 s that help need not pay
 
-
-class Flag(NamedTuple):
-    """A recipe key that has an option of its own: --missing-caption is latents.missing_caption."""
-
-    key: str
-
-    @property
-    def parameter(self) -> str:
-        """The name that the command's function sees."""
-        return "key_" + self.key.replace(".", "_")
-
-    def declare(self) -> inspect.Parameter:
-        """The option, with the type, the choices and the description of the schema's field."""
-        from bifrost_cli.config.load import all_keys
-        from bifrost_cli.config.schema import Recipe
-
-        field = dict(all_keys(Recipe))[self.key]
-        kind = next((arm for arm in get_args(field.annotation) if arm is str), field.annotation)  # of str | None
-        name = "--" + self.key.rpartition(".")[2].replace("_", "-")
-        names = f"{name}/--no-{name[2:]}" if kind is bool else name
-        option = typer.Option(names, help=f"{field.description}  ({self.key})", show_default=False)
-        return inspect.Parameter(
-            self.parameter, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
-        )
+RUNS = Path("runs")
 
 
-def complete_recipe(incomplete: str) -> list[str]:
+def parameter(name: str, hint: Any, default: Any) -> inspect.Parameter:
+    """A keyword of a command's function, as Typer reads it."""
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def key_name(key: str) -> str:
+    """The name of the parameter that stands for a recipe key."""
+    return "key_" + key.replace(".", "_")
+
+
+def key_option(key: str) -> inspect.Parameter:
+    """--missing-caption for latents.missing_caption, with the type, the choices and the words of the schema's field."""
+    from bifrost_cli.config.load import all_keys
+    from bifrost_cli.config.schema import Recipe
+
+    field = dict(all_keys(Recipe))[key]
+    kind = next((arm for arm in get_args(field.annotation) if arm is str), field.annotation)  # of str | None
+    name = key.rpartition(".")[2].replace("_", "-")
+    names = f"--{name}/--no-{name}" if kind is bool else f"--{name}"
+    option = typer.Option(names, help=f"{field.description}  ({key})", show_default=False)
+    return parameter(key_name(key), Annotated[kind | None, option], None)
+
+
+def _recipes(incomplete: str) -> list[str]:
     """The shipped recipes that begin so; a shell adds files itself when there are none."""
     from bifrost_cli.config.load import recipe_names
 
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
-def complete_artifact(context: typer.Context, incomplete: str) -> list[str]:
-    """The ids of a workspace's artifacts, and what ships with the package."""
+def _artifacts(context: typer.Context, incomplete: str) -> list[str]:
     from bifrost_cli.artifacts.workspace import SHIPPED, survey
 
     ids = [a.id for a in survey(context.params.get("workspace") or "runs", outside=True).artifacts]
@@ -64,21 +59,19 @@ def complete_artifact(context: typer.Context, incomplete: str) -> list[str]:
 
 def artifact_option(name: str, text: str) -> Any:
     """An option that names an artifact of the workspace."""
-    return typer.Option(name, metavar="REF", help=text, autocompletion=complete_artifact)
+    return typer.Option(name, metavar="REF", help=text, autocompletion=_artifacts)
 
 
-def artifact_arguments(text: str) -> Any:
-    """An argument that names artifacts of the workspace."""
-    return typer.Argument(metavar="REF...", help=text, autocompletion=complete_artifact)
+def artifact_argument(metavar: str, text: str) -> Any:
+    """An argument that names an artifact of the workspace, or several."""
+    return typer.Argument(metavar=metavar, help=text, autocompletion=_artifacts)
 
 
-def recipe_option(default: str) -> Any:
+def recipe_option(default: str) -> inspect.Parameter:
     """--recipe, with the recipe that a command takes when nothing is said."""
     text = f"A shipped name, a YAML file or an artifact folder. (default: {default})"
-    return Annotated[
-        str,
-        typer.Option("--recipe", metavar="REF", help=text, show_default=False, autocompletion=complete_recipe),
-    ]
+    option = typer.Option("--recipe", metavar="REF", help=text, show_default=False, autocompletion=_recipes)
+    return parameter("recipe", Annotated[str, option], default)
 
 
 def _go_offline(value: bool) -> None:
@@ -104,40 +97,23 @@ Sets = Annotated[
 Workspace = Annotated[
     Path, typer.Option("--workspace", "-w", metavar="DIR", help="Where artifacts are found and made.")
 ]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output", "-o", metavar="PATH", help="Where the result goes.  (default: a new place in the workspace)"
-    ),
-]
-Device = Annotated[
-    str,
-    typer.Option(
-        "--device",
-        metavar="[auto|cpu|cuda|cuda:N|mps|xpu]",
-        callback=_check_device,
-        help="auto takes a CUDA GPU where there is one.",
-    ),
-]
+_NEW_PLACE = "Where the result goes.  (default: a new place in the workspace)"
+Output = Annotated[Path | None, typer.Option("--output", "-o", metavar="PATH", help=_NEW_PLACE)]
+NewFolder = Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="A new folder.")]
+_DEVICES = "[auto|cpu|cuda|cuda:N|mps|xpu]"
+_AUTO = "auto takes a CUDA GPU where there is one."
+Device = Annotated[str, typer.Option("--device", metavar=_DEVICES, callback=_check_device, help=_AUTO)]
 Gpus = Annotated[
     int,
     typer.Option("--gpus", min=1, metavar="N", help="Start N processes here, by torchrun; without a GPU on the CPU."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and touch nothing.")]
 Resume = Annotated[
-    str,
-    typer.Option("--resume", metavar="auto|PATH", help="auto, a run folder, or the newest checkpoint of a run."),
+    str, typer.Option("--resume", metavar="auto|PATH", help="auto, a run folder, or the newest checkpoint of a run.")
 ]
-Reference = Annotated[
-    str | None,
-    typer.Argument(metavar="REF", help="A folder or an id.  (default: the newest)", autocompletion=complete_artifact),
-]
-RecipeReference = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="RECIPE", help="A name, a file or an artifact.  (default: tiny)", autocompletion=complete_recipe
-    ),
-]
+Reference = Annotated[str | None, artifact_argument("REF", "A folder or an id.  (default: the newest)")]
+_ANY_RECIPE = "A name, a file or an artifact.  (default: tiny)"
+RecipeReference = Annotated[str | None, typer.Argument(metavar="RECIPE", help=_ANY_RECIPE, autocompletion=_recipes)]
 Version = Annotated[
     bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Print the version.")
 ]
@@ -148,25 +124,12 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only where the
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Offline = Annotated[bool, typer.Option("--offline", callback=_go_offline, is_eager=True, help="Never use the network.")]
 
-# ---- flags for recipe keys: their types, choices and help are those of the schema
+# ---- recipe keys that have an option
 SOURCE = (
-    Flag("latents.missing_caption"),
-    Flag("latents.bad_image"),
-    Flag("latents.max_bad"),
-    Flag("images.animated"),
-    Flag("latents.image_column"),
-    Flag("latents.caption_column"),
-    Flag("latents.captions"),
-    Flag("latents.class_names"),
-)
-EXTRACT = (Flag("latents.encoder"), Flag("images.background"), *SOURCE)
-GENERATE = (
-    Flag("generate.plan"),
-    Flag("generate.decode_steps"),
-    Flag("generate.branch_guidance"),
-    Flag("generate.steps"),
-    Flag("generate.guidance_scale"),
-    Flag("generate.control_scale"),
-)
-RECONSTRUCT = GENERATE[3:]
-EVALUATE = (Flag("evaluate.min_samples"), Flag("evaluate.features"))
+    "latents.missing_caption", "latents.bad_image", "latents.max_bad", "images.animated", "latents.image_column",
+    "latents.caption_column", "latents.captions", "latents.class_names",
+)  # fmt: skip
+EXTRACT = ("latents.encoder", "images.background", *SOURCE)
+RECONSTRUCT = ("generate.steps", "generate.guidance_scale", "generate.control_scale")
+GENERATE = ("generate.plan", "generate.decode_steps", "generate.branch_guidance", *RECONSTRUCT)
+EVALUATE = ("evaluate.min_samples", "evaluate.features")

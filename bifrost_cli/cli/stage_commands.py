@@ -1,24 +1,25 @@
-"""The stages as commands: extract-latents, train, generate, reconstruct, ask, bench.
+"""The stages as commands: extract-latents, data, train, generate, reconstruct, ask, bench, shapes.
 
-In: options. Out: one stage call and its Result. Each imports its stage inside, so that help and other commands stay
-quick.
+Each imports its stage inside, so that help and other commands stay quick.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from shlex import quote
+from typing import Annotated, Literal
 
 import typer
 
-from bifrost_cli.artifacts import Artifact
-from bifrost_cli.cli import preflight
-from bifrost_cli.cli.command import Result, command
+from bifrost_cli.artifacts import newest, resolve
+from bifrost_cli.artifacts.draft import require_place
+from bifrost_cli.cli.command import FIRST_PROMPT, Result, command, refusals
 from bifrost_cli.cli.options import (
     EXTRACT,
     GENERATE,
     RECONSTRUCT,
+    RUNS,
+    SOURCE,
     Device,
     DryRun,
     Gpus,
@@ -28,51 +29,39 @@ from bifrost_cli.cli.options import (
     Workspace,
     artifact_option,
 )
-from bifrost_cli.runtime import launch
+from bifrost_cli.errors import Findings, UsageError
 from bifrost_cli.runtime.ui import Ui
 
-FIRST_PROMPT = "a red circle above a blue square"
-RUNS = Path("runs")
-_NEXT = {
-    "latents": "next: bifrost train branch",
-    "branch": "next: bifrost train controlnet",
-    "controlnet": f'next: bifrost generate "{FIRST_PROMPT}" -o out.png',
-}
+_FILES = (".tar", ".parquet", ".jsonl", ".csv", ".tsv")
 
 app = typer.Typer()
 train = typer.Typer(no_args_is_help=True, help="Train the branch or the ControlNet on a latents store.")
 bench = typer.Typer(no_args_is_help=True, help="Measure what a design decision saves.")
 app.add_typer(train, name="train")
 app.add_typer(bench, name="bench")
+data = typer.Typer(no_args_is_help=True, help="Check images and captions before they are encoded.")
+shapes = typer.Typer(no_args_is_help=True, help="The built-in world of coloured shapes.")
 
-Latents = Annotated[
-    str | None,
-    artifact_option("--latents", "A latents artifact.  (default: the newest)"),
-]
+Latents = Annotated[str | None, artifact_option("--latents", "A latents artifact.  (default: the newest)")]
 Branch = Annotated[str | None, artifact_option("--branch", "A branch artifact.")]
-ControlNet = Annotated[
-    str | None,
-    artifact_option("--controlnet", "A ControlNet artifact."),
-]
+ControlNet = Annotated[str | None, artifact_option("--controlnet", "A ControlNet artifact.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same bytes.")]
-ImageOutput = Annotated[Path, typer.Option("--output", "-o", metavar="FILE.png", help="A new file.")]
 Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or WebP file.")]
 
 
-@command(app, "extract-latents", EXTRACT, check=preflight.extract_latents)
+@command(app, "extract-latents", EXTRACT, stage="extract_latents")
 def extract_latents(
     recipe: Recipe,
     ui: Ui,
     source: Annotated[
-        str | None,
-        typer.Argument(metavar="SOURCE", help="Images: see above.  [default: the built-in world]"),
+        str | None, typer.Argument(metavar="SOURCE", help="Images: see above.  [default: the built-in world]")
     ] = None,
     output: Output = None,
     workspace: Workspace = RUNS,
     device: Device = "auto",
     gpus: Gpus = 1,
     dry_run: DryRun = False,
-) -> Result:
+) -> None:
     """Turn images and captions into a latents store.
 
     SOURCE is a folder of images with .txt captions or a metadata.jsonl, a table (.jsonl, .csv, .tsv, .parquet),
@@ -81,18 +70,53 @@ def extract_latents(
 
     Example: bifrost extract-latents photos/ -o runs/photos
     """
-    _in_processes(gpus, device, dry_run)
-    from bifrost_cli.extraction.extract import extract_latents
+    if output is not None and not output.is_symlink():
+        require_place(output)
+    if source is None:
+        return
+    from bifrost_cli.data.sources.hf_datasets import HUB
+    from bifrost_cli.data.sources.listing import list_source
+    from bifrost_cli.data.sources.remote import expand, is_remote
+    from bifrost_cli.data.sources.scan import SHAPES
+    from bifrost_cli.extraction.choose_source import refuse_output
 
-    return as_result(
-        extract_latents(
-            recipe, source=source, output=output, workspace=workspace, device=device, dry_run=dry_run, ui=ui
-        )
-    )
+    refuse_output(source, output, workspace)
+    if not is_remote(source) and not source.startswith((HUB, SHAPES)):
+        places = [Path(place) for place in expand(source)]
+        if not all(place.is_dir() or (place.exists() and place.suffix in _FILES) for place in places):
+            list_source(source, recipe.latents)  # it says why
 
 
-@command(train, "branch", check=preflight.train)
-def train_branch(
+@command(data, "check", SOURCE)
+def check(
+    recipe: Recipe, ui: Ui, source: Annotated[str, typer.Argument(metavar="SOURCE", help="As for extract-latents.")]
+) -> Result:
+    """Read every image and caption of a source as extract-latents would. Exit code 8 when that would stop.
+
+    Example: bifrost data check photos/
+    """
+    from bifrost_cli.extraction.check_source import check_source
+    from bifrost_cli.extraction.choose_source import listed
+
+    found = check_source(recipe, source, ui=ui)
+    lines = [f"{problem.event}  {problem.where}: {problem.reason}" for problem in found.problems]
+    lines += [f"counted: {listed(found.counts)}"] if found.counts else []
+    lines += [f"funnel: {listed(found.funnel)}"] if found.funnel else []
+    stops = found.stops
+    data = {
+        "source": source,
+        "funnel": dict(found.funnel),
+        "counts": dict(found.counts),
+        "problems": [problem.as_json() for problem in found.problems],
+        "stops": {"code": stops.code, "message": stops.message} if stops else None,
+    }
+    if not stops:
+        return Result([*lines, "extract-latents would not stop"], data, source)
+    message = f"extract-latents would stop: {stops.message} ({stops.code})"
+    return Result(lines, data, error=Findings(message, at=None if found.problems else stops.at, fix=stops.fix))
+
+
+def _train(
     recipe: Recipe,
     ui: Ui,
     latents: Latents = None,
@@ -102,46 +126,29 @@ def train_branch(
     device: Device = "auto",
     gpus: Gpus = 1,
     dry_run: DryRun = False,
-) -> Result:
-    """Train the visual generation branch on a latents store.
+) -> None:
+    if latents is None:
+        newest(workspace, "latents")
+    else:
+        resolve(workspace, latents, "latents")
+    if output is not None:
+        require_place(output)
+
+
+for _part, _what, _example in (
+    ("branch", "visual generation branch", "branch --set branch.train.steps=2000"),
+    ("controlnet", "latent ControlNet", "controlnet --latents runs/photos"),
+):
+    _help = f"""Train the {_what} on a latents store.
 
     Given again, the command continues from the last checkpoint, to the bit.
 
-    Example: bifrost train branch --set branch.train.steps=2000
+    Example: bifrost train {_example}
     """
-    _in_processes(gpus, device, dry_run)
-    from bifrost_cli.training.train_branch import train_branch
-
-    options = {"output": output, "workspace": workspace, "resume": resume, "device": device, "dry_run": dry_run}
-    return as_result(train_branch(recipe, latents=latents, ui=ui, **options))
+    command(train, _part, stage=f"train_{_part}", text=_help)(_train)
 
 
-@command(train, "controlnet", check=preflight.train)
-def train_controlnet(
-    recipe: Recipe,
-    ui: Ui,
-    latents: Latents = None,
-    output: Output = None,
-    workspace: Workspace = RUNS,
-    resume: Resume = "auto",
-    device: Device = "auto",
-    gpus: Gpus = 1,
-    dry_run: DryRun = False,
-) -> Result:
-    """Train the latent ControlNet on a latents store.
-
-    Given again, the command continues from the last checkpoint, to the bit.
-
-    Example: bifrost train controlnet --latents runs/photos
-    """
-    _in_processes(gpus, device, dry_run)
-    from bifrost_cli.training.train_controlnet import train_controlnet
-
-    options = {"output": output, "workspace": workspace, "resume": resume, "device": device, "dry_run": dry_run}
-    return as_result(train_controlnet(recipe, latents=latents, ui=ui, **options))
-
-
-@command(app, "generate", GENERATE, check=preflight.generate)
+@command(app, "generate", GENERATE)
 def generate(
     recipe: Recipe,
     ui: Ui,
@@ -167,48 +174,68 @@ def generate(
 
     Example: bifrost generate "a green star left of a yellow circle" -o out.png --seed 7
     """
+    with refusals():
+        given = _prompts(prompt, prompts, output, n, grid)
+        for kind, ref in (("branch", branch), ("controlnet", controlnet)):
+            if ref is not None:
+                resolve(workspace, ref, kind)
     from bifrost_cli.generation.generate import generate
 
-    given = prompts or (FIRST_PROMPT if prompt is None else prompt)
     if prompt is None and prompts is None:
         ui.say(f'no prompt was given; generating "{given}"')
-    return as_result(
-        generate(
-            recipe, given, output=output, n=n, seed=seed, branch=branch, controlnet=controlnet, workspace=workspace,
-            grid=grid, save_latents=save_latents, timings=timings, device=device, dry_run=dry_run, ui=ui,
-        )
+    made = generate(
+        recipe, given, output=output, n=n, seed=seed, branch=branch, controlnet=controlnet, workspace=workspace,
+        grid=grid, save_latents=save_latents, timings=timings, device=device, dry_run=dry_run, ui=ui,
     )  # fmt: skip
+    return Result.of(made)
 
 
-@command(app, "reconstruct", RECONSTRUCT, check=preflight.reconstruct)
+def _prompts(prompt: str | None, file: Path | None, output: Path | None, n: int, grid: bool) -> str | Path:
+    """What to generate, when it can be used and its images have a place to go."""
+    from bifrost_cli.generation.requests import destination, read_prompts
+
+    if prompt is not None and file is not None:
+        raise UsageError("a prompt and --prompts were both given", fix="leave one of them out")
+    given = file or (FIRST_PROMPT if prompt is None else prompt)
+    image = destination(output, len(read_prompts(given, Ui())) * n)
+    if image and grid:
+        raise UsageError("--grid needs several images", fix="give a folder: -o DIR; or leave --grid out")
+    if output is not None and image is None:
+        require_place(output)
+    return given
+
+
+@command(app, "reconstruct", RECONSTRUCT, stage="reconstruct")
 def reconstruct(
     recipe: Recipe,
     ui: Ui,
     image: Image,
-    output: ImageOutput = Path("reconstruction.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.png", help="A new file.")] = Path(
+        "reconstruction.png"
+    ),
     prompt: Annotated[str, typer.Option("--prompt", help="What the diffusion model reads beside the latents.")] = "",
     controlnet: ControlNet = None,
     seed: Seed = 0,
     workspace: Workspace = RUNS,
     device: Device = "auto",
-) -> Result:
+) -> None:
     """Turn an image into latents and generate it again from them.
 
     Shows what the latents keep; the branch is not used.
 
     Example: bifrost reconstruct photo.jpg -o again.png
     """
-    from bifrost_cli.generation.reconstruct import reconstruct
+    from bifrost_cli.data.images import read_image
+    from bifrost_cli.generation.requests import destination
 
-    return as_result(
-        reconstruct(
-            recipe, image, output=output, prompt=prompt, controlnet=controlnet, seed=seed, workspace=workspace,
-            device=device, ui=ui,
-        )
-    )  # fmt: skip
+    if destination(output, 1) is None:
+        raise UsageError(f"{output} is not a PNG file", fix=f"-o {quote(f'{output}.png')}")
+    read_image(image, recipe.images)
+    if controlnet is not None:
+        resolve(workspace, controlnet, "controlnet")
 
 
-@command(app, "ask", check=preflight.ask)
+@command(app, "ask")
 def ask(
     recipe: Recipe,
     ui: Ui,
@@ -220,6 +247,12 @@ def ask(
 
     Example: bifrost ask out.png "what is above the blue square?"
     """
+    from bifrost_cli.data.images import read_image
+
+    with refusals():
+        if not question.strip():
+            raise UsageError("the question is empty", fix='bifrost ask IMAGE "what is in the image?"')
+        read_image(image, recipe.images)
     from bifrost_cli.generation.ask import ask
 
     answer = ask(recipe, image, question, device=device, ui=ui)
@@ -250,22 +283,43 @@ def bench_decode(
     return Result([str(row) for row in rows], {"rows": [{**asdict(row), "ratio": row.ratio} for row in rows]})
 
 
-def _in_processes(count: int, device: str, dry_run: bool) -> None:
-    """With --gpus N this command line goes to N processes, and this one ends as they do; a plan needs only one."""
-    launch.require_shared_device(device, count)
-    if count > 1 and not dry_run:
-        launch.start(count, sys.argv[1:])
+@command(shapes, "render")
+def render(
+    ui: Ui,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to fill.")] = Path("shapes"),
+    n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which images.")] = 0,
+    split: Annotated[Literal["train", "held-out"], typer.Option("--split", help="Which prompts.")] = "train",
+) -> Result:
+    """Draw images of the built-in world with their captions and plans.
+
+    Example: bifrost shapes render -n 100 -o shapes
+    """
+    from bifrost_cli.toy_system.render import render_shapes
+
+    folder = render_shapes(output, n=n, seed=seed, split=split, ui=ui)
+    hint = f"next: bifrost extract-latents {quote(str(folder))}"
+    return Result([str(folder)], {"path": str(folder), "images": n}, folder, hint)
 
 
-def as_result(result: Artifact | Path | dict[str, Any]) -> Result:
-    """A stage's return value as a Result: an artifact, an image, or the plan of a dry run."""
-    if isinstance(result, Artifact):
-        from bifrost_cli.loading.compatibility import has_own_conditioner
+@command(shapes, "pretrain", default="shapes")
+def pretrain(
+    recipe: Recipe,
+    ui: Ui,
+    parts: Annotated[str | None, typer.Option("--parts", metavar="A,B", help="Only these parts.")] = None,
+    output: Output = None,
+    workspace: Workspace = RUNS,
+    device: Device = "auto",
+) -> Result:
+    """Train the whole built-in system from nothing: bases, branch and ControlNet.
 
-        info = {key: value for key, value in result.info.items() if key != "recipe"}
-        data = {"kind": result.kind, "id": result.id, "path": str(result.path), "info": info}
-        next_step = _NEXT.get("controlnet" if has_own_conditioner(result) else result.kind)
-        return Result([f"{result.id}  {result.path}"], data, result.path, next_step, artifacts=[result.path])
-    if isinstance(result, dict):
-        return Result([f"{name}: {value}" for name, value in result.items()], result)
-    return Result([str(result)], {"path": str(result)}, result)
+    Parts, in order: vae, mllm, open_clip, flux, latents, branch, controlnet.
+
+    Given again, the command continues where it stopped.
+
+    Example: bifrost shapes pretrain -o system
+    """
+    from bifrost_cli.toy_system.pretrain import pretrain
+
+    chosen = parts.split(",") if parts is not None else None
+    return Result.of(pretrain(recipe, parts=chosen, output=output, workspace=workspace, device=device, ui=ui))

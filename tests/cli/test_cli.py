@@ -22,7 +22,7 @@ import bifrost_cli.cli.stage_commands as stage_commands
 from bifrost_cli import errors
 from bifrost_cli.artifacts import Artifact, Draft
 from bifrost_cli.cli.app import run
-from bifrost_cli.cli.options import EVALUATE, EXTRACT, GENERATE
+from bifrost_cli.cli.options import EVALUATE, EXTRACT, GENERATE, key_option
 from bifrost_cli.config.load import all_keys
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.evaluation.registry import metric_flags
@@ -128,11 +128,10 @@ def test_flags_set_recipe_keys_and_only_when_given(stage):
 
 def test_flags_have_the_types_the_choices_and_the_words_of_the_schema(capsys):
     fields = dict(all_keys(Recipe))
-    for flag in {*EXTRACT, *GENERATE, *EVALUATE}:
-        parameter = flag.declare()
-        kind, option = get_args(parameter.annotation)
-        assert option.help == f"{fields[flag.key].description}  ({flag.key})"
-        assert kind == fields[flag.key].annotation | None
+    for key in {*EXTRACT, *GENERATE, *EVALUATE}:
+        kind, option = get_args(key_option(key).annotation)
+        assert option.help == f"{fields[key].description}  ({key})"
+        assert kind == fields[key].annotation | None
     assert run(["extract-latents", "--missing-caption", "maybe"]) == 2
     assert "'stop', 'skip', 'empty'" in capsys.readouterr().err
 

@@ -16,7 +16,7 @@ from fixtures_mllm import random_mllm
 from torch.utils.flop_counter import FlopCounterMode
 
 from bifrost_cli.cli.app import run
-from bifrost_cli.cli.planning_commands import parse_memory
+from bifrost_cli.cli.recipe_commands import parse_memory
 from bifrost_cli.config.load import load_recipe, recipe_names, recipe_path, recipes_folder
 from bifrost_cli.errors import ArtifactError, RecipeError, UsageError
 from bifrost_cli.planning import compute, memory
