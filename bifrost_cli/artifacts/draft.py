@@ -1,7 +1,7 @@
 """A draft: an artifact in the making, and the one way to make one.
 
-In: a folder, a kind, an identity, parents. Out: an `Artifact`, by writing the manifest last. A draft that was cut short
-is continued by asking for the same thing again. Does not know what the payload means.
+An `Artifact` comes of it by writing the manifest last. A draft that was cut short is continued by asking for the same
+thing again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
-from types import TracebackType
 from typing import Any
 
 from bifrost_cli.artifacts.files import (
@@ -38,17 +37,14 @@ def require_place(path: Path) -> None:
         UsageError: BF-USE-002, naming what is there.
     """
     require_outside(path)
+    fix, code = "choose another place with -o", "BF-USE-002"
     if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise UsageError(f"{path} exists and is not a folder", fix="choose another place with -o", code="BF-USE-002")
+        raise UsageError(f"{path} exists and is not a folder", fix=fix, code=code)
     names = {entry.name for entry in path.iterdir()} if path.exists() else set()
-    foreign = {name for name in names if name != LOCK_NAME and not name.startswith(TEMP_PREFIX)}
-    if foreign and not foreign & {MANIFEST, DRAFT}:
-        raise UsageError(
-            f"{path} exists and was not made by bifrost",
-            at="it holds " + ", ".join(sorted(foreign)[:5]),
-            fix="choose another place with -o",
-            code="BF-USE-002",
-        )
+    foreign = sorted(name for name in names if name != LOCK_NAME and not name.startswith(TEMP_PREFIX))
+    if foreign and not names & {MANIFEST, DRAFT}:
+        held = "it holds " + ", ".join(foreign[:5])
+        raise UsageError(f"{path} exists and was not made by bifrost", at=held, fix=fix, code=code)
 
 
 class Draft:
@@ -80,13 +76,13 @@ class Draft:
         require_place(draft.path)  # before the lock: nothing is written into a folder that is not ours
         if (draft.path / MANIFEST).exists() and not (draft.path / DRAFT).exists():
             draft._adopt()
-        else:
-            draft._lock.acquire()
-            try:
-                draft._prepare()
-            except BaseException:
-                draft.close()
-                raise
+            return draft
+        draft._lock.acquire()
+        try:
+            draft._prepare()
+        except BaseException:
+            draft.close()
+            raise
         return draft
 
     def commit(
@@ -102,10 +98,7 @@ class Draft:
         samples.
         """
         manifest = {
-            "format": FORMATS[self.kind],
-            "kind": self.kind,
-            "id": self.id,
-            "identity": self.identity,
+            **self._header(),
             "parents": [{"kind": p.kind, "id": p.id, "path": self._hint(p.path)} for p in self.parents],
             "files": self._payload(),
             "made": provenance(**(made or {})),
@@ -125,9 +118,7 @@ class Draft:
     def __enter__(self) -> Draft:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _prepare(self) -> None:
@@ -149,19 +140,14 @@ class Draft:
         self.complete = found
 
     def _header(self) -> dict[str, Any]:
-        return {
-            "format": FORMATS[self.kind],
-            "kind": self.kind,
-            "id": self.id,
-            "identity": self.identity,
-            "parents": [{"kind": parent.kind, "id": parent.id} for parent in self.parents],
-        }
+        parents = [{"kind": parent.kind, "id": parent.id} for parent in self.parents]
+        known = {"format": FORMATS[self.kind], "kind": self.kind, "id": self.id}
+        return {**known, "identity": self.identity, "parents": parents}
 
     def _require_same(self, found: Any, what: str) -> None:
         if not isinstance(found, dict) or not {"kind", "identity", "parents", "id"} <= set(found):
-            raise ArtifactError(
-                f"{self.path / DRAFT} is damaged", fix=f"remove {self.path} or use -o", code="BF-ART-005"
-            )
+            fix = f"remove {self.path} or use -o"
+            raise ArtifactError(f"{self.path / DRAFT} is damaged", fix=fix, code="BF-ART-005")
         if found["id"] == self.id:
             return
         error, code = (StoreError, "BF-STORE-003") if self.kind == "latents" else (ArtifactError, "BF-ART-003")
@@ -175,9 +161,10 @@ class Draft:
 
     def _payload(self) -> dict[str, dict[str, Any]]:
         files = {}
-        names = [name for name in payload_files(self.path) if not Path(name).name.startswith(".")]
-        for name in names:  # hidden files are a file browser's or NFS's own
+        for name in payload_files(self.path):
             path = self.path / name
+            if path.name.startswith("."):
+                continue  # a file browser's or NFS's own
             sync(path)
             files[name] = {"sha256": sha256_file(path), "size": path.stat().st_size}
         for folder in {(self.path / name).parent for name in files} | {self.path}:

@@ -1,8 +1,7 @@
 """Every lasting write: files and folders that are absent or whole, whatever fails, and suspicious reading.
 
-In: bytes or JSON values and a path. Out: a file under its final name only when it is whole and on the disk: temporary
-name in the same folder, fsync, rename, fsync of the folder. All that Bifrost writes goes through the calls of `os` in
-this one module (tests/fixtures/faults.py puts a failing disk in their place). Does not know what the files mean.
+A file gets its final name only when it is whole and on the disk: temporary name in the same folder, fsync, rename,
+fsync of the folder. All that Bifrost writes goes through the calls of `os` in this one module.
 """
 
 from __future__ import annotations
@@ -48,10 +47,18 @@ def new_file(path: Path, size: int = 0, replace: bool = True) -> Iterator[Callab
                 hold(descriptor)
                 yield lambda data: write_all(descriptor, data)
                 os.fsync(descriptor)
-            os.replace(tmp, path) if replace else _rename_new(tmp, path)
+            if not replace:  # a disk without hard links leaves a moment in which a second writer is not seen
+                try:
+                    os.link(tmp, path)
+                except OSError as error:
+                    if os.path.lexists(path):
+                        raise exists(path) from error
+            os.replace(tmp, path)  # changes nothing where both are one file already
         except BaseException:
             _discard(tmp)
             raise
+        if not replace:
+            _discard(tmp)
         sync(path.parent)
 
 
@@ -96,8 +103,8 @@ def write_new(path: Path, data: bytes) -> None:
 
 def exists(path: Path) -> UsageError:
     """The refusal of an output that is there already."""
-    return UsageError(f"{path} exists already", at="nothing is overwritten", fix="choose another name, or remove it",
-                      code="BF-USE-002")  # fmt: skip
+    fix = "choose another name, or remove it"
+    return UsageError(f"{path} exists already", at="nothing is overwritten", fix=fix, code="BF-USE-002")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -199,17 +206,6 @@ def hold(descriptor: int) -> bool | None:
     return True
 
 
-def _rename_new(tmp: Path, path: Path) -> None:
-    """Rename where nothing is; a disk without hard links leaves a moment in which a second writer is not seen."""
-    try:
-        os.link(tmp, path)
-    except OSError as error:
-        if os.path.lexists(path):
-            raise exists(path) from error
-    os.replace(tmp, path)  # changes nothing where both are one file already
-    _discard(tmp)
-
-
 def _discard(path: Path) -> None:
     with contextlib.suppress(OSError):  # the error that brought us here is the one to tell; `sweep` finds the rest
         _remove(path)
@@ -245,12 +241,10 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> Any:
     try:
         size = path.stat().st_size
         if size > limit:
-            raise ArtifactError(
-                f"{path} has {size} bytes, more than a file of this kind can have ({limit})", code="BF-ART-005"
-            )
-        return json.loads(
-            path.read_bytes().decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
-        )
+            what = f"{path} has {size} bytes, more than a file of this kind can have ({limit})"
+            raise ArtifactError(what, code="BF-ART-005")
+        text = path.read_bytes().decode("utf-8")
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist", code="BF-ART-001") from error
     except (ValueError, RecursionError) as error:
@@ -279,34 +273,23 @@ def disk_errors(path: Path, need: int = 0, doing: str = "write") -> Iterator[Non
     try:
         yield
     except OSError as error:
+        kind, at, again = EnvironmentProblem, None, "give the same command again; finished work is kept"
         if error.errno in _NO_ROOM:
-            free = _free(Path(path))
+            place = next(folder for folder in (path, *Path(path).absolute().parents) if folder.exists())
             wanted = f"need {_size(need)}, " if need else ""
-            raise DiskFull(
-                f"no room to write {path}: {wanted}free {_size(free)}",
-                at=error.strerror,
-                fix="free some space (or raise the quota) and give the same command again; finished work is kept",
-            ) from error
-        if error.errno in _NOT_WRITABLE:
+            what = f"no room to write {path}: {wanted}free {_size(shutil.disk_usage(place).free)}"
+            kind, code, at = DiskFull, "BF-ENV-010", error.strerror
+            fix = f"free some space (or raise the quota) and {again}"
+        elif error.errno in _NOT_WRITABLE:
             writing = doing == "write" or error.errno == errno.EROFS
-            raise EnvironmentProblem(
-                f"cannot {'write' if writing else doing} {path}: {error.strerror}",
-                fix="choose another place with -o or --workspace" if writing else f"see its permissions: ls -ld {path}",
-                code="BF-ENV-011",
-            ) from error
-        if error.errno in _BROKEN:
-            raise EnvironmentProblem(
-                f"the disk of {path} fails: {error.strerror}",
-                fix="have the disk looked at, then give the same command again; finished work is kept",
-                code="BF-ENV-012",
-            ) from error
-        raise
-
-
-def _free(path: Path) -> int:
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return shutil.disk_usage(path).free
+            what, code = f"cannot {'write' if writing else doing} {path}: {error.strerror}", "BF-ENV-011"
+            fix = "choose another place with -o or --workspace" if writing else f"see its permissions: ls -ld {path}"
+        elif error.errno in _BROKEN:
+            what, code = f"the disk of {path} fails: {error.strerror}", "BF-ENV-012"
+            fix = f"have the disk looked at, then {again}"
+        else:
+            raise
+        raise kind(what, at=at, fix=fix, code=code) from error
 
 
 def _size(count: float) -> str:

@@ -1,11 +1,8 @@
-"""What an artifact is: the hash of its kind, format, identity and parents; and, apart from it, who made it and when.
-
-In: JSON values. Out: ids, digests, and the sentence that says how two identities differ. Does not touch an artifact
-folder.
-"""
+"""What an artifact is: the hash of its kind, format, identity and parents; and, apart from it, who made it and when."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import shlex
 import sys
@@ -14,7 +11,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from bifrost_cli.artifacts.files import canonical_json
 
@@ -24,15 +21,10 @@ _LIBRARIES = ("torch", "transformers", "diffusers", "open_clip_torch", "zarr", "
 _SHOWN = 5
 
 
-class _HasId(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-def identity_id(kind: str, identity: Mapping[str, Any], parents: Sequence[_HasId] = ()) -> str:
+def identity_id(kind: str, identity: Mapping[str, Any], parents: Sequence[Any] = ()) -> str:
     """`kind-` and 12 hexadecimal digits of sha256 over kind, format, identity and the parents' ids."""
     value = {"kind": kind, "format": FORMATS[kind], "identity": identity, "parents": [parent.id for parent in parents]}
-    return f"{kind}-{hashlib.sha256(canonical_json(value)).hexdigest()[:12]}"
+    return f"{kind}-{digest_of(value)[:12]}"
 
 
 def digest_of(value: Any) -> str:
@@ -42,7 +34,12 @@ def digest_of(value: Any) -> str:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """`key: a -> b` for the first few leaves in which two headers (kind, identity, parents) differ."""
-    before, after = (dict(_leaves(_compared(value))) for value in (old, new))
+    before, after = (
+        dict(
+            leaves({"kind": side["kind"], "parents": [parent["id"] for parent in side["parents"]], **side["identity"]})
+        )
+        for side in (old, new)
+    )
     changed = [
         f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}"
         for key in sorted(before.keys() | after.keys())
@@ -52,15 +49,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return "; ".join(changed[:_SHOWN] + more)
 
 
-def _compared(header: Mapping[str, Any]) -> dict[str, Any]:
-    parents = [parent["id"] for parent in header["parents"]]
-    return {"kind": header["kind"], "parents": parents, **header["identity"]}
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values inside nested dictionaries, with their dotted names."""
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
-            yield from _leaves(inner, f"{name}.{key}" if name else str(key))
+            yield from leaves(inner, f"{name}.{key}" if name else str(key))
     else:
         yield name, value
 
@@ -104,11 +97,9 @@ def _commit() -> str | None:
 
 
 @cache
-def _versions() -> tuple[tuple[str, str], ...]:
-    found = [("python", ".".join(map(str, sys.version_info[:3])))]
+def _versions() -> dict[str, str]:
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
     for name in ("bifrost-cli", *_LIBRARIES):
-        try:
-            found.append((name, metadata.version(name)))
-        except metadata.PackageNotFoundError:
-            continue
-    return tuple(found)
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

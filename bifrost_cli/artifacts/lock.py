@@ -17,9 +17,8 @@ import stat
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 
-from bifrost_cli.artifacts.files import OPEN_FLAGS, disk_errors, hold, make_folder, write_all
+from bifrost_cli.artifacts.files import OPEN_FLAGS, disk_errors, hold, make_folder, open_file, write_all
 from bifrost_cli.errors import ArtifactError
 
 LOCK_NAME = ".lock"
@@ -45,14 +44,16 @@ class Lock:
         if not _try_lock(descriptor):
             owner = os.read(descriptor, 4096)
             os.close(descriptor)
-            raise _held(self.path.parent, owner)
+            raise self._held(owner)
         self._descriptor = descriptor
         try:
             self._lock_folder()
+            me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            text = json.dumps({**me, "command": shlex.join(sys.argv)[:1000]}) + "\n"
             with disk_errors(self.path):
                 os.ftruncate(descriptor, 0)
                 os.lseek(descriptor, 0, os.SEEK_SET)
-                write_all(descriptor, _self_description())
+                write_all(descriptor, text.encode())
         except BaseException:
             self.release()
             raise
@@ -84,36 +85,46 @@ class Lock:
                 raise ArtifactError(f"{path} was removed or replaced while this process wrote there", code="BF-ART-006",
                                     fix="give the same command again; it continues, or begins anew")  # fmt: skip
 
-    def _lock_folder(self) -> None:
-        """Lock the folder itself, where the system and the disk can."""
-        if (folder := _open_folder(self.path.parent)) is not None:
-            if held := hold(folder):
-                self._folder = folder
-                return
-            os.close(folder)
-            if held is False:
-                raise _held(self.path.parent, b"")
-
     def _open(self) -> int:
         """The file's descriptor; a link is not followed, since what it points to would be emptied."""
-        flags = os.O_RDWR | os.O_CREAT | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0)
+        what = f"{self.path.parent} cannot be locked: {LOCK_NAME} is not a regular file"
+        refusal = ArtifactError(what, at=str(self.path), fix=f"remove {self.path}", code="BF-ART-006")
         status = self.path.lstat() if os.path.lexists(self.path) else None
         if status and (not stat.S_ISREG(status.st_mode) or status.st_nlink > 1):  # or has a name elsewhere
-            raise _no_file(self.path)
+            raise refusal
         with disk_errors(self.path):
             try:
+                flags = os.O_RDWR | os.O_CREAT | OPEN_FLAGS | getattr(os, "O_NOFOLLOW", 0)
                 return os.open(self.path, flags, 0o644)
             except OSError as error:
                 if error.errno in (errno.ELOOP, errno.EISDIR):
-                    raise _no_file(self.path) from error
+                    raise refusal from error
                 raise
+
+    def _lock_folder(self) -> None:
+        if os.name == "nt":
+            return  # it opens no folder, and removes no file that is open
+        folder = os.open(self.path.parent, os.O_RDONLY | OPEN_FLAGS)
+        if held := hold(folder):
+            self._folder = folder
+            return
+        os.close(folder)
+        if held is False:
+            raise self._held(b"")
+
+    def _held(self, owner: bytes) -> ArtifactError:
+        try:
+            value = json.loads(owner)
+            who, at = f"pid {value['pid']} on {value['host']} since {value['since']}", str(value["command"])
+        except (ValueError, KeyError, TypeError):  # the owner has not written its name yet
+            who, at = "another process", None
+        what = f"{self.path.parent} is being written: locked by {who}"
+        return ArtifactError(what, at=at, fix="wait for it to end, or write elsewhere with -o", code="BF-ART-006")
 
     def __enter__(self) -> Lock:
         return self.acquire()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()
 
 
@@ -123,61 +134,41 @@ def is_locked(folder: Path) -> bool:
     if path.is_symlink() or not path.is_file():
         return False
     try:
-        descriptor = os.open(path, os.O_RDWR | OPEN_FLAGS)
+        with open_file(path, os.O_RDWR) as descriptor:
+            if free := _try_lock(descriptor) and not is_held(folder):
+                _unlock(descriptor)
+            return not free
     except OSError:
         return True  # not ours to write, so not ours to judge
-    try:
-        free = _try_lock(descriptor) and not is_held(folder)
-        if free:
-            _unlock(descriptor)
-        return not free
-    finally:
-        os.close(descriptor)
 
 
 def is_held(path: Path) -> bool:
     """True when a process has locked a file or a folder with `hold`; changes nothing."""
-    try:
-        descriptor = _open_folder(path)
-    except OSError:
-        return True
-    if descriptor is None:
+    if os.name == "nt":
         return False
     try:
-        return hold(descriptor) is False
-    finally:
-        os.close(descriptor)
-
-
-def _open_folder(path: Path) -> int | None:
-    """A descriptor to lock; Windows opens no folder, and removes no file that is open."""
-    return None if os.name == "nt" else os.open(path, os.O_RDONLY | OPEN_FLAGS)
+        with open_file(path, os.O_RDONLY) as descriptor:
+            return hold(descriptor) is False
+    except OSError:
+        return True
 
 
 def _try_lock(descriptor: int) -> bool:
     """Take the lock of an open file unless another process has it."""
     try:
         import fcntl
-    except ImportError:
-        return _try_lock_windows(descriptor)
-    try:
+
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    return True
-
-
-def _try_lock_windows(descriptor: int) -> bool:
-    import msvcrt
-
-    try:
-        os.lseek(descriptor, _FAR, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-    except OSError as error:
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        if error.errno in (errno.EACCES, errno.EDEADLK):
-            return False
-        raise
+    except ImportError:
+        try:
+            _windows_lock(descriptor, "LK_NBLCK")
+        except OSError as error:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            if error.errno in (errno.EACCES, errno.EDEADLK):
+                return False
+            raise
     return True
 
 
@@ -185,39 +176,13 @@ def _unlock(descriptor: int) -> None:
     try:
         import fcntl
     except ImportError:
-        import msvcrt
-
-        os.lseek(descriptor, _FAR, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
+        _windows_lock(descriptor, "LK_UNLCK")
     else:
         fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
-def _self_description() -> bytes:
-    value = {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": shlex.join(sys.argv)[:1000],
-    }
-    return json.dumps(value).encode("utf-8") + b"\n"
+def _windows_lock(descriptor: int, mode: str) -> None:
+    import msvcrt
 
-
-def _held(folder: Path, owner: bytes) -> ArtifactError:
-    try:
-        value = json.loads(owner)
-        who = f"pid {value['pid']} on {value['host']} since {value['since']}"
-        at = str(value["command"])
-    except (ValueError, KeyError, TypeError):  # the owner has not written its name yet
-        who, at = "another process", None
-    return ArtifactError(
-        f"{folder} is being written: locked by {who}",
-        at=at,
-        fix="wait for it to end, or write elsewhere with -o",
-        code="BF-ART-006",
-    )
-
-
-def _no_file(path: Path) -> ArtifactError:
-    return ArtifactError(f"{path.parent} cannot be locked: {path.name} is not a regular file", at=str(path),
-                         fix=f"remove {path}", code="BF-ART-006")  # fmt: skip
+    os.lseek(descriptor, _FAR, os.SEEK_SET)
+    msvcrt.locking(descriptor, getattr(msvcrt, mode), 1)  # type: ignore[attr-defined]

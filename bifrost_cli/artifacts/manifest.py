@@ -1,9 +1,7 @@
 """An artifact: a folder whose manifest was written last, by rename. Until then it is a draft.
 
-In: a folder. Out: its manifest, checked: kind, identity (what was computed and on what), parents, payload digests; and,
-apart from them, who made it and what it cost. The identity and the payload hold no time, no path and no host, so two
-runs are compared by `Artifact.files`. Does not know what a payload means. `info["recipe"]`, where a stage sets it, is
-the resolved recipe that `load_recipe` reads back.
+The identity and the payload hold no time, no path and no host, so two runs are compared by `Artifact.files`.
+`info["recipe"]`, where a stage sets it, is the resolved recipe that `load_recipe` reads back.
 """
 
 from __future__ import annotations
@@ -17,12 +15,12 @@ from shlex import quote
 from typing import Any
 
 from bifrost_cli.artifacts.files import TEMP_PREFIX, exists, read_json, sha256_file
-from bifrost_cli.artifacts.identity import FORMATS, KINDS, digest_of
+from bifrost_cli.artifacts.identity import FORMATS, digest_of
 from bifrost_cli.artifacts.lock import LOCK_NAME
-from bifrost_cli.errors import ArtifactError, BifrostError, UsageError
+from bifrost_cli.errors import ArtifactError, UsageError
 
 MANIFEST, DRAFT, WORK = "manifest.json", "draft.json", "work"
-_FIELDS = {"format", "kind", "id", "identity", "parents", "files", "made", "cost", "info", "digest"}
+_TYPES = {"id": str, "identity": dict, "parents": list, "files": dict, "made": dict, "cost": dict, "info": dict}
 
 
 @dataclass(frozen=True)
@@ -31,40 +29,26 @@ class Artifact:
 
     path: Path
     manifest: dict[str, Any]
+    kind: str
+    id: str
+    identity: dict[str, Any]
+    parents: list[dict[str, Any]]
+    files: dict[str, dict[str, Any]]
+    info: dict[str, Any]
 
     @classmethod
     def open(cls, path: Path | str) -> Artifact:
         """Read and check `path/manifest.json`. ArtifactError: absent, a draft, of a newer format, or changed since."""
         path = Path(path)
         if not (path / MANIFEST).is_file():
-            raise _not_complete(path)
+            if (path / DRAFT).is_file():
+                raise ArtifactError(f"{path} is unfinished", fix="give the command that made it again; it continues")
+            what = f"is not an artifact: it has no {MANIFEST}" if path.exists() else "does not exist"
+            raise ArtifactError(f"{path} {what}", fix="see what there is: bifrost artifacts ls")
         manifest = read_json(path / MANIFEST)
         _check_manifest(path, manifest)
-        return cls(path, manifest)
-
-    @property
-    def kind(self) -> str:
-        return self.manifest["kind"]
-
-    @property
-    def id(self) -> str:
-        return self.manifest["id"]
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return self.manifest["identity"]
-
-    @property
-    def parents(self) -> list[dict[str, Any]]:
-        return self.manifest["parents"]
-
-    @property
-    def files(self) -> dict[str, dict[str, Any]]:
-        return self.manifest["files"]
-
-    @property
-    def info(self) -> dict[str, Any]:
-        return self.manifest["info"]
+        named = ("kind", "id", "identity", "parents", "files", "info")
+        return cls(path, manifest, *(manifest[name] for name in named))
 
     def file(self, name: str) -> Path:
         """The path of one payload file; ArtifactError when the artifact has none of that name."""
@@ -74,36 +58,43 @@ class Artifact:
 
     def verify(self) -> list[str]:
         """Every payload file that is missing or changed, one sentence each. Empty means whole."""
-        return [problem for name in self.files if (problem := self._problem(name))]
+        return list(self._problems())
 
     def check(self) -> None:
         """ArtifactError at the first payload file that is missing or changed."""
-        for name in self.files:
-            if problem := self._problem(name):
-                raise ArtifactError(
-                    f"{self.path} is damaged: {problem}",
-                    fix=f"see all: bifrost artifacts verify {quote(str(self.path))}; then make it again elsewhere",
-                    code="BF-ART-005",
-                )
+        for problem in self._problems():
+            fix = f"see all: bifrost artifacts verify {quote(str(self.path))}; then make it again elsewhere"
+            raise ArtifactError(f"{self.path} is damaged: {problem}", fix=fix, code="BF-ART-005")
 
     def strays(self) -> list[str]:
         """Files in the folder that are not part of the artifact."""
         return [name for name in payload_files(self.path) if name not in self.files]
 
-    def _problem(self, name: str) -> str | None:
-        path, entry = self.path / name, self.files[name]
-        if not path.is_file():
-            return f"{name} is missing"
-        if (size := path.stat().st_size) != entry["size"]:
-            return f"{name} has {size} bytes, not {entry['size']}"
-        if (found := sha256_file(path)) != entry["sha256"]:
-            return f"{name} was changed: sha256 {found[:12]}, not {entry['sha256'][:12]}"
-        return None
+    def _problems(self) -> Iterator[str]:
+        for name, entry in self.files.items():
+            path = self.path / name
+            if not path.is_file():
+                yield f"{name} is missing"
+            elif (size := path.stat().st_size) != entry["size"]:
+                yield f"{name} has {size} bytes, not {entry['size']}"
+            elif (found := sha256_file(path)) != entry["sha256"]:
+                yield f"{name} was changed: sha256 {found[:12]}, not {entry['sha256'][:12]}"
 
 
 def payload_files(folder: Path) -> list[str]:
     """The files that belong to an artifact's payload, relative, with forward slashes, sorted."""
     return sorted(_walk(Path(folder), PurePosixPath()))
+
+
+def _walk(folder: Path, prefix: PurePosixPath) -> Iterator[str]:
+    skipped = {LOCK_NAME, MANIFEST, DRAFT, WORK} if not prefix.parts else set()
+    for path in folder.iterdir():
+        if path.name in skipped or path.name.startswith(TEMP_PREFIX):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            yield from _walk(path, prefix / path.name)
+        else:
+            yield str(prefix / path.name)
 
 
 def require_new(output: Path) -> None:
@@ -127,43 +118,20 @@ def require_outside(output: Path) -> None:
 
 def _is_header(path: Path) -> bool:
     """True for our manifest or draft.json; programs of other kinds have files of these names too."""
-    if not os.path.isfile(path):
-        return False
     try:
-        value = read_json(path)
+        value = read_json(path) if os.path.isfile(path) else None
     except ArtifactError:
         return False
     return isinstance(value, dict) and {"kind", "id", "identity", "parents"} <= set(value)
 
 
-def _walk(folder: Path, prefix: PurePosixPath) -> Iterator[str]:
-    skipped = {LOCK_NAME, MANIFEST, DRAFT, WORK} if not prefix.parts else set()
-    for path in folder.iterdir():
-        if path.name in skipped or path.name.startswith(TEMP_PREFIX):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            yield from _walk(path, prefix / path.name)
-        else:
-            yield str(prefix / path.name)
-
-
-def _not_complete(path: Path) -> BifrostError:
-    if (path / DRAFT).is_file():
-        return ArtifactError(f"{path} is unfinished", fix="give the command that made it again; it continues")
-    if not path.exists():
-        return ArtifactError(f"{path} does not exist", fix="see what there is: bifrost artifacts ls")
-    return ArtifactError(
-        f"{path} is not an artifact: it has no {MANIFEST}", fix="see what there is: bifrost artifacts ls"
-    )
-
-
 def _check_manifest(path: Path, manifest: Any) -> None:
-    kind = manifest.get("kind") if isinstance(manifest, dict) else None
-    version = manifest.get("format") if isinstance(manifest, dict) else None
-    if kind in KINDS and isinstance(version, int) and version > FORMATS[kind]:
+    given = manifest if isinstance(manifest, dict) else {}
+    kind, version = given.get("kind"), given.get("format")
+    known = isinstance(kind, str) and kind in FORMATS and isinstance(version, int)
+    if known and version > FORMATS[kind]:
         raise ArtifactError.newer(f"{path} is a {kind} artifact", version, FORMATS[kind])
-    known = kind in KINDS and type(version) is int and version >= 1
-    if not known or not _FIELDS <= set(manifest) or not _intact(path, manifest):
+    if not known or type(version) is not int or version < 1 or not _intact(path, manifest):
         raise ArtifactError(
             f"{path / MANIFEST} was damaged or edited after it was written",
             fix="make the artifact again, or restore the file from a copy",
@@ -172,25 +140,21 @@ def _check_manifest(path: Path, manifest: Any) -> None:
 
 
 def _intact(path: Path, manifest: dict[str, Any]) -> bool:
-    """The digest fits and the file's bytes are the ones we write for these values (so no flipped bit can hide)."""
+    """The digest fits, the file's bytes are the ones we write for these values (so no flipped bit can hide), the types
+    are what readers rely on, and no payload file is outside the folder."""
+    if not all(isinstance(manifest.get(name), kind) for name, kind in _TYPES.items()):
+        return False
     body = {key: value for key, value in manifest.items() if key != "digest"}
     try:
         text = json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=False).encode("utf-8") + b"\n"
-        same = manifest["digest"] == digest_of(body) and (path / MANIFEST).read_bytes() == text
+        same = manifest.get("digest") == digest_of(body) and (path / MANIFEST).read_bytes() == text
     except ValueError:  # text that has no UTF-8
         return False
-    return same and _well_formed(manifest)
-
-
-def _well_formed(manifest: dict[str, Any]) -> bool:
-    """The types that readers rely on, and no payload file outside the folder."""
-    shapes = {"id": str, "identity": dict, "parents": list, "files": dict, "made": dict, "cost": dict, "info": dict}
-    if not all(isinstance(manifest[name], kind) for name, kind in shapes.items()):
-        return False
-    paths = [PurePosixPath(name) for name in manifest["files"]]
-    entries = [*manifest["files"].values()]
+    names = [PurePosixPath(name) for name in manifest["files"]]
+    parts = [(entry, {"sha256", "size"}) for entry in manifest["files"].values()]
+    parts += [(parent, {"kind", "id", "path"}) for parent in manifest["parents"]]
     return (
-        not any(path.is_absolute() or ".." in path.parts for path in paths)
-        and all(isinstance(entry, dict) and {"sha256", "size"} <= set(entry) for entry in entries)
-        and all(isinstance(parent, dict) and {"kind", "id", "path"} <= set(parent) for parent in manifest["parents"])
+        same
+        and not any(name.is_absolute() or ".." in name.parts for name in names)
+        and all(isinstance(part, dict) and keys <= set(part) for part, keys in parts)
     )

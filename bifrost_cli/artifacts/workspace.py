@@ -1,6 +1,7 @@
 """A workspace: a folder of artifacts, and the list of those that its commands wrote elsewhere (`-o pictures`).
 
-Drafts and damaged folders are reported, never used.
+Drafts and damaged folders are reported, never used. What can go: artifacts that no other one needs, and leftovers of
+work that was given up.
 """
 
 from __future__ import annotations
@@ -8,11 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
-from bifrost_cli.artifacts.files import append, make_folder
+from bifrost_cli.artifacts.files import TEMP_PREFIX, append, make_folder, remove
+from bifrost_cli.artifacts.lock import Lock, is_held, is_locked
 from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST, Artifact
 from bifrost_cli.errors import ArtifactError, BifrostError, UsageError
 
@@ -24,10 +29,9 @@ MAKERS = {
     "samples": 'bifrost generate "a red circle above a blue square" -o out.png',
     "report": "bifrost eval --fid",
 }
-
-
 OUTSIDE = ".outside"  # in a workspace: a line of JSON for the path of each artifact that was written elsewhere
 BUILTIN = Path(__file__).parents[1] / "builtin"  # what ships with the package: models, and a trained artifact a kind
+_IN_USE = 3600  # seconds in which a temporary folder that no lock covers may still be written
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,21 @@ class Ancestor:
     artifact: Artifact | None
 
 
+@dataclass(frozen=True)
+class Removable:
+    """A file or folder that can go: what it is, and how many bytes it holds."""
+
+    path: Path
+    what: str
+    size: int
+
+
 def default_path(workspace: Path | str, kind: str, identity: str) -> Path:
     """Where an artifact goes when nobody says: `workspace/kind-hash`. `identity` is an id, with or without its kind."""
     return Path(workspace) / f"{kind}-{identity.removeprefix(kind + '-')}"
+
+
+# ---- what there is ---------------------------------------------------------------------------------------------------
 
 
 def survey(workspace: Path | str, *, outside: bool = False) -> Survey:
@@ -92,7 +108,7 @@ def remember_outside(workspace: Path | str, path: Path) -> None:
 
 
 def _outside(root: Path) -> list[Path]:
-    """The noted folders that are still there, each once."""
+    """The noted folders that are still there, each once, as a person would type them from here."""
     try:
         lines = (root / OUTSIDE).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
@@ -103,13 +119,8 @@ def _outside(root: Path) -> list[Path]:
             path = Path(os.path.realpath(root / json.loads(line)))
             if path.is_dir() and path.parent != Path(os.path.realpath(root)):
                 found[path] = None
-    return [_shown(path) for path in found]
-
-
-def _shown(path: Path) -> Path:
-    """As a person would type it: from the current folder when it is below."""
     here = Path(os.path.realpath("."))
-    return path.relative_to(here) if path.is_relative_to(here) and path != here else path
+    return [path.relative_to(here) if here in path.parents else path for path in found]
 
 
 def find(workspace: Path | str, kind: str | None = None) -> list[Artifact]:
@@ -119,15 +130,14 @@ def find(workspace: Path | str, kind: str | None = None) -> list[Artifact]:
 
 def newest(workspace: Path | str, kind: str) -> Artifact:
     """The newest complete artifact of a kind; ArtifactError saying which command makes one."""
-    found = find(workspace, kind)
-    if not found:
-        drafts = [path.name for path in survey(workspace).drafts if path.name.startswith(kind)]
-        raise ArtifactError(
-            f"there is no {kind} artifact in {workspace}",
-            at=f"unfinished: {', '.join(drafts)}" if drafts else None,
-            fix=f"make one: {MAKERS[kind]}",
-        )
-    return found[0]
+    if found := find(workspace, kind):
+        return found[0]
+    drafts = [path.name for path in survey(workspace).drafts if path.name.startswith(kind)]
+    raise ArtifactError(
+        f"there is no {kind} artifact in {workspace}",
+        at=f"unfinished: {', '.join(drafts)}" if drafts else None,
+        fix=f"make one: {MAKERS[kind]}",
+    )
 
 
 def resolve(workspace: Path | str, ref: Path | str, kind: str | None = None) -> Artifact:
@@ -145,40 +155,32 @@ def resolve(workspace: Path | str, ref: Path | str, kind: str | None = None) -> 
     """
     if not str(ref).strip():
         raise UsageError("the reference to an artifact is empty", fix="see what there is: bifrost artifacts ls")
-    if str(ref) == "builtin" or str(ref).startswith("builtin:"):
-        return _of_kind(_builtin(str(ref).partition(":")[2] or str(kind)), kind)
-    folder = Path(ref)
-    if folder.is_dir():
-        return _of_kind(Artifact.open(folder), kind)
-    found = survey(workspace, outside=True).artifacts
-    matches = [a for a in found if a.id.startswith(str(ref)) or a.id.split("-")[-1].startswith(str(ref))]
-    if len(matches) == 1:
-        return _of_kind(matches[0], kind)
-    known = ", ".join(artifact.id for artifact in found[:5]) or "nothing"
-    if matches:
-        raise ArtifactError(f"{ref} can mean {len(matches)} artifacts", at=", ".join(a.id for a in matches[:5]))
-    raise ArtifactError(
-        f"there is no artifact {ref}",
-        at=f"{workspace} holds {known}",
-        fix=f"see all: bifrost artifacts ls -w {quote(str(workspace))}",
-    )
-
-
-def _builtin(kind: str) -> Artifact:
-    if not (BUILTIN / kind / MANIFEST).is_file():
-        raise ArtifactError(
-            f"no {kind} artifact ships with bifrost" if kind in MAKERS else f"builtin {kind} names no artifact",
-            fix="give builtin:branch or builtin:controlnet, or see what there is: bifrost artifacts ls",
-        )
-    return Artifact.open(BUILTIN / kind)
-
-
-def _of_kind(artifact: Artifact, kind: str | None) -> Artifact:
+    artifact = _look_up(workspace, str(ref), kind)
     if kind not in (None, artifact.kind):
-        raise ArtifactError(
-            f"{artifact.path} is a {artifact.kind} artifact, not {kind}", fix=f"make one: {MAKERS[str(kind)]}"
-        )
+        what = f"{artifact.path} is a {artifact.kind} artifact, not {kind}"
+        raise ArtifactError(what, fix=f"make one: {MAKERS[str(kind)]}")
     return artifact
+
+
+def _look_up(workspace: Path | str, ref: str, kind: str | None) -> Artifact:
+    if ref == "builtin" or ref.startswith("builtin:"):
+        own = ref.partition(":")[2] or str(kind)
+        if (BUILTIN / own / MANIFEST).is_file():
+            return Artifact.open(BUILTIN / own)
+        what = f"no {own} artifact ships with bifrost" if own in MAKERS else f"builtin {own} names no artifact"
+        fix = "give builtin:branch or builtin:controlnet, or see what there is: bifrost artifacts ls"
+        raise ArtifactError(what, fix=fix)
+    if Path(ref).is_dir():
+        return Artifact.open(Path(ref))
+    found = survey(workspace, outside=True).artifacts
+    matches = [a for a in found if a.id.startswith(ref) or a.id.split("-")[-1].startswith(ref)]
+    if len(matches) > 1:
+        raise ArtifactError(f"{ref} can mean {len(matches)} artifacts", at=", ".join(a.id for a in matches[:5]))
+    if not matches:
+        known = ", ".join(artifact.id for artifact in found[:5]) or "nothing"
+        fix = f"see all: bifrost artifacts ls -w {quote(str(workspace))}"
+        raise ArtifactError(f"there is no artifact {ref}", at=f"{workspace} holds {known}", fix=fix)
+    return matches[0]
 
 
 def lineage(artifact: Artifact, *workspaces: Path | str) -> list[Ancestor]:
@@ -191,17 +193,88 @@ def lineage(artifact: Artifact, *workspaces: Path | str) -> list[Ancestor]:
 def _ancestors(artifact: Artifact, known: dict[str, Artifact], depth: int) -> list[Ancestor]:
     lines = [Ancestor(depth, artifact.kind, artifact.id, artifact)]
     for parent in artifact.parents:
-        found = known.get(parent["id"]) or _at_hint(artifact, parent)
-        if found is None:
-            lines.append(Ancestor(depth + 1, parent["kind"], parent["id"], None))
+        if found := known.get(parent["id"]) or _at_hint(artifact, parent):
+            lines += _ancestors(found, known, depth + 1)
         else:
-            lines.extend(_ancestors(found, known, depth + 1))
+            lines.append(Ancestor(depth + 1, parent["kind"], parent["id"], None))
     return lines
 
 
-def _at_hint(artifact: Artifact, parent: dict) -> Artifact | None:
+def _at_hint(artifact: Artifact, parent: dict[str, Any]) -> Artifact | None:
     try:
         found = Artifact.open(artifact.path / parent["path"])
     except ArtifactError:
         return None
     return found if found.id == parent["id"] else None
+
+
+# ---- what can go -----------------------------------------------------------------------------------------------------
+
+
+def removable(workspace: Path, refs: Sequence[str]) -> list[Removable]:
+    """The artifacts and unfinished folders that `refs` name, none of which another artifact needs.
+
+    Raises:
+        ArtifactError: BF-ART-011 an artifact that stays was made from one of them, BF-ART-006 one is being written,
+            BF-ART-001 there is none.
+        UsageError: one ships with the package, or its folder holds files that are not part of it.
+    """
+    chosen: dict[Path, Artifact | None] = {}
+    items: dict[Path, Removable] = {}
+    for ref in refs:
+        artifact = None if (Path(ref) / DRAFT).is_file() else resolve(workspace, ref)
+        path = artifact.path if artifact else Path(ref)
+        if path.resolve().is_relative_to(BUILTIN.resolve()):
+            raise UsageError(f"{path} ships with bifrost and is not removed", fix="leave it out")
+        if is_locked(path):
+            Lock(path).acquire().release()  # says by whom
+        if artifact and (strays := artifact.strays()):
+            what, fix = f"{path} holds files that are not part of the artifact", "move them elsewhere first"
+            raise UsageError(what, at=", ".join(strays[:5]), fix=fix)
+        chosen[path.resolve()] = artifact
+        items[path.resolve()] = Removable(path, artifact.id if artifact else "unfinished", _size(path))
+    _require_unneeded(workspace, chosen)
+    return list(items.values())
+
+
+def _require_unneeded(workspace: Path, chosen: dict[Path, Artifact | None]) -> None:
+    everything = survey(workspace, outside=True).artifacts
+    staying = [artifact for artifact in everything if artifact.path.resolve() not in chosen]
+    going = {artifact.id for artifact in chosen.values() if artifact} - {artifact.id for artifact in staying}
+    for artifact in staying:
+        for parent in artifact.parents:
+            if (needed := parent["id"]) in going:
+                what = f"{needed} is needed: {artifact.id} was made from it"
+                fix = f"remove both, or neither: bifrost artifacts rm {needed} {artifact.id}"
+                raise ArtifactError(what, at=str(artifact.path), fix=fix, code="BF-ART-011")
+
+
+def leftovers(workspace: Path) -> list[Removable]:
+    """Unfinished folders that nobody writes, and temporary files of killed processes. Artifacts are not among them."""
+    found = [Removable(path, "unfinished", _size(path)) for path in survey(workspace).drafts if not is_locked(path)]
+    taken = tuple(item.path for item in found)
+    found += [Removable(path, "leftover", _size(path)) for path in _temporary(workspace) if path.parent not in taken]
+    return found
+
+
+def remove_all(items: Sequence[Removable]) -> None:
+    """Remove each, under its lock where it has one, so that nobody begins to write it meanwhile."""
+    for item in items:
+        if (item.path / MANIFEST).is_file() or (item.path / DRAFT).is_file():
+            Lock(item.path).acquire().release()
+        remove(item.path)
+
+
+def _temporary(workspace: Path) -> Iterator[Path]:
+    """Temporary names in the workspace and in its artifacts; in folders that nobody writes, or not written for long."""
+    for path in sorted(workspace.iterdir()) if workspace.is_dir() else ():
+        if path.name.startswith(TEMP_PREFIX):
+            written = max(inner.lstat().st_mtime for inner in (path, *path.rglob("*")))
+            if time.time() - written > _IN_USE and not is_held(path):
+                yield path
+        elif os.path.isfile(path / MANIFEST) and not is_locked(path):  # a private folder is not ours to look into
+            yield from sorted(path.glob(f"{TEMP_PREFIX}*"))
+
+
+def _size(path: Path) -> int:
+    return sum(inner.lstat().st_size for inner in (path, *path.rglob("*")) if not inner.is_dir())

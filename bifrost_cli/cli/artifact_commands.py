@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from bifrost_cli.artifacts import Artifact, default_path, lineage, newest, resolve
-from bifrost_cli.artifacts.cleanup import Removable, leftovers, removable, remove_all
+from bifrost_cli.artifacts.identity import leaves
 from bifrost_cli.artifacts.manifest import require_new
-from bifrost_cli.artifacts.workspace import SHIPPED, Survey, survey
+from bifrost_cli.artifacts.workspace import SHIPPED, Removable, Survey, leftovers, removable, remove_all, survey
 from bifrost_cli.cli.command import FIRST_PROMPT, Result, command, refusals
 from bifrost_cli.cli.options import RUNS, DryRun, NewFolder, Output, Recipe, Reference, Workspace, artifact_argument
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem, Findings
@@ -66,7 +65,8 @@ def show(ref: Reference = None, workspace: Workspace = RUNS) -> Result:
     lines = [f"{artifact.id}  {artifact.path}"]
     for title in ("made", "cost", "identity", "info"):
         shown = {key: value for key, value in artifact.manifest[title].items() if key != "recipe"}
-        lines += [title, *(f"  {line}" for line in _lines(shown))]
+        texts = [(name, str(value)) for name, value in leaves(shown)]
+        lines += [title, *(f"  {name}: {t if len(t) <= 200 else t[:197] + '...'}" for name, t in texts)]
     lines += ["parents", *(f"  {parent['id']}  {parent['path']}" for parent in artifact.parents)]
     lines += ["files", *(f"  {name}  {entry['size']:,} bytes" for name, entry in artifact.files.items())]
     return Result(lines, {**artifact.manifest, "path": str(artifact.path)}, artifact.path)
@@ -166,15 +166,6 @@ def _choose(workspace: Path, ref: str | None) -> Artifact:
         return resolve(workspace, ref)
     found = survey(workspace, outside=True).artifacts
     return found[0] if found else newest(workspace, "latents")
-
-
-def _lines(value: Any, name: str = "") -> Iterator[str]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _lines(inner, f"{name}.{key}" if name else key)
-    else:
-        text = str(value)
-        yield f"{name}: {text if len(text) <= 200 else text[:197] + '...'}"
 
 
 @command(interop, "import")

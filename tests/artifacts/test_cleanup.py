@@ -9,9 +9,17 @@ from pathlib import Path
 import pytest
 
 from bifrost_cli.artifacts import Artifact, Draft, Lock, lineage, resolve
-from bifrost_cli.artifacts.cleanup import leftovers, removable, remove_all
 from bifrost_cli.artifacts.files import new_file, new_folder
-from bifrost_cli.artifacts.workspace import BUILTIN, OUTSIDE, find, remember_outside, survey
+from bifrost_cli.artifacts.workspace import (
+    BUILTIN,
+    OUTSIDE,
+    find,
+    leftovers,
+    remember_outside,
+    removable,
+    remove_all,
+    survey,
+)
 from bifrost_cli.errors import ArtifactError, UsageError
 
 
