@@ -1,26 +1,10 @@
 """The errors a user can meet, each with a code, an exit code, a place and a fix.
 
-In: what went wrong, in words. Out: an exception that the command line renders as
+The command line renders one as
 
     error[BF-STORE-003]: what
       at:  where, or what differs
       fix: one command or edit that mends it
-
-This file does not know who raises or who prints.
-
-    BifrostError            1   BF-BUG      a bug of ours
-    +- UsageError           2   BF-USE      a wrong argument or combination
-    +- RecipeError          2   BF-RECIPE   a recipe that cannot be used
-    +- EnvironmentProblem   3   BF-ENV      GPU, dependency, token, licence, disk
-    |  +- DiskFull          3   BF-ENV-010  no room, or nowhere to write
-    +- DataError            4   BF-DATA     images, captions, prompts
-    +- ArtifactError        5   BF-ART      missing, corrupt or incompatible
-    |  +- StoreError        5   BF-STORE    the same, for a latents store
-    +- OutOfMemory          6   BF-MEM      main or GPU memory
-    +- Diverged             7   BF-NAN      a loss or a gradient that is not finite
-    +- Findings             8   BF-FIND     finished, and something was found
-    +- Stopped             75   BF-STOP     stopped on request, can be continued
-    +- Interrupted        130   BF-STOP     interrupted before anything could be saved
 
 Codes in use (a number keeps its meaning for ever):
 
@@ -65,8 +49,6 @@ from typing import Any
 
 _HIDDEN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, bytes that are no UTF-8, line and paragraph separators
 _DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder what stands beside them
-
-
 _NO_MEMORY = (
     "out of memory",  # torch, the CUDA driver, NCCL ("Cuda failure 2 'out of memory'"), HIP
     "allocate memory",  # torch on the CPU, and the system
@@ -101,27 +83,27 @@ class BifrostError(Exception):
 
 
 class UsageError(BifrostError):
-    code, exit_code = "BF-USE-001", 2
+    code, exit_code = "BF-USE-001", 2  # a wrong argument or combination
 
 
 class RecipeError(BifrostError):
-    code, exit_code = "BF-RECIPE-003", 2
+    code, exit_code = "BF-RECIPE-003", 2  # a recipe that cannot be used
 
 
 class EnvironmentProblem(BifrostError):
-    code, exit_code = "BF-ENV-001", 3
+    code, exit_code = "BF-ENV-001", 3  # GPU, dependency, token, licence, disk
 
 
 class DiskFull(EnvironmentProblem):
-    code = "BF-ENV-010"
+    code = "BF-ENV-010"  # no room, or nowhere to write
 
 
 class DataError(BifrostError):
-    code, exit_code = "BF-DATA-001", 4
+    code, exit_code = "BF-DATA-001", 4  # images, captions, prompts
 
 
 class ArtifactError(BifrostError):
-    code, exit_code = "BF-ART-001", 5
+    code, exit_code = "BF-ART-001", 5  # missing, corrupt or incompatible
 
     @classmethod
     def newer(cls, what: str, found: object, known: int) -> ArtifactError:
@@ -131,27 +113,27 @@ class ArtifactError(BifrostError):
 
 
 class StoreError(ArtifactError):
-    code = "BF-STORE-001"
+    code = "BF-STORE-001"  # the same, for a latents store
 
 
 class OutOfMemory(BifrostError):
-    code, exit_code = "BF-MEM-001", 6
+    code, exit_code = "BF-MEM-001", 6  # main or GPU memory
 
 
 class Diverged(BifrostError):
-    code, exit_code = "BF-NAN-001", 7
+    code, exit_code = "BF-NAN-001", 7  # a loss or a gradient that is not finite
 
 
 class Findings(BifrostError):
-    code, exit_code = "BF-FIND-001", 8
+    code, exit_code = "BF-FIND-001", 8  # finished, and something was found
 
 
 class Stopped(BifrostError):
-    code, exit_code = "BF-STOP-001", 75
+    code, exit_code = "BF-STOP-001", 75  # stopped on request, can be continued
 
 
 class Interrupted(BifrostError):
-    code, exit_code = "BF-STOP-002", 130
+    code, exit_code = "BF-STOP-002", 130  # interrupted before anything could be saved
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -184,20 +166,11 @@ def render(error: BifrostError) -> str:
 
 def as_json(error: BifrostError) -> dict[str, Any]:
     """The error as --json prints it."""
-    return {
-        "code": error.code,
-        "message": error.message,
-        "at": error.at,
-        "fix": error.fix,
-        "exit_code": error.exit_code,
-    }
+    return {name: getattr(error, name) for name in ("code", "message", "at", "fix", "exit_code")}
 
 
 def printable(text: str) -> str:
-    """One line for a terminal: a name or a prompt cannot break it, colour it or move the cursor; such characters are
-    escaped."""
-    if text.isprintable():
-        return text
+    """One line for a terminal: characters that would break it, colour it or move the cursor are escaped."""
     return "".join(
         char.encode("unicode_escape", "surrogatepass").decode()
         if char in _DIRECTION or unicodedata.category(char) in _HIDDEN

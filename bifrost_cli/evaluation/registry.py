@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from bifrost_cli.errors import BifrostError, EnvironmentProblem
 from bifrost_cli.evaluation.metrics.metric import Metric, MetricOption
-from bifrost_cli.runtime.plugins import plugins
+from bifrost_cli.runtime.plugins import Plugins
 
 GROUP = "bifrost.metrics"
 _ROOM = "bifrost_cli.evaluation.metrics"
@@ -22,7 +22,7 @@ BUILTIN = {  # a report's identity lists its metrics in this order
     "clipscore": f"{_ROOM}.clip_score:ClipScore",
     "reconstruction": f"{_ROOM}.reconstruction:Reconstruction",
 }
-REGISTRY = plugins(GROUP, BUILTIN, base=Metric)
+REGISTRY = Plugins(GROUP, BUILTIN, base=Metric)
 
 
 def metric_class(name: str) -> type[Metric]:

@@ -42,9 +42,9 @@ from bifrost_cli.models.diffusion.flux import FluxModel
 from bifrost_cli.models.diffusion.sd3 import Sd3Model
 from bifrost_cli.models.mllm.adapters import adapter_of, require_known
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
-from bifrost_cli.runtime.plugins import plugins
+from bifrost_cli.runtime.plugins import Plugins
 
-DIFFUSION_MODELS = plugins("bifrost.diffusion_models", {"FLUX": FluxModel, "SD3": Sd3Model}, base=DiffusionModel)
+DIFFUSION_MODELS = Plugins("bifrost.diffusion_models", {"FLUX": FluxModel, "SD3": Sd3Model}, base=DiffusionModel)
 _CONFIG, _ADAPTER = "config.json", "adapter_config.json"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Tensors of stock checkpoints that their own library computes by itself today.

@@ -1,7 +1,6 @@
 """The processes of one job, as torchrun or srun started them: which this is, and what they must agree on.
 
-In: torch.distributed, once `join` was called; without it there is one process, and nothing here does anything. Out:
-this process's share of a batch, values from the first process, errors that end all. Knows no training and no files.
+Until `join` was called there is one process, and nothing here does anything.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -64,28 +63,23 @@ def join(number: int, of: int, local: int, device: str) -> None:
     if dist.is_initialized():
         return
     cuda = device in ("auto", "cuda") and torch.cuda.is_available()
+    if cuda and local >= torch.cuda.device_count():
+        what = f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}"
+        raise EnvironmentProblem(what, fix="start fewer processes", code="BF-ENV-001")
     if cuda:
-        if local >= torch.cuda.device_count():
-            raise EnvironmentProblem(
-                f"process {local} of this machine has no GPU: there are {torch.cuda.device_count()}",
-                fix="start fewer processes",
-                code="BF-ENV-001",
-            )
         torch.cuda.set_device(local)
     try:
         _store, _, _ = next(dist.rendezvous("env://", number, of, timeout=timedelta(minutes=5)))
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=_store, rank=number, world_size=of, timeout=TIMEOUT
-        )
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=_store, rank=number, world_size=of, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        problem = EnvironmentProblem(
+        raise EnvironmentProblem(
             f"the {of} processes of this job cannot meet at {where}",
             code="BF-ENV-032",
             at=str(error).splitlines()[0][:200],
             fix="if the address is in use, export another MASTER_PORT",
-        )
-        raise problem from error
+        ) from error
 
 
 # ---- agreeing --------------------------------------------------------------------------------------------------------
@@ -100,11 +94,11 @@ def run_on_main(work: Callable[[], T]) -> T:
         try:
             found = [work(), None]
         except Exception as error:
-            dist.broadcast_object_list([None, _portable(error)])
+            dist.broadcast_object_list([None, _words(error)])
             raise
     dist.broadcast_object_list(found)
     if found[1] is not None:
-        raise found[1]
+        raise _again(*found[1])
     return found[0]
 
 
@@ -119,14 +113,12 @@ def main_context(make: Callable[[], AbstractContextManager[T]]) -> Iterator[T | 
 
 def raise_if_any_failed(error: BaseException | None = None) -> None:
     """Wait for all; when some bring an error, all raise the first of them."""
-    if world() == 1:
-        if error is not None:
-            raise error
-        return
-    problems = all_gather_object(None if error is None else _portable(error))
-    first = next(((number, problem) for number, problem in enumerate(problems) if problem is not None), None)
-    if first is not None:
-        raise error if error is not None and first[0] == rank() else first[1]
+    if world() == 1 and error is not None:
+        raise error
+    problems = all_gather_object(None if error is None else _words(error))
+    for number, words in enumerate(problems):
+        if words is not None:
+            raise error if error is not None and number == rank() else _again(*words)
 
 
 def all_gather_object(value: T) -> list[T]:
@@ -145,20 +137,16 @@ def all_reduce_mean(values: Tensor) -> Tensor:
     return values
 
 
-def _portable(error: BaseException) -> BifrostError:
-    if isinstance(error, BifrostError):
-        return _again(error.exit_code, error.code, error.message, error.at, error.fix)
-    return BifrostError(f"{type(error).__name__}: {error}")
+def _words(error: BaseException) -> list[Any]:
+    """An error as another process reads it."""
+    if not isinstance(error, BifrostError):
+        error = BifrostError(f"{type(error).__name__}: {error}")
+    kind = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
+    return [kind.__name__, error.message, error.at, error.fix, error.code]
 
 
-def _again(exit_code: int, code: str, message: str, at: str | None, fix: str | None) -> BifrostError:
-    """An error of another process, as one of its kind."""
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, BifrostError)]
-    kinds = [kind for kind in kinds if kind.exit_code == exit_code] or [BifrostError]
-    kind = max(kinds, key=lambda kind: (kind.code == code, kind.code[:-4] == code[:-4]))
-    error = kind(message, at=at, fix=fix, code=code)
-    error.exit_code = exit_code
-    return error
+def _again(kind: str, message: str, at: str | None, fix: str | None, code: str) -> BifrostError:
+    return getattr(errors, kind)(message, at=at, fix=fix, code=code)
 
 
 # ---- ending ----------------------------------------------------------------------------------------------------------
@@ -176,7 +164,8 @@ def fail_together() -> Iterator[None]:
         _last_word(error)
         raise
     except RuntimeError as error:
-        if not _is_loss(error):
+        text = str(error)
+        if not (isinstance(error, dist.DistError) or "gloo" in text or "onnection" in text and "peer" in text):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what started us is ending all by now; first say why
         loss = _why_lost()
@@ -208,37 +197,22 @@ def _last_word(error: BifrostError) -> None:
     if world() == 1 or _store is None:
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    words = json.dumps([error.code, error.message])
-    try:
-        _store.set(f"word/{rank()}", json.dumps([error.exit_code, error.code, error.message, error.at, error.fix]))
+    with suppress(RuntimeError):  # the first process is gone, and the store with it
+        _store.set(f"word/{rank()}", json.dumps(_words(error)))
         if rank() == 0:
             return
         _store.wait(["word/0"], _HEARD)
-        error.elsewhere = json.dumps(json.loads(_store.get("word/0"))[1:3]) == words
-    except RuntimeError:  # the first process is gone, and the store with it
-        pass
+        _, message, _, _, code = json.loads(_store.get("word/0"))
+        error.elsewhere = (message, code) == (error.message, error.code)
     if not error.elsewhere:
         error.at = f"process {rank()} of {world()}" + (f": {error.at}" if error.at else "")
 
 
-def _word_of(number: int) -> list[Any] | None:
-    if _store is None:
-        return None
-    try:
-        return json.loads(_store.get(f"word/{number}")) if _store.check([f"word/{number}"]) else None
-    except RuntimeError:
-        return None
-
-
-def _is_loss(error: RuntimeError) -> bool:
-    text = str(error)
-    return isinstance(error, dist.DistError) or "gloo" in text or "onnection" in text and "peer" in text
-
-
 def _why_lost() -> BifrostError:
-    for number in range(world()):
-        if number != rank() and (word := _word_of(number)):
-            return _again(*word)
+    with suppress(RuntimeError):
+        for number in range(world()) if _store is not None else ():
+            if number != rank() and _store.check([f"word/{number}"]):
+                return _again(*json.loads(_store.get(f"word/{number}")))
     return EnvironmentProblem(
         "another process of this job was killed or lost",
         code="BF-ENV-031",

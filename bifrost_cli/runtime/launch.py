@@ -1,11 +1,11 @@
 """One job in several processes: who this is by torchrun's or SLURM's environment, and starting torchrun for `--gpus`.
 
-In: environment variables, a command line. Out: the place of this process, a stage that first meets the others, an exit
-code. No launcher of ours: `--gpus N` runs PyTorch's. Imports torch only when there is more than one process.
+No launcher of ours: `--gpus N` runs PyTorch's. Imports torch only when there is more than one process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bifrost_cli.artifacts.files import append
-from bifrost_cli.errors import BifrostError, EnvironmentProblem, Interrupted, UsageError
+from bifrost_cli.errors import EnvironmentProblem, Interrupted, UsageError
 
 _STATUS = "BIFROST_STATUS_FILE"  # where the first process that ends with an error leaves its exit code
 _GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun kills 30 s after a signal, and a large checkpoint takes longer
@@ -33,26 +33,19 @@ class DistributedEnv(NamedTuple):
 
 def distributed_env() -> DistributedEnv:
     """From RANK, WORLD_SIZE and LOCAL_RANK (torchrun), else SLURM_* when a MASTER_ADDR says where to meet (srun)."""
-    given = os.environ
-    if "RANK" in given and "WORLD_SIZE" in given:
-        return _from_variables("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if "SLURM_PROCID" in given and "MASTER_ADDR" in given:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    elif "SLURM_PROCID" in os.environ and "MASTER_ADDR" in os.environ:
         os.environ.setdefault("MASTER_PORT", "29500")
-        return _from_variables("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-    return DistributedEnv()
-
-
-def _from_variables(*names: str) -> DistributedEnv:
-    try:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    else:
+        return DistributedEnv()
+    with contextlib.suppress(ValueError):
         found = DistributedEnv(*(int(os.environ.get(name, "0")) for name in names))
-    except ValueError:
-        found = DistributedEnv(-1)
-    if not 0 <= found.rank < found.world:
-        variables = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
-        raise UsageError(
-            "the environment names no process of a job", at=variables, fix="start it with torchrun or srun"
-        )
-    return found
+        if 0 <= found.rank < found.world:
+            return found
+    variables = ", ".join(f"{name}={os.environ.get(name)}" for name in names)
+    raise UsageError("the environment names no process of a job", at=variables, fix="start it with torchrun or srun")
 
 
 def together(stage: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,29 +99,25 @@ def start(count: int, arguments: list[str]) -> None:
         environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), _GRACE: "3600", **os.environ,
                        _STATUS: str(status), "PYTHONSAFEPATH": "1"}  # fmt: skip
         launch = ["--standalone", f"--nproc-per-node={count}", "-m", "bifrost_cli"]
-        code = _torchrun([*launch, *_without_gpus(arguments)], environment)
+        words = zip(["", *arguments], arguments, strict=False)
+        own = [word for before, word in words if "--gpus" not in (before, word) and not word.startswith("--gpus=")]
+        code = _torchrun([*launch, *own], environment)
         status_of_job = int(status.read_text().split()[0]) if status.exists() else None
-    if code == 0 and status_of_job is None:
-        raise SystemExit(0)
-    if status_of_job is None:
-        raise _unexplained(code)
-    raise SystemExit(status_of_job)
-
-
-def _without_gpus(arguments: list[str]) -> list[str]:
-    pairs = zip(["", *arguments], arguments, strict=False)
-    return [own for before, own in pairs if before != "--gpus" and own != "--gpus" and not own.startswith("--gpus=")]
+    if status_of_job is not None or code == 0:
+        raise SystemExit(status_of_job or 0)
+    if code in (-signal.SIGTERM, -signal.SIGINT):
+        raise Interrupted("interrupted before anything could be saved", fix="give the same command again")
+    raise EnvironmentProblem(
+        "the processes of this job were killed",
+        fix="see whether memory ran out (dmesg), then give the same command again to continue",
+        code="BF-ENV-031",
+    )
 
 
 def _torchrun(arguments: list[str], environment: dict[str, str]) -> int:
     """Run it, passing SIGTERM and SIGINT on; torchrun's own report of failed processes is not shown."""
-    command = [
-        sys.executable,
-        "-c",
-        "import logging, sys; logging.disable(logging.CRITICAL);"
-        " from torch.distributed.run import main; sys.excepthook = lambda *error: None; main()",
-        *arguments,
-    ]
+    script = "import logging, sys; logging.disable(logging.CRITICAL); from torch.distributed.run import main;"
+    command = [sys.executable, "-c", f"{script} sys.excepthook = lambda *error: None; main()", *arguments]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     before = {number: signal.signal(number, lambda number, frame: process.send_signal(number))
               for number in (signal.SIGTERM, signal.SIGINT)}  # fmt: skip
@@ -137,16 +126,6 @@ def _torchrun(arguments: list[str], environment: dict[str, str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _unexplained(code: int) -> BifrostError:
-    if code in (-signal.SIGTERM, -signal.SIGINT):
-        return Interrupted("interrupted before anything could be saved", fix="give the same command again")
-    return EnvironmentProblem(
-        "the processes of this job were killed",
-        fix="see whether memory ran out (dmesg), then give the same command again to continue",
-        code="BF-ENV-031",
-    )
 
 
 def leave_status(code: int) -> None:

@@ -18,14 +18,23 @@ from bifrost_cli.errors import EnvironmentProblem, UsageError
 
 
 class Plugins(Mapping[str, Any]):
-    """Built-in implementations and those of installed packages, by name; see `plugins`."""
+    """A read-only mapping of names to implementations: `builtin`, and what installed packages declare for `group`.
 
-    def __init__(self, group: str, builtin: Mapping[str, Any], base: type | None) -> None:
+    Looking up raises UsageError for a name that is unknown (BF-USE-003), and EnvironmentProblem for one that two have
+    (BF-ENV-003) or that does not load (BF-ENV-004).
+
+    Args:
+        group: of entry points, for example `bifrost.metrics`.
+        builtin: name -> implementation, or name -> `module:attribute` to import it when it is first used.
+        base: what a plug-in has to be an instance or a subclass of; None takes anything.
+    """
+
+    def __init__(self, group: str, builtin: Mapping[str, Any], *, base: type | None = None) -> None:
         self.group, self._builtin, self._base = group, builtin, base
 
     def __iter__(self) -> Iterator[str]:
         """The names: built-in ones first, then the others in alphabetical order."""
-        return iter(dict.fromkeys([*self._builtin, *sorted(point.name for point in self._installed())]))
+        return iter(dict.fromkeys([*self._builtin, *sorted(entry_points(group=self.group).names)]))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
@@ -33,8 +42,12 @@ class Plugins(Mapping[str, Any]):
     def __contains__(self, name: object) -> bool:
         return name in list(iter(self))
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """As a dictionary's: `default` for an unknown name; a plug-in that does not load is an error here, too."""
+        return self[name] if name in self else default
+
     def __getitem__(self, name: str) -> Any:
-        points = [point for point in self._installed() if point.name == name]
+        points = list(entry_points(group=self.group, name=name))  # at each look: packages come while a notebook runs
         builtin = name in self._builtin
         if len(points) + builtin > 1:
             sources = ["built in"] * builtin + [f"{point.value} ({package_of(point)})" for point in points]
@@ -56,52 +69,25 @@ class Plugins(Mapping[str, Any]):
             )
         return self._load(points[0])
 
-    def get(self, name: str, default: Any = None) -> Any:
-        """As a dictionary's: `default` for an unknown name; a plug-in that does not load is an error here, too."""
-        return self[name] if name in self else default
-
-    def _installed(self) -> list[EntryPoint]:
-        """Read again at each look: packages come and go while a notebook runs."""
-        return list(entry_points(group=self.group))
-
     def _load(self, point: EntryPoint) -> Any:
+        package, cause = package_of(point), None
         try:
             loaded = point.load()
+            if self._base is None or isinstance(loaded, self._base):
+                return loaded
+            if isinstance(loaded, type) and issubclass(loaded, self._base):
+                return loaded
+            at = f"{point.value} is not a {self._base.__name__}"
         except (Exception, SystemExit) as error:  # whatever somebody else's module does when it is imported
-            raise self._broken(point, f"{type(error).__name__}: {error}") from error
-        if self._base is not None and not _is_a(loaded, self._base):
-            raise self._broken(point, f"{point.value} is not a {self._base.__name__}")
-        return loaded
-
-    def _broken(self, point: EntryPoint, at: str) -> EnvironmentProblem:
-        package = package_of(point)
-        return EnvironmentProblem(
+            at, cause = f"{type(error).__name__}: {error}", error
+        raise EnvironmentProblem(
             f"the plug-in {point.name} of {package} cannot be used",
             at=at,
             fix=f"pip install --upgrade {package}, or pip uninstall {package}",
             code="BF-ENV-004",
-        )
-
-
-def plugins(group: str, builtin: Mapping[str, Any], *, base: type | None = None) -> Plugins:
-    """A read-only mapping of names to implementations: `builtin`, and what installed packages declare for `group`.
-
-    Args:
-        group: of entry points, for example `bifrost.metrics`.
-        builtin: name -> implementation, or name -> `module:attribute` to import it when it is first used.
-        base: what a plug-in has to be an instance or a subclass of; None takes anything.
-
-    Raises:
-        UsageError: looking up a name that is unknown (BF-USE-003).
-        EnvironmentProblem: looking up a name that two have (BF-ENV-003), or one that does not load (BF-ENV-004).
-    """
-    return Plugins(group, builtin, base)
+        ) from cause
 
 
 def package_of(point: EntryPoint) -> str:
     """The name of the installed package that declares an entry point."""
     return point.dist.name if point.dist is not None else point.value.partition(":")[0]
-
-
-def _is_a(value: Any, base: type) -> bool:
-    return isinstance(value, base) or (isinstance(value, type) and issubclass(value, base))

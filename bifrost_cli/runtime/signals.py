@@ -1,7 +1,4 @@
-"""SIGTERM and Ctrl-C during a training: the first asks for a stop at the next step, the second stops at once.
-
-In: signals. Out: a flag the loop reads between steps. Knows nothing of checkpoints.
-"""
+"""SIGTERM and Ctrl-C during a training: the first asks for a stop at the next step, the second stops at once."""
 
 from __future__ import annotations
 
@@ -11,8 +8,6 @@ from types import FrameType
 from typing import Any
 
 from bifrost_cli.errors import Interrupted
-
-_WATCHED = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopFlag:
@@ -27,7 +22,9 @@ class StopFlag:
 
     def __enter__(self) -> StopFlag:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._on_signal) for number in _WATCHED}
+            self._before = {
+                number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)
+            }
         return self
 
     def __exit__(self, *exc: object) -> None:

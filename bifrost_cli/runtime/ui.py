@@ -1,7 +1,6 @@
-"""How a stage talks to whoever started it.
+"""How a stage talks to whoever started it: not at all (`Ui`, the Python API), or on stderr (`TerminalUi`).
 
-In: lines and counts. Out: nothing (`Ui`, the Python API), or stderr (`TerminalUi`, the command line): a bar on a
-terminal, else one plain line every 30 s. Results are returned, not said. Does not know what is counted.
+Progress is a bar on a terminal, else one plain line every 30 s. Results are returned, not said.
 """
 
 from __future__ import annotations
@@ -49,13 +48,18 @@ class TerminalUi(Ui):
 
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Counter]:
-        if sys.stderr.isatty():
-            with _Bar(total, what) as bar:
-                yield bar
-        else:
+        if not sys.stderr.isatty():
             plain = _Plain(total, what, self)
             yield plain
-            plain.close()
+            plain.show()
+            return
+        from rich.console import Console  # 0.1 s that only a terminal pays
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        name, rate = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[rate]}")
+        columns = (name, BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bars:
+            yield _Bar(bars, bars.add_task(what, total=total, rate=""))
 
 
 class _Plain(Counter):
@@ -66,42 +70,19 @@ class _Plain(Counter):
     def advance(self, n: int = 1) -> None:
         self.done += n
         if time.monotonic() - self.shown >= PLAIN_EVERY:
-            self.shown = time.monotonic()
-            self.ui.say(self._line())
+            self.show()
 
-    def close(self) -> None:
-        self.ui.say(self._line())
-
-    def _line(self) -> str:
-        seconds = time.monotonic() - self.started
-        return f"{self.what}: {self.done}/{self.total}, {self.done / max(seconds, 1e-3):.1f}/s"
+    def show(self) -> None:
+        self.shown = time.monotonic()
+        rate = self.done / max(self.shown - self.started, 1e-3)
+        self.ui.say(f"{self.what}: {self.done}/{self.total}, {rate:.1f}/s")
 
 
 class _Bar(Counter):
-    def __init__(self, total: int, what: str) -> None:
-        from rich.console import Console  # 0.1 s that only a terminal pays
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._started = time.monotonic()
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self._task = self._progress.add_task(what, total=total, rate="")
-        self._done = 0
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._progress.stop()
+    def __init__(self, bars: Any, task: Any) -> None:
+        self.bars, self.task, self.done, self.started = bars, task, 0, time.monotonic()
 
     def advance(self, n: int = 1) -> None:
-        self._done += n
-        rate = self._done / max(time.monotonic() - self._started, 1e-3)
-        self._progress.update(self._task, advance=n, rate=f"{rate:.1f}/s")
+        self.done += n
+        rate = self.done / max(time.monotonic() - self.started, 1e-3)
+        self.bars.update(self.task, advance=n, rate=f"{rate:.1f}/s")

@@ -25,7 +25,7 @@ from bifrost_cli.models.mllm.chat_template import clean_caption, join_plan, toke
 from bifrost_cli.models.mllm.frozen_mllm import Mllm, PromptCache
 from bifrost_cli.models.row_noise import RowSlice
 from bifrost_cli.runtime.launch import together
-from bifrost_cli.runtime.plugins import plugins
+from bifrost_cli.runtime.plugins import Plugins
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.stats import as_colours, principal_axes
 from bifrost_cli.training import training_run
@@ -35,9 +35,9 @@ from bifrost_cli.training.training_run import Batch, StoreTask, TrainingRun
 CODEBOOK_ROWS = 4096  # rows of the store that a codebook is made of
 SHOWN_STEPS, SHOWN_PIXELS = 8, 128  # of a sample grid's images: decode steps, pixels a side
 # Other values of branch.target than latents: a function that changes the prepared run into one for that target.
-TARGETS = plugins("bifrost.branch_targets", {"queries": "bifrost_cli.ablations.learned_queries:prepare"})
+TARGETS = Plugins("bifrost.branch_targets", {"queries": "bifrost_cli.ablations.learned_queries:prepare"})
 # Other values of branch.init than mllm: a function that draws the decoder of a new branch from a seed.
-STARTS = plugins("bifrost.branch_starts", {"random": "bifrost_cli.ablations.random_start:draw_decoder"})
+STARTS = Plugins("bifrost.branch_starts", {"random": "bifrost_cli.ablations.random_start:draw_decoder"})
 
 
 @together

@@ -10,7 +10,7 @@ import pytest
 from fixtures_plugins import install as install_package
 
 from bifrost_cli.errors import BifrostError, EnvironmentProblem, UsageError
-from bifrost_cli.runtime.plugins import plugins
+from bifrost_cli.runtime.plugins import Plugins
 
 GROUP = "bifrost.test_plugins"
 
@@ -29,7 +29,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_builtin_and_installed_ones_by_name_and_nothing_is_imported_before_it_is_used(site: Path):
     install(site, "added_one", {"mine": "added_one:Thing"})
-    known = plugins(GROUP, {"dict": dict, "late": "collections:OrderedDict"})
+    known = Plugins(GROUP, {"dict": dict, "late": "collections:OrderedDict"})
     assert list(known) == ["dict", "late", "mine"] and len(known) == 3
     assert "mine" in known and "other" not in known and known.get("other") is None
     assert "added_one" not in sys.modules
@@ -37,7 +37,7 @@ def test_builtin_and_installed_ones_by_name_and_nothing_is_imported_before_it_is
 
 
 def test_what_is_installed_later_is_found(site: Path):
-    known = plugins(GROUP, {})
+    known = Plugins(GROUP, {})
     assert list(known) == []
     install(site, "added_two", {"mine": "added_two:Thing"})
     assert list(known) == ["mine"]
@@ -45,7 +45,7 @@ def test_what_is_installed_later_is_found(site: Path):
 
 def _refusal(site: Path, name: str, **options) -> BifrostError:
     with pytest.raises(BifrostError) as caught:
-        plugins(GROUP, {"dict": dict}, **options)[name]
+        Plugins(GROUP, {"dict": dict}, **options)[name]
     return caught.value
 
 
@@ -65,7 +65,7 @@ def test_two_of_one_name_are_both_named_and_others_stay_usable(site: Path, name:
     assert "added_three:Thing (added_three)" in error.at
     assert ("built in" if name == "dict" else "added_four:Thing (added_four)") in error.at
     assert error.fix.startswith("pip uninstall added_")
-    assert plugins(GROUP, {"dict": dict})["free"].__name__ == "Thing"
+    assert Plugins(GROUP, {"dict": dict})["free"].__name__ == "Thing"
 
 
 @pytest.mark.parametrize(
@@ -83,11 +83,11 @@ def test_one_that_does_not_import_is_named_with_its_package(site: Path, code: st
     error = _refusal(site, "mine")
     assert isinstance(error, EnvironmentProblem) and (error.code, error.exit_code) == ("BF-ENV-004", 3)
     assert says in error.at and "added_five" in error.message and "pip uninstall added_five" in error.fix
-    assert plugins(GROUP, {"dict": dict})["dict"] is dict
+    assert Plugins(GROUP, {"dict": dict})["dict"] is dict
 
 
 def test_one_of_another_kind_is_refused(site: Path):
     install(site, "added_six", {"mine": "added_six:Thing", "right": "collections:OrderedDict"})
     error = _refusal(site, "mine", base=dict)
     assert error.code == "BF-ENV-004" and error.at == "added_six:Thing is not a dict"
-    assert plugins(GROUP, {}, base=dict)["right"] is OrderedDict
+    assert Plugins(GROUP, {}, base=dict)["right"] is OrderedDict

@@ -21,12 +21,12 @@ from bifrost_cli.data.sources.remote import SCHEMES, expand, is_remote, suffix_o
 from bifrost_cli.data.sources.table import TABLES, list_tables
 from bifrost_cli.data.sources.webdataset import list_tars
 from bifrost_cli.errors import BifrostError, DataError, EnvironmentProblem, RecipeError
-from bifrost_cli.runtime.plugins import plugins
+from bifrost_cli.runtime.plugins import Plugins
 
 PARQUET = ".parquet"
 _FIX = "give a folder of images with .txt captions, a table (.jsonl, .csv, ...), .tar archives, or shapes:2048"
 # Listers of other packages by scheme. The names of ours stand here so that none of them can be taken.
-SOURCES = plugins("bifrost.sources", {name: None for name in ("hf", "shapes", *SCHEMES)})
+SOURCES = Plugins("bifrost.sources", {name: None for name in ("hf", "shapes", *SCHEMES)})
 
 
 def list_source(source: str, rules: Latents) -> Listing:

@@ -14,7 +14,7 @@ from typing import Any
 from diffusers import FluxControlNetModel, SD3ControlNetModel
 from torch import Tensor, nn, relu
 
-from bifrost_cli.runtime.plugins import plugins
+from bifrost_cli.runtime.plugins import Plugins
 
 # Family of diffusion models -> the stock class, and its module that is replaced.
 FAMILIES: dict[str, tuple[type[Any], str]] = {
@@ -51,7 +51,7 @@ class Conditioner(nn.Module, ABC):
 
 
 # `controlnet.control` -> class, imported when an artifact or a recipe names it: they exist only to be compared.
-CONDITIONERS = plugins(
+CONDITIONERS = Plugins(
     "bifrost.conditioners",
     {
         "cross_attention": "bifrost_cli.ablations.conditioners:TokenConditioner",

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.models.branch.decoder_adapters import DECODERS
 from bifrost_cli.models.mllm.chat_template import OPENING, ChatTemplate
-from bifrost_cli.runtime.plugins import plugins
+from bifrost_cli.runtime.plugins import Plugins
 
 
 class MllmAdapter(ABC):
@@ -180,7 +180,7 @@ class LlavaOnevisionAdapter(LlavaAdapter):
         }
 
 
-FAMILIES = plugins(
+FAMILIES = Plugins(
     "bifrost.mllm_families",
     {
         "qwen2_5_vl": Qwen25VLAdapter,
