@@ -1,11 +1,5 @@
 """The errors a user can meet, each with a code, an exit code, a place and a fix.
 
-The command line renders one as
-
-    error[BF-STORE-003]: what
-      at:  where, or what differs
-      fix: one command or edit that mends it
-
 Codes in use (a number keeps its meaning for ever):
 
     BF-BUG-001     anything unforeseen
@@ -50,18 +44,11 @@ from typing import Any
 _HIDDEN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, bytes that are no UTF-8, line and paragraph separators
 _DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder what stands beside them
 _NO_MEMORY = (
-    "out of memory",  # torch, the CUDA driver, NCCL ("Cuda failure 2 'out of memory'"), HIP
-    "allocate memory",  # torch on the CPU, and the system
-    "not enough memory",
-    "out_of_memory",  # CUDA_ERROR_OUT_OF_MEMORY
-    "errormemoryallocation",  # cudaErrorMemoryAllocation
-    "status_alloc_failed",  # cuBLAS, cuDNN, cuSPARSE, cuSOLVER
-    "device_allocation_failed",  # cuDNN
-    "failed to cuda calloc",  # NCCL
-    "bad_alloc",  # C++
-    "can't start new thread",  # no room for its stack
-    "failed to map segment",  # a library that does not fit under `ulimit -v`
-)
+    "out of memory", "allocate memory", "not enough memory", "bad_alloc",  # torch, the CUDA driver, the system, C++
+    "out_of_memory", "errormemoryallocation", "failed to cuda calloc",  # CUDA_ERROR_OUT_OF_MEMORY, NCCL
+    "status_alloc_failed", "device_allocation_failed",  # cuBLAS, cuDNN, cuSPARSE, cuSOLVER
+    "can't start new thread", "failed to map segment",  # no room for a stack, or for a library under `ulimit -v`
+)  # fmt: skip
 
 
 class BifrostError(Exception):

@@ -28,37 +28,28 @@ _BROKEN = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE}
 OPEN_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
-# ---- whole files and folders -----------------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def new_file(path: Path, size: int = 0, replace: bool = True) -> Iterator[Callable[[bytes | memoryview], None]]:
     """Give `write(data)`; at the end of the block `path` is the whole new file, after an error the old one or none.
 
-    `size` is what the message says is needed when there is no room (DiskFull). With `replace` false a file that is
-    there by then is kept (UsageError BF-USE-002). A failed fsync is fatal for the file and is not tried again: a
-    second one can succeed although the bytes are lost.
+    `size` is what DiskFull says is needed. With `replace` false a file that is there by then is kept (UsageError). A
+    failed fsync is not tried again: a second one can succeed although the bytes are lost.
     """
-    path = Path(path)
-    tmp = _temp_path(path)
-    with disk_errors(path, size):
-        try:
-            with open_file(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
-                hold(descriptor)
-                yield lambda data: write_all(descriptor, data)
-                os.fsync(descriptor)
-            if not replace:  # a disk without hard links leaves a moment in which a second writer is not seen
-                try:
-                    os.link(tmp, path)
-                except OSError as error:
-                    if os.path.lexists(path):
-                        raise exists(path) from error
-            os.replace(tmp, path)  # changes nothing where both are one file already
-        except BaseException:
-            _discard(tmp)
-            raise
+    with disk_errors(path, size), _temporary(path) as tmp:
+        with open_file(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
+            hold(descriptor)
+            yield lambda data: write_all(descriptor, data)
+            os.fsync(descriptor)
+        if not replace:  # a disk without hard links leaves a moment in which a second writer is not seen
+            try:
+                os.link(tmp, path)
+            except OSError as error:
+                if os.path.lexists(path):
+                    raise exists(path) from error
+        os.replace(tmp, path)  # changes nothing where both are one file already
         if not replace:
-            _discard(tmp)
+            with contextlib.suppress(OSError):
+                _remove(tmp)
         sync(path.parent)
 
 
@@ -68,23 +59,17 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     UsageError BF-USE-002 when by then `path` is a file, or a folder that is not empty.
     """
-    path = Path(path)
-    tmp = _temp_path(path)
-    with disk_errors(path), contextlib.ExitStack() as held:
+    with disk_errors(path), contextlib.ExitStack() as held, _temporary(path) as tmp:
+        os.mkdir(tmp)
+        if os.name != "nt":
+            hold(held.enter_context(open_file(tmp, os.O_RDONLY)))
+        yield tmp
+        sync(tmp)
         try:
-            os.mkdir(tmp)
-            if os.name != "nt":
-                hold(held.enter_context(open_file(tmp, os.O_RDONLY)))
-            yield tmp
-            sync(tmp)
-            try:
-                os.rename(tmp, path)
-            except OSError as error:
-                if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
-                    raise exists(path) from error
-                raise
-        except BaseException:
-            _discard(tmp)  # a full disk must not be kept full by half a checkpoint
+            os.rename(tmp, path)
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise exists(path) from error
             raise
         sync(path.parent)
 
@@ -190,11 +175,8 @@ def _temp_path(path: Path) -> Path:
 
 
 def hold(descriptor: int) -> bool | None:
-    """Lock an open file or folder while it is open, so that no other process takes it for a leftover.
-
-    Returns:
-        False when another process has it, None where the system or the disk cannot lock it.
-    """
+    """Lock an open file or folder while it is open, so that no other process takes it for a leftover: False when
+    another process has it, None where the system or the disk cannot lock it."""
     try:
         import fcntl
 
@@ -206,9 +188,16 @@ def hold(descriptor: int) -> bool | None:
     return True
 
 
-def _discard(path: Path) -> None:
-    with contextlib.suppress(OSError):  # the error that brought us here is the one to tell; `sweep` finds the rest
-        _remove(path)
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name beside `path`, which after an error is gone: a full disk must not be kept full by half a checkpoint."""
+    tmp = _temp_path(path)
+    try:
+        yield tmp
+    except BaseException:
+        with contextlib.suppress(OSError):  # the error that brought us here is the one to tell; `sweep` finds the rest
+            _remove(tmp)
+        raise
 
 
 def _remove(path: Path) -> None:
@@ -219,9 +208,6 @@ def _remove(path: Path) -> None:
             os.rmdir(path)
         else:
             os.unlink(path)
-
-
-# ---- JSON, and reading -----------------------------------------------------------------------------------------------
 
 
 def canonical_json(value: Any) -> bytes:
@@ -262,9 +248,6 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a number")
-
-
-# ---- errors ----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

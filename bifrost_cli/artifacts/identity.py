@@ -34,19 +34,11 @@ def digest_of(value: Any) -> str:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """`key: a -> b` for the first few leaves in which two headers (kind, identity, parents) differ."""
-    before, after = (
-        dict(
-            leaves({"kind": side["kind"], "parents": [parent["id"] for parent in side["parents"]], **side["identity"]})
-        )
-        for side in (old, new)
-    )
-    changed = [
-        f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
-    more = [f"and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
-    return "; ".join(changed[:_SHOWN] + more)
+    sides = [{"kind": s["kind"], "parents": [one["id"] for one in s["parents"]], **s["identity"]} for s in (old, new)]
+    before, after = (dict(leaves(side)) for side in sides)
+    keys = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    changed = [f"{key}: {_short(before.get(key))} -> {_short(after.get(key))}" for key in keys[:_SHOWN]]
+    return "; ".join(changed + ([f"and {len(keys) - _SHOWN} more"] if len(keys) > _SHOWN else []))
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -64,10 +56,7 @@ def _short(value: Any) -> str:
 
 
 def provenance(**extra: Any) -> dict[str, Any]:
-    """When, the command as typed, the versions it ran with, the commit in a checkout, and `extra` (seed, device).
-
-    No host, no user, no folder of the interpreter.
-    """
+    """When, the command as typed, the versions it ran with, the commit in a checkout, and `extra`; no host, no user."""
     command = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv and sys.argv[0] else []
     made = {
         "when": datetime.now(UTC).isoformat(),

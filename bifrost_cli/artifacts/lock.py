@@ -1,8 +1,7 @@
 """One writer per folder, on POSIX and on Windows.
 
-A `Lock` holds `<folder>/.lock` by the operating system's own file lock, which ends with its process even after kill -9,
-so that a stale lock never has to be deleted. The file names the process that holds it. The folder itself is locked too
-where the disk can: who deletes `.lock` while its process runs lets no second one in.
+A `Lock` is the system's own lock of `<folder>/.lock`, which ends with its process, so that none is stale; and of the
+folder where the disk can: who deletes `.lock` meanwhile lets no second process in.
 """
 
 from __future__ import annotations
@@ -30,24 +29,29 @@ class Lock:
 
     def __init__(self, folder: Path) -> None:
         self.path = Path(folder) / LOCK_NAME
-        self._descriptor: int | None = None
-        self._folder: int | None = None
+        self._held: list[tuple[Path, int]] = []  # what is locked, by its open descriptor: the folder, and the file
 
     def acquire(self) -> Lock:
         """Lock the folder, creating it where it is missing.
 
-        Raises:
-            ArtifactError: BF-ART-006, another process holds it (it is named), or `.lock` is not a regular file.
+        ArtifactError BF-ART-006: another process holds it (it is named), or `.lock` is not a regular file.
         """
         make_folder(self.path.parent)
         descriptor = self._open()
         if not _try_lock(descriptor):
             owner = os.read(descriptor, 4096)
             os.close(descriptor)
-            raise self._held(owner)
-        self._descriptor = descriptor
+            raise self._refusal(owner)
+        self._held = [(self.path, descriptor)]
         try:
-            self._lock_folder()
+            if os.name != "nt":  # Windows opens no folder, and removes no file that is open
+                folder = os.open(self.path.parent, os.O_RDONLY | OPEN_FLAGS)
+                if held := hold(folder):
+                    self._held.insert(0, (self.path.parent, folder))
+                else:
+                    os.close(folder)
+                if held is False:
+                    raise self._refusal(b"")
             me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             text = json.dumps({**me, "command": shlex.join(sys.argv)[:1000]}) + "\n"
             with disk_errors(self.path):
@@ -61,29 +65,23 @@ class Lock:
 
     def release(self) -> None:
         """Unlock; does nothing when the lock is not held."""
-        if self._descriptor is None:
-            return
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._descriptor, 0)  # a released lock leaves the same bytes behind, whoever held it
-        for descriptor in (self._folder, self._descriptor):
-            if descriptor is not None:
-                _unlock(descriptor)  # closing alone is not enough while a forked child has it open
-                os.close(descriptor)
-        self._folder = self._descriptor = None
+        for path, descriptor in self._held:
+            if path == self.path:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(descriptor, 0)  # a released lock leaves the same bytes behind, whoever held it
+            _unlock(descriptor)  # closing alone is not enough while a forked child has it open
+            os.close(descriptor)
+        self._held = []
 
     def require_held(self) -> None:
-        """Refuse to go on where the folder (without a folder's lock: its `.lock`) is no longer the one that was locked.
-
-        Raises:
-            ArtifactError: BF-ART-006, somebody moved or removed it, and another process may have written since.
-        """
-        for path, descriptor in ((self.path.parent, self._folder), (self.path, self._descriptor)):
-            if descriptor is not None:
-                with contextlib.suppress(OSError):
-                    if os.path.samestat(os.stat(path), os.fstat(descriptor)):
-                        return
-                raise ArtifactError(f"{path} was removed or replaced while this process wrote there", code="BF-ART-006",
-                                    fix="give the same command again; it continues, or begins anew")  # fmt: skip
+        """ArtifactError BF-ART-006 when the folder (without a folder's lock: its `.lock`) was moved or removed since it
+        was locked, so that another process may have written."""
+        for path, descriptor in self._held[:1]:
+            with contextlib.suppress(OSError):
+                if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                    return
+            what, fix = f"{path} was removed or replaced while this process wrote there", "give the same command again"
+            raise ArtifactError(what, fix=f"{fix}; it continues, or begins anew", code="BF-ART-006")
 
     def _open(self) -> int:
         """The file's descriptor; a link is not followed, since what it points to would be emptied."""
@@ -101,18 +99,7 @@ class Lock:
                     raise refusal from error
                 raise
 
-    def _lock_folder(self) -> None:
-        if os.name == "nt":
-            return  # it opens no folder, and removes no file that is open
-        folder = os.open(self.path.parent, os.O_RDONLY | OPEN_FLAGS)
-        if held := hold(folder):
-            self._folder = folder
-            return
-        os.close(folder)
-        if held is False:
-            raise self._held(b"")
-
-    def _held(self, owner: bytes) -> ArtifactError:
+    def _refusal(self, owner: bytes) -> ArtifactError:
         try:
             value = json.loads(owner)
             who, at = f"pid {value['pid']} on {value['host']} since {value['since']}", str(value["command"])

@@ -1,7 +1,6 @@
 """An artifact: a folder whose manifest was written last, by rename. Until then it is a draft.
 
-The identity and the payload hold no time, no path and no host, so two runs are compared by `Artifact.files`.
-`info["recipe"]`, where a stage sets it, is the resolved recipe that `load_recipe` reads back.
+The identity and the payload hold no time, no path and no host. `info["recipe"]`, where a stage sets it, is the recipe.
 """
 
 from __future__ import annotations
@@ -46,7 +45,13 @@ class Artifact:
             what = f"is not an artifact: it has no {MANIFEST}" if path.exists() else "does not exist"
             raise ArtifactError(f"{path} {what}", fix="see what there is: bifrost artifacts ls")
         manifest = read_json(path / MANIFEST)
-        _check_manifest(path, manifest)
+        given = manifest if isinstance(manifest, dict) else {}
+        kind, version = str(given.get("kind")), given.get("format")
+        if kind in FORMATS and isinstance(version, int) and version > FORMATS[kind]:
+            raise ArtifactError.newer(f"{path} is a {kind} artifact", version, FORMATS[kind])
+        if kind not in FORMATS or type(version) is not int or version < 1 or not _intact(path, manifest):
+            what = f"{path / MANIFEST} was damaged or edited after it was written"
+            raise ArtifactError(what, fix="make the artifact again, or restore the file from a copy", code="BF-ART-005")
         named = ("kind", "id", "identity", "parents", "files", "info")
         return cls(path, manifest, *(manifest[name] for name in named))
 
@@ -105,15 +110,24 @@ def require_new(output: Path) -> None:
 
 
 def require_outside(output: Path) -> None:
-    """Refuse an output below an artifact, finished or not: what an artifact holds stays as it is.
-
-    Raises:
-        UsageError: BF-USE-002, naming the artifact.
-    """
+    """Refuse an output below an artifact, finished or not, which stays as it is: UsageError BF-USE-002."""
     for folder in Path(os.path.realpath(output)).parents:
         if any(_is_header(folder / name) for name in (MANIFEST, DRAFT)):
-            raise UsageError(f"{output} lies inside the artifact {folder}", fix="choose another place with -o",
-                             code="BF-USE-002")  # fmt: skip
+            what = f"{output} lies inside the artifact {folder}"
+            raise UsageError(what, fix="choose another place with -o", code="BF-USE-002")
+
+
+def require_place(path: Path) -> None:
+    """Refuse a link, a file, or a folder with files that are not ours: UsageError BF-USE-002, naming what is there."""
+    require_outside(path)
+    fix, code = "choose another place with -o", "BF-USE-002"
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UsageError(f"{path} exists and is not a folder", fix=fix, code=code)
+    names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    foreign = sorted(name for name in names if name != LOCK_NAME and not name.startswith(TEMP_PREFIX))
+    if foreign and not names & {MANIFEST, DRAFT}:
+        held = "it holds " + ", ".join(foreign[:5])
+        raise UsageError(f"{path} exists and was not made by bifrost", at=held, fix=fix, code=code)
 
 
 def _is_header(path: Path) -> bool:
@@ -123,20 +137,6 @@ def _is_header(path: Path) -> bool:
     except ArtifactError:
         return False
     return isinstance(value, dict) and {"kind", "id", "identity", "parents"} <= set(value)
-
-
-def _check_manifest(path: Path, manifest: Any) -> None:
-    given = manifest if isinstance(manifest, dict) else {}
-    kind, version = given.get("kind"), given.get("format")
-    known = isinstance(kind, str) and kind in FORMATS and isinstance(version, int)
-    if known and version > FORMATS[kind]:
-        raise ArtifactError.newer(f"{path} is a {kind} artifact", version, FORMATS[kind])
-    if not known or type(version) is not int or version < 1 or not _intact(path, manifest):
-        raise ArtifactError(
-            f"{path / MANIFEST} was damaged or edited after it was written",
-            fix="make the artifact again, or restore the file from a copy",
-            code="BF-ART-005",
-        )
 
 
 def _intact(path: Path, manifest: dict[str, Any]) -> bool:

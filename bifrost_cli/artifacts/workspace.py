@@ -1,7 +1,6 @@
-"""A workspace: a folder of artifacts, and the list of those that its commands wrote elsewhere (`-o pictures`).
+"""A workspace: a folder of artifacts, and the list of those that its commands wrote elsewhere; what of it can go.
 
-Drafts and damaged folders are reported, never used. What can go: artifacts that no other one needs, and leftovers of
-work that was given up.
+Drafts and damaged folders are reported, never used.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import NamedTuple
 
 from bifrost_cli.artifacts.files import TEMP_PREFIX, append, make_folder, remove
 from bifrost_cli.artifacts.lock import Lock, is_held, is_locked
@@ -43,8 +42,7 @@ class Survey:
     broken: list[tuple[Path, str]] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Ancestor:
+class Ancestor(NamedTuple):
     """One line of a lineage; `artifact` is None when it is not here any more."""
 
     depth: int
@@ -53,8 +51,7 @@ class Ancestor:
     artifact: Artifact | None
 
 
-@dataclass(frozen=True)
-class Removable:
+class Removable(NamedTuple):
     """A file or folder that can go: what it is, and how many bytes it holds."""
 
     path: Path
@@ -67,15 +64,10 @@ def default_path(workspace: Path | str, kind: str, identity: str) -> Path:
     return Path(workspace) / f"{kind}-{identity.removeprefix(kind + '-')}"
 
 
-# ---- what there is ---------------------------------------------------------------------------------------------------
-
-
 def survey(workspace: Path | str, *, outside: bool = False) -> Survey:
     """Look at every folder of a workspace; one that does not exist is empty.
 
-    Args:
-        workspace: the folder.
-        outside: also look at what its commands wrote elsewhere (`remember_outside`), where it still is.
+    With `outside` also at what its commands wrote elsewhere (`remember_outside`), where it still is.
     """
     result, root = Survey(), Path(workspace)
     folders = sorted(root.iterdir()) if root.is_dir() else []
@@ -94,10 +86,9 @@ def survey(workspace: Path | str, *, outside: bool = False) -> Survey:
 
 
 def remember_outside(workspace: Path | str, path: Path) -> None:
-    """Note an artifact that was written outside its workspace, so that `survey` finds it.
+    """Note an artifact that was written outside its workspace, so that `survey` finds it; where it can be written.
 
-    One whole line is appended, so that commands that end together lose none. The artifact is there whatever happens:
-    a workspace that cannot be written only does not know of it.
+    One whole line is appended, so that commands that end together lose none.
     """
     root, target = Path(os.path.realpath(workspace)), Path(os.path.realpath(path))
     if target.parent == root or target.is_relative_to(BUILTIN) or target in map(Path.resolve, _outside(root)):
@@ -130,27 +121,24 @@ def find(workspace: Path | str, kind: str | None = None) -> list[Artifact]:
 
 def newest(workspace: Path | str, kind: str) -> Artifact:
     """The newest complete artifact of a kind; ArtifactError saying which command makes one."""
-    if found := find(workspace, kind):
-        return found[0]
-    drafts = [path.name for path in survey(workspace).drafts if path.name.startswith(kind)]
-    raise ArtifactError(
-        f"there is no {kind} artifact in {workspace}",
-        at=f"unfinished: {', '.join(drafts)}" if drafts else None,
-        fix=f"make one: {MAKERS[kind]}",
-    )
+    there = survey(workspace)
+    for artifact in there.artifacts:
+        if artifact.kind == kind:
+            return artifact
+    drafts = [path.name for path in there.drafts if path.name.startswith(kind)]
+    at = f"unfinished: {', '.join(drafts)}" if drafts else None
+    raise ArtifactError(f"there is no {kind} artifact in {workspace}", at=at, fix=f"make one: {MAKERS[kind]}")
 
 
 def resolve(workspace: Path | str, ref: Path | str, kind: str | None = None) -> Artifact:
-    """The artifact that `ref` means.
+    """The artifact that `ref` means, of this `kind` or of any.
 
     Args:
         workspace: where ids are looked up.
         ref: a folder, an id, the beginning of an id (with or without its kind), or what ships with the package:
             `builtin:branch`, `builtin:controlnet`, or `builtin` where `kind` says which.
-        kind: what it has to be; None takes any.
 
     Raises:
-        UsageError: an empty `ref`.
         ArtifactError: there is none, several match, or it is of another kind.
     """
     if not str(ref).strip():
@@ -187,36 +175,26 @@ def lineage(artifact: Artifact, *workspaces: Path | str) -> list[Ancestor]:
     """The artifact and all it was made from, depth first; parents are known by id, their path is a hint."""
     places = (artifact.path.parent, *workspaces)
     known = {found.id: found for place in places for found in survey(place, outside=True).artifacts}
-    return _ancestors(artifact, known, 0)
 
+    def ancestors(artifact: Artifact, depth: int) -> Iterator[Ancestor]:
+        yield Ancestor(depth, artifact.kind, artifact.id, artifact)
+        for parent in artifact.parents:
+            found = known.get(parent["id"])
+            with contextlib.suppress(ArtifactError):
+                found = found or Artifact.open(artifact.path / parent["path"])
+            if found and found.id == parent["id"]:
+                yield from ancestors(found, depth + 1)
+            else:
+                yield Ancestor(depth + 1, parent["kind"], parent["id"], None)
 
-def _ancestors(artifact: Artifact, known: dict[str, Artifact], depth: int) -> list[Ancestor]:
-    lines = [Ancestor(depth, artifact.kind, artifact.id, artifact)]
-    for parent in artifact.parents:
-        if found := known.get(parent["id"]) or _at_hint(artifact, parent):
-            lines += _ancestors(found, known, depth + 1)
-        else:
-            lines.append(Ancestor(depth + 1, parent["kind"], parent["id"], None))
-    return lines
-
-
-def _at_hint(artifact: Artifact, parent: dict[str, Any]) -> Artifact | None:
-    try:
-        found = Artifact.open(artifact.path / parent["path"])
-    except ArtifactError:
-        return None
-    return found if found.id == parent["id"] else None
-
-
-# ---- what can go -----------------------------------------------------------------------------------------------------
+    return list(ancestors(artifact, 0))
 
 
 def removable(workspace: Path, refs: Sequence[str]) -> list[Removable]:
     """The artifacts and unfinished folders that `refs` name, none of which another artifact needs.
 
     Raises:
-        ArtifactError: BF-ART-011 an artifact that stays was made from one of them, BF-ART-006 one is being written,
-            BF-ART-001 there is none.
+        ArtifactError: an artifact that stays was made from one of them, one is being written, or there is none.
         UsageError: one ships with the package, or its folder holds files that are not part of it.
     """
     chosen: dict[Path, Artifact | None] = {}
@@ -233,20 +211,15 @@ def removable(workspace: Path, refs: Sequence[str]) -> list[Removable]:
             raise UsageError(what, at=", ".join(strays[:5]), fix=fix)
         chosen[path.resolve()] = artifact
         items[path.resolve()] = Removable(path, artifact.id if artifact else "unfinished", _size(path))
-    _require_unneeded(workspace, chosen)
-    return list(items.values())
-
-
-def _require_unneeded(workspace: Path, chosen: dict[Path, Artifact | None]) -> None:
     everything = survey(workspace, outside=True).artifacts
     staying = [artifact for artifact in everything if artifact.path.resolve() not in chosen]
     going = {artifact.id for artifact in chosen.values() if artifact} - {artifact.id for artifact in staying}
-    for artifact in staying:
-        for parent in artifact.parents:
-            if (needed := parent["id"]) in going:
-                what = f"{needed} is needed: {artifact.id} was made from it"
-                fix = f"remove both, or neither: bifrost artifacts rm {needed} {artifact.id}"
-                raise ArtifactError(what, at=str(artifact.path), fix=fix, code="BF-ART-011")
+    for child in staying:
+        for needed in (parent["id"] for parent in child.parents if parent["id"] in going):
+            what = f"{needed} is needed: {child.id} was made from it"
+            fix = f"remove both, or neither: bifrost artifacts rm {needed} {child.id}"
+            raise ArtifactError(what, at=str(child.path), fix=fix, code="BF-ART-011")
+    return list(items.values())
 
 
 def leftovers(workspace: Path) -> list[Removable]:

@@ -1,7 +1,6 @@
 """`bifrost`: the tree of commands, and the one place where an exception becomes a message and an exit code.
 
-Exit codes: 0 ok, 1 bug, 2 usage or recipe, 3 environment, 4 data, 5 artifact, 6 memory, 7 diverged, 8 findings,
-75 stopped, 130 interrupted, 141 nobody reads the output any more. Imports no torch: each command imports what it needs.
+Imports no torch: each command imports what it needs.
 """
 
 from __future__ import annotations
@@ -19,28 +18,16 @@ from pathlib import Path
 
 import typer
 
+from bifrost_cli import errors
 from bifrost_cli.artifacts.files import disk_errors
 from bifrost_cli.cli import artifact_commands, eval_commands, recipe_commands, stage_commands
 from bifrost_cli.cli.options import Version
-from bifrost_cli.errors import (
-    BifrostError,
-    EnvironmentProblem,
-    Interrupted,
-    OutOfMemory,
-    UsageError,
-    is_out_of_memory,
-    render,
-)
-from bifrost_cli.errors import as_json as error_json
+from bifrost_cli.errors import BifrostError, UsageError
 from bifrost_cli.runtime.launch import leave_status
 
 CLOSED_PIPE = 141  # as a shell counts a command that SIGPIPE ended
-
-app = typer.Typer(
-    name="bifrost",
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+_HELP = {"help_option_names": ["-h", "--help"]}
+app = typer.Typer(name="bifrost", pretty_exceptions_enable=False, context_settings=_HELP)
 
 
 @app.callback(invoke_without_command=True)
@@ -55,18 +42,13 @@ def root(context: typer.Context, version: Version = False) -> None:
         print(context.get_help())
 
 
-for name, group in (
-    (None, stage_commands.app),
-    (None, eval_commands.app),
-    ("geneval", eval_commands.geneval),
-    (None, artifact_commands.interop),
-    (None, eval_commands.ablations),
-    ("data", stage_commands.data),
-    (None, recipe_commands.planning),
-    ("artifacts", artifact_commands.app),
-    ("recipes", recipe_commands.app),
+_GROUPS = (
+    (None, stage_commands.app), (None, eval_commands.app), ("geneval", eval_commands.geneval),
+    (None, artifact_commands.interop), (None, eval_commands.ablations), ("data", stage_commands.data),
+    (None, recipe_commands.planning), ("artifacts", artifact_commands.app), ("recipes", recipe_commands.app),
     ("shapes", stage_commands.shapes),
-):
+)  # fmt: skip
+for name, group in _GROUPS:
     app.add_typer(group, name=name)
 
 
@@ -93,15 +75,13 @@ def run(arguments: list[str] | None = None) -> int:
         code = int(app(arguments, prog_name="bifrost", standalone_mode=False) or 0)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        return CLOSED_PIPE
     except BaseException as error:  # noqa: B036 the last line of defence: nothing reaches the user as a traceback
         if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):  # of Typer, or of rich
             sys.stdout, sys.stderr = streams
-            return CLOSED_PIPE
-        with contextlib.suppress(BrokenPipeError):
-            return _tell(error, "--json" in given)
-        return CLOSED_PIPE
+        elif not isinstance(error, BrokenPipeError):
+            with contextlib.suppress(BrokenPipeError):
+                return _tell(error, "--json" in given)
+    return CLOSED_PIPE
 
 
 def _tell(error: BaseException, as_json: bool) -> int:
@@ -113,8 +93,8 @@ def _tell(error: BaseException, as_json: bool) -> int:
     problem = explain(error)
     if not problem.elsewhere:
         if as_json and not problem.in_result:
-            print(json.dumps(error_json(problem), indent=1, sort_keys=True, default=str), flush=True)
-        print(render(problem), file=sys.stderr)
+            print(json.dumps(errors.as_json(problem), indent=1, sort_keys=True, default=str), flush=True)
+        print(errors.render(problem), file=sys.stderr)
     return problem.exit_code
 
 
@@ -138,13 +118,13 @@ def explain(error: BaseException) -> BifrostError:
     if isinstance(error, BifrostError):
         return error
     if isinstance(error, KeyboardInterrupt):
-        return Interrupted("interrupted before anything could be saved", fix="give the same command again")
+        return errors.Interrupted("interrupted before anything could be saved", fix="give the same command again")
     if hasattr(error, "format_message"):  # Typer's own usage errors; their class lives in a module that moves
         context = getattr(error, "ctx", None)
         place = context.command_path if context is not None else "bifrost"
         return UsageError(error.format_message().rstrip("."), fix=f"see {place} --help")
-    if is_out_of_memory(error):
-        return OutOfMemory("out of memory", at=line or None, fix="smaller batches: --set SECTION.batch_size=1")
+    if errors.is_out_of_memory(error):
+        return errors.OutOfMemory("out of memory", at=line or None, fix="smaller batches: --set SECTION.batch_size=1")
     if isinstance(error, OSError):
         try:
             with disk_errors(Path(error.filename or "."), doing="use"):
@@ -157,6 +137,6 @@ def explain(error: BaseException) -> BifrostError:
                 return UsageError(what, fix="choose another -o")
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("bifrost_cli"):
         fix = f"pip install {error.name}"
-        return EnvironmentProblem(f"the package {error.name} is not installed", fix=fix, code="BF-ENV-002")
+        return errors.EnvironmentProblem(f"the package {error.name} is not installed", fix=fix, code="BF-ENV-002")
     what = f"{type(error).__name__}: {line}"
     return BifrostError(f"this is a bug: {what}", fix="run it with --debug and report what it prints")

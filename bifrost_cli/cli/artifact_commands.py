@@ -37,13 +37,11 @@ def ls(workspace: Workspace = RUNS) -> Result:
     Example: bifrost artifacts ls -w runs
     """
     found = survey(workspace, outside=True)
-    made = [
-        {"kind": a.kind, "id": a.id, "path": str(a.path), "when": a.manifest["made"]["when"]} for a in found.artifacts
-    ]
-    rows = []
-    for artifact, one in zip(found.artifacts, made, strict=True):
-        size = sum(entry["size"] for entry in artifact.files.values()) / 1e6
-        rows.append((artifact.id, one["when"][:16].replace("T", " "), f"{size:.1f} MB", one["path"]))
+    made, rows = [], []
+    for a in found.artifacts:
+        when, size = a.manifest["made"]["when"], sum(entry["size"] for entry in a.files.values()) / 1e6
+        made.append({"kind": a.kind, "id": a.id, "path": str(a.path), "when": when})
+        rows.append((a.id, when[:16].replace("T", " "), f"{size:.1f} MB", str(a.path)))
     rows += [("(unfinished)", "", "", str(path)) for path in found.drafts]
     rows += [("(damaged)", "", "", str(path)) for path, _ in found.broken]
     data = {
@@ -83,8 +81,7 @@ def verify(
     Example: bifrost artifacts verify runs/latents-0123456789ab
     """
     found = survey(workspace) if not refs else Survey()
-    problems = {str(path): [reason] for path, reason in found.broken}
-    chosen = found.artifacts
+    problems, chosen = {str(path): [reason] for path, reason in found.broken}, found.artifacts
     for ref in refs or ():
         try:
             chosen.append(resolve(workspace, ref))
@@ -170,13 +167,10 @@ def _choose(workspace: Path, ref: str | None) -> Artifact:
 
 @command(interop, "import")
 def import_checkpoint(
-    recipe: Recipe,
-    ui: Ui,
+    recipe: Recipe, ui: Ui,
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A folder or a hub id in the published layout.")],
-    output: Output = None,
-    workspace: Workspace = RUNS,
-    dry_run: DryRun = False,
-) -> Result:
+    output: Output = None, workspace: Workspace = RUNS, dry_run: DryRun = False,
+) -> Result:  # fmt: skip
     """Turn a published checkpoint into a branch and a ControlNet artifact.
 
     The recipe names the frozen bases, which are loaded and compared; with --dry-run they are not, and every key is
@@ -206,9 +200,8 @@ def import_checkpoint(
 def export(
     ui: Ui,
     ref: Annotated[str, typer.Argument(metavar="REF", help="A branch or ControlNet artifact, or builtin:branch.")],
-    output: Output = None,
-    workspace: Workspace = RUNS,
-) -> Result:
+    output: Output = None, workspace: Workspace = RUNS,
+) -> Result:  # fmt: skip
     """Write a branch or a ControlNet for others to use: plain safetensors, a configuration and a model card.
 
     A ControlNet beside its branch, in FOLDER/flux_controlnet, makes the published layout, which import reads.

@@ -1,7 +1,4 @@
-"""What every command shares, written once: recipe, `--set`, `--json`, `-q`, `--debug`, `--offline`, and the printing.
-
-Results go to stdout, everything else to stderr.
-"""
+"""What every command shares: recipe, `--set`, `--json`, `-q`, `--debug`, `--offline`, and printing its result."""
 
 from __future__ import annotations
 
@@ -20,11 +17,11 @@ import typer
 from typer.core import TyperCommand
 
 import bifrost_cli
+from bifrost_cli import errors
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.workspace import remember_outside
 from bifrost_cli.cli.options import AsJson, Debug, Offline, Quiet, Sets, key_name, key_option, parameter, recipe_option
 from bifrost_cli.errors import BifrostError, Interrupted, printable
-from bifrost_cli.errors import as_json as error_json
 from bifrost_cli.runtime import launch
 from bifrost_cli.runtime.ui import TerminalUi, Ui
 
@@ -42,8 +39,7 @@ _NEXT = {
 class Result:
     """What a command prints: `lines` for people, `data` for --json, `path` for -q, then the `hint` on stderr.
 
-    `error` is raised after the printing: a command that finished, with findings. `artifacts` are the folders that were
-    made, which the workspace remembers where they lie outside.
+    `error` is raised after the printing. `artifacts` are folders that the workspace remembers where they lie outside.
     """
 
     lines: Sequence[str] = ()
@@ -105,21 +101,14 @@ def command(
     default: str = "tiny",
     stage: str | None = None,
     first: Callable[[Sequence[Any]], list[inspect.Parameter]] | None = None,
-    text: str | None = None,
+    text: str | None = None,  # the help, where it is not the docstring
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a command; the decorator leaves the function as it is.
 
-    `recipe` becomes --recipe, --set and `flags`; `ui` is supplied, and in `late` what was given for `first`.
-
-    Args:
-        app: the group that it belongs to.
-        name: what people type.
-        flags: recipe keys that have an option of their own.
-        default: the recipe when none is named.
-        stage: what `bifrost_cli` exports and takes the same options. The function then only refuses what can be refused
-            before a model library is imported; else it returns a `Result`.
-        first: gives more options when the command is used, from Typer's parameters that are there.
-        text: the help, where it is not the docstring.
+    Its `recipe` (by default `default`) becomes --recipe, --set and the options of the recipe keys `flags`; `ui` is
+    supplied, and in `late` the values of options that `first` gives when the command is used, from Typer's parameters
+    that are there. It returns a `Result`; or `stage` names what `bifrost_cli` exports and takes the same options, and
+    the function only refuses what can be refused before a model library is imported.
     """
 
     def register(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -131,7 +120,9 @@ def command(
             try:
                 main = launch.distributed_env().rank == 0  # of several processes the first one speaks
                 if "recipe" in own:
-                    given["recipe"] = _load(given["recipe"], given.pop("sets"), flags, late)
+                    values = {key: late[key_name(key)] for key in flags}
+                    sets = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+                    given["recipe"] = bifrost_cli.load_recipe(given["recipe"], [*(given.pop("sets") or ()), *sets])
                 supplied = {"ui": TerminalUi() if main and not quiet else Ui(), "late": late}
                 given |= {name: value for name, value in supplied.items() if name in own}
                 result = _run_stage(stage, body, given) if stage else body(**given)
@@ -197,18 +188,11 @@ def _typer_params(parameters: list[inspect.Parameter]) -> list[Any]:
     return typer.main.get_command(scratch).params
 
 
-def _load(ref: str, sets: Sequence[str] | None, flags: Sequence[str], late: dict[str, Any]) -> Any:
-    from bifrost_cli.config.load import load_recipe
-
-    own = [f"{key}={json.dumps(late[key_name(key)])}" for key in flags if late[key_name(key)] is not None]
-    return load_recipe(ref, [*(sets or ()), *own])
-
-
 def _show(result: Result, as_json: bool, quiet: bool) -> None:
     if as_json:
         data = dict(result.data)
         if result.error:
-            data["error"], result.error.in_result = error_json(result.error), True
+            data["error"], result.error.in_result = errors.as_json(result.error), True
         print(json.dumps(data, indent=1, sort_keys=True, default=str))
     elif quiet and result.path is not None:
         print(result.path)

@@ -1,7 +1,4 @@
-"""`bifrost eval`, `report`, `geneval` and `ablate`: what was measured, and its pages.
-
-The options of `eval` that belong to metrics follow from their classes.
-"""
+"""`bifrost eval`, whose options of metrics follow from their classes; `report`, `geneval` and `ablate`."""
 
 from __future__ import annotations
 
@@ -15,13 +12,14 @@ from typing import Annotated, Any
 import typer
 
 from bifrost_cli.artifacts import Artifact, resolve
-from bifrost_cli.artifacts.draft import require_place
 from bifrost_cli.artifacts.files import read_json
+from bifrost_cli.artifacts.manifest import require_place
 from bifrost_cli.cli.command import FIRST_PROMPT, Result, command, refusals
-from bifrost_cli.cli.options import EVALUATE, RUNS, Device, DryRun, NewFolder, Output, Recipe, Workspace, parameter
+from bifrost_cli.cli.options import RUNS, Device, DryRun, NewFolder, Output, Recipe, Workspace, parameter
 from bifrost_cli.errors import Findings
 from bifrost_cli.runtime.ui import Ui
 
+EVALUATE = ("evaluate.min_samples", "evaluate.features")
 LARGE = 2**30  # bytes of a report.json
 _METRIC, _OPTION = "metric_", "option_"  # prefixes of the parameters that follow from the metrics
 
@@ -52,32 +50,22 @@ def _metric_options(declared: Sequence[Any]) -> list[inspect.Parameter]:
 
 @command(app, "eval", EVALUATE, first=_metric_options)
 def evaluate(
-    recipe: Recipe,
-    ui: Ui,
-    late: dict[str, Any],
-    fd: Annotated[
-        list[str] | None, typer.Option("--fd", metavar="FEATURES", help="Frechet distance in another network too.")
-    ] = None,
-    samples: Annotated[
-        str | None, typer.Option("--samples", metavar="REF", help="Samples, or a folder.  (default: the newest)")
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", metavar="FILE", help="Generate these prompts first, one a line.")
-    ] = None,
+    recipe: Recipe, ui: Ui, late: dict[str, Any],
+    fd: Annotated[list[str] | None,
+        typer.Option("--fd", metavar="FEATURES", help="Frechet distance in another network too.")] = None,
+    samples: Annotated[str | None,
+        typer.Option("--samples", metavar="REF", help="Samples, or a folder.  (default: the newest)")] = None,
+    prompts: Annotated[Path | None,
+        typer.Option("--prompts", metavar="FILE", help="Generate these prompts first, one a line.")] = None,
     n: Annotated[int, typer.Option("-n", help="Images of each of --prompts.")] = 1,
     quarters: Annotated[bool, typer.Option("--quarters", help="Each of --samples is a grid of 2x2; cut it.")] = False,
-    reference: Annotated[
-        str | None, typer.Option("--reference", metavar="REF", help="A folder, samples, latents, or saved statistics.")
-    ] = None,
-    gate: Annotated[
-        list[str] | None, typer.Option("--gate", metavar="GATE", help="Exit with 8 unless it holds, as 'fid<12.5'.")
-    ] = None,
+    reference: Annotated[str | None,
+        typer.Option("--reference", metavar="REF", help="A folder, samples, latents, or saved statistics.")] = None,
+    gate: Annotated[list[str] | None,
+        typer.Option("--gate", metavar="GATE", help="Exit with 8 unless it holds, as 'fid<12.5'.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say how each metric is computed, and stop.")] = False,
-    output: Output = None,
-    workspace: Workspace = RUNS,
-    device: Device = "auto",
-    dry_run: DryRun = False,
-) -> Result:
+    output: Output = None, workspace: Workspace = RUNS, device: Device = "auto", dry_run: DryRun = False,
+) -> Result:  # fmt: skip
     """Measure samples against a reference and write a report.
 
     Any metrics together; without one, the Frechet distance. The report is report.json and report.html.
@@ -96,8 +84,8 @@ def evaluate(
             read_prompts(prompts, Ui())
         if output is not None:
             require_place(output)
-    named = {_METRIC + name.replace("-", "_"): name for name, _, _ in metric_flags()}
-    metrics = [name for key, name in named.items() if late.get(key)] or ([] if fd else ["fid"])
+    chosen = [name for name, _, _ in metric_flags() if late.get(_METRIC + name.replace("-", "_"))]
+    metrics = chosen or ([] if fd else ["fid"])
     if explain:
         lines = explained(metrics, fd or [])
         return Result(lines, {"explained": lines})
@@ -123,20 +111,16 @@ def evaluate(
 @command(app, "report")
 def report(
     ui: Ui,
-    ref: Annotated[
-        str | None, typer.Argument(metavar="REF", help="An artifact, or a running training.  (default: the newest)")
-    ] = None,
+    ref: Annotated[str | None,
+        typer.Argument(metavar="REF", help="An artifact, or a running training.  (default: the newest)")] = None,
     other: Annotated[str | None, typer.Argument(metavar="OTHER", help="Another of the same kind, beside it.")] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE.html", help="A new file.  (default: WORKSPACE/pages)"),
-    ] = None,
+    output: Annotated[Path | None,
+        typer.Option("--output", "-o", metavar="FILE.html", help="A new file.  (default: WORKSPACE/pages)")] = None,
     workspace: Workspace = RUNS,
-    force_compare: Annotated[
-        bool, typer.Option("--force-compare", help="Subtract numbers that were not measured alike, too.")
-    ] = False,
+    force_compare: Annotated[bool,
+        typer.Option("--force-compare", help="Subtract numbers that were not measured alike, too.")] = False,
     device: Device = "auto",
-) -> Result:
+) -> Result:  # fmt: skip
     """Write the page of an artifact of any kind, or of two side by side; it opens from disk.
 
     A training shows its sample grids, curves and health, also while it runs; a latents store its images beside their
@@ -169,9 +153,8 @@ def export_geneval(
     ui: Ui,
     samples: Annotated[str, typer.Argument(metavar="SAMPLES", help="A samples artifact of the benchmark's prompts.")],
     metadata: Annotated[Path, typer.Option("--metadata", metavar="FILE", help="The benchmark's file of prompts.")],
-    output: NewFolder,
-    workspace: Workspace = RUNS,
-) -> Result:
+    output: NewFolder, workspace: Workspace = RUNS,
+) -> Result:  # fmt: skip
     """Write the folder that GenEval's evaluate_images.py reads.
 
     Example: bifrost geneval export runs/samples-0123456789ab --metadata evaluation_metadata.jsonl -o geneval
@@ -186,9 +169,8 @@ def export_geneval(
 def import_geneval(
     ui: Ui,
     results: Annotated[Path, typer.Argument(metavar="FILE", help="The results.jsonl of evaluate_images.py.")],
-    output: Output = None,
-    workspace: Workspace = RUNS,
-) -> Result:
+    output: Output = None, workspace: Workspace = RUNS,
+) -> Result:  # fmt: skip
     """Make a report of the original scorer's results, with intervals.
 
     Example: bifrost geneval import results.jsonl
@@ -202,12 +184,9 @@ def import_geneval(
 def ablate(
     ui: Ui,
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="A shipped ablation, or a YAML file.")] = None,
-    output: Output = None,
-    workspace: Workspace = RUNS,
-    device: Device = "auto",
-    dry_run: DryRun = False,
+    output: Output = None, workspace: Workspace = RUNS, device: Device = "auto", dry_run: DryRun = False,
     tables: Annotated[bool, typer.Option("--tables", help="Print what was measured, as the README has it.")] = False,
-) -> Result:
+) -> Result:  # fmt: skip
     """Train and judge the variants of one question under several seeds; one table.
 
     Without NAME: the list. Given again, an interrupted ablation goes on, and a finished one prints its table.

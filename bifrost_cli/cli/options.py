@@ -117,19 +117,7 @@ RecipeReference = Annotated[str | None, typer.Argument(metavar="RECIPE", help=_A
 Version = Annotated[
     bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Print the version.")
 ]
-
-# ---- options of every command
 AsJson = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only where the result is.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Offline = Annotated[bool, typer.Option("--offline", callback=_go_offline, is_eager=True, help="Never use the network.")]
-
-# ---- recipe keys that have an option
-SOURCE = (
-    "latents.missing_caption", "latents.bad_image", "latents.max_bad", "images.animated", "latents.image_column",
-    "latents.caption_column", "latents.captions", "latents.class_names",
-)  # fmt: skip
-EXTRACT = ("latents.encoder", "images.background", *SOURCE)
-RECONSTRUCT = ("generate.steps", "generate.guidance_scale", "generate.control_scale")
-GENERATE = ("generate.plan", "generate.decode_steps", "generate.branch_guidance", *RECONSTRUCT)
-EVALUATE = ("evaluate.min_samples", "evaluate.features")

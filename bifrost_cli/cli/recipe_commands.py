@@ -19,6 +19,7 @@ from bifrost_cli.errors import Findings, UsageError
 
 app = typer.Typer(help="List, show, check and copy recipes.")
 planning = typer.Typer()
+Gpu = Literal["b200", "h200", "h100", "a100", "l40s", "rtx4090", "rtx3090"]
 
 
 @app.callback(invoke_without_command=True)
@@ -111,10 +112,7 @@ def plan(
     ref: RecipeReference = None,
     sets: Sets = None,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="How many devices share the work.")] = 1,
-    gpu: Annotated[
-        Literal["b200", "h200", "h100", "a100", "l40s", "rtx4090", "rtx3090"],
-        typer.Option("--gpu", help="The device that hours are counted for."),
-    ] = "h100",
+    gpu: Annotated[Gpu, typer.Option("--gpu", help="The device that hours are counted for.")] = "h100",
     memory: Annotated[
         str | None, typer.Option("--memory", metavar="24GB", help="Of one device: say what fits, and how it would.")
     ] = None,
@@ -149,8 +147,10 @@ def _plan_lines(found: dict[str, Any]) -> Iterator[str]:
     yield f"recipe {found['recipe']}"
     yield "parameters"
     for part in found["parts"]:
-        state = "trained" if part["trained"] else "frozen"
-        yield f"  {part['name']:32}{_count(part['parameters']):>9}  {state:8}  {part['model'] or ''}".rstrip()
+        state, number = "trained" if part["trained"] else "frozen", part["parameters"]
+        units = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
+        count = next((f"{number / unit:.2f} {name}" for unit, name in units if number >= unit), str(number))
+        yield f"  {part['name']:32}{count:>9}  {state:8}  {part['model'] or ''}".rstrip()
     rate = f"{device['utilisation']:.0%} of {device['peak'] / 1e12:.0f} TFLOP/s"
     yield f"peak memory of one device, and time on {device['gpus']} x {device['gpu']} at {rate}"
     for name, stage in found["stages"].items():
@@ -158,12 +158,10 @@ def _plan_lines(found: dict[str, Any]) -> Iterator[str]:
         what, peak = own.get(name, f"{stage['times']:,} steps"), _bytes(stage["memory"]["peak"])
         time = f"{stage['hours']:.1f} h" if stage["hours"] >= 0.1 else f"{stage['hours'] * 3600:.1f} s"
         yield f"  {name:18}{peak:>10}  {what:>18}  {time:>9}  {stage['flops_each']:.2g} FLOPs each"
-        if stage.get("fits"):
-            yield "    fits"
-        elif "fits" in stage and stage["fits_with"] is None:
-            yield "    does not fit, with no setting known here"
-        elif "fits" in stage:
-            yield "    fits with " + " ".join(f"--set {one}" for one in stage["fits_with"])
+        if "fits" in stage:
+            ways = " ".join(f"--set {one}" for one in stage.get("fits_with") or ())
+            how = f"fits with {ways}" if ways else "does not fit, with no setting known here"
+            yield "    fits" if stage["fits"] else f"    {how}"
     yield f"disk for {images:,} images"
     for name, size in found["disk"].items():
         yield f"  {name.replace('_', ' '):32}{_bytes(size):>9}"
@@ -173,11 +171,6 @@ def _plan_lines(found: dict[str, Any]) -> Iterator[str]:
         yield f"  {one['model']:32}{_bytes(one['bytes']):>9}  {one['licence']}{gate}"
     if not found["downloads"]:
         yield "  none"
-
-
-def _count(number: int) -> str:
-    units = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
-    return next((f"{number / unit:.2f} {name}" for unit, name in units if number >= unit), str(number))
 
 
 def _bytes(size: int) -> str:

@@ -1,7 +1,4 @@
-"""The stages as commands: extract-latents, data, train, generate, reconstruct, ask, bench, shapes.
-
-Each imports its stage inside, so that help and other commands stay quick.
-"""
+"""The stages as commands. Each imports its stage inside, so that help and other commands stay quick."""
 
 from __future__ import annotations
 
@@ -12,26 +9,19 @@ from typing import Annotated, Literal
 import typer
 
 from bifrost_cli.artifacts import newest, resolve
-from bifrost_cli.artifacts.draft import require_place
+from bifrost_cli.artifacts.manifest import require_place
 from bifrost_cli.cli.command import FIRST_PROMPT, Result, command, refusals
-from bifrost_cli.cli.options import (
-    EXTRACT,
-    GENERATE,
-    RECONSTRUCT,
-    RUNS,
-    SOURCE,
-    Device,
-    DryRun,
-    Gpus,
-    Output,
-    Recipe,
-    Resume,
-    Workspace,
-    artifact_option,
-)
+from bifrost_cli.cli.options import RUNS, Device, DryRun, Gpus, Output, Recipe, Resume, Workspace, artifact_option
 from bifrost_cli.errors import Findings, UsageError
 from bifrost_cli.runtime.ui import Ui
 
+SOURCE = (
+    "latents.missing_caption", "latents.bad_image", "latents.max_bad", "images.animated", "latents.image_column",
+    "latents.caption_column", "latents.captions", "latents.class_names",
+)  # fmt: skip
+EXTRACT = ("latents.encoder", "images.background", *SOURCE)
+RECONSTRUCT = ("generate.steps", "generate.guidance_scale", "generate.control_scale")
+GENERATE = ("generate.plan", "generate.decode_steps", "generate.branch_guidance", *RECONSTRUCT)
 _FILES = (".tar", ".parquet", ".jsonl", ".csv", ".tsv")
 
 app = typer.Typer()
@@ -46,22 +36,18 @@ Latents = Annotated[str | None, artifact_option("--latents", "A latents artifact
 Branch = Annotated[str | None, artifact_option("--branch", "A branch artifact.")]
 ControlNet = Annotated[str | None, artifact_option("--controlnet", "A ControlNet artifact.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same bytes.")]
+NewImage = Annotated[Path, typer.Option("--output", "-o", metavar="FILE.png", help="A new file.")]
 Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or WebP file.")]
 
 
 @command(app, "extract-latents", EXTRACT, stage="extract_latents")
 def extract_latents(
-    recipe: Recipe,
-    ui: Ui,
-    source: Annotated[
-        str | None, typer.Argument(metavar="SOURCE", help="Images: see above.  [default: the built-in world]")
-    ] = None,
-    output: Output = None,
-    workspace: Workspace = RUNS,
-    device: Device = "auto",
-    gpus: Gpus = 1,
-    dry_run: DryRun = False,
-) -> None:
+    recipe: Recipe, ui: Ui,
+    source: Annotated[str | None,
+        typer.Argument(metavar="SOURCE", help="Images: see above.  [default: the built-in world]")] = None,
+    output: Output = None, workspace: Workspace = RUNS,
+    device: Device = "auto", gpus: Gpus = 1, dry_run: DryRun = False,
+) -> None:  # fmt: skip
     """Turn images and captions into a latents store.
 
     SOURCE is a folder of images with .txt captions or a metadata.jsonl, a table (.jsonl, .csv, .tsv, .parquet),
@@ -117,16 +103,9 @@ def check(
 
 
 def _train(
-    recipe: Recipe,
-    ui: Ui,
-    latents: Latents = None,
-    output: Output = None,
-    workspace: Workspace = RUNS,
-    resume: Resume = "auto",
-    device: Device = "auto",
-    gpus: Gpus = 1,
-    dry_run: DryRun = False,
-) -> None:
+    recipe: Recipe, ui: Ui, latents: Latents = None, output: Output = None, workspace: Workspace = RUNS,
+    resume: Resume = "auto", device: Device = "auto", gpus: Gpus = 1, dry_run: DryRun = False,
+) -> None:  # fmt: skip
     if latents is None:
         newest(workspace, "latents")
     else:
@@ -150,24 +129,18 @@ for _part, _what, _example in (
 
 @command(app, "generate", GENERATE)
 def generate(
-    recipe: Recipe,
-    ui: Ui,
+    recipe: Recipe, ui: Ui,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to generate.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option("--prompts", metavar="FILE", help="Prompts, one a line; - is stdin.")
-    ] = None,
+    prompts: Annotated[Path | None,
+        typer.Option("--prompts", metavar="FILE", help="Prompts, one a line; - is stdin.")] = None,
     output: Output = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Images of each prompt.")] = 1,
-    seed: Seed = 0,
-    branch: Branch = None,
-    controlnet: ControlNet = None,
+    seed: Seed = 0, branch: Branch = None, controlnet: ControlNet = None,
     grid: Annotated[bool, typer.Option("--grid", help="Also put all images into one.")] = False,
     save_latents: Annotated[bool, typer.Option("--save-latents", help="Also keep the predicted latents.")] = False,
     timings: Annotated[bool, typer.Option("--timings", help="Say how long each stage took.")] = False,
-    workspace: Workspace = RUNS,
-    device: Device = "auto",
-    dry_run: DryRun = False,
-) -> Result:
+    workspace: Workspace = RUNS, device: Device = "auto", dry_run: DryRun = False,
+) -> Result:  # fmt: skip
     """Generate images of a prompt, or of each line of a file.
 
     -o FILE.png makes one image; -o DIR a samples folder, which is continued when the command is given again.
@@ -183,11 +156,10 @@ def generate(
 
     if prompt is None and prompts is None:
         ui.say(f'no prompt was given; generating "{given}"')
-    made = generate(
+    return Result.of(generate(
         recipe, given, output=output, n=n, seed=seed, branch=branch, controlnet=controlnet, workspace=workspace,
         grid=grid, save_latents=save_latents, timings=timings, device=device, dry_run=dry_run, ui=ui,
-    )  # fmt: skip
-    return Result.of(made)
+    ))  # fmt: skip
 
 
 def _prompts(prompt: str | None, file: Path | None, output: Path | None, n: int, grid: bool) -> str | Path:
@@ -207,18 +179,10 @@ def _prompts(prompt: str | None, file: Path | None, output: Path | None, n: int,
 
 @command(app, "reconstruct", RECONSTRUCT, stage="reconstruct")
 def reconstruct(
-    recipe: Recipe,
-    ui: Ui,
-    image: Image,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.png", help="A new file.")] = Path(
-        "reconstruction.png"
-    ),
+    recipe: Recipe, ui: Ui, image: Image, output: NewImage = Path("reconstruction.png"),
     prompt: Annotated[str, typer.Option("--prompt", help="What the diffusion model reads beside the latents.")] = "",
-    controlnet: ControlNet = None,
-    seed: Seed = 0,
-    workspace: Workspace = RUNS,
-    device: Device = "auto",
-) -> None:
+    controlnet: ControlNet = None, seed: Seed = 0, workspace: Workspace = RUNS, device: Device = "auto",
+) -> None:  # fmt: skip
     """Turn an image into latents and generate it again from them.
 
     Shows what the latents keep; the branch is not used.
@@ -237,12 +201,9 @@ def reconstruct(
 
 @command(app, "ask")
 def ask(
-    recipe: Recipe,
-    ui: Ui,
-    image: Image,
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="A question about it.")],
-    device: Device = "auto",
-) -> Result:
+    recipe: Recipe, ui: Ui, image: Image,
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="A question about it.")], device: Device = "auto",
+) -> Result:  # fmt: skip
     """Ask the frozen multimodal LLM about an image.
 
     Example: bifrost ask out.png "what is above the blue square?"
@@ -277,9 +238,7 @@ def bench_decode(
     from bifrost_cli.planning.bench import bench_decode
 
     with ui.progress(2, "guidance weights") as bar:
-        rows = bench_decode(
-            hidden=hidden, layers=layers, tokens=tokens, text=text, steps=steps, on_row=lambda: bar.advance(1)
-        )
+        rows = bench_decode(hidden=hidden, layers=layers, tokens=tokens, text=text, steps=steps, on_row=bar.advance)
     return Result([str(row) for row in rows], {"rows": [{**asdict(row), "ratio": row.ratio} for row in rows]})
 
 
@@ -304,13 +263,10 @@ def render(
 
 @command(shapes, "pretrain", default="shapes")
 def pretrain(
-    recipe: Recipe,
-    ui: Ui,
+    recipe: Recipe, ui: Ui,
     parts: Annotated[str | None, typer.Option("--parts", metavar="A,B", help="Only these parts.")] = None,
-    output: Output = None,
-    workspace: Workspace = RUNS,
-    device: Device = "auto",
-) -> Result:
+    output: Output = None, workspace: Workspace = RUNS, device: Device = "auto",
+) -> Result:  # fmt: skip
     """Train the whole built-in system from nothing: bases, branch and ControlNet.
 
     Parts, in order: vae, mllm, open_clip, flux, latents, branch, controlnet.

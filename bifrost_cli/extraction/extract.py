@@ -27,8 +27,7 @@ from bifrost_cli.extraction.encode import ShardRows, encode_shard
 from bifrost_cli.loading.loaders import ModelLoader, encoder_errors
 from bifrost_cli.models.encoders import Encoder, VaeEncoder
 from bifrost_cli.runtime import distributed
-from bifrost_cli.runtime.launch import together
-from bifrost_cli.runtime.signals import StopFlag
+from bifrost_cli.runtime.launch import StopFlag, together
 from bifrost_cli.runtime.ui import Ui
 
 PREPROCESSING = {"orientation": "exif", "colour": "srgb", "frame": "first", "crop": "centre"}

@@ -20,7 +20,7 @@ from bifrost_cli.artifacts.identity import digest_of
 from bifrost_cli.errors import Stopped
 from bifrost_cli.generation.requests import ImageRequest
 from bifrost_cli.generation.stages import PredictedLatents
-from bifrost_cli.runtime.signals import StopFlag
+from bifrost_cli.runtime.launch import StopFlag
 from bifrost_cli.runtime.ui import Ui
 
 Facts = dict[str, Any]

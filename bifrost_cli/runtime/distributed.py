@@ -20,9 +20,7 @@ from torch import Tensor
 from bifrost_cli import errors
 from bifrost_cli.errors import BifrostError, EnvironmentProblem, RecipeError
 
-# A dead process is noticed by its closed connection, or by what started it; a long wait is no sign of one: the first
-# process may check a million images while the others have nothing to do.
-TIMEOUT = timedelta(hours=24)
+TIMEOUT = timedelta(hours=24)  # the first process may check a million images while the others have nothing to do
 _HEARD = timedelta(seconds=3)  # how long another process's last words may take
 _store: dist.Store | None = None
 _round = 0  # how many times all have worked alone
@@ -42,16 +40,10 @@ def world() -> int:
 def share(count: int, what: str) -> slice:
     """This process's part of `count` rows, all of the same length. RecipeError when they cannot be shared equally."""
     if count % world():
-        below = count - count % world() or world()
-        raise RecipeError(
-            f"{what} {count} cannot be shared equally by {world()} processes",
-            code="BF-RECIPE-005",
-            fix=f"--set {what}={below}, or another number of processes",
-        )
+        fix = f"--set {what}={count - count % world() or world()}, or another number of processes"
+        message = f"{what} {count} cannot be shared equally by {world()} processes"
+        raise RecipeError(message, code="BF-RECIPE-005", fix=fix)
     return slice(rank() * count // world(), (rank() + 1) * count // world())
-
-
-# ---- beginning -------------------------------------------------------------------------------------------------------
 
 
 def join(number: int, of: int, local: int, device: str) -> None:
@@ -74,15 +66,9 @@ def join(number: int, of: int, local: int, device: str) -> None:
         dist.init_process_group(backend, store=_store, rank=number, world_size=of, timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        raise EnvironmentProblem(
-            f"the {of} processes of this job cannot meet at {where}",
-            code="BF-ENV-032",
-            at=str(error).splitlines()[0][:200],
-            fix="if the address is in use, export another MASTER_PORT",
-        ) from error
-
-
-# ---- agreeing --------------------------------------------------------------------------------------------------------
+        what, at = f"the {of} processes of this job cannot meet at {where}", str(error).splitlines()[0][:200]
+        fix = "if the address is in use, export another MASTER_PORT"
+        raise EnvironmentProblem(what, code="BF-ENV-032", at=at, fix=fix) from error
 
 
 def run_on_main(work: Callable[[], T]) -> T:
@@ -149,9 +135,6 @@ def _again(kind: str, message: str, at: str | None, fix: str | None, code: str) 
     return getattr(errors, kind)(message, at=at, fix=fix, code=code)
 
 
-# ---- ending ----------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def fail_together() -> Iterator[None]:
     """Around all that a job does: its processes end together, and one of them says why.
@@ -168,7 +151,13 @@ def fail_together() -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or "gloo" in text or "onnection" in text and "peer" in text):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what started us is ending all by now; first say why
-        loss = _why_lost()
+        what, at = "another process of this job was killed or lost", "finished work and checkpoints are intact"
+        fix = "see whether memory ran out (dmesg), then give the same command again to continue"
+        loss: BifrostError = EnvironmentProblem(what, code="BF-ENV-031", at=at, fix=fix)
+        others = [f"word/{number}" for number in range(world()) if number != rank()]
+        with suppress(RuntimeError):
+            if _store is not None and (said := next((word for word in others if _store.check([word])), None)):
+                loss = _again(*json.loads(_store.get(said)))
         _last_word(loss)
         raise loss from error
 
@@ -206,16 +195,3 @@ def _last_word(error: BifrostError) -> None:
         error.elsewhere = (message, code) == (error.message, error.code)
     if not error.elsewhere:
         error.at = f"process {rank()} of {world()}" + (f": {error.at}" if error.at else "")
-
-
-def _why_lost() -> BifrostError:
-    with suppress(RuntimeError):
-        for number in range(world()) if _store is not None else ():
-            if number != rank() and _store.check([f"word/{number}"]):
-                return _again(*json.loads(_store.get(f"word/{number}")))
-    return EnvironmentProblem(
-        "another process of this job was killed or lost",
-        code="BF-ENV-031",
-        at="finished work and checkpoints are intact",
-        fix="see whether memory ran out (dmesg), then give the same command again to continue",
-    )

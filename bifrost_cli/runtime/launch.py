@@ -1,6 +1,6 @@
-"""One job in several processes: who this is by torchrun's or SLURM's environment, and starting torchrun for `--gpus`.
+"""A process and its job: who it is by torchrun's or SLURM's environment, how `--gpus` starts others, how it is stopped.
 
-No launcher of ours: `--gpus N` runs PyTorch's. Imports torch only when there is more than one process.
+Imports torch only when there is more than one process.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any, NamedTuple
 
 from bifrost_cli.artifacts.files import append
 from bifrost_cli.errors import EnvironmentProblem, Interrupted, UsageError
 
 _STATUS = "BIFROST_STATUS_FILE"  # where the first process that ends with an error leaves its exit code
+_WATCHED = (signal.SIGTERM, signal.SIGINT)
 _GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun kills 30 s after a signal, and a large checkpoint takes longer
 
 
@@ -69,28 +72,18 @@ def together(stage: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def require_shared_device(device: str, processes: int) -> None:
-    """Refuse a single device for several processes, which each take the GPU of their own number.
-
-    Raises:
-        UsageError: `device` is one such as cuda:1 or mps, and `processes` is more than one.
-    """
+    """UsageError for a single device (cuda:1, mps) and several processes, which each take the GPU of their number."""
     if processes > 1 and device not in ("auto", "cpu", "cuda"):
-        error = UsageError(
-            f"--device {device} is one device, and there are {processes} processes",
-            fix="--device cuda: each process takes the GPU of its own number; CUDA_VISIBLE_DEVICES chooses among them",
-        )
+        fix = "--device cuda: each process takes the GPU of its own number; CUDA_VISIBLE_DEVICES chooses among them"
+        error = UsageError(f"--device {device} is one device, and there are {processes} processes", fix=fix)
         error.elsewhere = distributed_env().rank > 0
         raise error
-
-
-# ---- --gpus N --------------------------------------------------------------------------------------------------------
 
 
 def start(count: int, arguments: list[str]) -> None:
     """Give the command line `arguments`, without --gpus, to `count` processes under torchrun; end as they do.
 
-    torchrun returns 1 whatever its processes returned, so the first to fail leaves its code in a file. No process looks
-    for modules in the current folder, which may be a data set's.
+    The first process to fail leaves its code in a file. None looks for modules in the current folder.
     """
     if distributed_env().world > 1:
         raise UsageError("--gpus starts processes, and this is one of several already", fix="leave --gpus out")
@@ -98,20 +91,16 @@ def start(count: int, arguments: list[str]) -> None:
         status = Path(folder) / "status"
         environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), _GRACE: "3600", **os.environ,
                        _STATUS: str(status), "PYTHONSAFEPATH": "1"}  # fmt: skip
-        launch = ["--standalone", f"--nproc-per-node={count}", "-m", "bifrost_cli"]
         words = zip(["", *arguments], arguments, strict=False)
         own = [word for before, word in words if "--gpus" not in (before, word) and not word.startswith("--gpus=")]
-        code = _torchrun([*launch, *own], environment)
+        code = _torchrun(["--standalone", f"--nproc-per-node={count}", "-m", "bifrost_cli", *own], environment)
         status_of_job = int(status.read_text().split()[0]) if status.exists() else None
     if status_of_job is not None or code == 0:
         raise SystemExit(status_of_job or 0)
-    if code in (-signal.SIGTERM, -signal.SIGINT):
+    if -code in _WATCHED:
         raise Interrupted("interrupted before anything could be saved", fix="give the same command again")
-    raise EnvironmentProblem(
-        "the processes of this job were killed",
-        fix="see whether memory ran out (dmesg), then give the same command again to continue",
-        code="BF-ENV-031",
-    )
+    fix = "see whether memory ran out (dmesg), then give the same command again to continue"
+    raise EnvironmentProblem("the processes of this job were killed", fix=fix, code="BF-ENV-031")
 
 
 def _torchrun(arguments: list[str], environment: dict[str, str]) -> int:
@@ -119,8 +108,7 @@ def _torchrun(arguments: list[str], environment: dict[str, str]) -> int:
     script = "import logging, sys; logging.disable(logging.CRITICAL); from torch.distributed.run import main;"
     command = [sys.executable, "-c", f"{script} sys.excepthook = lambda *error: None; main()", *arguments]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    before = {number: signal.signal(number, lambda number, frame: process.send_signal(number))
-              for number in (signal.SIGTERM, signal.SIGINT)}  # fmt: skip
+    before = {number: signal.signal(number, lambda number, frame: process.send_signal(number)) for number in _WATCHED}
     try:
         return process.wait()
     finally:
@@ -130,6 +118,30 @@ def _torchrun(arguments: list[str], environment: dict[str, str]) -> int:
 
 def leave_status(code: int) -> None:
     """For `start` and SLURM: how this process ended, a line; the first is that of the process that ended first."""
-    path = os.environ.get(_STATUS)
-    if code and path:
+    if code and (path := os.environ.get(_STATUS)):
         append(Path(path), f"{code}\n")
+
+
+class StopFlag:
+    """Context manager: SIGTERM or Ctrl-C sets `requested`, a second one raises `Interrupted` (130).
+
+    Outside the main thread Python does not deliver signals, so there the flag simply stays False.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopFlag:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._on_signal) for number in _WATCHED}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise Interrupted("stopped by a second signal; the checkpoint before this one is intact")
+        self.requested = True

@@ -18,15 +18,10 @@ from bifrost_cli.errors import EnvironmentProblem, UsageError
 
 
 class Plugins(Mapping[str, Any]):
-    """A read-only mapping of names to implementations: `builtin`, and what installed packages declare for `group`.
+    """A mapping of names to implementations: `builtin`, and what installed packages declare for `group`.
 
-    Looking up raises UsageError for a name that is unknown (BF-USE-003), and EnvironmentProblem for one that two have
-    (BF-ENV-003) or that does not load (BF-ENV-004).
-
-    Args:
-        group: of entry points, for example `bifrost.metrics`.
-        builtin: name -> implementation, or name -> `module:attribute` to import it when it is first used.
-        base: what a plug-in has to be an instance or a subclass of; None takes anything.
+    A built-in one can be `module:attribute`, imported when it is first used; `base` is what a plug-in has to be an
+    instance or a subclass of. UsageError for an unknown name, EnvironmentProblem for one that two have or that fails.
     """
 
     def __init__(self, group: str, builtin: Mapping[str, Any], *, base: type | None = None) -> None:
@@ -51,41 +46,27 @@ class Plugins(Mapping[str, Any]):
         builtin = name in self._builtin
         if len(points) + builtin > 1:
             sources = ["built in"] * builtin + [f"{point.value} ({package_of(point)})" for point in points]
-            raise EnvironmentProblem(
-                f"{len(sources)} plug-ins are called {name} in {self.group}",
-                at="\n".join(sources),
-                fix=f"pip uninstall {package_of(points[-1])}",
-                code="BF-ENV-003",
-            )
+            what = f"{len(sources)} plug-ins are called {name} in {self.group}"
+            fix = f"pip uninstall {package_of(points[-1])}"
+            raise EnvironmentProblem(what, at="\n".join(sources), fix=fix, code="BF-ENV-003")
         if builtin:
             value = self._builtin[name]
             return EntryPoint(name, value, self.group).load() if isinstance(value, str) else value
         if not points:
-            raise UsageError(
-                f"there is no plug-in {name!r} in {self.group}",
-                at=f"known: {', '.join(self)}",
-                fix=f"check the name, or pip install a package with an entry point {name} in {self.group}",
-                code="BF-USE-003",
-            )
-        return self._load(points[0])
-
-    def _load(self, point: EntryPoint) -> Any:
-        package, cause = package_of(point), None
+            fix = f"check the name, or pip install a package with an entry point {name} in {self.group}"
+            what, at = f"there is no plug-in {name!r} in {self.group}", f"known: {', '.join(self)}"
+            raise UsageError(what, at=at, fix=fix, code="BF-USE-003")
+        point, cause = points[0], None
         try:
-            loaded = point.load()
-            if self._base is None or isinstance(loaded, self._base):
+            loaded, base = point.load(), self._base
+            if base is None or isinstance(loaded, base) or (isinstance(loaded, type) and issubclass(loaded, base)):
                 return loaded
-            if isinstance(loaded, type) and issubclass(loaded, self._base):
-                return loaded
-            at = f"{point.value} is not a {self._base.__name__}"
+            at = f"{point.value} is not a {base.__name__}"
         except (Exception, SystemExit) as error:  # whatever somebody else's module does when it is imported
             at, cause = f"{type(error).__name__}: {error}", error
-        raise EnvironmentProblem(
-            f"the plug-in {point.name} of {package} cannot be used",
-            at=at,
-            fix=f"pip install --upgrade {package}, or pip uninstall {package}",
-            code="BF-ENV-004",
-        ) from cause
+        package = package_of(point)
+        what, fix = f"the plug-in {name} of {package} cannot be used", f"pip install --upgrade {package}"
+        raise EnvironmentProblem(what, at=at, fix=f"{fix}, or pip uninstall {package}", code="BF-ENV-004") from cause
 
 
 def package_of(point: EntryPoint) -> str:

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from bifrost_cli.errors import printable
-
-PLAIN_EVERY = 30.0
 
 
 def counted(number: int, what: str) -> str:
@@ -22,10 +19,23 @@ def counted(number: int, what: str) -> str:
 
 
 class Counter:
-    """Counts and shows nothing; the base of the two that show."""
+    """Counts what is done; `show(done, rate)` is called after each step that comes `every` seconds after the last."""
+
+    def __init__(self, show: Callable[[int, str], None] | None = None, every: float = 0) -> None:
+        self.done, self._show, self._every = 0, show, every
+        self._started = self._shown = time.monotonic()
 
     def advance(self, n: int = 1) -> None:
         """`n` more are done."""
+        self.done += n
+        if time.monotonic() - self._shown >= self._every:
+            self.show()
+
+    def show(self) -> None:
+        """Show how far it is."""
+        self._shown = time.monotonic()
+        if self._show is not None:
+            self._show(self.done, f"{self.done / max(self._shown - self._started, 1e-3):.1f}/s")
 
 
 class Ui:
@@ -49,40 +59,15 @@ class TerminalUi(Ui):
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Counter]:
         if not sys.stderr.isatty():
-            plain = _Plain(total, what, self)
-            yield plain
-            plain.show()
+            counter = Counter(lambda done, rate: self.say(f"{what}: {done}/{total}, {rate}"), 30)
+            yield counter
+            counter.show()
             return
         from rich.console import Console  # 0.1 s that only a terminal pays
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        name, rate = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[rate]}")
-        columns = (name, BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+        name, speed = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[rate]}")
+        columns = (name, BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True)) as bars:
-            yield _Bar(bars, bars.add_task(what, total=total, rate=""))
-
-
-class _Plain(Counter):
-    def __init__(self, total: int, what: str, ui: Ui) -> None:
-        self.done, self.total, self.what, self.ui = 0, total, what, ui
-        self.started = self.shown = time.monotonic()
-
-    def advance(self, n: int = 1) -> None:
-        self.done += n
-        if time.monotonic() - self.shown >= PLAIN_EVERY:
-            self.show()
-
-    def show(self) -> None:
-        self.shown = time.monotonic()
-        rate = self.done / max(self.shown - self.started, 1e-3)
-        self.ui.say(f"{self.what}: {self.done}/{self.total}, {rate:.1f}/s")
-
-
-class _Bar(Counter):
-    def __init__(self, bars: Any, task: Any) -> None:
-        self.bars, self.task, self.done, self.started = bars, task, 0, time.monotonic()
-
-    def advance(self, n: int = 1) -> None:
-        self.done += n
-        rate = self.done / max(time.monotonic() - self.started, 1e-3)
-        self.bars.update(self.task, advance=n, rate=f"{rate:.1f}/s")
+            task = bars.add_task(what, total=total, rate="")
+            yield Counter(lambda done, rate: bars.update(task, completed=done, rate=rate))

@@ -20,7 +20,7 @@ from bifrost_cli.artifacts.files import make_folder, write_json
 from bifrost_cli.config.schema import Train
 from bifrost_cli.errors import ArtifactError, Diverged, Stopped, UsageError
 from bifrost_cli.runtime import distributed
-from bifrost_cli.runtime.signals import StopFlag
+from bifrost_cli.runtime.launch import StopFlag
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.training.checkpoint import Checkpoint, Checkpoints, SavedCheckpoint, module_tensors, restore_module
 from bifrost_cli.training.data_order import derive, micro_seed

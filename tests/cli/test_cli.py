@@ -22,7 +22,9 @@ import bifrost_cli.cli.stage_commands as stage_commands
 from bifrost_cli import errors
 from bifrost_cli.artifacts import Artifact, Draft
 from bifrost_cli.cli.app import run
-from bifrost_cli.cli.options import EVALUATE, EXTRACT, GENERATE, key_option
+from bifrost_cli.cli.eval_commands import EVALUATE
+from bifrost_cli.cli.options import key_option
+from bifrost_cli.cli.stage_commands import EXTRACT, GENERATE
 from bifrost_cli.config.load import all_keys
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.evaluation.registry import metric_flags
