@@ -64,7 +64,7 @@ def extract_latents(
     from bifrost_cli.data.sources.listing import list_source
     from bifrost_cli.data.sources.remote import expand, is_remote
     from bifrost_cli.data.sources.scan import SHAPES
-    from bifrost_cli.extraction.choose_source import refuse_output
+    from bifrost_cli.extraction.source import refuse_output
 
     refuse_output(source, output, workspace)
     if not is_remote(source) and not source.startswith((HUB, SHAPES)):
@@ -81,8 +81,8 @@ def check(
 
     Example: bifrost data check photos/
     """
-    from bifrost_cli.extraction.check_source import check_source
-    from bifrost_cli.extraction.choose_source import listed
+    from bifrost_cli.data.sources.scan import listed
+    from bifrost_cli.extraction.source import check_source
 
     found = check_source(recipe, source, ui=ui)
     lines = [f"{problem.event}  {problem.where}: {problem.reason}" for problem in found.problems]
@@ -93,7 +93,7 @@ def check(
         "source": source,
         "funnel": dict(found.funnel),
         "counts": dict(found.counts),
-        "problems": [problem.as_json() for problem in found.problems],
+        "problems": [vars(problem) for problem in found.problems],
         "stops": {"code": stops.code, "message": stops.message} if stops else None,
     }
     if not stops:

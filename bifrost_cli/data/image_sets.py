@@ -1,8 +1,5 @@
-"""Sets of images to be judged or compared: a samples artifact, a folder, or drawings of the built-in world.
-
-Comes in: an artifact, a folder with reading rules, or a number. Goes out: entries in order, each read when asked for,
-and digests that name the set by content. Does not know features, distances or verdicts.
-"""
+"""Sets of images to be judged or compared: a samples artifact, a folder, or drawings of the built-in world. Entries in
+order, each read when asked for, and digests that name the set by content."""
 
 from __future__ import annotations
 
@@ -12,14 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.identity import digest_of
 from bifrost_cli.config.schema import Images, Latents
-from bifrost_cli.data.images import read_image, square
+from bifrost_cli.data.images import DecodedImage, read_image, square
 from bifrost_cli.data.sources.scan import Sample, scan
 from bifrost_cli.errors import ArtifactError, DataError
 from bifrost_cli.shapes.captions import held_out_prompts, sample_scene
@@ -63,46 +59,32 @@ class ImageSet:
 
 def image_count(artifact: Artifact) -> int:
     """How many images a samples artifact holds."""
-    return sum(1 for name in artifact.files if _is_image(name))
+    return len(_numbered(artifact))
 
 
-def _is_image(name: str) -> bool:
+def _numbered(artifact: Artifact) -> list[tuple[int, str]]:
     """Samples are named by their number: 00000.png; a grid or a sheet is no sample."""
-    return name.endswith(".png") and name.removesuffix(".png").isdecimal()
+    stems = (name.removesuffix(".png") for name in artifact.files if name.endswith(".png"))
+    return sorted((int(stem), f"{stem}.png") for stem in stems if stem.isdecimal())
 
 
 def from_samples(artifact: Artifact, rules: Images) -> ImageSet:
-    """The images of a samples artifact with their lines of `prompts.jsonl`.
-
-    ArtifactError: a payload file is missing or changed, or an image has no line.
-    """
+    """The images of a samples artifact with their lines of `prompts.jsonl`. ArtifactError: a payload file is missing or
+    changed, or an image has no line."""
     artifact.check()
-    lines = _prompt_lines(artifact)
-    names = sorted(filter(_is_image, artifact.files), key=lambda name: int(name.removesuffix(".png")))
-    entries = []
-    for name in names:
-        line = lines.get(int(name.removesuffix(".png")))
-        if line is None:
-            raise ArtifactError(f"{artifact.path / PROMPTS} has no line for {name}", code="BF-ART-005")
-        load = partial(_read, artifact.path / name, rules)
-        entries.append(
-            EvalImage(name, artifact.files[name]["sha256"], load, line["prompt"], line["plan"], line["seed"])
-        )
-    return ImageSet(f"samples artifact {artifact.id}", tuple(entries), artifact)
-
-
-def _prompt_lines(artifact: Artifact) -> dict[int, dict[str, Any]]:
-    path = artifact.file(PROMPTS)
+    path, entries = artifact.file(PROMPTS), []
     try:
         text = path.read_text("utf-8").removesuffix("\n")
         lines = [json.loads(line) for line in text.split("\n")]  # not splitlines: U+2028 may stand in a prompt
-        return {int(line["index"]): {key: line.get(key) for key in ("prompt", "plan", "seed")} for line in lines}
+        told = {int(line["index"]): {key: line.get(key) for key in ("prompt", "plan", "seed")} for line in lines}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged: {error}", code="BF-ART-005") from error
-
-
-def _read(path: Path, rules: Images) -> np.ndarray:
-    return read_image(path, rules).rgb
+    for number, name in _numbered(artifact):
+        if number not in told:
+            raise ArtifactError(f"{path} has no line for {name}", code="BF-ART-005")
+        load = partial(_rgb, partial(read_image, artifact.path / name, rules))
+        entries.append(EvalImage(name, artifact.files[name]["sha256"], load, **told[number]))
+    return ImageSet(f"samples artifact {artifact.id}", tuple(entries), artifact)
 
 
 def from_folder(folder: Path, rules: Images) -> ImageSet:
@@ -114,7 +96,11 @@ def from_folder(folder: Path, rules: Images) -> ImageSet:
 
 def entries_of(samples: Sequence[Sample]) -> tuple[EvalImage, ...]:
     """Samples of a source as entries."""
-    return tuple(EvalImage(one.key, one.sha256, partial(_load, one), one.caption or None, one.plan) for one in samples)
+    return tuple(EvalImage(s.key, s.sha256, partial(_rgb, s.load), s.caption or None, s.plan) for s in samples)
+
+
+def _rgb(load: Callable[[], DecodedImage]) -> np.ndarray:
+    return load().rgb
 
 
 def squared(images: ImageSet, size: int) -> ImageSet:
@@ -129,10 +115,8 @@ def _square(entry: EvalImage, size: int) -> np.ndarray:
 
 
 def quartered(images: ImageSet) -> ImageSet:
-    """Grids of 2x2 as their four images each, by rows: `k/NAME` with k from 1 to 4.
-
-    DataError, when loaded: a grid that is not cut exactly, as one with lines between its images.
-    """
+    """Grids of 2x2 as their four images each, by rows: `k/NAME` with k from 1 to 4. DataError, when loaded: a grid that
+    is not cut exactly, as one with lines between its images."""
     entries = tuple(replace(entry, name=f"{place + 1}/{entry.name}", digest=digest_of([entry.digest, "quarter", place]),
                             load=partial(_quarter, entry, *divmod(place, 2)))
                     for entry in images.entries for place in range(4))  # fmt: skip
@@ -141,19 +125,12 @@ def quartered(images: ImageSet) -> ImageSet:
 
 def _quarter(entry: EvalImage, row: int, column: int) -> np.ndarray:
     rgb_HWc = entry.load()
-    (height, odd), (width, rest) = (divmod(side, 2) for side in rgb_HWc.shape[:2])
-    if odd or rest or height % STEP or width % STEP:
-        raise DataError(
-            f"{entry.name} is no grid of 2x2: a quarter of its {2 * width + rest}x{2 * height + odd} px is no image",
-            at=f"generated images have sides of a multiple of {STEP} px; lines between them would be cut into them",
-            fix="join the four without padding, or leave out --quarters",
-            code="BF-DATA-003",
-        )
-    return rgb_HWc[row * height : (row + 1) * height, column * width : (column + 1) * width]
-
-
-def _load(sample: Sample) -> np.ndarray:
-    return sample.load().rgb
+    high, wide = rgb_HWc.shape[:2]
+    if high % (2 * STEP) or wide % (2 * STEP):
+        why = f"generated images have sides of a multiple of {STEP} px; lines between them would be cut into them"
+        raise DataError(f"{entry.name} is no grid of 2x2: a quarter of its {wide}x{high} px is no image", at=why,
+                        fix="join the four without padding, or leave out --quarters", code="BF-DATA-003")  # fmt: skip
+    return rgb_HWc[row * high // 2 : (row + 1) * high // 2, column * wide // 2 : (column + 1) * wide // 2]
 
 
 def drawn(count: int, *, seed: int = 0) -> ImageSet:

@@ -1,8 +1,6 @@
-"""One image from untrusted bytes: RGB, upright, opaque, 8 bit, or a reason why not.
-
-Formats are decided by content, from a short list; the pixel count is checked before anything is decoded. Each mode of
-Pillow has one rule of how it becomes 8-bit sRGB.
-"""
+"""One image from untrusted bytes: RGB, upright, opaque, 8 bit, or a reason why not. Formats are decided by content,
+from a short list; the pixel count is checked before anything is decoded. Each mode of Pillow has one rule of how it
+becomes 8-bit sRGB."""
 
 from __future__ import annotations
 
@@ -12,10 +10,10 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL.Image import Transpose
 
 from bifrost_cli.config.schema import Images
 from bifrost_cli.errors import DataError
@@ -24,27 +22,16 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_ASPECT = 20
 FILE_BYTES = 1 << 29  # of one image: more than the largest that is decoded has without compression
 _ORIENTATION = 0x0112
-_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
-_WHITE_IS_ZERO = 0
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT, _WHITE_IS_ZERO = 258, 262, 339, 0
 _SAMPLES = {2: "signed", 3: "floating-point", 4: "undefined", 5: "complex", 6: "complex"}  # 1 is unsigned
 _UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+}  # fmt: skip
 _REFUSED = {
-    b"%!PS": "EPS",
-    b"%PDF": "PDF",
-    b"<svg": "SVG",
-    b"<?xml": "SVG",
-    b"\0\0\1\0": "ICO",
-    b"8BPS": "PSD",
+    b"%!PS": "EPS", b"%PDF": "PDF", b"<svg": "SVG", b"<?xml": "SVG", b"\0\0\1\0": "ICO", b"8BPS": "PSD",
     b"\xc5\xd0\xd3\xc6": "EPS",
-}
+}  # fmt: skip
 
 # Pillow's own limit only warns at first; ours (images.max_pixels) refuses, and is checked before decoding.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -76,32 +63,25 @@ def read_image(source: bytes | Path | str, rules: Images) -> DecodedImage:
         source: the file, or its bytes.
         rules: the recipe's `images` section.
 
-    Returns:
-        The image, with notes on what was repaired or converted.
-
     Raises:
         BadImage: with the reason, and the file's name where there is one: empty, not an image, truncated, damaged, more
             than `max_pixels`, a side below `min_side`, longer than 20 to 1, samples that are not unsigned or of 32
             bits. Any exception of the decoder counts as damage.
     """
-    if isinstance(source, bytes):
-        return _read(source, rules)
-    try:
-        return _read(read_regular(Path(source)), rules)
-    except BadImage as error:
-        error.at = str(source)
-        raise
-
-
-def _read(data: bytes, rules: Images) -> DecodedImage:
-    if not data:
+    if not isinstance(source, bytes):
+        try:
+            return read_image(read_regular(Path(source)), rules)
+        except BadImage as error:
+            error.at = str(source)
+            raise
+    if not source:
         raise BadImage("empty file")
     try:
-        return _decode_open_jpeg(data, rules) if _is_open_jpeg(data) else _decode(data, rules)
+        return _decode_open_jpeg(source, rules) if _is_open_jpeg(source) else _decode(source, rules)
     except BadImage:
         raise
     except UnidentifiedImageError:
-        raise BadImage(_not_an_image(data)) from None
+        raise BadImage(_not_an_image(source)) from None
     except Image.DecompressionBombError as error:
         raise BadImage(str(error)) from error
     except Exception as error:  # decoders raise anything: SyntaxError, struct.error, ValueError, EOFError, MemoryError
@@ -111,8 +91,10 @@ def _read(data: bytes, rules: Images) -> DecodedImage:
 def read_regular(path: Path, limit: int = FILE_BYTES) -> bytes:
     """The bytes of a regular file; BadImage for a device, a pipe, a folder, a dangling link, an unreadable file, or one
     of more than `limit` bytes."""
+    owner = "its folder cannot be entered"
     try:
         facts = path.stat()
+        owner = f"mode {stat.filemode(facts.st_mode)}, owner {facts.st_uid}"
         if not stat.S_ISREG(facts.st_mode):
             raise BadImage("not a regular file")
         if facts.st_size > limit:
@@ -121,9 +103,20 @@ def read_regular(path: Path, limit: int = FILE_BYTES) -> bytes:
     except FileNotFoundError:
         raise BadImage("dangling link" if path.is_symlink() else "file not found") from None
     except PermissionError:
-        raise BadImage(f"not readable by this user ({_owner(path)})") from None
+        raise BadImage(f"not readable by this user ({owner})") from None
     except OSError as error:
         raise BadImage(f"cannot be read: {error.strerror}") from None
+
+
+def _not_an_image(data: bytes) -> str:
+    head = data[:256].lstrip()
+    kind = next((name for magic, name in _REFUSED.items() if head.startswith(magic)), None)
+    if data[4:8] == b"ftyp":
+        kind = kind or data[8:12].decode("latin-1").upper()
+    if kind:
+        return f"{kind} is not read; export it as png, jpg or webp"
+    text = head[:9].decode("latin-1")
+    return f"not an image (starts with {repr(text) if text.isprintable() and text.isascii() else head[:9].hex(' ')})"
 
 
 def square(rgb: np.ndarray, size: int) -> np.ndarray:
@@ -140,28 +133,44 @@ def square(rgb: np.ndarray, size: int) -> np.ndarray:
 
 def _decode(data: bytes, rules: Images) -> DecodedImage:
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        _check_size(image.size, rules)
-        if image.format == "TIFF":
-            _check_tiff(image)
+        width, height = image.size
+        if width * height > rules.max_pixels:
+            raise BadImage(f"{width}x{height} pixels, more than max_pixels {rules.max_pixels}")
+        if min(width, height) < rules.min_side:
+            raise BadImage(f"{width}x{height} pixels, a side is below min_side {rules.min_side}")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise BadImage(f"{width}x{height} pixels, longer than {MAX_ASPECT} to 1")
+        kind = _tiff_tag(image, _TIFF_SAMPLE_FORMAT) or 1  # Pillow reads them all as if they were unsigned integers
+        if image.format == "TIFF" and kind in _SAMPLES and image.mode not in ("I", "F"):
+            raise BadImage(f"TIFF with {_SAMPLES[kind]} samples; export it with unsigned integers of 8 or 16 bits")
         if image.format == "WEBP" and _webp_ends_in_zeros(data):
             raise BadImage("truncated: the end of its image data is zeros")
         if image.mode in ("I", "F"):  # Pillow would clip the one and blacken the other
             raise BadImage("32-bit image, export as 8-bit")
-        ends = image.format != "PNG" or _png_ends(data)
-        notes = _frames(image, rules) if ends else [*_frames(image, rules), "minor-damage"]
+        damaged = image.format == "PNG" and not _png_ends(data)
+        notes = []
+        # MPO is what many phones write: one photograph and its preview, not an animation.
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            if rules.animated == "skip":
+                raise Animated("several frames (images.animated is skip)")
+            notes.append("first-frame")
+        notes += ["minor-damage"] * damaged
         image.load()
-        return _upright(image, data, rules, notes)
+        try:  # after decoding: Pillow turns TIFF itself and then drops the tag
+            orientation = image.getexif().get(_ORIENTATION, 1)
+        except Exception:  # EXIF is metadata: garbage in it does not spoil the image
+            orientation = None
+        if orientation not in (0, 1):
+            notes.append("exif-rotated" if orientation in _UPRIGHT else "exif-ignored")
+        rgb, mode_notes = _to_rgb(image, rules.background)
+        if image.format == "PNG" and data[24] == 16 and "16-bit" not in mode_notes:
+            mode_notes.append("16-bit")
+        upright = rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+        return DecodedImage(np.array(upright), (*notes, *mode_notes))
 
 
-def _check_tiff(image: Image.Image) -> None:
-    """BadImage for samples that Pillow reads as if they were unsigned integers."""
-    tags = getattr(image, "tag_v2", {})
-    kind = _first(tags.get(_TIFF_SAMPLE_FORMAT)) or 1
-    if kind in _SAMPLES and image.mode not in ("I", "F"):
-        raise BadImage(f"TIFF with {_SAMPLES[kind]} samples; export it with unsigned integers of 8 or 16 bits")
-
-
-def _first(value: Any) -> Any:
+def _tiff_tag(image: Image.Image, tag: int) -> int | None:
+    value = getattr(image, "tag_v2", {}).get(tag)
     return value[0] if isinstance(value, tuple) and value else value
 
 
@@ -183,10 +192,8 @@ def _is_open_jpeg(data: bytes) -> bool:
 
 
 def _decode_open_jpeg(data: bytes, rules: Images) -> DecodedImage:
-    """Only the end marker is missing when bytes put before a new one change nothing; else image data is too.
-
-    Zeros at the end are no image data: a download into a file that had its full size from the start leaves them.
-    """
+    """Only the end marker is missing when bytes put before a new one change nothing; else image data is too. Zeros at
+    the end are none: a download into a file that had its full size from the start leaves them."""
     scan = data.rstrip(b"\xff\0")
     image, *others = (_decode(scan + filler + b"\xff\xd9", rules) for filler in (b"", b"\xaa" * 128, b"\xfe" * 128))
     if not all(np.array_equal(image.rgb, other.rgb) for other in others):
@@ -205,34 +212,6 @@ def _webp_ends_in_zeros(data: bytes) -> bool:
     return False
 
 
-def _upright(image: Image.Image, data: bytes, rules: Images, notes: list[str]) -> DecodedImage:
-    turn, turn_notes = _turn(image)
-    rgb, mode_notes = _to_rgb(image, rules.background)
-    if image.format == "PNG" and data[24] == 16 and "16-bit" not in mode_notes:
-        mode_notes = (*mode_notes, "16-bit")
-    upright = rgb if turn is None else rgb.transpose(turn)
-    return DecodedImage(np.array(upright), (*notes, *turn_notes, *mode_notes))
-
-
-def _check_size(size: tuple[int, int], rules: Images) -> None:
-    width, height = size
-    if width * height > rules.max_pixels:
-        raise BadImage(f"{width}x{height} pixels, more than max_pixels {rules.max_pixels}")
-    if min(size) < rules.min_side:
-        raise BadImage(f"{width}x{height} pixels, a side is below min_side {rules.min_side}")
-    if max(size) > MAX_ASPECT * min(size):
-        raise BadImage(f"{width}x{height} pixels, longer than {MAX_ASPECT} to 1")
-
-
-def _frames(image: Image.Image, rules: Images) -> list[str]:
-    """MPO is what many phones write: one photograph and its preview, not an animation."""
-    if image.format == "MPO" or not getattr(image, "is_animated", False):
-        return []
-    if rules.animated == "skip":
-        raise Animated("several frames (images.animated is skip)")
-    return ["first-frame"]
-
-
 def _png_ends(data: bytes) -> bool:
     """Whether the closing chunk is there. BadImage: a chunk with a wrong checksum, which Pillow does not check."""
     view, at = memoryview(data), 8
@@ -247,18 +226,7 @@ def _png_ends(data: bytes) -> bool:
     return False
 
 
-def _turn(image: Image.Image) -> tuple[Image.Transpose | None, list[str]]:
-    """How to turn the image upright. Read after decoding: Pillow turns TIFF itself and then drops the tag."""
-    try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # EXIF is metadata: garbage in it does not spoil the image
-        return None, ["exif-ignored"]
-    if orientation in _UPRIGHT:
-        return _UPRIGHT[orientation], ["exif-rotated"]
-    return None, [] if orientation in (0, 1) else ["exif-ignored"]
-
-
-def _to_rgb(image: Image.Image, background: str) -> tuple[Image.Image, tuple[str, ...]]:
+def _to_rgb(image: Image.Image, background: str) -> tuple[Image.Image, list[str]]:
     """`image` (8 or 16 bits a channel) as mode RGB in sRGB, transparency over `background`, and the notes."""
     notes: list[str] = []
     icc, mode = image.info.get("icc_profile"), image.mode
@@ -269,55 +237,28 @@ def _to_rgb(image: Image.Image, background: str) -> tuple[Image.Image, tuple[str
     base = image if image.mode in ("CMYK", "L") else image.convert("L" if image.mode in ("1", "LA", "La") else "RGB")
     if mode == "CMYK":
         notes.append("cmyk")
-    rgb, colour_notes = _to_srgb(base, icc)
+    rgb, colour_notes = _to_srgb(base, icc) if icc else (base.convert("RGB"), [])
     notes += colour_notes
     if alpha is not None and np.asarray(alpha).min() < 255:
         rgb = Image.composite(rgb, Image.new("RGB", rgb.size, background), alpha)
         notes.append("alpha")
-    return rgb, tuple(notes)
+    return rgb, notes
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """16-bit (in TIFF also 12-bit) grey scaled and rounded; Pillow's own conversion cuts all above 255 to white."""
-    grey, tags = np.asarray(image).astype(np.uint32), getattr(image, "tag_v2", {})
-    top = 4095 if _first(tags.get(_TIFF_BITS)) == 12 else 65535
-    if tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8 bits and leaves 16 as they are
+    grey, top = np.asarray(image).astype(np.uint32), 4095 if _tiff_tag(image, _TIFF_BITS) == 12 else 65535
+    if _tiff_tag(image, _TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts 8 bits and leaves 16 as they are
         grey = top - np.minimum(grey, top)
     return Image.fromarray(((grey * 255 + top // 2) // top).astype(np.uint8))
 
 
-def _to_srgb(base: Image.Image, icc: bytes | None) -> tuple[Image.Image, list[str]]:
-    if not icc:
-        return base.convert("RGB"), []
+def _to_srgb(base: Image.Image, icc: bytes) -> tuple[Image.Image, list[str]]:
     try:
         profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
         if ImageCms.getProfileDescription(profile).strip().startswith("sRGB"):
             return base.convert("RGB"), []
-        srgb = ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(base, profile, srgb, outputMode="RGB")
+        converted = ImageCms.profileToProfile(base, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
         return converted or base.convert("RGB"), ["icc-converted"]
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         return base.convert("RGB"), ["icc-ignored"]
-
-
-def _not_an_image(data: bytes) -> str:
-    head = data[:256].lstrip()
-    for magic, name in _REFUSED.items():
-        if head.startswith(magic):
-            return f"{name} is not read; export it as png, jpg or webp"
-    if data[4:8] == b"ftyp":
-        return f"{data[8:12].decode('latin-1').upper()} is not read; export it as png, jpg or webp"
-    return f"not an image (starts with {_shown(head[:9])})"
-
-
-def _shown(head: bytes) -> str:
-    text = head.decode("latin-1")
-    return repr(text) if text.isprintable() and text.isascii() else head.hex(" ")
-
-
-def _owner(path: Path) -> str:
-    try:
-        found = path.stat()
-        return f"mode {stat.filemode(found.st_mode)}, owner {found.st_uid}"
-    except OSError:
-        return "its folder cannot be entered"

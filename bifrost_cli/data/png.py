@@ -1,8 +1,4 @@
-"""Images as PNG bytes with text in them, and contact sheets.
-
-In: uint8 arrays and text by keyword. Out: bytes, the same for the same input (no time, no host). Does not know what the
-text means.
-"""
+"""Images as PNG bytes with text in them, the same for the same input (no time, no host), and contact sheets."""
 
 from __future__ import annotations
 
@@ -14,8 +10,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-GUTTER = 4
-PAPER = 255
+GUTTER, PAPER = 4, 255
 
 
 def png_bytes(pixels_HWC: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:

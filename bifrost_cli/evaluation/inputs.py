@@ -29,7 +29,7 @@ from bifrost_cli.evaluation.feature_statistics import Statistics, load_adm, load
 from bifrost_cli.evaluation.metrics.metric import Metric
 from bifrost_cli.evaluation.networks.feature_network import FeatureNetwork
 from bifrost_cli.evaluation.registry import REGISTRY, metric_class, metric_flags
-from bifrost_cli.extraction.choose_source import images_of_store
+from bifrost_cli.extraction.source import images_of_store
 from bifrost_cli.generation.requests import read_prompts
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.shapes.captions import held_out_prompts

@@ -1,36 +1,37 @@
-"""extract-latents: captioned images -> a latents store.
-
-In: a recipe and a source (anything `data.listing` knows, or `shapes:N[:SEED]`). Out: a latents artifact. An interrupted
-extraction continues at the first missing shard and ends in the same bytes. Does not know what the latents are for.
-"""
+"""extract-latents: captioned images -> a latents store. The source is anything `data.sources.listing` knows, or
+`shapes:N[:SEED]`. An interrupted extraction continues at the first missing shard and ends in the same bytes. Does not
+know what the latents are for."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
 from bifrost_cli.config.schema import Recipe
-from bifrost_cli.data.latents.index import INDEX
+from bifrost_cli.data.images import BadImage, DecodedImage, square
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.latents.writer import StoreWriter
-from bifrost_cli.data.latents.zarr_layout import StoreLayout
+from bifrost_cli.data.latents.zarr_layout import INDEX, OK, StoreLayout
 from bifrost_cli.data.sources.item import Problem, SourceError
-from bifrost_cli.data.sources.scan import Sample, Scan, refuse_too_many
-from bifrost_cli.errors import DiskFull, Stopped
-from bifrost_cli.extraction.choose_source import choose_source, digest, listed, refuse_output, scan_source, write_events
-from bifrost_cli.extraction.encode import ShardRows, encode_shard
+from bifrost_cli.data.sources.scan import SHAPES, Sample, Scan, listed, refuse_too_many
+from bifrost_cli.errors import DiskFull, Stopped, memory_errors
+from bifrost_cli.extraction.source import digest, refuse_output, scan_source, write_events
 from bifrost_cli.loading.loaders import ModelLoader, encoder_errors
 from bifrost_cli.models.encoders import Encoder, VaeEncoder
 from bifrost_cli.runtime import distributed
 from bifrost_cli.runtime.launch import StopFlag, together
-from bifrost_cli.runtime.ui import Ui
+from bifrost_cli.runtime.ui import Counter, Ui
 
-PREPROCESSING = {"orientation": "exif", "colour": "srgb", "frame": "first", "crop": "centre"}
+Squares = tuple[np.ndarray, np.ndarray | None, dict[str, Any]]  # an image at the encoders' sizes, and its index line
 
 
 @together
@@ -51,11 +52,10 @@ def extract_latents(
     setup, or is being written. Stopped (75): SIGTERM or Ctrl-C; the same command continues.
     """
     ui = ui or Ui()
-    chosen = choose_source(source, recipe, ui)
+    chosen = str(source) if source is not None else f"{SHAPES}{recipe.shapes.rows}:{recipe.shapes.seed}"
+    ui.say(f"source: {chosen}" + ("" if source is not None else " (none given: the built-in world)"))
     refuse_output(chosen, output, workspace)
-    scanned = distributed.run_on_main(
-        lambda: scan_source(chosen, recipe, Path(workspace), ui)
-    )  # every image is read once
+    scanned = distributed.run_on_main(lambda: scan_source(chosen, recipe, Path(workspace), ui))  # images are read once
     loader = ModelLoader(recipe.models, device)
     encoder = loader.encoder(recipe.latents, recipe.images)
     with encoder_errors("images.output_size"):
@@ -68,57 +68,30 @@ def extract_latents(
 class ExtractionRun:
     """One extraction: what is encoded, by what, into which layout."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        source: str,
-        scanned: Scan,
-        encoder: Encoder,
-        vae: VaeEncoder | None,
-        device: torch.device,
-        ui: Ui,
-    ) -> None:
+    def __init__(self, recipe: Recipe, source: str, scanned: Scan, encoder: Encoder, vae: VaeEncoder | None,
+                 device: torch.device, ui: Ui) -> None:  # fmt: skip
         self.recipe, self.source, self.scanned, self.device, self.ui = recipe, source, scanned, device, ui
         self.encoder, self.vae = encoder, vae
         self.failed: list[Problem] = []
-        rules = recipe.latents
-        self.described = {
-            "encoder": encoder.identity,
-            "painter": vae.identity if vae else None,
-            "preprocessing": {**PREPROCESSING, "background": recipe.images.background},
-        }
-        self.layout = StoreLayout(
-            len(scanned.samples),
-            encoder.grid,
-            encoder.channels,
-            vae.shape if vae else None,
-            rules.shard_rows,
-            rules.chunk_rows,
-            rules.storage,
-        )
-        self.identity = {
-            **self.described,
-            "samples": digest(scanned.samples),
-            "rows": len(scanned.samples),
-            "shard_rows": rules.shard_rows,
-            "chunk_rows": rules.chunk_rows,
-            **({} if rules.storage == "float16" else {"storage": rules.storage}),
-        }
+        rules, rows = recipe.latents, len(scanned.samples)
+        preprocessing = {"orientation": "exif", "colour": "srgb", "frame": "first", "crop": "centre",
+                         "background": recipe.images.background}  # fmt: skip
+        self.described = {"encoder": encoder.identity, "painter": vae and vae.identity, "preprocessing": preprocessing}
+        self.layout = StoreLayout(rows, encoder.grid, encoder.channels, vae.shape if vae else None, rules.shard_rows,
+                                  rules.chunk_rows, rules.storage)  # fmt: skip
+        storage = {} if rules.storage == "float16" else {"storage": rules.storage}
+        self.identity = {**self.described, "samples": digest(scanned.samples), "rows": rows,
+                         "shard_rows": rules.shard_rows, "chunk_rows": rules.chunk_rows, **storage}  # fmt: skip
 
     def plan(self, path: Path) -> dict[str, Any]:
         """What the extraction will do and need; sizes in bytes, before compression."""
-        return {
-            "output": str(path),
-            "encoder": f"{self.encoder.identity['name']} ({self.encoder.identity['weights'][:12]})",
-            "grid": list(self.layout.grid),
-            "channels": self.layout.channels,
-            **self.scanned.funnel,
-            "shards": self.layout.shards,
-            "disk_needed": self._bytes(self.layout.rows),
-            "disk_free": _free(path),
-            "memory_of_a_shard": self._bytes(min(self.layout.rows, self.layout.shard_rows)) * self._copies(),
-            "device": str(self.device),
-        }
+        layout = self.layout
+        copies = 5 if layout.storage == "int8" else 1  # of a shard, in 16 bits each, before and after its rounding
+        memory = min(layout.rows, layout.shard_rows) * layout.row_bytes * copies
+        encoder = f"{self.encoder.identity['name']} ({self.encoder.identity['weights'][:12]})"
+        return {"output": str(path), "encoder": encoder, "grid": list(layout.grid), "channels": layout.channels,
+                **self.scanned.funnel, "shards": layout.shards, "disk_needed": layout.rows * layout.row_bytes,
+                "disk_free": _free(path), "memory_of_a_shard": memory, "device": str(self.device)}  # fmt: skip
 
     def run(self, path: Path) -> Artifact:
         """Write what is missing, then the manifest."""
@@ -127,44 +100,79 @@ class ExtractionRun:
                 self.ui.say(f"{path} holds these latents already")
                 return Artifact.open(path)
             started = time.monotonic()
-            writer = self._writer(draft, path)
-            missing = distributed.run_on_main(lambda: self._begin(writer, path))
+            writer = StoreWriter(draft or path, self.layout, self.described)
+            missing = distributed.run_on_main(lambda: self._begin(writer))
             with distributed.raise_together():
-                self._fill(writer, missing[distributed.rank() :: distributed.world()], path)
+                self._fill(writer, missing[distributed.rank() :: distributed.world()])
             failed = sum(distributed.all_gather_object(self.failed), [])
             distributed.run_on_main(lambda: self._finish(draft, writer, missing, failed, started))
         return Artifact.open(path)
 
-    def _writer(self, draft: Draft | None, path: Path) -> StoreWriter:
-        if draft is None:
-            return StoreWriter.beside(path, self.layout)
-        return StoreWriter(draft, self.layout, self.described)
-
-    def _begin(self, writer: StoreWriter, path: Path) -> list[int]:
+    def _begin(self, writer: StoreWriter) -> list[int]:
         """The shards to write, when there is room for them."""
-        write_events(path, self.scanned.events)
-        missing = writer.missing_shards()
-        rows = self._rows(missing)
-        self._require_room(path, rows)
+        write_events(writer.path, self.scanned.events)
+        missing, of = writer.missing_shards(), self.layout.rows
+        rows, processes = self._rows(missing), distributed.world()
+        need, free = rows * self.layout.row_bytes, _free(writer.path)
+        if need > free:
+            raise DiskFull(f"{rows} rows of latents do not fit on the disk of {writer.path}",
+                           at=f"need {need:,} bytes, free {free:,}",
+                           fix="free some space, or write elsewhere with -o; finished shards are kept")  # fmt: skip
         if len(missing) < self.layout.shards:
-            self.ui.say(f"continuing: {self.layout.rows - rows} of {self.layout.rows} rows are there")
-        if distributed.world() > max(1, len(missing)):
-            self.ui.say(f"{len(missing)} shards are to be written: {distributed.world() - len(missing)} of the "
-                        f"{distributed.world()} processes have nothing to do")  # fmt: skip
+            self.ui.say(f"continuing: {of - rows} of {of} rows are there")
+        if processes > max(1, len(missing)):
+            idle = f"{processes - len(missing)} of the {processes} processes have nothing to do"
+            self.ui.say(f"{len(missing)} shards are to be written: {idle}")
         return missing
 
-    def _fill(self, writer: StoreWriter, shards: list[int], path: Path) -> None:
+    def _fill(self, writer: StoreWriter, shards: list[int]) -> None:
         """Encode and write this process's shards."""
         with StopFlag() as stop, self.ui.progress(self._rows(shards), "encoding images") as bar:
             for shard in shards:
                 if stop.requested or distributed.other_process_failed():
-                    written = len(list((path / INDEX).glob("*.jsonl")))
-                    raise Stopped(
-                        f"stopped before shard {shard}; {written} of {self.layout.shards} are written",
-                        at=str(path),
-                        fix="give the same command again; it continues there",
-                    )
-                self._write(writer, shard, bar, path)
+                    written = len(list((writer.path / INDEX).glob("*.jsonl")))
+                    raise Stopped(f"stopped before shard {shard}; {written} of {self.layout.shards} are written",
+                                  at=str(writer.path), fix="give the same command again; it continues there"
+                                  )  # fmt: skip
+                latents_NPC, vae_Nchw, lines = self._encode(self.scanned.samples[self.layout.span(shard)], bar)
+                if failed := [line for line in lines if line["status"] != OK]:
+                    self._judge([Problem("failed", line["key"], line["notes"][0]) for line in failed], writer.path)
+                writer.write_shard(shard, latents_NPC, lines, vae_Nchw)
+
+    def _encode(self, samples: Sequence[Sample], bar: Counter
+                ) -> tuple[np.ndarray, np.ndarray | None, list[dict[str, Any]]]:  # fmt: skip
+        """Latents, VAE latents and index lines of one shard. An image that is gone or changed since the scan becomes a
+        failed row, whose values mean nothing. Batches begin at the shard's first row and a failed image is encoded as
+        an empty one, so that a row's numbers depend on nothing but its shard."""
+        encoder, vae = self.encoder, self.vae
+        lines: list[dict[str, Any]] = []
+        latents_NPC = np.empty((len(samples), encoder.grid[0] * encoder.grid[1], encoder.channels), np.float16)
+        vae_Nchw = None if vae is None else np.empty((len(samples), *vae.shape), np.float16)
+        sizes = encoder.image_size, vae.image_size if vae else None
+        for batch in _batches(samples, *sizes, self.recipe.latents.batch_size):
+            inputs, outputs, described = zip(*batch, strict=True)
+            rows = slice(len(lines), len(lines) + len(batch))
+            smaller = f"--set latents.batch_size={max(1, len(batch) // 2)}"
+            with memory_errors(f"encoding {len(batch)} images at once", smaller):
+                # What does not fit in float16 becomes infinite, which the store's writer refuses by name.
+                latents_NPC[rows] = encoder.encode(np.stack(inputs)).to("cpu", torch.float16).numpy()
+                if vae is not None and vae_Nchw is not None:
+                    vae_Nchw[rows] = vae.encode(np.stack(outputs)).to("cpu", torch.float16).numpy()
+            lines += described
+            bar.advance(len(batch))
+        return latents_NPC, vae_Nchw, lines
+
+    def _judge(self, failed: list[Problem], path: Path) -> None:
+        """Images that changed since the scan: an event each, and the recipe's rules for bad images."""
+        if distributed.rank() == 0:
+            write_events(path, failed, append=True)
+        else:
+            self.failed += failed  # the first process writes them at the end
+        if self.recipe.latents.bad_image == "stop":
+            raise SourceError(f"{len(failed)} images of {self.source} changed during the run", failed,
+                              fix="extract again, in another place (-o)", code="BF-DATA-003")  # fmt: skip
+        bad = [event for event in self.scanned.events if event.event == "bad-image"]
+        refuse_too_many([*bad, *failed], self.scanned.funnel["seen"], self.source, self.recipe.latents)
 
     def _finish(
         self, draft: Draft | None, writer: StoreWriter, missing: list[int], failed: list[Problem], started: float
@@ -173,99 +181,54 @@ class ExtractionRun:
         assert draft is not None  # in the first process
         if failed:
             write_events(draft.path, failed, append=True)
-        writer.take_in()
         statistics = writer.finish()
         seconds, encoded = time.monotonic() - started, self._rows(missing)
-        artifact = draft.commit(
-            {
-                "recipe": self.recipe.model_dump(mode="json"),
-                "source": str(self.source),
-                "funnel": self.scanned.funnel,
-                "counts": self.scanned.counts,
-                "statistics": _summary(statistics),
-            },
-            made={"device": str(self.device), "seed": None},
-            cost={"device": str(self.device), "samples": encoded},
-        )
-        self._report(artifact, statistics, encoded, seconds)
+        ranges = {name: (min(statistics[name]), max(statistics[name])) for name in ("mean", "std")}
+        # The values of every channel are in the store's attributes.
+        summary = {"tokens": statistics["tokens"], "norm": statistics["norm"], **ranges}
+        info = {"recipe": self.recipe.model_dump(mode="json"), "source": self.source, "statistics": summary,
+                "funnel": self.scanned.funnel, "counts": self.scanned.counts}  # fmt: skip
+        device = str(self.device)
+        made, cost = {"device": device, "seed": None}, {"device": device, "samples": encoded}
+        store = LatentsStore.open(draft.commit(info, made=made, cost=cost))
+        path, say = store.artifact.path, self.ui.say
+        say("funnel: " + listed({**self.scanned.funnel, "used": store.rows}))
+        if self.scanned.counts:
+            say("counted: " + listed(self.scanned.counts))
+        if store.rows < self.layout.rows:
+            say(f"failed: {self.layout.rows - store.rows} images changed during the run, see {path}/work")
+        mean, std = ("{:.4g} to {:.4g}".format(*ranges[name]) for name in ("mean", "std"))
+        norm, shape = statistics["norm"], "x".join(map(str, (*store.grid, store.channels)))
+        say(f"channels: {store.channels}, mean {mean}, std {std}; mean norm of a token {norm:.4g}")
+        speed = encoded / max(seconds, 1e-9)
+        say(f"latents: {path} ({store.artifact.id}), {store.rows} rows of {shape}, {speed:.1f} images/s")
 
     def _rows(self, shards: list[int]) -> int:
-        return sum(len(self._samples(shard)) for shard in shards)
+        return sum(len(self.scanned.samples[self.layout.span(shard)]) for shard in shards)
 
-    def _write(self, writer: StoreWriter, shard: int, bar: Any, path: Path) -> None:
-        rows = encode_shard(self._samples(shard), self.encoder, self.vae, self.recipe.latents.batch_size, bar)
-        self._judge_failed(rows, path)
-        writer.write_shard(shard, rows.latents_NPC, rows.lines, rows.vae_Nchw)
 
-    def _judge_failed(self, rows: ShardRows, path: Path) -> None:
-        """Images that changed since the scan: an event each, and the recipe's rules for bad images."""
-        if not rows.failed:
-            return
-        failed = [Problem("failed", line["key"], line["notes"][0]) for line in rows.failed]
-        if distributed.rank() == 0:
-            write_events(path, failed, append=True)
-        else:
-            self.failed += failed  # the first process writes them at the end
-        rules = self.recipe.latents
-        if rules.bad_image == "stop":
-            raise SourceError(
-                f"{len(failed)} images of {self.source} changed during the run",
-                failed,
-                fix="extract again, in another place (-o)",
-                code="BF-DATA-003",
-            )
-        bad = [event for event in self.scanned.events if event.event == "bad-image"]
-        refuse_too_many([*bad, *failed], self.scanned.funnel["seen"], self.source, rules)
+def _batches(samples: Sequence[Sample], size: int, output_size: int | None, count: int) -> Iterator[list[Squares]]:
+    """Batches in order, the next one being read while this one is encoded; never more than two in memory."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        waiting: list[Future[Squares]] = []
+        for start in range(0, len(samples), count):
+            ahead = [pool.submit(_squares, sample, size, output_size) for sample in samples[start : start + count]]
+            if waiting:
+                yield [future.result() for future in waiting]
+            waiting = ahead
+        yield [future.result() for future in waiting]
 
-    def _samples(self, shard: int) -> tuple[Sample, ...]:
-        return self.scanned.samples[self.layout.span(shard)]
 
-    def _bytes(self, rows: int) -> int:
-        return rows * self.layout.row_bytes
-
-    def _copies(self) -> int:
-        """A shard in 8 bits is in memory before and after its rounding too, in 16 bits each."""
-        return 5 if self.layout.storage == "int8" else 1
-
-    def _require_room(self, path: Path, rows: int) -> None:
-        need, free = self._bytes(rows), _free(path)
-        if need > free:
-            raise DiskFull(
-                f"{rows} rows of latents do not fit on the disk of {path}",
-                at=f"need {need:,} bytes, free {free:,}",
-                fix="free some space, or write elsewhere with -o; finished shards are kept",
-            )
-
-    def _report(self, artifact: Artifact, statistics: dict[str, Any], encoded: int, seconds: float) -> None:
-        store = LatentsStore.open(artifact)
-        funnel = {**self.scanned.funnel, "used": store.rows}
-        self.ui.say("funnel: " + listed(funnel))
-        if self.scanned.counts:
-            self.ui.say("counted: " + listed(self.scanned.counts))
-        if store.rows < self.layout.rows:
-            self.ui.say(
-                f"failed: {self.layout.rows - store.rows} images changed during the run, see {artifact.path}/work"
-            )
-        self.ui.say(
-            f"channels: {store.channels}, mean {_range(statistics['mean'])}, std {_range(statistics['std'])}; "
-            f"mean norm of a token {statistics['norm']:.4g}"
-        )
-        shape = "x".join(map(str, (*store.grid, store.channels)))
-        self.ui.say(
-            f"latents: {artifact.path} ({artifact.id}), {store.rows} rows of {shape}, "
-            f"{encoded / max(seconds, 1e-9):.1f} images/s"
-        )
+def _squares(sample: Sample, size: int, output_size: int | None) -> Squares:
+    try:
+        image, status = sample.load(), OK
+    except BadImage as error:
+        image, status = DecodedImage(np.zeros((size, size, 3), np.uint8), (error.message,)), "failed"
+    height, width = image.rgb.shape[:2]
+    line = {"key": sample.key, "caption": sample.caption, "plan": sample.plan, "image": sample.sha256,
+            "size": [width, height], "status": status, "notes": list(image.notes)}  # fmt: skip
+    return square(image.rgb, size), square(image.rgb, output_size) if output_size else None, line
 
 
 def _free(path: Path) -> int:
     return shutil.disk_usage(next(folder for folder in (path, *path.absolute().parents) if folder.exists())).free
-
-
-def _summary(statistics: dict[str, Any]) -> dict[str, Any]:
-    """For the manifest; the values of every channel are in the store's attributes."""
-    ranges = {name: [min(statistics[name]), max(statistics[name])] for name in ("mean", "std")}
-    return {"tokens": statistics["tokens"], "norm": statistics["norm"], **ranges}
-
-
-def _range(values: list[float]) -> str:
-    return f"{min(values):.4g} to {max(values):.4g}"

@@ -18,8 +18,7 @@ from bifrost_cli.artifacts import Artifact, default_path, resolve
 from bifrost_cli.artifacts.files import make_folder, new_file, new_folder, read_json, write_bytes, write_json
 from bifrost_cli.artifacts.manifest import require_new
 from bifrost_cli.config.schema import Recipe
-from bifrost_cli.data.safetensors_io import load_tensors, save_tensors
-from bifrost_cli.data.sharded_checkpoint import INDEX
+from bifrost_cli.data.safetensors_io import INDEX, load_tensors, save_tensors
 from bifrost_cli.errors import ArtifactError, UsageError
 from bifrost_cli.interop.model_card import model_card
 from bifrost_cli.interop.published_names import public_name, published_name, to_published

@@ -21,8 +21,15 @@ from torch import Tensor
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
 from bifrost_cli.artifacts.files import read_json, write_json
 from bifrost_cli.config.schema import Recipe
-from bifrost_cli.data.safetensors_io import misfits, save_tensors, shapes_of, weights_hash
-from bifrost_cli.data.sharded_checkpoint import ShardedCheckpoint, few, trainer_files
+from bifrost_cli.data.safetensors_io import (
+    ShardedCheckpoint,
+    few,
+    misfits,
+    save_tensors,
+    shapes_of,
+    trainer_files,
+    weights_hash,
+)
 from bifrost_cli.errors import ArtifactError, EnvironmentProblem
 from bifrost_cli.interop import published_names as published
 from bifrost_cli.interop.published_names import OWN, Names

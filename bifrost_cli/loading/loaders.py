@@ -28,8 +28,7 @@ from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.files import make_folder, read_json, write_json
 from bifrost_cli.artifacts.identity import digest_of, provenance
 from bifrost_cli.config.schema import Images, Latents, Models
-from bifrost_cli.data.safetensors_io import load_tensors, misfits, shapes_of
-from bifrost_cli.data.sharded_checkpoint import ShardedCheckpoint, few
+from bifrost_cli.data.safetensors_io import ShardedCheckpoint, few, load_tensors, misfits, shapes_of
 from bifrost_cli.errors import ArtifactError, BifrostError, RecipeError
 from bifrost_cli.loading.offload import OffloadPolicy
 from bifrost_cli.loading.open_clip_models import features_name, load_open_clip

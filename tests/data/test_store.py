@@ -15,12 +15,10 @@ from fixtures_store import ENCODER, line, make_store, row
 from bifrost_cli.artifacts import Artifact, Draft
 from bifrost_cli.data.latents import reader as store_module
 from bifrost_cli.data.latents import writer
-from bifrost_cli.data.latents.channel_statistics import statistics_of, sums_of
-from bifrost_cli.data.latents.index import index_file, read_index
 from bifrost_cli.data.latents.int8 import decode_int8, encode_int8
 from bifrost_cli.data.latents.reader import LatentsStore
-from bifrost_cli.data.latents.writer import StoreWriter
-from bifrost_cli.data.latents.zarr_layout import StoreLayout
+from bifrost_cli.data.latents.writer import StoreWriter, statistics_of, sums_of
+from bifrost_cli.data.latents.zarr_layout import StoreLayout, index_file, read_index
 from bifrost_cli.errors import ArtifactError, BifrostError, DataError, StoreError
 
 LAYOUT = StoreLayout(40, (2, 2), 8, (4, 2, 2), shard_rows=16, chunk_rows=4)

@@ -16,7 +16,7 @@ from PIL import Image
 from bifrost_cli.config.schema import Latents
 from bifrost_cli.data.images import BadImage
 from bifrost_cli.data.sources.scan import scan
-from bifrost_cli.data.sources.tar_members import members
+from bifrost_cli.data.sources.webdataset import members
 from bifrost_cli.errors import BifrostError, DataError
 
 RULES = Latents()

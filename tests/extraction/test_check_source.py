@@ -12,7 +12,7 @@ from bifrost_cli.cli.app import run
 from bifrost_cli.config.schema import Latents, Recipe
 from bifrost_cli.data.sources.scan import scan
 from bifrost_cli.errors import BifrostError
-from bifrost_cli.extraction.check_source import check_source
+from bifrost_cli.extraction.source import check_source
 
 
 def folder(path: Path) -> Path:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from bifrost_cli.artifacts import Artifact, Draft
 from bifrost_cli.cli.app import run
 from bifrost_cli.config.load import load_recipe
-from bifrost_cli.data.sharded_checkpoint import ShardedCheckpoint
+from bifrost_cli.data.safetensors_io import ShardedCheckpoint
 from bifrost_cli.errors import ArtifactError, BifrostError, UsageError
 from bifrost_cli.interop import export as stage
 from bifrost_cli.interop.export import export, export_mllm

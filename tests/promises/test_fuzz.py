@@ -23,7 +23,7 @@ from test_webdataset import archive, image
 from bifrost_cli.artifacts import Artifact, Draft
 from bifrost_cli.config.load import load_recipe, recipe_path
 from bifrost_cli.config.schema import Latents
-from bifrost_cli.data.latents.index import read_index, write_index
+from bifrost_cli.data.latents.zarr_layout import read_index, write_index
 from bifrost_cli.data.safetensors_io import load_tensors, save_tensors
 from bifrost_cli.data.sources.scan import scan
 from bifrost_cli.errors import BifrostError

@@ -1,15 +1,12 @@
-"""Latents in 8 bits: signed codes, a scale for every channel of an image, and one for every 64 channels of a token.
-
-In: float16 latents. Out: codes in -127..127 and scales, and from these float16 latents again. The code -128 means that
-nothing was written and comes back as NaN, as the float16 store's fill value does. Does not know Zarr.
-N rows, P patches, C channels, K = ceil(C / 64) blocks; S = P * K + C scales of a row.
+"""Latents in 8 bits: signed codes, a scale for every channel of an image, and one for every 64 channels of a token. The
+code -128 means that nothing was written and comes back as NaN, as the float16 store's fill value does. N rows, P
+patches, C channels, K = ceil(C / 64) blocks; S = P * K + C scales of a row.
 
 Tokens keep their direction with a scale for each block of a token; channels that are small beside others keep their
 shape, which a training on normalised latents sees, with a scale for each channel. The first alone lost such channels
 (an error of their own deviation), the second alone 0.4 % of the cosine of tokens with heavy tails. A channel's scale is
 its root mean square to the power 2/3: with 1 heavy tails suffer (cosine 0.997), with 1/2 small channels do (an error of
-0.24 deviations). Subtracting a channel's mean would turn the small tokens of an image (cosine 0.965).
-"""
+0.24 deviations). Subtracting a channel's mean would turn the small tokens of an image (cosine 0.965)."""
 
 from __future__ import annotations
 
@@ -17,10 +14,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-BLOCK = 64
-MISSING = -128
-_TOP = 127
-_POWER = 2 / 3
+BLOCK, MISSING = 64, -128
+_TOP, _POWER = 127, 2 / 3
 _ROWS = 16  # worked on at once: a shard of the paper's latents in float32 would be 3.8 GB
 _LARGEST = np.finfo(np.float16).max
 
@@ -35,13 +30,13 @@ def encode_int8(half_NPC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     count, patches, channels = half_NPC.shape
     codes_NPC = np.empty(half_NPC.shape, np.int8)
     scales_NS = np.empty((count, scales_of_row(patches, channels)), np.float16)
-    for rows in _parts(count):
+    for rows in _slices(count, _ROWS):
         values = half_NPC[rows].astype(np.float32)
         channel_NC = (np.sqrt(np.square(values).mean(1)) ** _POWER).astype(np.float16)
         values /= _safe(channel_NC)[:, None]
-        largest_NPK = np.stack([np.abs(values[..., part]).max(-1) for part in _blocks(channels)], -1)
+        largest_NPK = np.stack([np.abs(values[..., part]).max(-1) for part in _slices(channels, BLOCK)], -1)
         largest_NPK = largest_NPK.astype(np.float16)
-        for k, part in enumerate(_blocks(channels)):
+        for k, part in enumerate(_slices(channels, BLOCK)):
             scaled = values[..., part] * (_TOP / _safe(largest_NPK[..., k]))[..., None]
             rounded = np.clip(np.rint(scaled), -_TOP, _TOP)
             codes_NPC[rows, :, part] = np.where(np.isnan(rounded), MISSING, rounded).astype(np.int8)
@@ -53,11 +48,11 @@ def decode_int8(codes_NPC: np.ndarray, scales_NS: np.ndarray) -> np.ndarray:
     """Latents (N, P, C) float16; NaN where nothing was written."""
     count, patches, channels = codes_NPC.shape
     half_NPC = np.empty(codes_NPC.shape, np.float16)
-    for rows in _parts(count):
+    for rows in _slices(count, _ROWS):
         scales = scales_NS[rows].astype(np.float32)
         largest_NPK = scales[:, :-channels].reshape(len(scales), patches, -1) / _TOP
         channel_NC = _safe(scales[:, -channels:])
-        for k, part in enumerate(_blocks(channels)):
+        for k, part in enumerate(_slices(channels, BLOCK)):
             codes = codes_NPC[rows, :, part]
             values = codes * largest_NPK[..., k, None] * channel_NC[:, None, part]
             half_NPC[rows, :, part] = np.where(codes == MISSING, np.nan, np.clip(values, -_LARGEST, _LARGEST))
@@ -69,9 +64,5 @@ def _safe(scale: np.ndarray) -> np.ndarray:
     return np.where(scale == 0, 1, scale).astype(np.float32)
 
 
-def _parts(rows: int) -> Iterator[slice]:
-    return (slice(start, start + _ROWS) for start in range(0, rows, _ROWS))
-
-
-def _blocks(channels: int) -> Iterator[slice]:
-    return (slice(start, start + BLOCK) for start in range(0, channels, BLOCK))
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, start + step) for start in range(0, length, step))

@@ -1,10 +1,6 @@
-"""Reading a latents store.
-
-In: a complete latents artifact and row numbers. Out: float16 arrays, captions and statistics, or StoreError: a wrong,
-missing or changed byte is never returned as a number. Small files are checked against the manifest when the store is
-opened, each shard by its sha256 when it is first touched, each inner chunk by its crc32c and each row for being finite
-when it is read. Does not know models.
-"""
+"""Reading a latents store: a wrong, missing or changed byte is an error, and never returned as a number. Small files
+are checked against the manifest when the store is opened, each shard by its sha256 when it is first touched, each inner
+chunk by its crc32c and each row for being finite when it is read."""
 
 from __future__ import annotations
 
@@ -19,9 +15,8 @@ import numpy as np
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.files import sha256_file
 from bifrost_cli.data.latents import zarr_layout
-from bifrost_cli.data.latents.index import MEND, OK, read_index
 from bifrost_cli.data.latents.int8 import decode_int8
-from bifrost_cli.data.latents.zarr_layout import FORMATS, SCALE, StoreLayout
+from bifrost_cli.data.latents.zarr_layout import LATENTS, MEND, OK, SCALE, StoreLayout, read_index
 from bifrost_cli.errors import StoreError
 
 _KEPT_IN_MEMORY = 2_000_000_000  # bytes of one array
@@ -41,9 +36,19 @@ class LatentsStore:
         self._kept: dict[str, np.ndarray] = {}
         group = zarr_layout.open_group(self._path)
         self.attributes: dict[str, Any] = dict(group.attrs)
-        self._layout = _layout(self.attributes, self._path)
+        self._layout = StoreLayout.of(self.attributes, self._path)
         self._arrays = zarr_layout.open_arrays(group, self._layout, self._path)
-        self._read_index()
+        # Of each row its text and its place, nothing else: a store may have millions.
+        self.keys: list[str] = []
+        self.captions: list[str] = []
+        self.plans: list[str | None] = []
+        places = array("q")
+        for place, line in self._ok_lines():
+            places.append(place)
+            self.keys.append(line["key"])
+            self.captions.append(line["caption"])
+            self.plans.append(line.get("plan"))
+        self._physical_N = np.array(places, np.int64)
         self.rows, self.grid, self.channels = len(self.keys), self._layout.grid, self._layout.channels
         self.vae_shape = self._layout.vae
         self.encoder: dict[str, Any] = self.attributes["encoder"]
@@ -60,7 +65,16 @@ class LatentsStore:
         artifact = source if isinstance(source, Artifact) else Artifact.open(source)
         if artifact.kind != "latents":
             raise StoreError(f"{artifact.path} is a {artifact.kind} artifact, not latents", fix="give a latents store")
-        _check_files(artifact)
+        for name, entry in artifact.files.items():  # all but the shards are hashed too
+            path = artifact.path / name
+            if not path.is_file() or path.stat().st_size != entry["size"]:
+                trouble = "has another size than it was written with" if path.exists() else "is missing"
+            elif "/c/" not in name and sha256_file(path) != entry["sha256"]:
+                trouble = "was changed after it was written"
+            else:
+                continue
+            see = f"see all of it: bifrost artifacts verify {quote(str(artifact.path))}"
+            raise StoreError(f"{artifact.path}: {name} {trouble}", at=see, fix=MEND, code="BF-STORE-005")
         try:
             return cls(artifact, verify)
         except (KeyError, TypeError, ValueError) as error:
@@ -68,16 +82,13 @@ class LatentsStore:
 
     def latents(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """Latents (n, P, C) float16 of `rows`, in the order given. StoreError naming the shard that is damaged."""
-        return self._read("latents", rows)
+        return self._read(LATENTS, rows)
 
     def vae(self, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """The diffusion model's VAE latents (n, c, h, w) float16 of `rows`. StoreError when the store has none."""
         if self.vae_shape is None:
-            raise StoreError(
-                f"{self._path} holds no VAE latents",
-                fix="extract again with them, in another place: bifrost extract-latents --set latents.vae=true",
-                code="BF-STORE-006",
-            )
+            fix = "extract again with them, in another place: bifrost extract-latents --set latents.vae=true"
+            raise StoreError(f"{self._path} holds no VAE latents", fix=fix, code="BF-STORE-006")
         return self._read("vae", rows)
 
     @property
@@ -85,127 +96,54 @@ class LatentsStore:
         """The index line of each row, read again from the disk."""
         return [line for _, line in self._ok_lines()]
 
-    def _read_index(self) -> None:
-        """Of each row its text and its place, nothing else: a store may have millions."""
-        self.keys: list[str] = []
-        self.captions: list[str] = []
-        self.plans: list[str | None] = []
-        places = array("q")
-        for place, line in self._ok_lines():
-            places.append(place)
-            self.keys.append(line["key"])
-            self.captions.append(line["caption"])
-            self.plans.append(line.get("plan"))
-        self._physical_N = np.array(places, np.int64)
-
     def _ok_lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Row number in the arrays and index line of every row that did not fail."""
         for shard in range(self._layout.shards):
-            index, span = read_index(self._path, shard), self._layout.span(shard)
-            if len(index.lines) != span.stop - span.start:
-                raise StoreError(
-                    f"{self._path}: the index of shard {shard} has {len(index.lines)} rows",
-                    fix=MEND,
-                    code="BF-STORE-006",
-                )
-            yield from ((i, line) for i, line in enumerate(index.lines, span.start) if line["status"] == OK)
+            lines, span = read_index(self._path, shard).lines, self._layout.span(shard)
+            if len(lines) != span.stop - span.start:
+                message = f"{self._path}: the index of shard {shard} has {len(lines)} rows"
+                raise StoreError(message, fix=MEND, code="BF-STORE-006")
+            yield from ((i, line) for i, line in enumerate(lines, span.start) if line["status"] == OK)
 
     def _read(self, name: str, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         wanted = np.asarray(rows, np.int64)
         if name not in self._kept and 2 * self._arrays[name].size <= _KEPT_IN_MEMORY:
-            self._kept[name] = self._read_all(name)
+            self._kept[name] = self._read_rows(name, self._physical_N)
         if name in self._kept:
             return self._kept[name][wanted]
         unique, inverse = np.unique(self._physical_N[wanted], return_inverse=True)
-        shards = unique // self._layout.shard_rows
-        parts = [self._read_rows(name, int(shard), unique[shards == shard]) for shard in np.unique(shards)]
-        return np.concatenate(parts)[inverse] if parts else np.empty((0, *self._layout.row_shapes[name]), np.float16)
+        return self._read_rows(name, unique)[inverse]
 
-    def _read_all(self, name: str) -> np.ndarray:
-        whole = np.empty((self.rows, *self._layout.row_shapes[name]), np.float16)
-        shards = self._physical_N // self._layout.shard_rows
-        for shard in range(self._layout.shards):
-            whole[shards == shard] = self._read_rows(name, shard, self._physical_N[shards == shard])
-        return whole
-
-    def _read_rows(self, name: str, shard: int, physical: np.ndarray) -> np.ndarray:
-        """Sorted rows of one shard as float16. StoreError when a row that was written is not there."""
-        values = self._read_stored(name, shard, physical)
-        if self._layout.dtype(name) == "int8":
-            values = decode_int8(values, self._read_stored(SCALE, shard, physical))
-        if not np.isfinite(values).all():
-            raise self._damaged(name, shard, "rows that were written are missing")
-        return values
+    def _read_rows(self, name: str, physical_N: np.ndarray) -> np.ndarray:
+        """Rows in ascending order as float16. StoreError when one that was written is not there."""
+        rows = np.empty((len(physical_N), *self._layout.row_shapes[name]), np.float16)
+        shards_N = physical_N // self._layout.shard_rows
+        for shard in map(int, np.unique(shards_N)):
+            of_shard = shards_N == shard
+            values = self._read_stored(name, shard, physical_N[of_shard])
+            if self._layout.dtype(name) == "int8":
+                values = decode_int8(values, self._read_stored(SCALE, shard, physical_N[of_shard]))
+            if not np.isfinite(values).all():
+                raise self._damaged(name, shard, "rows that were written are missing")
+            rows[of_shard] = values
+        return rows
 
     def _read_stored(self, name: str, shard: int, physical: np.ndarray) -> np.ndarray:
-        """Rows as they are stored, from the file that the shard's index line names and no other."""
-        self._check_shard(name, shard)
-        span = self._layout.span(shard)
+        """Rows as they are stored, from the file that the manifest names and no other."""
+        file, span = self._layout.shard_file(name, shard), self._layout.span(shard)
         try:
+            if self._verify and file not in self._checked:
+                if sha256_file(self._path / file) != self.artifact.files[file]["sha256"]:
+                    raise ValueError("its sha256 is not the one in the manifest")
+                self._checked.add(file)
             if len(physical) == span.stop - span.start:
                 return np.asarray(self._arrays[name][span])
             return np.asarray(self._arrays[name].oindex[physical])
-        except (
-            Exception
-        ) as error:  # Zarr and its codecs raise many kinds for one cause: bytes that are not what was written
+        except Exception as error:  # Zarr and its codecs raise many kinds for bytes that are not what was written
             raise self._damaged(name, shard, str(error)) from error
-
-    def _check_shard(self, name: str, shard: int) -> None:
-        file = self._layout.shard_file(name, shard)
-        if file in self._checked:
-            return
-        try:
-            if self._verify and sha256_file(self._path / file) != self.artifact.files[file]["sha256"]:
-                raise self._damaged(name, shard, "its sha256 is not the one in the manifest")
-        except (OSError, KeyError) as error:
-            raise self._damaged(name, shard, str(error)) from error
-        self._checked.add(file)
 
     def _damaged(self, name: str, shard: int, reason: str) -> StoreError:
         span = self._layout.span(shard)
-        return StoreError(
-            f"{self._path}: shard {shard} of {name} (rows {span.start} to {span.stop - 1}) is damaged",
-            at=f"{self._layout.shard_file(name, shard)}: {reason}",
-            fix=MEND,
-            code="BF-STORE-005",
-        )
-
-
-def _layout(attributes: dict[str, Any], path: Path) -> StoreLayout:
-    storage, number, newest = attributes.get("storage", "float16"), attributes.get("format"), max(FORMATS.values())
-    if type(number) is int and number > newest:
-        raise StoreError.newer(f"{path} is a store ({storage})", number, newest)
-    if number != FORMATS.get(storage):
-        known = " and ".join(map(str, FORMATS.values()))
-        raise StoreError(f"{path} has store format {number} ({storage}); this bifrost reads {known}")
-    vae = attributes["vae_shape"]
-    return StoreLayout(
-        attributes["rows"],
-        tuple(attributes["grid"]),
-        attributes["channels"],
-        tuple(vae) if vae else None,
-        attributes["shard_rows"],
-        attributes["chunk_rows"],
-        storage,
-    )
-
-
-def _check_files(artifact: Artifact) -> None:
-    """Every file is there with its size; all but the shards are hashed too."""
-    for name, entry in artifact.files.items():
-        path = artifact.path / name
-        if not path.is_file() or path.stat().st_size != entry["size"]:
-            raise _file_error(
-                artifact, name, "is missing" if not path.exists() else "has another size than it was written with"
-            )
-        if "/c/" not in name and sha256_file(path) != entry["sha256"]:
-            raise _file_error(artifact, name, "was changed after it was written")
-
-
-def _file_error(artifact: Artifact, name: str, what: str) -> StoreError:
-    return StoreError(
-        f"{artifact.path}: {name} {what}",
-        at=f"see all of it: bifrost artifacts verify {quote(str(artifact.path))}",
-        fix=MEND,
-        code="BF-STORE-005",
-    )
+        message = f"{self._path}: shard {shard} of {name} (rows {span.start} to {span.stop - 1}) is damaged"
+        at = f"{self._layout.shard_file(name, shard)}: {reason}"
+        return StoreError(message, at=at, fix=MEND, code="BF-STORE-005")

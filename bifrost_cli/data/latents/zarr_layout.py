@@ -1,19 +1,19 @@
-"""How a latents store lies on the disk: one Zarr v3 group with arrays cut into shards of whole rows.
-
-In: sizes and rows, or a folder. Out: the bytes of shards and of Zarr's own files, the names they go by, and arrays
-opened for reading. Writes nothing. Does not know what the rows mean, which are complete, or who checks them.
+"""How a latents store lies on the disk: a Zarr v3 group with arrays cut into shards of whole rows, and an index.
 
 `latents` (N, P, C) and, where wanted, `vae` (N, c, h, w) are float16; with storage int8 the latents are codes, and
-`latents_scale` (N, S) holds their scales. The inner chunks carry a crc32c *inside* the shard, after zstd: without it
-most flipped bits come back as other numbers. The fill value is NaN (a code of -128), so that what was never written
-cannot read as zeros.
-"""
+`latents_scale` (N, S) holds their scales. A crc32c lies *inside* the shard, after zstd: without it most flipped bits
+come back as other numbers. The fill value is NaN (a code of -128): what was never written cannot read as zeros.
+`index/shard-NNNNN.jsonl` has a line for each row and a last one that commits the shard, with the digests of its files
+and its sums for the channel statistics. It appears, whole, after they are on the disk; a shard without it does not
+exist."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,15 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
-from bifrost_cli.data.latents.index import MEND
+from bifrost_cli.artifacts.files import canonical_json, write_bytes
+from bifrost_cli.artifacts.identity import digest_of
 from bifrost_cli.data.latents.int8 import MISSING, scales_of_row
 from bifrost_cli.errors import StoreError
 
-ZARR = "store.zarr"
+ZARR, INDEX, OK = "store.zarr", "index", "ok"
 FORMATS = {"float16": 1, "int8": 2}  # by how the latents are stored; a reader of 1 must refuse codes
 LATENTS, SCALE = "latents", "latents_scale"
-_LEVEL = 3
+MEND = "restore the file from a copy, or extract again in another place: bifrost extract-latents -o PLACE"
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,26 @@ class StoreLayout:
     chunk_rows: int = 16
     storage: str = "float16"
 
-    def __post_init__(self) -> None:
-        if self.shard_rows % self.chunk_rows:
-            raise ValueError(f"shard_rows {self.shard_rows} is not a multiple of chunk_rows {self.chunk_rows}")
+    @classmethod
+    def of(cls, attributes: Mapping[str, Any], path: Path) -> StoreLayout:
+        """From the attributes of the store in `path`. StoreError: of another format."""
+        storage, number, newest = attributes.get("storage", "float16"), attributes.get("format"), max(FORMATS.values())
+        if type(number) is int and number > newest:
+            raise StoreError.newer(f"{path} is a store ({storage})", number, newest)
+        if number != FORMATS.get(storage):
+            known = " and ".join(map(str, FORMATS.values()))
+            raise StoreError(f"{path} has store format {number} ({storage}); this bifrost reads {known}")
+        vae = attributes["vae_shape"]
+        return cls(attributes["rows"], tuple(attributes["grid"]), attributes["channels"], tuple(vae) if vae else None,
+                   attributes["shard_rows"], attributes["chunk_rows"], storage)  # fmt: skip
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """What `of` reads."""
+        storage = {} if self.storage == "float16" else {"storage": self.storage}
+        return {"format": FORMATS[self.storage], **storage, "rows": self.rows, "grid": list(self.grid),
+                "channels": self.channels, "vae_shape": list(self.vae) if self.vae else None,
+                "shard_rows": self.shard_rows, "chunk_rows": self.chunk_rows}  # fmt: skip
 
     @property
     def row_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -61,14 +79,12 @@ class StoreLayout:
         return shapes if self.vae is None else {**shapes, "vae": tuple(self.vae)}
 
     def dtype(self, name: str) -> str:
-        """The number format of an array."""
         return self.storage if name == LATENTS else "float16"
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row on the disk, before compression."""
-        shapes = self.row_shapes.items()
-        return sum(math.prod(shape) * (1 if self.dtype(name) == "int8" else 2) for name, shape in shapes)
+        return sum(math.prod(shape) * np.dtype(self.dtype(name)).itemsize for name, shape in self.row_shapes.items())
 
     @property
     def shards(self) -> int:
@@ -85,16 +101,20 @@ class StoreLayout:
     def shard_files(self, shard: int) -> list[str]:
         return [self.shard_file(name, shard) for name in self.row_shapes]
 
-    def stored_shard_rows(self) -> int:
-        """Rows of a shard as Zarr sees it: a store smaller than one shard is not padded to a whole one."""
-        return min(self.shard_rows, -(-self.rows // self.chunk_rows) * self.chunk_rows)
+    def array_settings(self, name: str) -> dict[str, Any]:
+        """How Zarr creates an array; a store smaller than one shard is not padded to a whole one."""
+        shard_rows = min(self.shard_rows, -(-self.rows // self.chunk_rows) * self.chunk_rows)
+        shape, shards, chunks = ((n, *self.row_shapes[name]) for n in (self.rows, shard_rows, self.chunk_rows))
+        return {"shape": shape, "dtype": self.dtype(name), "shards": shards, "chunks": chunks,
+                "compressors": [ZstdCodec(level=3), Crc32cCodec()], "config": {"write_empty_chunks": True},
+                "fill_value": MISSING if self.dtype(name) == "int8" else float("nan")}  # fmt: skip
 
 
 def shard_bytes(layout: StoreLayout, name: str, shard: int, rows: np.ndarray) -> bytes:
     """The bytes of one shard of one array: Zarr writes it into memory, and no file."""
     memory: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(memory), zarr_format=3)
-    _create_array(group, name, layout)[layout.span(shard)] = rows
+    group.create_array(name, **layout.array_settings(name))[layout.span(shard)] = rows
     return memory[layout.shard_file(name, shard).removeprefix(f"{ZARR}/")].to_bytes()
 
 
@@ -103,22 +123,8 @@ def metadata_files(layout: StoreLayout, attributes: Mapping[str, Any]) -> dict[s
     memory: dict[str, Buffer] = {}
     group = zarr.create_group(MemoryStore(memory), zarr_format=3, attributes=dict(attributes))
     for name in layout.row_shapes:
-        _create_array(group, name, layout)
+        group.create_array(name, **layout.array_settings(name))
     return {f"{ZARR}/{name}": data.to_bytes() for name, data in memory.items()}
-
-
-def _create_array(group: zarr.Group, name: str, layout: StoreLayout) -> zarr.Array:
-    row = layout.row_shapes[name]
-    return group.create_array(
-        name,
-        shape=(layout.rows, *row),
-        dtype=layout.dtype(name),
-        chunks=(layout.chunk_rows, *row),
-        shards=(layout.stored_shard_rows(), *row),
-        compressors=[ZstdCodec(level=_LEVEL), Crc32cCodec()],
-        fill_value=MISSING if layout.dtype(name) == "int8" else float("nan"),
-        config={"write_empty_chunks": True},
-    )
 
 
 def open_group(folder: Path) -> zarr.Group:
@@ -134,22 +140,58 @@ def open_group(folder: Path) -> zarr.Group:
 def open_arrays(group: zarr.Group, layout: StoreLayout, folder: Path) -> dict[str, zarr.Array]:
     """The group's arrays, checked against `layout`: shape, dtype, shards, and crc32c as the last inner codec."""
     arrays = {}
-    for name, row in layout.row_shapes.items():
+    for name in layout.row_shapes:
         try:
             array: Any = group[name]
             found = (array.shape, str(array.dtype), array.shards, array.chunks, array.compressors[-1:])
         except Exception as error:
-            raise StoreError(
-                f"{folder / ZARR} has no readable array {name}: {error}", fix=MEND, code="BF-STORE-005"
-            ) from error
-        chunk, shard = (layout.chunk_rows, *row), (layout.stored_shard_rows(), *row)
-        wanted = ((layout.rows, *row), layout.dtype(name), shard, chunk, (Crc32cCodec(),))
+            message = f"{folder / ZARR} has no readable array {name}: {error}"
+            raise StoreError(message, fix=MEND, code="BF-STORE-005") from error
+        settings = layout.array_settings(name)
+        wanted = (*(settings[key] for key in ("shape", "dtype", "shards", "chunks")), (Crc32cCodec(),))
         if found != wanted:
-            raise StoreError(
-                f"{folder / ZARR}/{name} is not laid out as its index says",
-                at=f"{found}, not {wanted}",
-                fix=MEND,
-                code="BF-STORE-005",
-            )
+            message = f"{folder / ZARR}/{name} is not laid out as its index says"
+            raise StoreError(message, at=f"{found}, not {wanted}", fix=MEND, code="BF-STORE-005")
         arrays[name] = array
     return arrays
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """One committed shard: its row lines, its files' {"sha256", "size"} by name, and its sums."""
+
+    lines: list[dict[str, Any]]
+    files: dict[str, dict[str, Any]]
+    sums: dict[str, Any]
+
+
+def index_file(shard: int) -> str:
+    return f"{INDEX}/shard-{shard:05d}.jsonl"
+
+
+def write_index(folder: Path, shard: int, lines: Sequence[Mapping[str, Any]], files: Mapping[str, Any],
+                sums: Mapping[str, Any]) -> None:  # fmt: skip
+    """Commit a shard. Its files must have been fsynced before."""
+    rows = b"".join(canonical_json(line) + b"\n" for line in lines)
+    commit = {"shard": shard, "lines": hashlib.sha256(rows).hexdigest(), "files": files, "sums": sums}
+    last = canonical_json({"commit": commit, "digest": digest_of(commit)})
+    write_bytes(folder / index_file(shard), rows + last + b"\n")
+
+
+def read_index(folder: Path, shard: int) -> ShardIndex:
+    """One shard's index. StoreError when it is missing, cut short or changed."""
+    path = folder / index_file(shard)
+    try:
+        *rows, last = path.read_bytes().splitlines(keepends=True)
+        end = json.loads(last)
+        commit = end["commit"]
+        lines = hashlib.sha256(b"".join(rows)).hexdigest()
+        whole = (end["digest"], commit["lines"], commit["shard"]) == (digest_of(commit), lines, shard)
+        index = ShardIndex([json.loads(row) for row in rows], commit["files"], commit["sums"])
+    except FileNotFoundError as error:
+        raise StoreError(f"{path} is missing", fix=MEND, code="BF-STORE-006") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} is damaged: {error}", fix=MEND, code="BF-STORE-005") from error
+    if not whole:
+        raise StoreError(f"{path} was changed after it was written", fix=MEND, code="BF-STORE-005")
+    return index

@@ -1,11 +1,10 @@
-"""Captions from untrusted bytes, and which columns of a table hold the image, the caption and the plan.
-
-Text stays as it is but for a byte order mark, surrounding space and line ends (\\n); Unicode is not normalised.
-"""
+"""Captions from untrusted bytes, and which columns of a table hold the image, the caption and the plan. Text stays as
+it is but for a byte order mark, surrounding space and line ends (\\n); Unicode is not normalised."""
 
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +20,11 @@ PLAN = "plan"
 
 def decode_caption(data: bytes) -> str:
     """UTF-8, or UTF-16 with a byte order mark. ValueError says what is wrong, and at which byte."""
-    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        text = data.decode(encoding)
+        return clean_text(data.decode("utf-16" if utf_16 else "utf-8-sig"))
     except UnicodeDecodeError as error:
-        name = "UTF-16" if encoding == "utf-16" else "UTF-8"
-        raise ValueError(f"not {name} at byte {error.start}") from None
-    return clean_text(text)
+        raise ValueError(f"not {'UTF-16' if utf_16 else 'UTF-8'} at byte {error.start}") from None
 
 
 def clean_text(text: str) -> str:
@@ -43,6 +40,28 @@ def clean_text(text: str) -> str:
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
+def json_object(data: bytes) -> dict[str, Any]:
+    """ValueError or RecursionError: not one."""
+    value = json.loads(data.decode("utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def first_text(row: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The first of these cells that is filled, as text. ValueError: not text, NUL, half a surrogate pair, too long."""
+    for name in names:
+        value = row.get(name)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{name} is not text")
+        try:
+            if text := clean_text(value or ""):
+                return text
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return None
+
+
 @dataclass(frozen=True)
 class Columns:
     """`image` and the `captions`, of which a row's first that is filled counts; `said` tells a person of a guess."""
@@ -51,50 +70,29 @@ class Columns:
     captions: tuple[str, ...]
     said: tuple[str, ...] = ()
 
+    @classmethod
+    def choose(cls, present: Sequence[str], where: str, rules: Latents, mixed: bool = False) -> Columns:
+        """The recipe's, else the first known names; with `mixed` (JSONL) rows may differ in their caption's name.
+        DataError BF-DATA-005 when one is not there."""
+        image, given = _choose(rules.image_column, IMAGES, present, where, "image"), rules.caption_column
+        captions = tuple(name for name in CAPTIONS if name in present)
+        if given is not None or (not captions and rules.missing_caption == "stop"):
+            captions = (_choose(given, CAPTIONS, present, where, "caption"),)
+        captions = captions if mixed else captions[:1]
+        if rules.image_column and given:
+            return cls(image, captions)
+        said = f"columns: images from {image}, captions from {' or '.join(captions) or 'none'}"
+        return cls(image, captions, (f"{said} (--image-column, --caption-column choose others)",))
 
-def choose_columns(present: Sequence[str], where: str, rules: Latents, mixed: bool = False) -> Columns:
-    """The recipe's columns, else the first known names; with `mixed` (JSONL) rows may differ in their caption's name.
-
-    DataError BF-DATA-005 when one is not there.
-    """
-    image = _choose(rules.image_column, IMAGES, present, where, "image")
-    if rules.caption_column is None and rules.missing_caption != "stop" and not set(CAPTIONS) & set(present):
-        captions: tuple[str, ...] = ()
-    else:
-        first = _choose(rules.caption_column, CAPTIONS, present, where, "caption")
-        others = [name for name in CAPTIONS if name in present] if mixed and rules.caption_column is None else []
-        captions = tuple(dict.fromkeys([first, *others]))
-    if rules.image_column and rules.caption_column:
-        return Columns(image, captions)
-    said = f"columns: images from {image}, captions from {' or '.join(captions) or 'none'}"
-    return Columns(image, captions, (f"{said} (--image-column, --caption-column choose others)",))
+    def texts(self, row: Mapping[str, Any]) -> tuple[str | None, str | None]:
+        """The row's caption and plan. ValueError: not text."""
+        return first_text(row, self.captions), first_text(row, [PLAN])
 
 
 def _choose(given: str | None, guesses: Sequence[str], present: Sequence[str], where: str, what: str) -> str:
-    found = [name for name in ([given] if given else guesses) if name in present]
-    if found:
-        return found[0]
-    raise DataError(
-        f"{where} has no column {given}" if given else f"{where} has no column known as {what}",
-        at=f"it has {', '.join(present) or 'none'}" + ("" if given else f"; known are {', '.join(guesses)}"),
-        fix=f"--{what}-column NAME",
-        code="BF-DATA-005",
-    )
-
-
-def caption_of(row: Mapping[str, Any], columns: Columns) -> str | None:
-    """The row's caption, None where it has none. ValueError: not text."""
-    return next((text for name in columns.captions if (text := text_of(row, name))), None)
-
-
-def text_of(row: Mapping[str, Any], name: str) -> str | None:
-    """One cell as text, None where it is null or empty. ValueError: not text, NUL, half a surrogate pair, too long."""
-    value = row.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is not text")
-    try:
-        return clean_text(value) or None
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
+    for name in [given] if given else guesses:
+        if name in present:
+            return name
+    message = f"{where} has no column {given}" if given else f"{where} has no column known as {what}"
+    at = f"it has {', '.join(present) or 'none'}" + ("" if given else f"; known are {', '.join(guesses)}")
+    raise DataError(message, at=at, fix=f"--{what}-column NAME", code="BF-DATA-005")

@@ -1,9 +1,7 @@
-"""A folder of images: captions in .txt files beside them, or the class that a folder stands for.
-
-With `latents.captions: folders` (ImageNet's layout) an image's caption is the name of
-the folder it lies in, looked up in `latents.class_names` where that is given. Never opens a device, follows a linked
-folder, or leaves the source folder unless the recipe allows it.
-"""
+"""A folder of images: captions in .txt files beside them, or the class that a folder stands for. With
+`latents.captions: folders` (ImageNet's layout) an image's caption is the name of the folder it lies in, looked up in
+`latents.class_names` where that is given. Never opens a device, follows a linked folder, or leaves the source folder
+unless the recipe allows it."""
 
 from __future__ import annotations
 
@@ -11,26 +9,18 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from bifrost_cli.config.schema import Latents
 from bifrost_cli.data.images import BadImage, read_regular
 from bifrost_cli.data.sources.captions import MAX_BYTES, clean_text, decode_caption
-from bifrost_cli.data.sources.item import (
-    EXTENSIONS,
-    LOOKED_FOR,
-    OUTSIDE,
-    Listing,
-    Problem,
-    SourceError,
-    SourceItem,
-    in_key_order,
-    key_of,
-)
+from bifrost_cli.data.sources.item import OUTSIDE, Found, Listing, Problem, SourceError, SourceItem, key_of
 from bifrost_cli.errors import DataError
 
-TABLE_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_LOOKED_FOR = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
+_EXTENSIONS = {f".{name}" for name in (*_LOOKED_FOR, "jpe", "jfif", "apng")}
 _REFUSED = {".eps", ".ps", ".pdf", ".svg", ".ico", ".psd", ".heic", ".heif", ".avif"}  # seen, and refused by content
 _MAGIC = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
 
@@ -40,41 +30,43 @@ def list_folder(root: Path, rules: Latents) -> Listing:
     counts: Counter[str] = Counter()
     classes = rules.captions == "folders"
     paths = list(walk(root, rules.recursive or classes, counts))
-    if not paths:
-        raise _no_images(root, counts)
-    names = [path.relative_to(root).as_posix() for path in paths]
-    problems: list[Problem] = []
+    captions: list[str | None | Problem] = []
     said: tuple[str, ...] = ()
-    if classes:
-        captions, said = _class_captions(root, paths, rules)
-    else:
-        captions = {path: _text_caption(path.with_suffix(".txt"), root, rules, problems) for path in paths}
-        if not any(captions.values()):
-            refuse_tables_below(root)
-    unread = {problem.where for problem in problems}
-    named = [
-        (name, SourceItem(key_of(name), str(path), partial(read_regular, path), captions.get(path),
-                          problem=None if inside(path, root, rules) else OUTSIDE))
-        for name, path in zip(names, paths, strict=True) if str(path.with_suffix(".txt")) not in unread
-    ]  # fmt: skip
-    entries, everything = in_key_order(named, problems)
-    return Listing(entries, dict(counts), said, everything)
+    if classes and paths:
+        names, said = _class_captions(root, paths, rules)
+        captions = [names.get(path.parent) for path in paths]
+    elif not classes:
+        captions = [_text_caption(path.with_suffix(".txt"), root, rules) for path in paths]
+    if not paths or not (classes or any(isinstance(caption, str) for caption in captions)):
+        if below := [table for folder in sorted(root.iterdir()) if folder.is_dir() and (table := table_in(folder))]:
+            raise DataError(f"the captions of {root} are in tables of the folders below it",
+                            at="\n".join(map(str, below[:5])), fix=f"give the folder of one: {below[0].parent}",
+                            code="BF-DATA-002")  # fmt: skip
+    if not paths:
+        seen = ", ".join(f"{number} {name}" for name, number in counts.items()) or "nothing"
+        fix = "give a folder that holds images"
+        if counts[".tar files"]:
+            fix = f"name the archives: '{root}/NAME-{{000..099}}.tar'"
+        elif counts["linked folders not entered"]:
+            fix = "links to folders are not followed: give the folder that one leads to"
+        elif counts["folders not entered"]:
+            fix = "look into the folders too: --set latents.recursive=true"
+        raise DataError(f"no images in {root}, looked for {'/'.join(_LOOKED_FOR)}", at=f"it holds {seen}", fix=fix)
+    found: list[Found] = []
+    for path, caption in zip(paths, captions, strict=True):
+        if isinstance(caption, Problem):
+            found.append(caption)
+            continue
+        name, problem = path.relative_to(root).as_posix(), None if inside(path, root, rules) else OUTSIDE
+        item = SourceItem(key_of(name), str(path), partial(read_regular, path), caption, problem=problem)
+        found.append((name, item))
+    return Listing.of(found, counts, said)
 
 
 def table_in(root: Path) -> Path | None:
     """The table that Hugging Face's imagefolder keeps beside the images."""
-    return next((root / name for name in TABLE_NAMES if (root / name).exists()), None)
-
-
-def refuse_tables_below(root: Path) -> None:
-    """DataError: the captions are in tables of the folders below, each a source of its own."""
-    if below := [table for folder in sorted(root.iterdir()) if folder.is_dir() and (table := table_in(folder))]:
-        raise DataError(
-            f"the captions of {root} are in tables of the folders below it",
-            at="\n".join(map(str, below[:5])),
-            fix=f"give the folder of one: {below[0].parent}",
-            code="BF-DATA-002",
-        )
+    tables = (root / f"metadata.{kind}" for kind in ("jsonl", "csv", "parquet"))
+    return next((table for table in tables if table.exists()), None)
 
 
 def walk(folder: Path, recursive: bool, counts: Counter[str]) -> Iterator[Path]:
@@ -100,33 +92,15 @@ def inside(path: Path, root: Path, rules: Latents) -> bool:
 
 def _looks_like_image(path: Path) -> bool:
     if path.suffix:
-        return path.suffix.lower() in EXTENSIONS | _REFUSED
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            return False
-        with open(path, "rb") as stream:
-            return stream.read(4).startswith(_MAGIC)
-    except OSError:
-        return False
+        return path.suffix.lower() in _EXTENSIONS | _REFUSED
+    with suppress(OSError):
+        if stat.S_ISREG(path.stat().st_mode):
+            with open(path, "rb") as stream:
+                return stream.read(4).startswith(_MAGIC)
+    return False
 
 
-def _no_images(root: Path, counts: Counter[str]) -> DataError:
-    refuse_tables_below(root)
-    seen = ", ".join(f"{number} {name}" for name, number in counts.items()) or "nothing"
-    fix = "give a folder that holds images"
-    if counts[".tar files"]:
-        fix = f"name the archives: '{root}/NAME-{{000..099}}.tar'"
-    elif counts["linked folders not entered"]:
-        fix = "links to folders are not followed: give the folder that one leads to"
-    elif counts["folders not entered"]:
-        fix = "look into the folders too: --set latents.recursive=true"
-    return DataError(f"no images in {root}, looked for {'/'.join(LOOKED_FOR)}", at=f"it holds {seen}", fix=fix)
-
-
-# ---- captions beside the images ------------------------------------------------------------------------------------
-
-
-def _text_caption(path: Path, root: Path, rules: Latents, problems: list[Problem]) -> str | None:
+def _text_caption(path: Path, root: Path, rules: Latents) -> str | None | Problem:
     if not path.exists():
         return None
     try:
@@ -136,50 +110,33 @@ def _text_caption(path: Path, root: Path, rules: Latents, problems: list[Problem
             raise ValueError(f"{path.stat().st_size} bytes, more than {MAX_BYTES}")
         return decode_caption(read_regular(path)) or None
     except (ValueError, BadImage) as error:
-        problems.append(Problem("caption", str(path), getattr(error, "message", str(error))))
-        return None
+        return Problem("caption", str(path), getattr(error, "message", str(error)))
 
 
-# ---- captions from the folders' names --------------------------------------------------------------------------------
-
-
-def _class_captions(root: Path, paths: list[Path], rules: Latents) -> tuple[dict[Path, str | None], tuple[str, ...]]:
-    """The name of each image's folder; an image in `root` itself has none."""
+def _class_captions(root: Path, paths: list[Path], rules: Latents) -> tuple[dict[Path, str], tuple[str, ...]]:
+    """The caption of each folder but `root`, and a line that says where they are from."""
     folders = sorted({path.parent for path in paths} - {root})
-    names = class_names(rules.class_names) if rules.class_names else None
-    if names is None:
-        found: dict[Path, str | None] = {
-            folder: clean_text(os.fsencode(folder.name).decode("utf-8", "replace")) for folder in folders
-        }
+    if rules.class_names:
+        names, source = class_names(rules.class_names), f"from {rules.class_names}"
+        found = {folder: names.get(folder.name, "") for folder in folders}
     else:
-        found = {folder: names.get(folder.name) for folder in folders}
+        source = "the folders' names as they are"
+        found = {folder: clean_text(os.fsencode(folder.name).decode("utf-8", "replace")) for folder in folders}
     if unnamed := [folder for folder in folders if not found[folder]]:
-        problems = [Problem("class", str(folder), "not in the list") for folder in unnamed]
-        raise SourceError(
-            f"{len(unnamed)} of {len(folders)} classes have no name in {rules.class_names}",
-            problems,
-            fix="add a line for each: the folder's name, a space, the caption",
-            code="BF-DATA-002",
-        )
-    source = f"from {rules.class_names}" if rules.class_names else "the folders' names as they are"
-    return {path: found.get(path.parent) for path in paths}, (f"captions: {len(folders)} classes, {source}",)
+        raise SourceError(f"{len(unnamed)} of {len(folders)} classes have no name in {rules.class_names}",
+                          [Problem("class", str(folder), "not in the list") for folder in unnamed],
+                          fix="add a line for each: the folder's name, a space, the caption",
+                          code="BF-DATA-002")  # fmt: skip
+    return found, (f"captions: {len(folders)} classes, {source}",)
 
 
 def class_names(path: str) -> dict[str, str]:
     """Lines `n01440764 tench, Tinca tinca` (ImageNet's LOC_synset_mapping.txt, words.txt): folder -> caption."""
     try:
-        lines = decode_caption_lines(read_regular(Path(path)))
-        pairs = [(*line.split(maxsplit=1), "")[:2] for line in lines if line.strip()]
+        lines = read_regular(Path(path)).decode("utf-8-sig").splitlines()
     except (BadImage, ValueError) as error:
-        raise DataError(
-            f"the class names {path} cannot be read: {getattr(error, 'message', error)}", code="BF-DATA-002"
-        ) from error
+        why = f"not UTF-8 at byte {error.start}" if isinstance(error, UnicodeDecodeError) else error
+        why = getattr(error, "message", why)
+        raise DataError(f"the class names {path} cannot be read: {why}", code="BF-DATA-002") from error
+    pairs = [(*line.split(maxsplit=1), "")[:2] for line in lines if line.strip()]
     return {name: clean_text(caption) for name, caption in pairs}
-
-
-def decode_caption_lines(data: bytes) -> list[str]:
-    """UTF-8 lines of any number; ValueError names the byte that is not text."""
-    try:
-        return data.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 at byte {error.start}") from None

@@ -1,7 +1,5 @@
-"""What every kind of source gives: images with captions, in key order, and the problems that were met.
-
-A million entries stay in memory; their images never do.
-"""
+"""What every kind of source gives: images with captions, in key order, and the problems that were met. A million
+entries stay in memory; their images never do."""
 
 from __future__ import annotations
 
@@ -9,16 +7,14 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
 from bifrost_cli.errors import DataError
 
-LOOKED_FOR = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
-EXTENSIONS = {f".{name}" for name in (*LOOKED_FOR, "jpe", "jfif", "apng")}
 OUTSIDE = "a link to a file outside the source folder (--set latents.allow_outside=true follows it)"
 _SHOWN = 5
 
@@ -31,29 +27,21 @@ class Problem:
     where: str
     reason: str
 
-    def as_json(self) -> dict[str, str]:
-        return asdict(self)
-
 
 class SourceError(DataError):
     """Problems of one kind that stop the command; `problems` holds every one."""
 
     def __init__(self, message: str, problems: Sequence[Problem], *, code: str, fix: str | None = None) -> None:
-        lines = [f"{problem.where}: {problem.reason}" for problem in problems[:_SHOWN]]
-        if len(problems) > _SHOWN:
-            lines.append(f"and {len(problems) - _SHOWN} more")
-        super().__init__(message, at="\n".join(lines), fix=fix or "mend or remove them", code=code)
-        self.problems = tuple(problems)
-        self.all_shown = len(problems) <= _SHOWN
+        self.problems, self.all_shown = tuple(problems), len(problems) <= _SHOWN
+        more = [] if self.all_shown else [f"and {len(problems) - _SHOWN} more"]
+        shown = [f"{problem.where}: {problem.reason}" for problem in problems[:_SHOWN]]
+        super().__init__(message, at="\n".join(shown + more), fix=fix or "mend or remove them", code=code)
 
 
 @dataclass(frozen=True, slots=True)
 class SourceItem:
-    """One image that a source offers, not yet opened.
-
-    `read()` gives the image file's bytes, the same ones each time, or BadImage. `where` names it for people. `caption`
-    is None where it has none; `problem` says why not to open it.
-    """
+    """One image that a source offers, not yet opened. `read()` gives the image file's bytes, the same ones each time,
+    or BadImage. `where` names it for people. `caption` is None where it has none; `problem` says why not to open it."""
 
     key: str
     where: str
@@ -61,6 +49,9 @@ class SourceItem:
     caption: str | None = None
     plan: str | None = None
     problem: str | None = None
+
+
+Found = tuple[str, SourceItem] | Problem  # an image with its name in the source, or what cannot be used
 
 
 @dataclass(frozen=True)
@@ -73,39 +64,35 @@ class Listing:
     said: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
 
+    @classmethod
+    def of(cls, found: Iterable[Found], counts: Mapping[str, int] | None = None, said: tuple[str, ...] = ()) -> Listing:
+        """Two images with one key (a.jpg, a.png), or two spellings of one name (composed and decomposed accents), are a
+        problem and no entries. Rows of one image that differ in their caption are rows of their own, `#1`, `#2` and so
+        on after the key. `counts` may be filled while `found` is read."""
+        groups: dict[str, list[tuple[str, SourceItem]]] = defaultdict(list)
+        problems, entries = [], []
+        for one in found:
+            if isinstance(one, Problem):
+                problems.append(one)
+            else:
+                groups[unicodedata.normalize("NFC", Path(one[0]).with_suffix("").as_posix())].append(one)
+        for group in groups.values():
+            if len({(name, entry.where) for name, entry in group}) > 1:
+                names = " and ".join(ascii(name) for name, _ in group)
+                problems.append(Problem("key", names, "one key for several images"))
+                continue
+            different: dict[Any, SourceItem] = {}
+            for _, entry in group:
+                different.setdefault((entry.caption, entry.plan), entry)
+            first, *others = different.values()
+            entries += [first, *(replace(entry, key=f"{entry.key}#{n}") for n, entry in enumerate(others, 1))]
+        entries.sort(key=lambda entry: entry.key)
+        return cls(tuple(entries), {name: n for name, n in (counts or {}).items() if n}, said, tuple(problems))
+
 
 def key_of(name: str) -> str:
     """The row key of an image: its name in the source without the extension, percent-escaped. It holds no `#`."""
-    return quote(os.fsencode(_stem(name)), safe="/")
-
-
-def _stem(name: str) -> str:
-    return Path(name).with_suffix("").as_posix()
-
-
-def in_key_order(
-    named: Sequence[tuple[str, SourceItem]], problems: Sequence[Problem]
-) -> tuple[tuple[SourceItem, ...], tuple[Problem, ...]]:
-    """Entries in key order and all problems of a listing.
-
-    Two images with one key (a.jpg, a.png), or two spellings of one name (composed and decomposed accents), are a
-    problem and no entries. Rows of one image that differ in their caption are rows of their own, `#1`, `#2` and so on
-    after the key.
-    """
-    groups: dict[str, list[tuple[str, SourceItem]]] = defaultdict(list)
-    for name, entry in named:
-        groups[unicodedata.normalize("NFC", _stem(name))].append((name, entry))
-    entries, clashes = [], []
-    for group in groups.values():
-        if len({(name, entry.where) for name, entry in group}) > 1:
-            clashes.append(Problem("key", " and ".join(ascii(name) for name, _ in group), "one key for several images"))
-            continue
-        different: dict[Any, SourceItem] = {}
-        for _, entry in group:
-            different.setdefault((entry.caption, entry.plan), entry)
-        for number, entry in enumerate(different.values()):
-            entries.append(replace(entry, key=f"{entry.key}#{number}") if number else entry)
-    return tuple(sorted(entries, key=lambda entry: entry.key)), (*problems, *clashes)
+    return quote(os.fsencode(Path(name).with_suffix("").as_posix()), safe="/")
 
 
 def leaves(name: str) -> bool:

@@ -1,9 +1,6 @@
-"""Where bytes lie: a local path, or an address that fsspec opens (s3://, https://, ...).
-
-In: a place as text. Out: its bytes, a part of them, or an open file; BadImage when there is no such file, and
-EnvironmentProblem when the way there fails, so that a broken network is never counted as a bad image. Only the
-schemes below are opened: fsspec knows others that run commands. Does not know what the bytes mean.
-"""
+"""Where bytes lie: a local path, or an address that fsspec opens (s3://, https://, ...). BadImage when there is no such
+file; EnvironmentProblem when the way there fails, so that a broken network is never counted as a bad image. Only the
+schemes below are opened: fsspec knows others that run commands."""
 
 from __future__ import annotations
 
@@ -15,12 +12,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from bifrost_cli.data.images import FILE_BYTES, BadImage, read_regular
-from bifrost_cli.errors import BifrostError, EnvironmentProblem, UsageError
+from bifrost_cli.errors import BifrostError, DataError, EnvironmentProblem, UsageError
 
 SCHEMES = ("s3", "gs", "az", "abfs", "https", "http", "hf", "memory")
 _BACKENDS = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "https": "aiohttp", "http": "aiohttp"}
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_MOST_FILES = 100_000
 
 
 def is_remote(place: str) -> bool:
@@ -36,16 +32,18 @@ def read_place(place: str, limit: int = FILE_BYTES) -> bytes:
 
 
 def read_span(place: str, start: int, size: int) -> bytes:
-    """`size` bytes from `start`; fewer where the file ends before."""
+    """`size` bytes from `start`. BadImage: the file ends before."""
     if is_remote(place):
         with reading(place):
             data = _files(place).cat_file(place, start, start + size)
-            if len(data) > size:  # the server took no notice of the range
-                raise _whole_files_only(place)
-            return data
-    with open_place(place) as stream:
-        stream.seek(start)
-        return stream.read(size)
+            _require_parts(len(data) <= size, place)
+    else:
+        with open_place(place) as stream:
+            stream.seek(start)
+            data = stream.read(size)
+    if len(data) != size:
+        raise BadImage("changed during the run")
+    return data
 
 
 def open_place(place: str) -> BinaryIO:
@@ -53,8 +51,7 @@ def open_place(place: str) -> BinaryIO:
     if is_remote(place):
         with reading(place):
             stream = _files(place).open(place, "rb")
-            if not stream.seekable():
-                raise _whole_files_only(place)
+            _require_parts(stream.seekable(), place)
             return stream
     path = Path(place)
     if not path.exists():
@@ -71,62 +68,56 @@ def suffix_of(place: str) -> str:
 
 def expand(pattern: str) -> list[str]:
     """`shards-{000..099}.tar` or a local `shards-*.tar` as its files, in order; what exists as it is stands for itself.
-
-    UsageError: a range that runs backwards, or more than 100,000 files; a pattern that nothing matches.
-    """
-    found = _RANGE.search(pattern)
-    if not is_remote(pattern) and re.search(r"[*?]", pattern) and not Path(pattern).exists():
-        if not (files := sorted(glob.glob(pattern))):
-            raise UsageError(f"no file matches {pattern}", fix="for example 'shards-*.tar', in quotes")
-        return files
-    if not found or (not is_remote(pattern) and Path(pattern).exists()):
+    UsageError: a range that runs backwards, or more than 100,000 files; a pattern that nothing matches."""
+    if not is_remote(pattern):
+        if Path(pattern).exists():
+            return [pattern]
+        if re.search(r"[*?]", pattern):
+            if not (files := sorted(glob.glob(pattern))):
+                raise UsageError(f"no file matches {pattern}", fix="for example 'shards-*.tar', in quotes")
+            return files
+    if not (found := _RANGE.search(pattern)):
         return [pattern]
     first, last = found.groups()
-    if not 0 <= int(last) - int(first) < _MOST_FILES:
+    if not 0 <= int(last) - int(first) < 100_000:
         raise UsageError(f"{found[0]} in {pattern} is no range of files", fix="for example shards-{000..099}.tar")
     names = (f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1))
     return [place for name in names for place in expand(pattern[: found.start()] + name + pattern[found.end() :])]
 
 
-def beside(place: str, name: str) -> str:
-    """The place of `name` as seen from the folder that `place` lies in; an address stands for itself."""
-    if is_remote(name):
-        return name
-    return f"{place.rpartition('/')[0]}/{name}" if is_remote(place) else str(Path(place).parent / name)
+@contextmanager
+def required(place: str, fix: str | None = None) -> Iterator[None]:
+    """DataError for a place that is no image itself and cannot be opened."""
+    try:
+        yield
+    except BadImage as error:
+        raise DataError(f"{place} does not exist or cannot be read", at=error.message, fix=fix) from error
 
 
 @contextmanager
 def reading(place: str) -> Iterator[None]:
     """Errors on the way to an address, as ours; those of a local file are left as they are."""
-    if not is_remote(place):
-        yield
-        return
-    scheme = place.partition("://")[0]
     try:
         yield
-    except BifrostError:
-        raise
-    except ImportError as error:
-        name = _BACKENDS.get(scheme, "fsspec")
-        raise EnvironmentProblem(
-            f"reading {scheme}:// needs the package {name}", at=place, fix=f"pip install {name}", code="BF-ENV-002"
-        ) from error
-    except FileNotFoundError:
-        raise BadImage("file not found") from None
     except Exception as error:  # each backend raises its own kinds
-        raise EnvironmentProblem(
-            f"{place} cannot be read: {error or type(error).__name__}",
-            fix="see that the address and the network are right, then give the same command again; it continues",
-            code="BF-ENV-020",
-        ) from error
+        if isinstance(error, BifrostError) or not is_remote(place):
+            raise
+        if isinstance(error, FileNotFoundError):
+            raise BadImage("file not found") from None
+        if isinstance(error, ImportError):
+            scheme = place.partition("://")[0]
+            name = _BACKENDS.get(scheme, "fsspec")
+            raise EnvironmentProblem(f"reading {scheme}:// needs the package {name}", at=place,
+                                     fix=f"pip install {name}", code="BF-ENV-002") from error  # fmt: skip
+        again = "see that the address and the network are right, then give the same command again; it continues"
+        why = error or type(error).__name__
+        raise EnvironmentProblem(f"{place} cannot be read: {why}", fix=again, code="BF-ENV-020") from error
 
 
-def _whole_files_only(place: str) -> EnvironmentProblem:
-    return EnvironmentProblem(
-        f"{place} cannot be read in parts: its server serves whole files only",
-        fix="download it and give the local file",
-        code="BF-ENV-020",
-    )
+def _require_parts(possible: bool, place: str) -> None:
+    if not possible:
+        raise EnvironmentProblem(f"{place} cannot be read in parts: its server serves whole files only",
+                                 fix="download it and give the local file", code="BF-ENV-020")  # fmt: skip
 
 
 def _files(place: str) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 from bifrost_cli.config.schema import Images
 from bifrost_cli.data.image_sets import EvalImage, ImageSet
 from bifrost_cli.data.images import read_image
-from bifrost_cli.data.sources.table_rows import jsonl_rows
+from bifrost_cli.data.sources.table import jsonl_rows
 from bifrost_cli.errors import DataError
 
 THRESHOLD, COUNTING_THRESHOLD = 0.3, 0.9  # a detection counts when its score is above it

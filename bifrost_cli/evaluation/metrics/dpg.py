@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from bifrost_cli.data.sources.table_rows import csv_rows
+from bifrost_cli.data.sources.table import csv_rows
 from bifrost_cli.errors import DataError, UsageError
 from bifrost_cli.evaluation.metrics.metric import (
     Line,
