@@ -1,7 +1,6 @@
 """Confidence intervals of shares and means, and the principal axes of latents.
 
-Wilson's interval for k right of n, the standard error of clustered values, Student's interval over seeds, and a
-one-sided bound where all seeds agree. Suffixes: N tokens, B images, P patches, C channels, K components.
+Suffixes: N tokens, B images, P patches, C channels, K components.
 """
 
 from __future__ import annotations
@@ -22,16 +21,7 @@ def wilson(right: int, count: int, *, z: float = Z95) -> tuple[float, float]:
 
         (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)
 
-    Args:
-        right: successes.
-        count: trials.
-        z: point of the normal distribution; the default gives 95 %.
-
-    Returns:
-        The two bounds.
-
-    Raises:
-        ValueError: no trials, or `right` outside 0..count.
+    ValueError: no trials, or `right` outside 0..count.
     """
     if count < 1 or not 0 <= right <= count:
         raise ValueError(f"{right} of {count} is not a share")
@@ -55,10 +45,7 @@ def clustered_error(values: Sequence[float], clusters: Sequence[Hashable]) -> fl
         clusters: the cluster of each; with one value a cluster the result is the ordinary standard error.
 
     Returns:
-        The error; 0.0 for a single cluster.
-
-    Raises:
-        ValueError: no values, or another number of clusters.
+        The error; 0.0 for a single cluster. ValueError: no values, or another number of clusters.
     """
     if not values or len(values) != len(clusters):
         raise ValueError(f"{len(values)} values in {len(clusters)} clusters have no mean")
@@ -93,13 +80,7 @@ def clustered_interval(values: Sequence[float], clusters: Sequence[Hashable]) ->
 def seed_interval(values: Sequence[float], *, low: float = -np.inf, high: float = np.inf) -> tuple[float, float]:
     """Student's 95 % interval over k seeds, mean -+ t(0.975, k - 1) s / sqrt(k); wide for three seeds.
 
-    Args:
-        values: the value of each seed.
-        low: smallest possible value, at which the interval is cut.
-        high: largest possible value.
-
-    Raises:
-        ValueError: fewer than two values.
+    It is cut at the smallest and largest possible values `low` and `high`. ValueError: fewer than two values.
     """
     if len(values) < 2:
         raise ValueError(f"an interval over seeds needs at least 2 values; here are {len(values)}")
@@ -127,39 +108,28 @@ def share_interval(shares: Sequence[float], trials: int) -> tuple[float, float]:
 
 
 def principal_axes(tokens_NC: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Principal axes, from the Gram matrix or the covariance, whichever is smaller.
+    """Mean (C,) and `count` unit axes (C, K) of tokens (N, C), the widest first, float64.
 
-    Args:
-        tokens_NC: the tokens (N, C).
-        count: axes wanted; fewer come back for fewer tokens or channels.
-
-    Returns:
-        Mean (C,) and unit axes (C, K), the widest first, float64; the entries of an axis sum to more than 0.
+    Fewer axes come back for fewer tokens or channels; the entries of an axis sum to more than 0.
     """
-    tokens_NC = tokens_NC.double()
-    mean_C = tokens_NC.mean(0)
-    centred_NC = tokens_NC - mean_C
-    tokens, channels = centred_NC.shape
-    if tokens <= channels:
+    mean_C = tokens_NC.double().mean(0)
+    centred_NC = tokens_NC.double() - mean_C
+    if centred_NC.shape[0] <= centred_NC.shape[1]:  # the Gram matrix or the covariance, whichever is smaller
         vectors = torch.linalg.eigh(centred_NC @ centred_NC.T).eigenvectors[:, -count:]
-        axes_CK = torch.nn.functional.normalize(centred_NC.T @ vectors, dim=0)
+        axes_CK = torch.nn.functional.normalize(centred_NC.T @ vectors, dim=0).flip(1)
     else:
-        axes_CK = torch.linalg.eigh(centred_NC.T @ centred_NC).eigenvectors[:, -count:]
-    axes_CK = axes_CK.flip(1)
+        axes_CK = torch.linalg.eigh(centred_NC.T @ centred_NC).eigenvectors[:, -count:].flip(1)
     return mean_C, axes_CK * torch.where(axes_CK.sum(0) < 0, -1.0, 1.0)
 
 
 def as_colours(latents_BPC: Tensor, mean_C: Tensor, axes_CK: Tensor, scale_K: Tensor) -> Tensor:
-    """The first three principal components as red, green and blue.
+    """The first three principal components as red, green and blue, uint8 (B, P, 3).
 
     Args:
         latents_BPC: latents (B, P, C).
         mean_C: mean of the axes.
         axes_CK: unit axes, K at most 3.
         scale_K: standard deviation along each axis; two of them lead from grey to either end.
-
-    Returns:
-        uint8 (B, P, 3).
     """
     parts_BPK = (latents_BPC.double() - mean_C) @ axes_CK / scale_K.clamp_min(1e-12) / 4 + 0.5
     colours_BPK = (parts_BPK.clamp(0, 1) * 255).round().byte()

@@ -14,7 +14,7 @@ from bifrost_cli.artifacts.files import write_bytes, write_json
 from bifrost_cli.config.load import load_recipe
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.image_sets import ImageSet, drawn, from_samples
-from bifrost_cli.evaluation.metrics.shapes_accuracy import judge
+from bifrost_cli.evaluation.metrics.image_metrics import judge
 from bifrost_cli.extraction.extract import extract_latents
 from bifrost_cli.generation.generate import generate
 from bifrost_cli.generation.reconstruct import reconstruct_set

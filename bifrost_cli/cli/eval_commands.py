@@ -72,8 +72,7 @@ def evaluate(
 
     Example: bifrost eval --fid --samples runs/samples-0123456789ab --reference photos/
     """
-    from bifrost_cli.evaluation.gates import Gate
-    from bifrost_cli.evaluation.registry import explained, metric_flags
+    from bifrost_cli.evaluation.registry import Gate, explained, metric_flags
     from bifrost_cli.generation.requests import read_prompts
 
     with refusals():
@@ -159,7 +158,7 @@ def export_geneval(
 
     Example: bifrost geneval export runs/samples-0123456789ab --metadata evaluation_metadata.jsonl -o geneval
     """
-    from bifrost_cli.evaluation.benchmarks.geneval_export import export_geneval
+    from bifrost_cli.evaluation.geneval_export import export_geneval
 
     folder = export_geneval(samples, metadata, output, workspace=workspace, ui=ui)
     return Result.of(folder, "score it, then: bifrost geneval import results.jsonl")
@@ -175,7 +174,7 @@ def import_geneval(
 
     Example: bifrost geneval import results.jsonl
     """
-    from bifrost_cli.evaluation.benchmarks.geneval_export import import_geneval
+    from bifrost_cli.evaluation.geneval_export import import_geneval
 
     return Result.of(import_geneval(results, output=output, workspace=workspace, ui=ui))
 

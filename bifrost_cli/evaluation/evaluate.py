@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
 from bifrost_cli.artifacts.files import write_bytes, write_json
 from bifrost_cli.config.schema import Recipe
-from bifrost_cli.evaluation.inputs import EvalRequest, ImageProvider, beside_originals, request_of
-from bifrost_cli.evaluation.metrics.feature_metrics import FeatureSets, Fid
+from bifrost_cli.evaluation.inputs import EvalRequest, ImageProvider, request_of
+from bifrost_cli.evaluation.metrics.feature_metrics import Fid
 from bifrost_cli.evaluation.metrics.metric import Metric, MetricInputs
 from bifrost_cli.reports.artifact_pages import lineage_plots
 from bifrost_cli.reports.evaluation_page import report_html
@@ -78,17 +81,14 @@ def evaluate(
                 "measures": [*request.metrics, *(f"fid in {ref}" for ref in fd)],
                 "features": settings.features if reads_features else None, **provider.plan(request)}  # fmt: skip
     images, compared = provider.inputs(request)
-    folder = None if samples is None else Path(samples)
-    inputs = MetricInputs(images, compared, request.options, folder, settings, recipe.models, recipe.latents,
-                          recipe.images, workspace, device)  # fmt: skip
+    inputs = MetricInputs(images, compared, request.options, None if samples is None else Path(samples), settings,
+                          recipe.models, recipe.latents, recipe.images, workspace, device)  # fmt: skip
     loaded = [metric.load(inputs) for metric in request.named]
-    loaded += [Fid(FeatureSets.load(ref, inputs)) for ref in request.fd]
-    measures: list[dict[str, Any]] = []
-    for metric in loaded:  # those that read the same features are one entry
-        if not any(metric.identity is known for known in measures):
-            measures.append(metric.identity)
+    loaded += [Fid.load_from(ref, inputs) for ref in request.fd]
+    measures = {id(metric.identity): metric.identity for metric in loaded}  # one of those that read the same features
     identity = {
-        "schema": SCHEMA, "samples": {"digest": images.digest, "n": len(images.entries)}, "measures": measures,
+        "schema": SCHEMA, "samples": {"digest": images.digest, "n": len(images.entries)},
+        "measures": list(measures.values()),
         "reference": compared and {"digest": compared.digest, "n": compared.count, "saved": compared.file is not None},
     }  # fmt: skip
     sources = (images.artifact, compared.images.artifact if compared and compared.images else None)
@@ -99,9 +99,13 @@ def evaluate(
             ui.say(f"{path} holds this report already")
             return draft.complete
         report = _report(recipe.name, request, inputs, loaded, parents, ui)
-        shown = thumbnails(beside_originals(images, compared))
-        pairs = "Each image: original | reconstruction." if compared and compared.originals else ""
-        artifact, lines = write_report(draft, report, shown, pairs, recipe=recipe.model_dump(mode="json"))
+        entries, pairs = images.entries, ""
+        if compared and compared.images and compared.originals:
+            both = zip(entries, compared.images.entries, strict=True)
+            entries = tuple(replace(made, load=lambda true=true, made=made: np.hstack([true.load(), made.load()]))
+                            for made, true in both)  # fmt: skip
+            pairs = "Each image: original | reconstruction."
+        artifact, lines = write_report(draft, report, thumbnails(entries), pairs, recipe=recipe.model_dump(mode="json"))
     for line in (*lines, *report["warnings"], f"report: {artifact.path / 'report.html'}"):
         ui.say(line)
     return artifact
@@ -111,7 +115,7 @@ def _report(
     recipe_name: str, request: EvalRequest, inputs: MetricInputs, metrics: Sequence[Metric],
     parents: Sequence[Artifact], ui: Ui,
 ) -> dict[str, Any]:  # fmt: skip
-    """Compute the metrics; the JSON value of report.json. Its settings are all that decides the numbers."""
+    """Compute the metrics; the parts of report.json. Its settings are all that decides the numbers."""
     images, reference, lines = inputs.images, inputs.reference, image_lines(inputs.images)
     results = [result for metric in metrics for result in metric.compute(images, lines, ui)]
     warnings = [warning for metric in metrics for warning in metric.warnings(images, lines)]
@@ -127,24 +131,19 @@ def _report(
     made = images.artifact.info.get("settings") if images.artifact else None
     packages = ["torch", "numpy", "scipy", "pillow", *sorted({name for metric in metrics for name in metric.packages})]
     devices = ", ".join(sorted({metric.device for metric in metrics}))
-    return report_json(
-        title="Evaluation of " + (images.artifact.id if images.artifact else images.what),
-        summary=f"{len(images.entries)} images; recipe {recipe_name}",
-        gen=f"sha256:{images.digest}",
-        ref=reference and f"sha256:{reference.digest}",
-        n_gen=len(images.entries),
-        n_ref=reference and (reference.count or None),
-        seeds=sorted({entry.seed for entry in images.entries if entry.seed is not None}),
-        results=results,
-        pictures=lines,
-        plots=lineage_plots(images.artifact, inputs.workspace) if images.artifact else [],
-        skipped={"unreadable": images.skipped},
-        warnings=list(dict.fromkeys(warnings)),
-        settings=settings | {f"generate: {name}": str(value) for name, value in flat(made or {})},
-        lineage=lineage_lines(parents, inputs.workspace),
-        env={name: version(name) for name in packages} | {"device": devices},
-        command=_command(request, inputs),
-    )
+    return {
+        "title": "Evaluation of " + (images.artifact.id if images.artifact else images.what),
+        "summary": f"{len(images.entries)} images; recipe {recipe_name}", "command": _command(request, inputs),
+        "gen": f"sha256:{images.digest}", "ref": reference and f"sha256:{reference.digest}",
+        "n_gen": len(images.entries), "n_ref": reference and (reference.count or None),
+        "seeds": sorted({entry.seed for entry in images.entries if entry.seed is not None}),
+        "results": results, "pictures": lines, "skipped": {"unreadable": images.skipped},
+        "plots": lineage_plots(images.artifact, inputs.workspace) if images.artifact else [],
+        "warnings": list(dict.fromkeys(warnings)),
+        "settings": settings | {f"generate: {name}": str(value) for name, value in flat(made or {})},
+        "lineage": lineage_lines(parents, inputs.workspace),
+        "env": {name: version(name) for name in packages} | {"device": devices},
+    }  # fmt: skip
 
 
 def _command(request: EvalRequest, inputs: MetricInputs) -> str:
@@ -168,17 +167,13 @@ def _command(request: EvalRequest, inputs: MetricInputs) -> str:
     return shlex.join(words)
 
 
-def report_json(**parts: Any) -> dict[str, Any]:
-    """A report.json; what is not given is empty."""
-    empty: dict[str, Any] = {"gen": None, "ref": None, "n_ref": None, "seeds": [], "plots": [], "warnings": [],
-                             "skipped": {"unreadable": 0}, "lineage": [], "env": {}}  # fmt: skip
-    return {"schema": SCHEMA, **empty, **parts}
-
-
 def write_report(
-    draft: Draft, report: Mapping[str, Any], shown: Mapping[str, tuple[bytes, int]], pairs: str = "", **info: Any
+    draft: Draft, parts: Mapping[str, Any], shown: Mapping[str, tuple[bytes, int]], pairs: str = "", **info: Any
 ) -> tuple[Artifact, list[str]]:
-    """The report as an artifact, and its results in a line each; `shown` and `pairs` as `report_html`."""
+    """The parts of a report (what is not given is empty) as an artifact, and its results in a line each; `shown` and
+    `pairs` as `report_html`."""
+    report = {"schema": SCHEMA, "gen": None, "ref": None, "n_ref": None, "seeds": [], "plots": [], "warnings": [],
+              "skipped": {"unreadable": 0}, "lineage": [], "env": {}, **parts}  # fmt: skip
     write_json(draft.path / "report.json", report)
     write_bytes(draft.path / "report.html", report_html(report, shown, pairs).encode("utf-8"))
     numbers, lines = {}, []

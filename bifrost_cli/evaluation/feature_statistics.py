@@ -1,7 +1,6 @@
 """Statistics of a network's layer over a set of images: mean, covariance and features in one safetensors file.
 
-They are computed once and kept in `workspace/statistics` under the hash of what they describe, never by a name a user
-chose; published npz files of ADM's evaluator are read too.
+They are kept in `workspace/statistics` under the hash of what they describe; npz files of ADM's evaluator are read too.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from bifrost_cli.data.safetensors_io import load_tensors, save_tensors, weights_
 from bifrost_cli.data.sources.item import Problem, SourceError
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.evaluation.formulas import gaussian
-from bifrost_cli.evaluation.networks.feature_network import FeatureNetwork, feature_batches
+from bifrost_cli.evaluation.networks import FeatureNetwork, feature_batches
 from bifrost_cli.runtime.ui import Ui
 
 FORMAT = "bifrost.statistics/3"
@@ -34,18 +33,14 @@ _ADM = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 @dataclass(frozen=True)
 class Statistics:
-    """`mean_D` and `covariance_DD` float64 of `count` images; `identity` names images, network and layer.
-
-    `features_ND` float32 in the order of the images' digests, None where only the moments were published. `checked`:
-    the file that they were read from has a checksum, and it is theirs.
-    """
+    """Moments, float64, of the features of `count` images."""
 
     mean_D: np.ndarray
     covariance_DD: np.ndarray
     count: int
-    identity: dict[str, Any]
-    features_ND: np.ndarray | None = None
-    checked: bool = True
+    identity: dict[str, Any]  # names images, network and layer
+    features_ND: np.ndarray | None = None  # float32, in the order of the images' digests; None: only moments are known
+    checked: bool = True  # the file that they were read from has a checksum, and it is theirs
 
 
 def statistics_of(
@@ -62,39 +57,9 @@ def statistics_of(
             found[layer] = kept
         else:
             missing[layer] = path, identity
-    for layer, features_ND in _features(network, images, list(missing), ui, what).items():
-        (path, identity), moments = missing[layer], gaussian(features_ND)
-        made = Statistics(moments.mean_D, moments.covariance_DD, moments.count, identity, features_ND)
-        save_statistics(path, made)
-        found[layer] = made
-    return found
-
-
-def _kept(path: Path, identity: dict[str, Any], ui: Ui) -> Statistics | None:
-    """A file counts only when its identity is the same, and its checksum too."""
-    if not path.exists():
-        return None
-    try:
-        found = load_statistics(path)
-    except ArtifactError as error:
-        ui.say(f"statistics are computed again: {error.message}")
-        return None
-    if found.identity == identity and found.checked:
+    if not missing:
         return found
-    ui.say(f"statistics are computed again: {path} {'is of other images' if found.checked else 'has no checksum'}")
-    return None
-
-
-def _features(
-    network: FeatureNetwork, images: ImageSet, layers: Sequence[str], ui: Ui, what: str
-) -> dict[str, np.ndarray]:
-    """Features (N, D) float32 by layer in the order of the images' digests: names and listing order change no bit.
-
-    SourceError: images that cannot be read, each with its reason.
-    """
-    if not layers:
-        return {}
-    ordered = sorted(images.entries, key=lambda entry: entry.digest)
+    ordered = sorted(images.entries, key=lambda entry: entry.digest)  # names and listing order change no bit
     problems: list[Problem] = []
 
     def prepared() -> Iterator[np.ndarray]:
@@ -104,14 +69,34 @@ def _features(
             except BadImage as error:
                 problems.append(Problem("image", entry.name, error.message))
 
-    batches: list[dict[str, np.ndarray]] = []
+    batches = []
     with ui.progress(len(ordered), what) as bar:
-        for batch in feature_batches(network, prepared(), layers):
+        for batch in feature_batches(network, prepared(), list(missing)):
             batches.append(batch)
-            bar.advance(len(batch[layers[0]]))
+            bar.advance(len(next(iter(batch.values()))))
     if problems:
         raise SourceError(f"{len(problems)} of {len(ordered)} images cannot be read", problems, code="BF-DATA-003")
-    return {layer: np.concatenate([batch[layer] for batch in batches]) for layer in layers}
+    for layer, (path, identity) in missing.items():
+        features_ND = np.concatenate([batch[layer] for batch in batches])
+        moments = gaussian(features_ND)
+        found[layer] = Statistics(moments.mean_D, moments.covariance_DD, moments.count, identity, features_ND)
+        save_statistics(path, found[layer])
+    return found
+
+
+def _kept(path: Path, identity: dict[str, Any], ui: Ui) -> Statistics | None:
+    """A file counts only when its identity is the same, and its checksum too."""
+    if not path.exists():
+        return None
+    try:
+        found = load_statistics(path)
+        if found.identity == identity and found.checked:
+            return found
+        why = f"{path} {'is of other images' if found.checked else 'has no checksum'}"
+    except ArtifactError as error:
+        why = error.message
+    ui.say(f"statistics are computed again: {why}")
+    return None
 
 
 def save_statistics(path: Path, statistics: Statistics) -> None:
@@ -125,11 +110,7 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
 
 
 def load_statistics(path: Path) -> Statistics:
-    """Read a file of `save_statistics`, of this format or an earlier one.
-
-    ArtifactError: a later format (BF-ART-002); another one, missing tensors, another precision, or one bit that is not
-    as it was written (BF-ART-005).
-    """
+    """Read a file of `save_statistics`, of this format or an earlier one."""
     tensors, meta = load_tensors(path)
     name, _, number = str(meta.get("format")).rpartition("/")
     if name == _NAME and number.isdecimal() and int(number) > int(_NUMBER):
@@ -151,17 +132,13 @@ def _digest(described: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
 
 
 def load_adm(path: Path, layer: str) -> Statistics:
-    """The moments in an npz of ADM's evaluator (`mu`, `sigma`; `mu_s`, `sigma_s` for the spatial layer), no pickle.
-
-    Such a file says neither its network nor how many images: the count is 0. ArtifactError BF-ART-005, or 008 when
-    it holds objects instead of numbers.
-    """
+    """The moments in an npz of ADM's evaluator; it says neither its network nor how many images: the count is 0."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             mean_D, covariance_DD = (np.asarray(arrays[name], np.float64) for name in _ADM[layer])
     except KeyError as error:
-        message = f"{path} has no statistics of the {layer} layer"
-        raise ArtifactError(message, at=str(error), code="BF-ART-005") from error
+        raise ArtifactError(f"{path} has no statistics of the {layer} layer", at=str(error),
+                            code="BF-ART-005") from error  # fmt: skip
     except Exception as error:  # the archive's bytes decide what is raised
         code = "BF-ART-008" if "pickle" in str(error) else "BF-ART-005"
         raise ArtifactError(f"{path} is not an npz of statistics", at=str(error)[:200], code=code) from error

@@ -10,7 +10,6 @@
 FD's last trace is a nuclear norm: for any factors S1 = A'A and S2 = B'B it is the sum of the singular values of A B'.
 With A the centred features over sqrt(N-1) this is exact for fewer samples than dimensions; with A = S^(1/2) it is
 tr(eigvalsh(S1^1/2 S2 S1^1/2)^1/2) without the squaring that costs half of the digits of singular covariances.
-KID has no small-sample bias: of two equal distributions it is as often below zero as above.
 Shapes: N and M images, D features, R rank, K classes, H W pixels.
 """
 
@@ -58,10 +57,7 @@ def gaussian(features_ND: Array) -> Gaussian:
 
 
 def from_moments(mean_D: Array, covariance_DD: Array, count: int) -> Gaussian:
-    """A Gaussian of saved moments.
-
-    DataError: not finite, shapes that do not fit, not symmetric, or an eigenvalue below -1e-6 of the largest.
-    """
+    """Of saved moments. DataError: not finite, shapes that do not fit, not symmetric, or an eigenvalue below zero."""
     mean_D, covariance_DD = np.asarray(mean_D, dtype=np.float64), np.asarray(covariance_DD, dtype=np.float64)
     if mean_D.ndim != 1 or covariance_DD.shape != (mean_D.size, mean_D.size):
         raise DataError(f"mean {mean_D.shape} and covariance {covariance_DD.shape} do not fit", code="BF-DATA-009")
@@ -88,10 +84,7 @@ def _require_finite(values: Array, what: str) -> None:
 
 
 def frechet(first: Gaussian, second: Gaussian) -> float:
-    """The distance as computed; rounding may leave it a little below zero, see `shown`.
-
-    ValueError: the widths differ. DataError: the result is not finite.
-    """
+    """The distance as computed; rounding may leave it a little below zero, see `shown`."""
     if first.mean_D.size != second.mean_D.size:
         raise ValueError(f"features of different widths: {first.mean_D.size} and {second.mean_D.size}")
     with np.errstate(over="ignore"):
@@ -109,10 +102,8 @@ def shown(raw: float) -> float:
 
 
 def jackknife_error(features_ND: Array, distance: Callable[[Array], float], *, blocks: int = 10) -> float:
-    """Standard error of a distance by leaving out one of `blocks` disjoint blocks of the features at a time.
-
-    A bootstrap would not do: it adds a second copy of the small-sample bias, so that its interval misses the value.
-    """
+    """Standard error of a distance by leaving out one of `blocks` disjoint blocks of features at a time; a bootstrap
+    would add a second copy of the small-sample bias."""
     blocks = min(blocks, len(features_ND) // 2)
     if blocks < 2:
         raise DataError(f"a jackknife needs at least 4 samples, got {len(features_ND)}", code="BF-DATA-008")
@@ -121,43 +112,27 @@ def jackknife_error(features_ND: Array, distance: Callable[[Array], float], *, b
 
 
 def frechet_at_infinity(features_ND: Array, reference: Gaussian, *, seed: int = 0, points: int = 15) -> float:
-    """The limit for N -> infinity samples: a line in 1/N through `points` seeded subsets (Chong & Forsyth 2020).
-
-    Removes the bias of the generated side only; the reference's own share stays.
-    """
+    """The limit for N -> infinity samples: a line in 1/N through `points` seeded subsets (Chong & Forsyth 2020). It
+    removes the bias of the generated side only."""
     count = len(features_ND)
     sizes = np.unique(np.linspace(max(2, count // 4), count, points).astype(int))
     if len(sizes) < 2:
         raise DataError(f"the limit needs more than {count} samples", code="BF-DATA-008")
     generator = np.random.Generator(np.random.PCG64(seed))
     values = [frechet(gaussian(features_ND[np.sort(generator.permutation(count)[:size])]), reference) for size in sizes]
-    slope, limit = np.polyfit(1.0 / sizes, values, 1)
-    return float(limit)
+    return float(np.polyfit(1.0 / sizes, values, 1)[1])
 
 
 def kernel_distance(first_ND: Array, second_MD: Array) -> float:
-    """The unbiased estimate over all images; memory does not grow with N * M. DataError: fewer than two images."""
+    """The unbiased estimate over all images, as often below zero as above for two equal distributions; memory does not
+    grow with N * M. DataError: fewer than two images."""
     first_ND, second_MD = _checked(first_ND, 2, "kernel distances"), _checked(second_MD, 2, "kernel distances")
-    between = _kernel_sum(first_ND, second_MD) / (len(first_ND) * len(second_MD))
-    return _mean_within(first_ND) + _mean_within(second_MD) - 2.0 * between
-
-
-def subset_distances(
-    first_ND: Array, second_MD: Array, *, subsets: int = 100, size: int = 1000, seed: int = 2020
-) -> Array:
-    """The estimates of random subsets of `size` images of each side, drawn as torch-fidelity draws them.
-
-    Their mean is the printed KID; their deviation says how subsets spread, not how sure the mean is.
-    DataError: fewer images than `size`.
-    """
-    draws = np.random.RandomState(seed)
-    values = np.empty(subsets)
-    for side in (first_ND, second_MD):
-        _checked(side, size, f"subsets of {size} images")
-    for index in range(subsets):
-        chosen = draws.choice(len(first_ND), size, replace=False), draws.choice(len(second_MD), size, replace=False)
-        values[index] = kernel_distance(first_ND[chosen[0]], second_MD[chosen[1]])
-    return values
+    distance = 0.0
+    for side_ND in (first_ND, second_MD):  # the mean over pairs of different images
+        count, width = side_ND.shape
+        alone = float((((side_ND**2).sum(axis=1) / width + 1.0) ** 3).sum())
+        distance += (_kernel_sum(side_ND, side_ND) - alone) / (count * (count - 1))
+    return distance - 2.0 * (_kernel_sum(first_ND, second_MD) / (len(first_ND) * len(second_MD)))
 
 
 def _kernel_sum(first_ND: Array, second_MD: Array) -> float:
@@ -166,21 +141,24 @@ def _kernel_sum(first_ND: Array, second_MD: Array) -> float:
     return float(sum(((first_ND[at : at + _BLOCK] @ second_MD.T / width + 1.0) ** 3).sum() for at in blocks))
 
 
-def _mean_within(features_ND: Array) -> float:
-    """Mean of k over pairs of different images."""
-    count, width = features_ND.shape
-    alone = float((((features_ND**2).sum(axis=1) / width + 1.0) ** 3).sum())
-    return (_kernel_sum(features_ND, features_ND) - alone) / (count * (count - 1))
+def subset_distances(first_ND: Array, second_MD: Array, *, subsets: int = 100, size: int = 1000,
+                     seed: int = 2020) -> Array:  # fmt: skip
+    """The estimates of random subsets of `size` images of each side, drawn as torch-fidelity draws them. Their mean is
+    the printed KID; their deviation says how subsets spread, not how sure the mean is."""
+    draws, values = np.random.RandomState(seed), []
+    first_ND, second_MD = (_checked(side, size, f"subsets of {size} images") for side in (first_ND, second_MD))
+    for _ in range(subsets):
+        chosen = (side_ND[draws.choice(len(side_ND), size, replace=False)] for side_ND in (first_ND, second_MD))
+        values.append(kernel_distance(*chosen))
+    return np.array(values)
 
 
 def prdc(made_ND: Array, real_MD: Array, *, neighbours: int = 5) -> dict[str, float]:
-    """Precision, recall, density and coverage; the ball of a point reaches to its k-th nearest neighbour of its set.
+    """The ball of a point reaches to its k-th nearest neighbour of its set.
 
     Precision is the share of generated points in any reference ball, recall that of reference points in any generated
     ball (Kynkaanniemi et al. 2019, eq. 2; ADM and torch-fidelity take 3 neighbours). Density is how many reference
-    balls hold a generated point, over k; coverage the share of reference balls that hold one (Naeem et al. 2020, eqs. 6
-    and 7). DataError: not more images than neighbours on a side.
-    """
+    balls hold a generated point, over k; coverage the share of reference balls that hold one (Naeem et al. 2020)."""
     made_ND, real_MD = (_checked(side, neighbours + 1, f"{neighbours} neighbours") for side in (made_ND, real_MD))
     made_radius_N, real_radius_M = _radius(made_ND, neighbours), _radius(real_MD, neighbours)
     in_made_M, in_real_N = np.zeros(len(real_MD), bool), np.zeros(len(made_ND), int)
@@ -208,11 +186,8 @@ def _distances(first_ND: Array, second_MD: Array) -> Array:
 
 
 def inception_scores(logits_NK: Array, *, splits: int = 10, seed: int | None = 2020) -> Array:
-    """The Inception score of each of `splits` parts of the images, shuffled by `seed` (None: as they come, as ADM).
-
-    The mean over the splits is what papers print. A split of n images cannot score above n: few images, low score.
-    DataError: fewer images than splits.
-    """
+    """The Inception score of each of `splits` parts of the images, shuffled by `seed` (None: as they come, as ADM); a
+    split of n images cannot score above n."""
     logits_NK = _checked(logits_NK, splits, f"{splits} splits")
     if seed is not None:
         logits_NK = logits_NK[np.random.RandomState(seed).permutation(len(logits_NK))]
@@ -236,14 +211,14 @@ def _checked(features_ND: Array, least: int, what: str) -> Array:
 
 
 def psnr(first_HWc: Array, second_HWc: Array) -> float:
-    """Peak signal-to-noise ratio in dB; infinite for equal images. ValueError: not two uint8 images of one size."""
+    """In dB; infinite for equal images. ValueError: not two uint8 images of one size."""
     first, second = _pair(first_HWc, second_HWc)
     error = float(np.mean((first - second) ** 2))
-    return float("inf") if error == 0.0 else -10.0 * float(np.log10(error))
+    return -10.0 * float(np.log10(error)) if error else float("inf")
 
 
 def ssim(first_HWc: Array, second_HWc: Array) -> float:
-    """Structural similarity, the mean over channels. ValueError as `psnr`, or a side below the window's 11 pixels."""
+    """The mean over channels. ValueError as `psnr`, or a side below the window's 11 pixels."""
     first, second = _pair(first_HWc, second_HWc)
     if min(first.shape[:2]) < WINDOW:
         raise ValueError(f"SSIM needs at least {WINDOW} pixels a side, not {first.shape[:2]}")

@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from bifrost_cli.artifacts import Artifact, find, resolve
+from bifrost_cli.artifacts import find, resolve
 from bifrost_cli.artifacts.files import sha256_file
 from bifrost_cli.config.schema import Evaluate, Images, Recipe
-from bifrost_cli.data.image_sets import (
-    EvalImage,
-    ImageSet,
-    drawn,
-    from_folder,
-    from_samples,
-    image_count,
-    quartered,
-    squared,
-)
+from bifrost_cli.data.image_sets import ImageSet, drawn, from_folder, from_samples, image_count, quartered, squared
 from bifrost_cli.errors import ArtifactError, DataError, RecipeError, UsageError
-from bifrost_cli.evaluation.benchmarks.geneval import from_layout, is_layout
 from bifrost_cli.evaluation.feature_statistics import Statistics, load_adm, load_statistics, statistics_of
+from bifrost_cli.evaluation.metrics.geneval import from_layout, is_layout
 from bifrost_cli.evaluation.metrics.metric import Metric
-from bifrost_cli.evaluation.networks.feature_network import FeatureNetwork
+from bifrost_cli.evaluation.networks import FeatureNetwork
 from bifrost_cli.evaluation.registry import REGISTRY, metric_class, metric_flags
 from bifrost_cli.extraction.source import images_of_store
 from bifrost_cli.generation.requests import read_prompts
@@ -40,28 +29,18 @@ WORLD_SEED, FLOOR_SEED = 1, 2  # 0 is the seed of the prompts a default set is m
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """Made by `request_of`; loads and reads nothing.
-
-    Args:
-        metrics: names of metrics; `fd`: further networks for a Frechet distance each; `features`: the others' network.
-        options: the metrics' own options by name.
-        min_samples: fewer images are refused where a metric is biased by few.
-        samples: an artifact (path or id) or a folder; `prompts`: a file of prompts, `copies` images are generated of
-            each; neither: the newest samples since the last training, else a new set.
-        quarters: each of `samples` is a grid of 2x2 images.
-        reference: what the images are compared with.
-    """
+    """What `evaluate` was asked for, made by `request_of`."""
 
     metrics: tuple[str, ...]
-    fd: tuple[str, ...]
-    features: str
-    options: Mapping[str, Any]
+    fd: tuple[str, ...]  # further networks for a Frechet distance each
+    features: str  # the network of the others
+    options: Mapping[str, Any]  # the metrics' own, by name
     min_samples: int
-    samples: Path | str | None = None
-    prompts: Path | str | None = None
-    copies: int = 1
-    quarters: bool = False
-    reference: Path | str | None = None
+    samples: Path | str | None
+    prompts: Path | str | None
+    copies: int  # images of each of `prompts`
+    quarters: bool
+    reference: Path | str | None
 
     @cached_property
     def named(self) -> list[type[Metric]]:
@@ -76,7 +55,6 @@ class EvalRequest:
 
     @property
     def reconstructs(self) -> bool:
-        """Whether the reference's images are reconstructed and measured."""
         return any(metric.reconstructs for metric in self.named)
 
     @property
@@ -86,25 +64,13 @@ class EvalRequest:
 
 
 def request_of(
-    settings: Evaluate,
-    *,
-    metrics: Sequence[str],
-    fd: Sequence[str],
-    min_samples: int | None,
-    options: Mapping[str, Any],
-    **given: Any,
-) -> EvalRequest:
-    """Validate an evaluation request; `settings` is the recipe's evaluate section, `given` are fields of EvalRequest.
-
-    A reconstruction without a distance gets the Frechet distance to the originals.
-
-    Raises:
-        UsageError, RecipeError: what makes no sense, such as an unknown metric.
-        EnvironmentProblem: a metric of an installed package that cannot be used.
-    """
+    settings: Evaluate, *, metrics: Sequence[str], fd: Sequence[str], min_samples: int | None,
+    options: Mapping[str, Any], **given: Any,
+) -> EvalRequest:  # fmt: skip
+    """Validate a request; `given` are the other fields of EvalRequest. Nothing is loaded or read."""
     chosen = [metric_class(name) for name in metrics]
     if any(metric.reconstructs for metric in chosen) and not any(metric.needs_many for metric in chosen):
-        metrics = [*metrics, "fid"]
+        metrics = [*metrics, "fid"]  # the distance to the originals
     minimum = settings.min_samples if min_samples is None else min_samples
     values = {option.name: option.default for metric in chosen for option in metric.options}
     set_values = {name: value for name, value in options.items() if value is not None}
@@ -134,20 +100,18 @@ def request_of(
 
 @dataclass(frozen=True)
 class Reference:
-    """Images, or a file of statistics. `world`: drawings of the built-in world, of which any other are as good;
-    `originals`: the images that the samples are reconstructions of, one by one."""
+    """Images, or a file of statistics."""
 
     what: str
     digest: str
     count: int
     images: ImageSet | None = None
     file: Path | None = None
-    world: bool = False
-    originals: bool = False
+    world: bool = False  # drawings of the built-in world, of which any other are as good
+    originals: bool = False  # the images that the samples are reconstructions of, one by one
 
-    def statistics(
-        self, network: FeatureNetwork, layers: Sequence[str], workspace: Path, ui: Ui
-    ) -> dict[str, Statistics]:
+    def statistics(self, network: FeatureNetwork, layers: Sequence[str], workspace: Path,
+                   ui: Ui) -> dict[str, Statistics]:  # fmt: skip
         """By layer. ArtifactError BF-ART-004: saved statistics of another network or layer, with both identities."""
         if self.images is not None:
             return statistics_of(self.images, network, layers, workspace, ui, "features of the reference")
@@ -171,19 +135,10 @@ class Reference:
         return {layer: statistics for layer in layers}
 
 
-def reference_for(
-    ref: Path | str | None, count: int, rules: Images, workspace: Path | str, *, originals: bool = False
-) -> Reference:
-    """Find out what `ref` is.
-
-    Args:
-        ref: a folder, an artifact (path or id), or a file of statistics; None: `count` drawings of the built-in world.
-        rules: how images are read, the recipe's images section.
-        originals: the images are reconstructed and compared with one by one, as squares of `images.output_size`.
-
-    Raises:
-        DataError: fewer than 4 images. UsageError: a file of statistics where originals are needed.
-    """
+def reference_for(ref: Path | str | None, count: int, rules: Images, workspace: Path | str,
+                  originals: bool = False) -> Reference:  # fmt: skip
+    """A folder, an artifact (path or id), a file of statistics, or for None `count` drawings of the built-in world;
+    `originals` are reconstructed and compared with one by one, as squares of `images.output_size`."""
     if ref is not None and Path(ref).suffix in STATISTICS:
         if originals:
             raise UsageError(f"{ref} holds statistics, and a reconstruction needs the images", fix="--reference FOLDER")
@@ -202,7 +157,6 @@ def reference_for(
 
 
 def images_for(ref: Path | str | None, count: int, rules: Images, workspace: Path | str) -> ImageSet:
-    """The images that `ref` means; arguments as `reference_for`."""
     if ref is None:
         return drawn(count, seed=WORLD_SEED)
     if Path(ref).is_dir() and not (Path(ref) / "manifest.json").exists():
@@ -222,18 +176,8 @@ class ImageProvider:
     device: str
     ui: Ui
 
-    @property
-    def _builtin_world(self) -> bool:
-        """Whether the recipe's diffusion model generates the built-in world."""
-        return self.recipe.models.diffusion.startswith("builtin:")
-
     def inputs(self, request: EvalRequest) -> tuple[ImageSet, Reference | None]:
-        """The images, generated where they are missing, and what they are compared with.
-
-        Raises:
-            DataError: too few or mixed images, images that cannot be read.
-            UsageError: no reference, where the recipe does not generate the built-in world.
-        """
+        """The images, generated where they are missing, and what they are compared with."""
         if request.reconstructs:
             from bifrost_cli.generation.reconstruct import reconstruct_set
 
@@ -243,11 +187,10 @@ class ImageProvider:
             made = reconstruct_set(self.recipe, originals.images, workspace=self.workspace, device=self.device,
                                    ui=self.ui)  # fmt: skip
             return from_samples(made, self.recipe.images), originals
+        images: ImageSet | None
         if request.prompts is not None:
             images = self._generated(Path(request.prompts), n=request.copies, output=None)
-        elif (there := self._existing(request)) is not None:
-            images = there
-        else:
+        elif not (images := self._existing(request)):
             prompts = [prompt.text for prompt in held_out_prompts(request.needed)]
             self.ui.say(f"making {len(prompts)} images from held-out prompts first; the same command continues where "
                         "it stopped")  # fmt: skip
@@ -279,13 +222,12 @@ class ImageProvider:
         """What the images are compared with; None where no metric compares them."""
         if not any(metric.needs_reference or metric.reconstructs for metric in request.classes):
             return None
-        if request.reference is None and not self._builtin_world:
+        if request.reference is None and not self.recipe.models.diffusion.startswith("builtin:"):
             raise UsageError(
                 f"recipe {self.recipe.name} does not generate the built-in world, so there is no default reference",
                 fix="give --reference FOLDER, a samples artifact, or a saved statistics file",
             )
-        return reference_for(request.reference, count, self.recipe.images, self.workspace,
-                             originals=request.reconstructs)  # fmt: skip
+        return reference_for(request.reference, count, self.recipe.images, self.workspace, request.reconstructs)
 
     def _generated(self, *prompts: Any, **options: Any) -> ImageSet:
         from bifrost_cli.generation.generate import generate
@@ -306,9 +248,16 @@ class ImageProvider:
             else:
                 images = from_samples(resolve(self.workspace, request.samples, "samples"), rules)
             return quartered(images) if request.quarters else images
-        if artifact := self._newest(needed):
-            return from_samples(artifact, rules)
-        if self._builtin_world:
+        for artifact in find(self.workspace):  # the newest first
+            if artifact.kind in ("branch", "controlnet"):
+                self.ui.say(f"no samples with at least {needed} images since {artifact.id} was trained")
+                break
+            if artifact.kind == "samples" and (count := image_count(artifact)) >= needed:
+                self.ui.say(f"samples: {artifact.id}, the newest with at least {needed} images ({count})")
+                return from_samples(artifact, rules)
+        else:
+            self.ui.say(f"no samples artifact in {self.workspace} has at least {needed} images")
+        if self.recipe.models.diffusion.startswith("builtin:"):
             return None
         raise DataError(
             f"no samples artifact in {self.workspace} has at least {needed} images of what is trained now",
@@ -316,48 +265,20 @@ class ImageProvider:
             fix="make them: bifrost generate --prompts FILE -o DIR", code="BF-DATA-008",
         )  # fmt: skip
 
-    def _newest(self, needed: int) -> Artifact | None:
-        """The newest samples artifact with enough images, unless something was trained after it was made."""
-        for artifact in find(self.workspace):
-            if artifact.kind in ("branch", "controlnet"):
-                self.ui.say(f"no samples with at least {needed} images since {artifact.id} was trained")
-                return None
-            if artifact.kind == "samples" and (count := image_count(artifact)) >= needed:
-                self.ui.say(f"samples: {artifact.id}, the newest with at least {needed} images ({count})")
-                return artifact
-        self.ui.say(f"no samples artifact in {self.workspace} has at least {needed} images")
-        return None
-
-
-def beside_originals(images: ImageSet, reference: Reference | None) -> Sequence[EvalImage]:
-    """The images as the report shows them: reconstructions on the right of their originals."""
-    if reference is None or reference.images is None or not reference.originals:
-        return images.entries
-    pairs = zip(images.entries, reference.images.entries, strict=True)
-    return [replace(made, load=partial(_side_by_side, true, made)) for made, true in pairs]
-
-
-def _side_by_side(left: EvalImage, right: EvalImage) -> np.ndarray:
-    return np.concatenate([left.load(), right.load()], axis=1)
-
 
 def require_one_kind(plans: Sequence[str | None], what: str) -> None:
-    """DataError: some images were generated from a plan and some from the prompt alone (None). A rewritten prompt is
-    another task: their mean would be a number of neither."""
+    """DataError: some are of a plan and some of the prompt alone (None), so that their mean is a number of neither."""
     planned = sum(plan is not None for plan in plans)
     if 0 < planned < len(plans):
-        raise DataError(
-            f"{planned} of {len(plans)} images were generated from a plan, the others from the prompt alone", at=what,
-            fix="measure them apart", code="BF-DATA-007",
-        )  # fmt: skip
+        message = f"{planned} of {len(plans)} images were generated from a plan, the others from the prompt alone"
+        raise DataError(message, at=what, fix="measure them apart", code="BF-DATA-007")
 
 
 def require_enough(images: ImageSet, needed: int) -> None:
     """DataError, with how many images there are and how to get more."""
     if len(images.entries) < needed:
         raise DataError(
-            f"{images.what} has {len(images.entries)} images; at least {needed} are needed",
+            f"{images.what} has {len(images.entries)} images; at least {needed} are needed", code="BF-DATA-008",
             at="with few images the Frechet distance is mostly bias: it halves when their number doubles",
             fix="make more: bifrost generate --prompts FILE -o DIR; or lower the limit: --min-samples N",
-            code="BF-DATA-008",
-        )
+        )  # fmt: skip

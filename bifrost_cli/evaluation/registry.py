@@ -1,10 +1,14 @@
-"""The metrics of `bifrost eval`: the built-in ones, and those that installed packages add as `bifrost.metrics`."""
+"""The metrics of `bifrost eval`, those of installed packages (`bifrost.metrics`) too, and gates on their numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from bifrost_cli.errors import BifrostError, EnvironmentProblem
+from bifrost_cli.errors import BifrostError, EnvironmentProblem, UsageError
 from bifrost_cli.evaluation.metrics.metric import Metric, MetricOption
 from bifrost_cli.runtime.plugins import Plugins
 
@@ -18,20 +22,18 @@ BUILTIN = {  # a report's identity lists its metrics in this order
     "prdc": f"{_ROOM}.feature_metrics:Prdc",
     "geneval": f"{_ROOM}.geneval:GenEval",
     "dpg": f"{_ROOM}.dpg:Dpg",
-    "shapes": f"{_ROOM}.shapes_accuracy:ShapesAccuracy",
-    "clipscore": f"{_ROOM}.clip_score:ClipScore",
-    "reconstruction": f"{_ROOM}.reconstruction:Reconstruction",
+    "shapes": f"{_ROOM}.image_metrics:ShapesAccuracy",
+    "clipscore": f"{_ROOM}.image_metrics:ClipScore",
+    "reconstruction": f"{_ROOM}.image_metrics:Reconstruction",
 }
 REGISTRY = Plugins(GROUP, BUILTIN, base=Metric)
+Z95 = 1.959963984540054  # 97.5 % point of the normal distribution; `stats` would import torch
+_SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+_GATE = re.compile(r"\s*([a-z0-9_-]+?)\s*(<=|>=|<|>)\s*(-?[0-9.]+(?:e-?[0-9]+)?)\s*")
 
 
 def metric_class(name: str) -> type[Metric]:
-    """The class of a metric.
-
-    Raises:
-        UsageError: an unknown name (BF-USE-003).
-        EnvironmentProblem: two metrics of one name (BF-ENV-003), or one that does not load (BF-ENV-004).
-    """
+    """The class of a metric. UsageError: an unknown name. EnvironmentProblem: two of one name, or a broken one."""
     metric: type[Metric] = REGISTRY[name]
     if metric.name != name:
         raise EnvironmentProblem(f"the plug-in {name} in {GROUP} calls itself {metric.name}", code="BF-ENV-004",
@@ -55,3 +57,40 @@ def explained(metrics: Sequence[str], fd: Sequence[str]) -> list[str]:
     """How each metric is measured, a line each, for `--explain`."""
     measured = [f"{name}: {metric_class(name).protocol}" for name in metrics]
     return measured + [f"fd {ref}: as fid, in its features." for ref in fd]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A limit that a report's numbers must keep (`--gate 'fid<12.5'`): with the worse end of their 95 % interval, and a
+    value without one as it is."""
+
+    metric: str  # a flag's name, or a metric of report.json
+    sign: str
+    limit: float
+
+    @classmethod
+    def of(cls, text: str) -> Gate:
+        """Read a gate. UsageError: a text that is none."""
+        try:
+            metric, sign, limit = _GATE.fullmatch(text).groups()  # type: ignore[union-attr]
+            return cls(metric, sign, float(limit))
+        except (AttributeError, ValueError):
+            raise UsageError(f"invalid gate {text!r}",
+                             fix="a metric, <, <=, > or >=, and a number: --gate 'fid<12.5'") from None  # fmt: skip
+
+    def check(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The gate, the value, the end of its interval that counts, and whether it holds. UsageError: not measured."""
+        names = (metric_class(self.metric).gates if self.metric in REGISTRY else ()) or (self.metric,)
+        gated = [result for result in results if result["metric"] in names]
+        if not gated:
+            measured = ", ".join(result["metric"] for result in results)
+            raise UsageError(f"invalid gate {str(self)!r}: {self.metric} was not measured", at=f"measured: {measured}")
+        ends = []
+        for result in gated:
+            value, half = result["value"], Z95 * result.get("standard_error", 0.0)
+            ends.append(result.get("interval95", (value - half, value + half)))
+        end = max(high for _, high in ends) if self.sign.startswith("<") else min(low for low, _ in ends)
+        return {"gate": str(self), "value": gated[0]["value"], "end": end, "holds": _SIGNS[self.sign](end, self.limit)}
+
+    def __str__(self) -> str:
+        return f"{self.metric}{self.sign}{self.limit:g}"

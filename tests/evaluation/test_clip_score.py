@@ -9,8 +9,8 @@ import torch
 
 from bifrost_cli.data.image_sets import EvalImage, ImageSet, drawn
 from bifrost_cli.errors import DataError
-from bifrost_cli.evaluation.metrics.clip_score import ClipScore
-from bifrost_cli.evaluation.networks.feature_network import ClipScorer
+from bifrost_cli.evaluation.metrics.image_metrics import ClipScore
+from bifrost_cli.evaluation.networks import ClipScorer
 from bifrost_cli.loading.open_clip_models import load_open_clip, load_tokenizer
 from bifrost_cli.loading.resolve import BUILTIN
 from bifrost_cli.runtime.ui import Ui

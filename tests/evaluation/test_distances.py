@@ -20,8 +20,7 @@ from bifrost_cli.errors import DataError
 from bifrost_cli.evaluation.feature_statistics import statistics_of
 from bifrost_cli.evaluation.inputs import Reference, reference_for
 from bifrost_cli.evaluation.metrics.feature_metrics import FeatureSets
-from bifrost_cli.evaluation.networks.feature_network import ClipFeatures
-from bifrost_cli.evaluation.networks.load_networks import load_features
+from bifrost_cli.evaluation.networks import ClipFeatures, load_features
 from bifrost_cli.evaluation.registry import metric_class
 from bifrost_cli.runtime.ui import Ui
 
@@ -63,7 +62,7 @@ def test_a_distance_does_not_depend_on_how_it_is_computed(network, tmp_path, mon
     images = drawn(21)
     before = distance(network, images, tmp_path / "a")
     if change == "batch":
-        monkeypatch.setattr("bifrost_cli.evaluation.networks.feature_network.BATCH", 5)
+        monkeypatch.setattr("bifrost_cli.evaluation.networks.BATCH", 5)
     if change == "order":
         images = ImageSet(images.what, images.entries[::-1])
     threads = torch.get_num_threads()

@@ -16,8 +16,8 @@ from bifrost_cli.data.image_sets import EvalImage, ImageSet, from_folder, from_s
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import DataError, UsageError
 from bifrost_cli.evaluation.evaluate import evaluate
+from bifrost_cli.evaluation.judges import VqaJudge
 from bifrost_cli.evaluation.metrics.dpg import Dpg, Question, depending, questions_of, read_questions, score
-from bifrost_cli.evaluation.networks.judges import VqaJudge
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.shapes.draw import draw
 from bifrost_cli.shapes.scene import Scene, Thing

@@ -220,7 +220,7 @@ def test_a_default_set_is_made_when_there_is_none(recipe, workspace, monkeypatch
 
 
 def test_a_dry_run_names_the_inputs_and_makes_nothing(recipe, workspace, monkeypatch):
-    monkeypatch.setattr("bifrost_cli.evaluation.networks.load_networks.load_features", None)
+    monkeypatch.setattr("bifrost_cli.evaluation.networks.load_features", None)
     plan = evaluate(recipe, metrics=["fid", "shapes"], workspace=workspace, dry_run=True)
     assert plan["samples"] == f"{COUNT} images of held-out prompts, made first" and not workspace.exists()
     made = make_samples(workspace, right_pictures(COUNT))

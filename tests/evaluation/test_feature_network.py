@@ -10,8 +10,8 @@ from fixtures_clip import PREPROCESS, SIZE, WIDTH, save_tiny_clip
 
 from bifrost_cli.config.schema import Evaluate
 from bifrost_cli.errors import ArtifactError, BifrostError
-from bifrost_cli.evaluation.networks.feature_network import BATCH, ClipFeatures, feature_batches
-from bifrost_cli.evaluation.networks.load_networks import load_features as load_named
+from bifrost_cli.evaluation.networks import BATCH, ClipFeatures, feature_batches
+from bifrost_cli.evaluation.networks import load_features as load_named
 
 
 def load_features(ref: str, device: str):

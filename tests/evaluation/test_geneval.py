@@ -18,22 +18,22 @@ from bifrost_cli.cli.app import run
 from bifrost_cli.config.load import load_recipe
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import ArtifactError, DataError, EnvironmentProblem, UsageError
-from bifrost_cli.evaluation.benchmarks.geneval import (
+from bifrost_cli.evaluation.evaluate import evaluate
+from bifrost_cli.evaluation.geneval_export import export_geneval, import_geneval
+from bifrost_cli.evaluation.judges import ColourNamer
+from bifrost_cli.evaluation.metrics.geneval import (
     PROMPTS,
     TASKS,
     Detection,
     counted,
     from_layout,
+    geneval_row,
     read_asked,
     read_results,
     relations,
     verdict,
 )
-from bifrost_cli.evaluation.benchmarks.geneval_export import export_geneval, import_geneval
-from bifrost_cli.evaluation.evaluate import evaluate
-from bifrost_cli.evaluation.metrics.geneval import geneval_row
-from bifrost_cli.evaluation.networks.judges import ColourNamer
-from bifrost_cli.evaluation.networks.load_networks import load_detector
+from bifrost_cli.evaluation.networks import load_detector
 from bifrost_cli.generation.requests import read_prompts
 from bifrost_cli.runtime.ui import Ui
 
@@ -176,7 +176,7 @@ def detector(tmp_path_factory) -> Path:
 
 
 def test_objects_have_the_benchmarks_names_and_the_boxes_of_their_masks(detector, monkeypatch):
-    monkeypatch.setattr("bifrost_cli.evaluation.networks.judges.THRESHOLD", 0.0)
+    monkeypatch.setattr("bifrost_cli.evaluation.judges.THRESHOLD", 0.0)
     loaded = load_detector(str(detector), "cpu")
     assert set(loaded.classes.values()) == {"person", "dog", "computer mouse", "airplane"}
     found = loaded.objects(np.random.default_rng(0).integers(0, 255, (48, 40, 3), np.uint8))
@@ -288,8 +288,8 @@ def samples(tmp_path) -> Artifact:
 
 
 def test_it_runs_end_to_end_and_says_by_which_detector(recipe, samples, metadata, detector, tmp_path, monkeypatch):
-    monkeypatch.setattr("bifrost_cli.evaluation.networks.judges.THRESHOLD", 0.0)
-    monkeypatch.setattr("bifrost_cli.evaluation.benchmarks.geneval.THRESHOLD", 0.0)
+    monkeypatch.setattr("bifrost_cli.evaluation.judges.THRESHOLD", 0.0)
+    monkeypatch.setattr("bifrost_cli.evaluation.metrics.geneval.THRESHOLD", 0.0)
     code = run(["eval", "--geneval", "--detector", str(detector), "--metadata", str(metadata), "--samples",
                 str(samples.path), "-w", str(tmp_path / "runs"), "--device", "cpu"])  # fmt: skip
     assert code == 0
@@ -393,6 +393,7 @@ def test_the_benchmarks_file_is_a_file_of_prompts(metadata):
     [{"tag": "poetry"}, {"prompt": None}, {"include": []}, {"include": [{"class": "dog"}]}, {"exclude": 3},
      {"include": [{"class": "dog", "count": 1, "color": "mauve"}]},
      {"include": [{"class": "dog", "count": 1, "position": ["left of", 0]}]},
+     {"include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["left of", -1]}]},
      {"include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1, "position": ["near", 0]}]}],
 )  # fmt: skip
 def test_lines_that_ask_for_nothing_known(metadata, change):
@@ -435,7 +436,7 @@ def test_results_that_are_not_whole_are_refused(tmp_path, lines, why):
 
 def test_two_processes_make_the_same_bytes_whatever_their_hash_seed(tmp_path):
     path = results_file(tmp_path / "results.jsonl", RESULTS)
-    script = ("import sys, pathlib; from bifrost_cli.evaluation.benchmarks.geneval_export import import_geneval; "
+    script = ("import sys, pathlib; from bifrost_cli.evaluation.geneval_export import import_geneval; "
               "print(import_geneval(pathlib.Path(sys.argv[1]), output=sys.argv[2]).files)")  # fmt: skip
     said = {subprocess.run([sys.executable, "-c", script, str(path), str(tmp_path / seed)], capture_output=True,
                            text=True, check=True, env={"PYTHONHASHSEED": seed, "PATH": "",

@@ -17,10 +17,9 @@ from bifrost_cli.artifacts import Artifact
 from bifrost_cli.config.schema import Evaluate, Models, Recipe
 from bifrost_cli.data.safetensors_io import save_tensors
 from bifrost_cli.errors import ArtifactError, DataError, EnvironmentProblem, UsageError
+from bifrost_cli.evaluation import networks
 from bifrost_cli.evaluation.evaluate import evaluate
-from bifrost_cli.evaluation.networks import feature_network
-from bifrost_cli.evaluation.networks.feature_network import feature_batches
-from bifrost_cli.evaluation.networks.load_networks import INCEPTION_FILE, load_features
+from bifrost_cli.evaluation.networks import INCEPTION_FILE, feature_batches, load_features
 
 COUNT = 12
 
@@ -44,9 +43,9 @@ def weights(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def small_batches():
     """A batch is filled up with empty images; here that would be most of the work."""
-    before, feature_network.BATCH = feature_network.BATCH, 4
+    before, networks.BATCH = networks.BATCH, 4
     yield
-    feature_network.BATCH = before
+    networks.BATCH = before
 
 
 def images(folder, seed: int, size: int = 40):

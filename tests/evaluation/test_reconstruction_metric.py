@@ -20,11 +20,10 @@ from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import ArtifactError, DataError, EnvironmentProblem, Stopped, UsageError
 from bifrost_cli.evaluation.evaluate import evaluate
 from bifrost_cli.evaluation.formulas import psnr, ssim
-from bifrost_cli.evaluation.gates import Gate
 from bifrost_cli.evaluation.inputs import images_for, require_one_kind
-from bifrost_cli.evaluation.metrics.reconstruction import Reconstruction
-from bifrost_cli.evaluation.networks.load_networks import load_lpips
-from bifrost_cli.evaluation.registry import BUILTIN, explained
+from bifrost_cli.evaluation.metrics.image_metrics import Reconstruction
+from bifrost_cli.evaluation.networks import load_lpips
+from bifrost_cli.evaluation.registry import BUILTIN, Gate, explained
 from bifrost_cli.extraction.extract import extract_latents
 from bifrost_cli.generation.reconstruct import reconstruct_set
 from bifrost_cli.loading.loaders import ModelLoader

@@ -1,7 +1,6 @@
 """DPG-Bench (Hu et al. 2024; Cho et al. 2024): its questions put to a multimodal LLM instead of mPLUG.
 
-`dpg_bench.csv` has a question in each row: item_id, text, proposition_id, dependency, tuple,
-question_natural_language; a question may depend on others of its prompt. Published numbers are mPLUG's.
+`dpg_bench.csv` has a question in each row, which may depend on others of its prompt. Published numbers are mPLUG's.
 """
 
 from __future__ import annotations
@@ -12,22 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from bifrost_cli.data.sources.table import csv_rows
 from bifrost_cli.errors import DataError, UsageError
-from bifrost_cli.evaluation.metrics.metric import (
-    Line,
-    Metric,
-    MetricInputs,
-    MetricOption,
-    generated_from,
-    plan_warnings,
-    row,
-)
-from bifrost_cli.evaluation.metrics.shapes_accuracy import share
+from bifrost_cli.evaluation.metrics.image_metrics import share
+from bifrost_cli.evaluation.metrics.metric import Line, Metric, MetricInputs, MetricOption, planned, row
 
 if TYPE_CHECKING:
     from bifrost_cli.data.image_sets import ImageSet
-    from bifrost_cli.evaluation.networks.judges import VqaJudge
+    from bifrost_cli.evaluation.judges import VqaJudge
     from bifrost_cli.runtime.ui import Ui
 
 PROTOCOL = "bifrost-dpg/2"  # 2: intervals by prompt, of kinds of questions too
@@ -36,14 +26,13 @@ COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question
 
 @dataclass(frozen=True)
 class Question:
-    """One question of a prompt; `parents` are numbers of questions it makes no sense without. `broad`, `detailed`: its
-    kind, as entity and entity - whole."""
+    """One question of a prompt."""
 
     number: int
     text: str
-    parents: tuple[int, ...]
-    broad: str
-    detailed: str
+    parents: tuple[int, ...]  # numbers of questions it makes no sense without
+    broad: str  # its kind, as entity
+    detailed: str  # its kind, as entity - whole
 
 
 @dataclass
@@ -85,7 +74,7 @@ class Dpg(Metric):
 
     @classmethod
     def load(cls, inputs: MetricInputs) -> Dpg:
-        from bifrost_cli.evaluation.networks.judges import VqaJudge
+        from bifrost_cli.evaluation.judges import VqaJudge
         from bifrost_cli.loading.loaders import ModelLoader
 
         path, judge, models = Path(inputs.options["questions"]), inputs.options.get("judge"), inputs.models
@@ -111,19 +100,18 @@ class Dpg(Metric):
                 answered += [{"broad": question.broad, "detailed": question.detailed, "right": answers[question.number],
                               "prompt": item.prompt} for question in item.questions]  # fmt: skip
                 bar.advance(1)
-        kinds = {}
-        for key in ("broad", "detailed"):
-            groups = {name: [one for one in answered if one[key] == name] for name in {one[key] for one in answered}}
-            kinds[key] = [share(name, groups[name], by_prompt=True) for name in sorted(groups)]
-        source = generated_from((entry.plan for entry in images.entries), images.artifact is not None)
+        broad, detailed = (
+            [share(name, [one for one in answered if one[key] == name], by_prompt=True)
+             for name in sorted({one[key] for one in answered})] for key in ("broad", "detailed")
+        )  # fmt: skip
+        source, _ = planned((entry.plan for entry in images.entries), images.artifact is not None)
         (low, high), judge = clustered_interval(scores, prompts), self._judge.identity
         return [row(
             "dpg", f"DPG-Bench by {judge['name']}", sum(scores) / len(scores), format="share", n_gen=len(lines),
             standard_error=clustered_error(scores, prompts), interval95=[low, high],
             spread=f"95 % by prompt: {low:.1%} to {high:.1%}",
             details=[f"{len(answered)} answers about {len(lines)} images of {len(set(prompts))} prompts"],
-            categories=kinds["broad"], detailed=kinds["detailed"], protocol=PROTOCOL,
-            extractor=judge, painted_from=source,
+            categories=broad, detailed=detailed, protocol=PROTOCOL, extractor=judge, painted_from=source,
             sentence=f"DPG-Bench's questions, answered yes or no by {judge['name']} (weights {judge['weights'][:12]}); "
             f"a question counts only with those it depends on, kinds of questions by their plain answers. Published "
             f"numbers are mPLUG's: compare only with numbers of this judge. Generated from {source}.",
@@ -133,14 +121,11 @@ class Dpg(Metric):
         return {"judge": self._judge.identity["name"], "judge, sha256": self._judge.identity["weights"]}
 
     def warnings(self, images: ImageSet, lines: Sequence[Mapping[str, Any]]) -> list[str]:
-        return plan_warnings(entry.plan for entry in images.entries)
+        return planned(entry.plan for entry in images.entries)[1]
 
 
 def depending(questions: Sequence[Question], answers: Mapping[int, bool]) -> dict[int, bool]:
-    """The answers that count: yes only when every question that this one depends on counts as yes, in their order.
-
-    KeyError: a question without an answer, or that depends on none of this prompt.
-    """
+    """The answers that count: yes only when every question that this one depends on counts as yes, in their order."""
     counted: dict[int, bool] = {}
     for question in questions:
         believed = all(counted[parent] if parent in counted else answers[parent] for parent in question.parents)
@@ -156,11 +141,9 @@ def score(questions: Sequence[Question], answers: Mapping[int, bool]) -> float:
 
 
 def read_questions(path: Path) -> dict[str, Item]:
-    """Items by prompt, in the file's order. A second line of column names is passed over; no question is lost.
-
-    DataError: columns or lines that are none of the benchmark's, a question twice, one that depends on none there is.
-    """
-    from bifrost_cli.evaluation.benchmarks.geneval import file_bytes
+    """Items by prompt, in the file's order. A second line of column names is passed over; no question is lost."""
+    from bifrost_cli.data.sources.table import csv_rows
+    from bifrost_cli.evaluation.metrics.geneval import file_bytes
 
     items: dict[str, Item] = {}
     for line, cells in csv_rows(file_bytes(path), str(path), ".csv"):
@@ -194,11 +177,7 @@ def read_questions(path: Path) -> dict[str, Item]:
 
 
 def questions_of(images: ImageSet, items: Mapping[str, Item], source: Path) -> list[Item]:
-    """The item of each image, by its prompt, or where it has none by its name: the benchmark's are `ITEM_ID.png`.
-
-    DataError: an image of another prompt (a rewritten one is another benchmark), prompts without images or with
-    fewer than the others.
-    """
+    """The item of each image, by its prompt, or where it has none by its name: the benchmark's are `ITEM_ID.png`."""
     named, found = {item.name: item for item in items.values()}, []
     for entry in images.entries:
         if entry.prompt is None:
@@ -212,9 +191,7 @@ def questions_of(images: ImageSet, items: Mapping[str, Item], source: Path) -> l
         found.append(item)
     counts = Counter(item.prompt for item in found)
     if len(counts) < len(items) or len(set(counts.values())) > 1:
-        raise DataError(
-            f"{images.what} has not as many images of every prompt of {source}", code="BF-DATA-008",
-            at=f"{len(items) - len(counts)} prompts have none",
-            fix="make the missing ones: a mean over fewer is another score",
-        )  # fmt: skip
+        raise DataError(f"{images.what} has not as many images of every prompt of {source}",
+                        at=f"{len(items) - len(counts)} prompts have none", code="BF-DATA-008",
+                        fix="make the missing ones: a mean over fewer is another score")  # fmt: skip
     return found

@@ -6,7 +6,7 @@ Features are computed in one pass for all metrics that read the same network.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,24 +21,21 @@ if TYPE_CHECKING:
     from bifrost_cli.data.image_sets import ImageSet
     from bifrost_cli.evaluation.feature_statistics import Statistics
     from bifrost_cli.evaluation.inputs import Reference
-    from bifrost_cli.evaluation.networks.feature_network import FeatureNetwork
+    from bifrost_cli.evaluation.networks import FeatureNetwork
     from bifrost_cli.runtime.ui import Ui
 
 PROTOCOL = "bifrost-distribution/2"
-NOT_FID = (
-    " This is not Inception FID: compare it only with numbers of the same features, reference and number of images."
-)
+NOT_FID = "not Inception FID: compare it only with numbers of the same features, reference and number of images."
 
 
 @dataclass
 class Features:
-    """What a metric computes from: features (N, D) of the images, statistics of the reference, features of true images
-    in the images' place (None where the reference is not the built-in world), and the images' seeds, a row each."""
+    """What a metric computes from."""
 
     images_ND: np.ndarray
     reference: Statistics | None
-    floor_ND: np.ndarray | None
-    seeds: Sequence[int | None]
+    floor_ND: np.ndarray | None  # true images in the images' place; None where the reference is not the built-in world
+    seeds: Sequence[int | None]  # of the images, a row each
 
 
 class FeatureSets:
@@ -48,20 +45,8 @@ class FeatureSets:
         self.network, self.reference, self._workspace = network, reference, workspace
         self.metrics: list[str] = []
         self.identity = {"features": network.identity, "metrics": self.metrics, "protocol": PROTOCOL}
-        self._layers: dict[str, bool] = {}  # of the metrics, and whether any compares it with the reference
+        self.layers: dict[str, bool] = {}  # of the metrics, and whether any compares it with the reference
         self._sides: tuple[dict[str, Statistics], ...] = ()
-
-    @classmethod
-    def load(cls, ref: str, inputs: MetricInputs) -> FeatureSets:
-        """Load the network `ref`, see `load_features`."""
-        from bifrost_cli.evaluation.networks.load_networks import load_features
-
-        return cls(load_features(ref, inputs.settings, inputs.device), inputs.reference, inputs.workspace)
-
-    def add(self, metric: type[FeatureMetric]) -> None:
-        """A metric that will read these features."""
-        self.metrics.append(metric.name)
-        self._layers[metric.layer] = self._layers.get(metric.layer, False) or metric.needs_reference
 
     def of(self, layer: str, images: ImageSet, ui: Ui) -> Features:
         """The features of a layer that a metric was added for; the images are the same at every call."""
@@ -70,8 +55,8 @@ class FeatureSets:
         from bifrost_cli.evaluation.inputs import FLOOR_SEED
 
         if not self._sides:
-            place, compared = self._workspace, sorted(name for name, needed in self._layers.items() if needed)
-            made = statistics_of(images, self.network, sorted(self._layers), place, ui, "features of the samples")
+            place, compared = self._workspace, sorted(name for name, needed in self.layers.items() if needed)
+            made = statistics_of(images, self.network, sorted(self.layers), place, ui, "features of the samples")
             real, floor = {}, {}
             if self.reference is not None and compared:
                 real = self.reference.statistics(self.network, compared, place, ui)
@@ -87,21 +72,17 @@ class FeatureSets:
 
 
 class FeatureMetric(Metric):
-    """A metric of sets of features. A subclass gives names, layer and `measure`.
-
-    Attributes:
-        layer: of the network, which it reads; others than `pool` only Inception has.
-        keyed: its name in report.json and its label; `inception`: the names it has in Inception features alone.
-    """
+    """A metric of sets of features. A subclass gives names, layer and `measure`."""
 
     needs_many, needs_reference = True, True
     keys = ("features", "inception_weights")
-    layer: ClassVar[str] = "pool"
-    keyed: ClassVar[tuple[str, str]]
-    inception: ClassVar[tuple[str, str] | None] = None
+    layer: ClassVar[str] = "pool"  # of the network; others only Inception has
+    keyed: ClassVar[tuple[str, str]]  # its name in report.json and its label
+    inception: ClassVar[tuple[str, str] | None] = None  # the names it has in Inception features alone
 
     def __init__(self, features: FeatureSets) -> None:
-        features.add(type(self))
+        features.metrics.append(self.name)
+        features.layers[self.layer] = features.layers.get(self.layer, False) or self.needs_reference
         self.features, self.identity, self.device = features, features.identity, features.network.device
         self._network = features.network.identity
         self.packages = ("torch-fidelity",) if self._network["name"] == "inception" else ()
@@ -114,7 +95,18 @@ class FeatureMetric(Metric):
 
     @classmethod
     def load(cls, inputs: MetricInputs) -> FeatureMetric:
-        return cls(inputs.share("features", lambda: FeatureSets.load(inputs.settings.features, inputs)))
+        return cls.load_from(inputs.settings.features, inputs, "features")
+
+    @classmethod
+    def load_from(cls, ref: str, inputs: MetricInputs, key: Any = None) -> FeatureMetric:
+        """In features of the network `ref`, which are shared by all metrics that ask for the same `key`."""
+        from bifrost_cli.evaluation.networks import load_features
+
+        def load() -> FeatureSets:
+            network = load_features(ref, inputs.settings, inputs.device)
+            return FeatureSets(network, inputs.reference, inputs.workspace)
+
+        return cls(inputs.share(key, load) if key else load())
 
     def measure(self, features: Features) -> dict[str, Any]:
         """The value with its uncertainty: what `row` is given, but for names and sentence."""
@@ -127,7 +119,7 @@ class FeatureMetric(Metric):
         compared = f" to {reference.what}" if reference and self.needs_reference else ""
         sentence = (
             f"{label} of {count} images{compared}, in features of {network['name']} "
-            f"(weights {network['weights'][:12]}, {network['resize']}).{'' if inception else NOT_FID}"
+            f"(weights {network['weights'][:12]}, {network['resize']}).{'' if inception else ' This is ' + NOT_FID}"
         )
         if reference is not None and reference.originals:
             label = "rFID" if label == "FID" else f"{label} to the originals"
@@ -152,10 +144,8 @@ class FeatureMetric(Metric):
     def warnings(self, images: ImageSet, lines: Sequence[Mapping[str, Any]]) -> list[str]:
         name, width, count, found = self._network["name"], self._network["width"], len(images.entries), []
         if name.startswith("builtin:"):
-            found.append(
-                f"The distances here are in features of {name}, a tiny network trained on the built-in "
-                "world. They are not Inception's and not comparable with any published FID or KID."
-            )
+            found.append(f"The distances here are in features of {name}, a tiny network trained on the built-in world. "
+                         "They are not Inception's and not comparable with any published FID or KID.")  # fmt: skip
         if count <= width:
             found.append(f"{count} images for {width} features of {name}: the distance is mostly bias.")
         return found
@@ -179,41 +169,31 @@ class Fid(FeatureMetric):
     keyed, inception = ("frechet_distance", "Frechet distance"), ("fid", "FID")
 
     def measure(self, features: Features) -> dict[str, Any]:
-        from bifrost_cli.evaluation.formulas import (
-            frechet,
-            frechet_at_infinity,
-            from_moments,
-            gaussian,
-            jackknife_error,
-            shown,
-        )
+        from bifrost_cli.evaluation import formulas
 
-        assert features.reference is not None
-        real = from_moments(features.reference.mean_D, features.reference.covariance_DD, features.reference.count)
+        made_ND, saved = features.images_ND, features.reference
+        assert saved is not None
+        real, shown = formulas.from_moments(saved.mean_D, saved.covariance_DD, saved.count), formulas.shown
 
         def distance(features_ND: np.ndarray) -> float:
-            return frechet(gaussian(features_ND), real)
+            return formulas.frechet(formulas.gaussian(features_ND), real)
 
-        raw, error = distance(features.images_ND), jackknife_error(features.images_ND, distance)
-        limit = frechet_at_infinity(features.images_ND, real, points=self.POINTS)
+        raw, error = distance(made_ND), formulas.jackknife_error(made_ND, distance)
+        limit = formulas.frechet_at_infinity(made_ND, real, points=self.POINTS)
         below = ", below zero: too few images to tell the distance from none" if limit < 0 else ""
         found: dict[str, Any] = {
-            "value": shown(raw),
-            "raw": raw,
-            "standard_error": error,
+            "value": shown(raw), "raw": raw, "standard_error": error,
             "at_infinity": {"value": limit, "seed": 0, "points": self.POINTS},
             "spread": f"standard error {error:.2g}",
             "details": [f"extrapolated to N -> infinity (FID_inf): {limit:.4g}{below}"],
-        }
+        }  # fmt: skip
         if features.floor_ND is not None:
             true = distance(features.floor_ND)
             found["floor"] = {"value": shown(true), "raw": true, "n": len(features.floor_ND)}
             found["details"].append(f"true images in the samples' place: {shown(true):.4g}")
         return found | self._by_seed(features, distance, found["details"])
 
-    def _by_seed(
-        self, features: Features, distance: Callable[[np.ndarray], float], details: list[str]
-    ) -> dict[str, Any]:
+    def _by_seed(self, features: Features, distance: Any, details: list[str]) -> dict[str, Any]:
         """The distance of each seed's images, where several seeds made equally many: the spread between seeds is the
         only one that says what another run would give. Each is of fewer images, so more biased."""
         import numpy as np

@@ -1,8 +1,7 @@
 """What a metric of `bifrost eval` is: one class from which its flag, help, protocol, gate and report row follow.
 
-A package adds one by the entry point group `bifrost.metrics`. Class attributes must be cheap: `bifrost eval --help`
-reads them, so that NumPy, torch and networks are imported where they are used.
-"""
+A package adds one by the entry point group `bifrost.metrics`. NumPy, torch and networks are imported where they are
+used: `bifrost eval --help` reads the class attributes."""
 
 from __future__ import annotations
 
@@ -79,12 +78,7 @@ class Metric:
 
     @classmethod
     def load(cls, inputs: MetricInputs) -> Metric:
-        """The metric with its networks and files.
-
-        Raises:
-            EnvironmentProblem: weights or a package are missing.
-            ArtifactError: weights that do not fit.
-        """
+        """The metric with its networks and files. EnvironmentProblem: weights or a package are missing."""
         return cls()
 
     def compute(self, images: ImageSet, lines: Sequence[Line], ui: Ui) -> list[dict[str, Any]]:
@@ -104,25 +98,17 @@ def row(
     metric: str, label: str, value: float, *, n_gen: int, spread: str, sentence: str, format: str = "number",
     details: Iterable[str] = (), **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A result of report.json.
-
-    Args:
-        metric: its name there; `label`: its name on the page; `format`: number, or share (printed in percent).
-        n_gen: how many images the value is of; `spread`: its uncertainty in words; `details`: further lines.
-        sentence: what was measured and how; `more`: standard_error, interval95, categories and others.
-    """
+    """A result of report.json: `metric` is its name there, `label` that on the page, `n_gen` how many images it is of,
+    `spread` its uncertainty in words, `sentence` what was measured and how, `details` further lines. `format`: number,
+    or share (printed in percent); `more`: standard_error, interval95, categories and others."""
     return {"metric": metric, "label": label, "format": format, "value": value, "spread": spread,
             "details": list(details), "n_gen": n_gen, "sentence": sentence, **more}  # fmt: skip
 
 
-def generated_from(plans: Iterable[str | None], known: bool) -> str:
-    """What images were generated from; without a plan that is only `known` of images generated here."""
+def planned(plans: Iterable[str | None], known: bool = True) -> tuple[str, list[str]]:
+    """What images were generated from (without a plan that is only `known` of images generated here), and what a reader
+    of a benchmark's number must know of it."""
     if any(plan is not None for plan in plans):
-        return "a plan that the MLLM wrote of each prompt"
-    return "the prompts alone" if known else "what is not known: no samples artifact says so"
-
-
-def plan_warnings(plans: Iterable[str | None]) -> list[str]:
-    """What a reader of a benchmark's number must know of plans."""
-    planned = any(plan is not None for plan in plans)
-    return ["The MLLM wrote a plan for each prompt first: not the score of the prompts alone."] * planned
+        warning = "The MLLM wrote a plan for each prompt first: not the score of the prompts alone."
+        return "a plan that the MLLM wrote of each prompt", [warning]
+    return "the prompts alone" if known else "what is not known: no samples artifact says so", []

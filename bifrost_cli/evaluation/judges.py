@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import normalize
 
 from bifrost_cli.data.safetensors_io import weights_hash
 from bifrost_cli.errors import ArtifactError, DataError
-from bifrost_cli.evaluation.benchmarks.geneval import COLORS, THRESHOLD, Detection
-from bifrost_cli.evaluation.networks.feature_network import ClipScorer
+from bifrost_cli.evaluation.metrics.geneval import COLORS, THRESHOLD, Detection
+from bifrost_cli.evaluation.networks import ClipScorer
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
 
 # What GenEval calls some of COCO's classes, by the names that checkpoints give them.
@@ -42,10 +43,7 @@ class Detector:
 
     @torch.inference_mode()
     def objects(self, rgb_HWc: np.ndarray) -> dict[str, list[Detection]]:
-        """Every object whose score reaches GenEval's lower bar, by class; boxes are those of the masks.
-
-        DataError: scores that are not finite, which would read as an image of nothing.
-        """
+        """Every object whose score reaches GenEval's lower bar, by class; boxes are those of the masks."""
         inputs = self._processor(images=np.array(rgb_HWc), input_data_format="channels_last", return_tensors="pt")
         outputs = self._model(**inputs.to(self._model.device))
         _require_numbers(outputs.class_queries_logits.cpu().numpy(), self.identity["name"])
@@ -72,7 +70,7 @@ class ColourNamer:
         """One of COLORS an object of the class `name`. DataError: embeddings that are not finite."""
         crops = []
         for found in objects:
-            left, top, right, bottom = (round(edge) for edge in found.box)
+            left, top, right, bottom = map(round, found.box)
             shown = rgb_HWc if found.mask_HW is None else np.where(found.mask_HW[..., None], rgb_HWc, np.uint8(GREY))
             crops.append(self._scorer.prepare(shown[top : max(bottom, top + 1), left : max(right, left + 1)]))
         scores_BK = self._scorer.features(np.stack(crops)).astype(np.float64) @ self._directions(name).T
@@ -81,12 +79,9 @@ class ColourNamer:
 
     def _directions_of(self, name: str) -> np.ndarray:
         """One a colour (10, D): the mean of its phrases' directions."""
-        phrases = ([phrase.format(colour=colour, name=name) for phrase in TEMPLATES] for colour in COLORS)
-        return _unit(np.stack([_unit(self._scorer.texts(texts)).mean(0) for texts in phrases]))
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        phrases = [phrase.format(colour=colour, name=name) for colour in COLORS for phrase in TEMPLATES]
+        unit_TD = normalize(torch.from_numpy(self._scorer.texts(phrases)))
+        return normalize(unit_TD.unflatten(0, (len(COLORS), -1)).mean(1)).numpy()
 
 
 def _require_numbers(scores: np.ndarray, name: str) -> None:
@@ -96,11 +91,8 @@ def _require_numbers(scores: np.ndarray, name: str) -> None:
 
 
 class VqaJudge:
-    """The probability that the answer to a question about an image is yes.
-
-    The first word's probabilities decide, so that an answer in many words, or in none, is still one of the two.
-    ArtifactError BF-ART-009: a tokenizer that does not tell yes from no.
-    """
+    """The probability that the answer to a question about an image is yes: the first word's probabilities decide, so
+    that an answer in many words, or in none, is still one of the two."""
 
     def __init__(self, mllm: Mllm, name: str) -> None:
         self._mllm, tokenizer, first = mllm, mllm.tokenizer, {}

@@ -1,36 +1,53 @@
-"""Networks of metrics: images to vectors (open_clip, DINOv2, Inception), CLIP's text side, and LPIPS.
+"""Networks of metrics, from their names: open_clip, DINOv2, Inception, CLIP's text side, LPIPS.
 
-The resize rule belongs to a network: it is part of its identity. Where weights lie is not known here.
-Shapes: B batch, N images, H W pixels, D feature width.
+The resize rule is part of a network's identity. Shapes: B batch, N images, H W pixels, D feature width.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, islice
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 
+from bifrost_cli.artifacts.files import sha256_file
+from bifrost_cli.config.schema import Evaluate
 from bifrost_cli.data.images import square
-from bifrost_cli.data.safetensors_io import weights_hash
+from bifrost_cli.data.safetensors_io import load_tensors, weights_hash
+from bifrost_cli.errors import ArtifactError, EnvironmentProblem
+from bifrost_cli.loading.open_clip_models import features_name, load_open_clip
+from bifrost_cli.loading.resolve import model_errors, resolve_device, resolve_model
+
+if TYPE_CHECKING:
+    from bifrost_cli.evaluation.judges import Detector
 
 BATCH = 32  # fixed: another batch size gives other last bits
 DINO_SIZE, IMAGENET_MEAN, IMAGENET_STD = 224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPATIAL_CHANNELS = 7  # Nash et al. 2021, appendix B; ADM's evaluator reads the first seven of mixed_6/conv
 _INCEPTION_LAYERS = {"pool": "2048", "logits": "logits_unbiased"}  # our names to torch-fidelity's
 _LONGER = 8  # a text is tokenized at this many context lengths to see whether it is cut
+INCEPTION_FILE, ALEXNET_FILE = "weights-inception-2015-12-05-6726825d.pth", "alexnet-owt-7be5be79.pth"
+DINO = "dinov2:"
+T = TypeVar("T")
+
+# Weights that exist as a file of their publisher: what for, of which network, the file (its name ends with the first
+# digits of its sha256), where it is from, the recipe's key of it, and what to do without.
+_INCEPTION = ("FID", "Inception", INCEPTION_FILE, "95.7 MB, from the releases of torch-fidelity on GitHub",
+              "inception_weights", "; without it: --features builtin:open_clip")  # fmt: skip
+_ALEXNET = ("LPIPS", "AlexNet", ALEXNET_FILE, "233 MB, from PyTorch's model downloads", "lpips_weights", "")
 
 
 class FeatureNetwork:
-    """`identity` names the network, its weights and its resize rule; `layers` are what `outputs` can be asked for."""
+    """Images to a vector each, by layer: `pool` or another."""
 
-    identity: dict[str, Any]
-    layers: tuple[str, ...] = ("pool",)
+    identity: dict[str, Any]  # names the network, its weights and its resize rule
     device: str
 
     def prepare(self, rgb_HWc: np.ndarray) -> np.ndarray:
@@ -62,27 +79,20 @@ class ClipFeatures(FeatureNetwork):
         width = self.features(np.zeros((1, self.image_size, self.image_size, 3), np.uint8)).shape[1]
         kinds = {type(module).__name__ for module in visual.modules()}  # the same weights with QuickGELU are another
         self.identity = {
-            "name": name,
-            "family": "open_clip",
-            "weights": weights_hash(visual.state_dict()),
-            "layer": "image embedding, projected, not normalised",
-            "width": width,
-            "image_size": self.image_size,
+            "name": name, "family": "open_clip", "weights": weights_hash(visual.state_dict()),
+            "layer": "image embedding, projected, not normalised", "width": width, "image_size": self.image_size,
             "resize": "short side by bicubic with antialiasing, centre crop, uint8",
             "activation": "QuickGELU" if "QuickGELU" in kinds else "GELU",
-            "mean": list(visual.image_mean),
-            "std": list(visual.image_std),
-        }
+            "mean": list(visual.image_mean), "std": list(visual.image_std),
+        }  # fmt: skip
 
     def prepare(self, rgb_HWc: np.ndarray) -> np.ndarray:
         return square(rgb_HWc, self.image_size)
 
     def features(self, pixels_BHWc: np.ndarray) -> np.ndarray:
-        """`outputs` of the only layer."""
         return self.outputs(pixels_BHWc, ("pool",))["pool"]
 
     def forward(self, pixels_BcHW: torch.Tensor) -> dict[str, torch.Tensor]:
-        """ValueError: another shape or type than uint8 (B, 3, S, S), S = `image_size`."""
         shape = (3, self.image_size, self.image_size)
         if pixels_BcHW.dtype != torch.uint8 or pixels_BcHW.shape[1:] != shape:
             raise ValueError(f"images must be uint8 (B, {shape}), not {pixels_BcHW.dtype} {tuple(pixels_BcHW.shape)}")
@@ -122,14 +132,10 @@ class DinoFeatures(FeatureNetwork):
         self.device = str(next(model.parameters()).device)
         config: Any = model.config
         self.identity = {
-            "name": name,
-            "family": "dinov2",
-            "weights": weights_hash(model.state_dict()),
-            "layer": "class token after the final norm",
-            "width": config.hidden_size,
-            "image_size": DINO_SIZE,
+            "name": name, "family": "dinov2", "weights": weights_hash(model.state_dict()),
+            "layer": "class token after the final norm", "width": config.hidden_size, "image_size": DINO_SIZE,
             "resize": "Pillow bicubic to a square, uint8",
-        }
+        }  # fmt: skip
 
     def prepare(self, rgb_HWc: np.ndarray) -> np.ndarray:
         return np.asarray(Image.fromarray(rgb_HWc).resize((DINO_SIZE, DINO_SIZE), Image.Resampling.BICUBIC))
@@ -142,14 +148,11 @@ class DinoFeatures(FeatureNetwork):
 
 
 class InceptionFeatures(FeatureNetwork):
-    """The Inception network of FID, torch-fidelity's in float32.
+    """The Inception network of FID, torch-fidelity's in float32; its resize to 299 pixels is TensorFlow 1's.
 
     Layers: `pool` (2048, for FID, KID and PRDC), `spatial` (7 channels of a 17x17 layer row by row, NHWC, for sFID) and
-    `logits` (1008 classes without bias, for the Inception score). The resize to 299 pixels is TensorFlow 1's and part
-    of the network. `state` is checked strictly: RuntimeError names what does not fit.
+    `logits` (1008 classes without bias, for the Inception score). RuntimeError names what of `state` does not fit.
     """
-
-    layers = ("pool", "spatial", "logits")
 
     def __init__(self, state: Mapping[str, torch.Tensor], device: torch.device) -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -162,13 +165,9 @@ class InceptionFeatures(FeatureNetwork):
         self._model.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, out: self._spatial.append(out))
         self.device = str(device)
         self.identity = {
-            "name": "inception",
-            "family": "inception-2015-12-05",
-            "weights": weights_hash(dict(state)),
-            "width": 2048,
-            "image_size": 299,
-            "resize": "bilinear as in TensorFlow 1, no antialiasing",
-        }
+            "name": "inception", "family": "inception-2015-12-05", "weights": weights_hash(dict(state)),
+            "width": 2048, "image_size": 299, "resize": "bilinear as in TensorFlow 1, no antialiasing",
+        }  # fmt: skip
 
     def forward(self, pixels_BcHW: torch.Tensor) -> dict[str, torch.Tensor]:
         self._spatial.clear()
@@ -177,20 +176,16 @@ class InceptionFeatures(FeatureNetwork):
 
 
 class Lpips:
-    """The perceptual distance of two images (Zhang et al. 2018), by the `lpips` package: version 0.1, AlexNet.
+    """The perceptual distance of two images (Zhang et al. 2018), by the `lpips` package: version 0.1, AlexNet."""
 
-    `trunk`: a state dict of torchvision's AlexNet; what is not of its features is ignored. KeyError or RuntimeError
-    names what is missing or does not fit.
-    """
-
-    def __init__(self, trunk: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    def __init__(self, alexnet: Mapping[str, torch.Tensor], device: torch.device) -> None:
         import lpips
 
         with warnings.catch_warnings():  # the package still names torchvision's old arguments
             warnings.simplefilter("ignore")
             self._net = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
         inner = self._net.net  # its slices keep the numbers of AlexNet's modules: slice2.3.weight is features.3.weight
-        inner.load_state_dict({name: trunk[f"features.{name.split('.', 1)[1]}"] for name in inner.state_dict()})
+        inner.load_state_dict({name: alexnet[f"features.{name.split('.', 1)[1]}"] for name in inner.state_dict()})
         self._net.to(device).eval()
         self._device = device
         self.identity: dict[str, Any] = {"name": "lpips-alex-0.1", "weights": weights_hash(self._net.state_dict())}
@@ -205,15 +200,89 @@ class Lpips:
         return float(self._net(first, second))
 
 
-def feature_batches(
-    network: FeatureNetwork, images: Iterable[np.ndarray], layers: Sequence[str]
-) -> Iterator[dict[str, np.ndarray]]:
-    """Features {layer: (b, D)} of prepared images, in order, at most `BATCH` at a time, one size a batch.
-
-    A batch is filled up with empty images, so that an image's features do not depend on what stands beside it.
-    """
+def feature_batches(network: FeatureNetwork, images: Iterable[np.ndarray],
+                    layers: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:  # fmt: skip
+    """Features {layer: (b, D)} of prepared images, in order, one size a batch. A batch is filled up with empty images:
+    an image's features do not depend on what stands beside it."""
     for _, alike in groupby(images, key=lambda image: image.shape):
         while batch := list(islice(alike, BATCH)):
             missing = [np.zeros_like(batch[0])] * (BATCH - len(batch))
             outputs = network.outputs(np.stack(batch + missing), layers)
             yield {layer: values_BD[: len(batch)] for layer, values_BD in outputs.items()}
+
+
+def load_features(ref: str, settings: Evaluate, device: str | torch.device) -> FeatureNetwork:
+    """The network `inception`, `builtin:open_clip`, `open_clip:NAME/PRETRAINED` or `dinov2:MODEL`."""
+    if ref == "inception":
+        return _load(_INCEPTION, settings, lambda state: InceptionFeatures(state, resolve_device(str(device))))
+    if ref.startswith(DINO):
+        from transformers import Dinov2Model
+
+        model = _whole(Dinov2Model, ref.removeprefix(DINO), "give a Dinov2Model's folder")
+        return DinoFeatures(model.to(resolve_device(str(device))), DINO + Path(ref.removeprefix(DINO)).name)
+    return ClipFeatures(load_open_clip(ref, device), features_name(ref))
+
+
+def load_lpips(settings: Evaluate, device: str) -> Lpips:
+    return _load(_ALEXNET, settings, lambda state: Lpips(state, resolve_device(device)))
+
+
+def load_detector(ref: str, device: str) -> Detector:
+    """A Mask2Former for instances, a folder or a hub id."""
+    from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation
+
+    from bifrost_cli.evaluation.judges import Detector
+
+    with model_errors(ref):
+        processor = AutoImageProcessor.from_pretrained(resolve_model(ref), trust_remote_code=False)
+    fix = "give one like facebook/mask2former-swin-small-coco-instance"
+    model = _whole(Mask2FormerForUniversalSegmentation, ref, fix)
+    return Detector(model.to(resolve_device(device)), processor, Path(ref).name)
+
+
+def _whole(kind: Any, ref: str, fix: str) -> Any:
+    """A transformers model from a folder or the hub, no tensor missing."""
+    folder = resolve_model(ref)
+    with model_errors(ref):
+        model, info = kind.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
+    if lost := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
+        raise ArtifactError(f"{folder} lacks {len(lost)} tensors of a {kind.__name__}", at="; ".join(lost[:5]), fix=fix,
+                            code="BF-ART-007")  # fmt: skip
+    return model
+
+
+def _load(published: tuple[str, ...], settings: Evaluate, load: Callable[[dict[str, torch.Tensor]], T]) -> T:
+    """A network of published weights: the recipe's file, else that among PyTorch's own downloads."""
+    metric, network, file, source, key, instead = published
+    cache = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser() / "hub" / "checkpoints" / file
+    given = getattr(settings, key)
+    path = Path(given).expanduser() if given else cache
+    if not path.is_file():
+        raise EnvironmentProblem(
+            f"{metric} needs the standard {network} weights, and {path} is not there", at=f"{file} ({source})",
+            fix=f"put it at {cache}, or --set evaluate.{key}=FILE{instead}", code="BF-ENV-030",
+        )  # fmt: skip
+    try:
+        return load(_read_published(path) if path.suffix == ".pth" else load_tensors(path)[0])
+    except ImportError as error:
+        raise EnvironmentProblem(f"{metric} needs the package {error.name}", fix="pip install 'bifrost-cli[eval]'",
+                                 code="BF-ENV-002") from error  # fmt: skip
+    except (KeyError, RuntimeError) as error:  # torch lists every tensor that is missing or of another shape
+        raise ArtifactError(f"{path} does not hold the weights of the {network} network", at=str(error)[:600],
+                            fix=f"give {file}, or its tensors as safetensors",
+                            code="BF-ART-007") from error  # fmt: skip
+
+
+def _read_published(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file that its publisher wrote with torch.save; nothing else in it is read."""
+    known = path.stem.rpartition("-")[2]
+    if path.name in (INCEPTION_FILE, ALEXNET_FILE) and not sha256_file(path).startswith(known):
+        raise ArtifactError(f"{path} is damaged: its sha256 is not {known}...", fix="fetch it again", code="BF-ART-005")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever the bytes lead it to
+        raise ArtifactError(f"{path} holds something else than weights", at=str(error)[:300], fix="fetch it again",
+                            code="BF-ART-008") from error  # fmt: skip
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ArtifactError(f"{path} is not a table of weights", fix="fetch it again", code="BF-ART-008")
+    return state

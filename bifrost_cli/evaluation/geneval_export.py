@@ -13,11 +13,10 @@ from bifrost_cli.artifacts.files import make_folder, new_folder, write_bytes
 from bifrost_cli.artifacts.manifest import require_new
 from bifrost_cli.config.load import load_recipe
 from bifrost_cli.data.image_sets import from_samples
-from bifrost_cli.evaluation.benchmarks.geneval import METADATA, SAMPLES, asked_of, read_asked, read_results
-from bifrost_cli.evaluation.evaluate import SCHEMA, report_json, write_report
+from bifrost_cli.evaluation.evaluate import SCHEMA, write_report
 from bifrost_cli.evaluation.inputs import require_one_kind
-from bifrost_cli.evaluation.metrics.geneval import PROTOCOL, geneval_row
-from bifrost_cli.evaluation.metrics.metric import generated_from, plan_warnings
+from bifrost_cli.evaluation.metrics import geneval
+from bifrost_cli.evaluation.metrics.metric import planned
 from bifrost_cli.runtime.ui import Ui
 
 
@@ -32,8 +31,8 @@ def export_geneval(
     artifact, folder = resolve(workspace, ref, "samples"), Path(output)
     require_new(folder)
     images = from_samples(artifact, load_recipe(str(artifact.path)).images)
-    lines = read_asked(Path(metadata))
-    asked_of(images, lines, Path(metadata))
+    lines = geneval.read_asked(Path(metadata))
+    geneval.asked_of(images, lines, Path(metadata))
     require_one_kind([entry.plan for entry in images.entries], images.what)
     copies = len(images.entries) // len(lines)
     make_folder(folder.parent)
@@ -41,10 +40,10 @@ def export_geneval(
         for index, entry in enumerate(images.entries):
             place = draft / f"{index // copies:05d}"
             if index % copies == 0:
-                planned = {} if entry.plan is None else {"plan": entry.plan}
-                make_folder(place / SAMPLES)
-                write_bytes(place / METADATA, (json.dumps(lines[index // copies] | planned) + "\n").encode("utf-8"))
-            write_bytes(place / SAMPLES / f"{index % copies:04d}.png", artifact.file(entry.name).read_bytes())
+                line = lines[index // copies] | ({} if entry.plan is None else {"plan": entry.plan})
+                make_folder(place / geneval.SAMPLES)
+                write_bytes(place / geneval.METADATA, (json.dumps(line) + "\n").encode("utf-8"))
+            write_bytes(place / geneval.SAMPLES / f"{index % copies:04d}.png", artifact.file(entry.name).read_bytes())
     (ui or Ui()).say(f"{folder}: {len(lines)} prompts, {copies} images each, for GenEval's evaluate_images.py")
     return folder
 
@@ -52,32 +51,31 @@ def export_geneval(
 def import_geneval(
     results: Path | str, *, output: Path | str | None = None, workspace: Path | str = "runs", ui: Ui | None = None
 ) -> Artifact:
-    """The original scorer's results.jsonl as a report artifact, with intervals. DataError: `read_results`."""
+    """The original scorer's results.jsonl as a report artifact, with intervals. DataError: `geneval.read_results`."""
     ui, path = ui or Ui(), Path(results)
     lines = [{"name": result["filename"], "prompt": result["prompt"], "plan": _plan(result), "seed": None,
               "category": result["tag"], "right": result["correct"], "why": str(result.get("reason") or "")}
-             for result in read_results(path)]  # fmt: skip
+             for result in geneval.read_results(path)]  # fmt: skip
     plans = [line["plan"] for line in lines]
     require_one_kind(plans, str(path))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    identity = {"schema": SCHEMA, "geneval": digest, "protocol": PROTOCOL}
+    identity = {"schema": SCHEMA, "geneval": digest, "protocol": geneval.PROTOCOL}
     place = Path(output) if output else default_path(workspace, "report", identity_id("report", identity, []))
     with Draft.open(place, "report", identity) as draft:
         if draft.complete:
             ui.say(f"{place} holds these results already")
             return draft.complete
-        source = generated_from(plans, known=False)
+        source, warnings = planned(plans, known=False)
         sentence = (
             f"Read from {path.name} (sha256 {digest[:12]}), which GenEval's own evaluate_images.py wrote: mean of the "
             f"tasks' means over {len(lines)} images. Generated from {source}."
         )
-        result = geneval_row(lines, "by the original scorer", sentence, painted_from=source)
-        report = report_json(
-            title="GenEval, by the original scorer", summary=f"{len(lines)} images", n_gen=len(lines), results=[result],
-            pictures=lines, warnings=plan_warnings(plans), command=f"bifrost geneval import {path}",
-            settings={"results": path.name, "results, sha256": digest},
-        )  # fmt: skip
-        artifact, said = write_report(draft, report, {})
+        result = geneval.geneval_row(lines, "by the original scorer", sentence, painted_from=source)
+        parts = {"title": "GenEval, by the original scorer", "summary": f"{len(lines)} images", "n_gen": len(lines),
+                 "results": [result], "pictures": lines, "warnings": warnings,
+                 "command": f"bifrost geneval import {path}",
+                 "settings": {"results": path.name, "results, sha256": digest}}  # fmt: skip
+        artifact, said = write_report(draft, parts, {})
     ui.say(said[0])
     return artifact
 

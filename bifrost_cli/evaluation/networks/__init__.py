@@ -1,1 +1,0 @@
-"""Networks that metrics use: feature networks, LPIPS, a detector, a VQA judge."""
