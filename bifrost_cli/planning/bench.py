@@ -1,7 +1,7 @@
 """`bifrost bench decode`: masked sampling over a prompt's cache against a plain loop as in the published code.
 
-Both run on the same random weights; the result is CPU seconds (on a GPU wall seconds) of each, their ratio, and the
-largest difference of their outputs. The plain loop is for measuring alone.
+Both run on the same random weights; the result is CPU seconds of each, their ratio, and the largest difference of their
+outputs. The plain loop is for measuring alone.
 B batch, T text tokens, P patches, S = T + P, D width, C latent channels.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -26,6 +25,8 @@ from bifrost_cli.models.mllm.frozen_mllm import Mllm
 
 UNCONDITIONAL_TOKENS = 25  # what the template makes of an empty prompt with Qwen's tokenizer
 HEAD_WIDTH = 64
+PROMPTS = 2
+GUIDANCE = (3.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -53,47 +54,36 @@ def bench_decode(
     text: int = 300,
     prompt_tokens: int = 64,
     steps: int = 8,
-    prompts: int = 2,
-    guidance: float = 3.0,
-    device: str = "cpu",
     on_row: Callable[[], None] = lambda: None,
 ) -> list[BenchRow]:
-    """Time both loops with guidance and without (weight 1), the prompt's encoding included.
+    """Time both loops with guidance and without (weight 1), the prompt's encoding included; a row for each.
 
-    Args:
-        hidden: width of the decoder, a multiple of 64.
-        layers: its layers.
-        tokens: patches P.
-        text: tokens to which the plain loop pads a prompt, as the published code does; ours needs no padding.
-        prompt_tokens: tokens of a prompt.
-        steps: decode steps; more of them favour ours, which encodes the prompt once.
-        prompts: prompts B.
-        guidance: the first guidance weight.
-        device: torch device.
-        on_row: called after each row.
-
-    Returns:
-        One row for each guidance weight.
-
-    Raises:
-        UsageError: a width that is not whole heads.
+    The plain loop pads a prompt to `text` tokens, as the published code does; ours needs no padding. `tokens` are
+    patches; more `steps` favour ours, which encodes the prompt once. UsageError: a width that is not whole heads.
     """
     if hidden < HEAD_WIDTH or hidden % HEAD_WIDTH:
         raise UsageError(f"the width {hidden} is not a multiple of {HEAD_WIDTH}, the width of one head")
-    mllm, branch = _random_models(hidden, layers, tokens, torch.device(device))
+    mllm, branch = _random_models(hidden, layers, tokens)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 256, (prompts, min(prompt_tokens, text)), generator=generator).tolist()
-    empty = [ids[0][:UNCONDITIONAL_TOKENS]] * prompts
+    ids = torch.randint(0, 256, (PROMPTS, min(prompt_tokens, text)), generator=generator).tolist()
+    empty = [ids[0][:UNCONDITIONAL_TOKENS]] * PROMPTS
     padded = [tokenize_prompts(rows, text, (), 0) for rows in (ids, empty)]
     short = [tokenize_prompts(rows, len(rows[0]), (), 0) for rows in (ids, empty)]
-    orders_BP = random_orders(prompts, tokens, generator)
+    orders_BP = random_orders(PROMPTS, tokens, generator)
+
+    def ours(mllm: Mllm, branch: VisualBranch, text: TokenizedPrompts, empty: TokenizedPrompts, **run: Any) -> Tensor:
+        unconditional = mllm.encode_prompts(empty) if run["guidance"] != 1.0 else None
+        return sample_masked(branch, mllm.encode_prompts(text), unconditional, **run)
+
     rows = []
-    for weight in (guidance, 1.0):
-        settings: dict[str, Any] = {"steps": steps, "guidance": weight, "orders_BP": orders_BP}
-        plain, plain_seconds = _timed(device, partial(plain_decode, mllm, branch, *padded, **settings))
-        ours, seconds = _timed(device, partial(_decode, mllm, branch, *short, **settings))
-        difference = float((plain - ours).abs().max())
-        rows.append(BenchRow(weight, plain_seconds, seconds, plain_seconds / seconds, difference))
+    for weight in GUIDANCE:
+        results, seconds = [], []
+        for decode, texts in ((plain_decode, padded), (ours, short)):
+            start = time.process_time()  # does not count other processes' share of a busy machine
+            results.append(decode(mllm, branch, *texts, steps=steps, guidance=weight, orders_BP=orders_BP))
+            seconds.append(time.process_time() - start)
+        difference = float((results[0] - results[1]).abs().max())
+        rows.append(BenchRow(weight, *seconds, seconds[0] / seconds[1], difference))
         on_row()
     return rows
 
@@ -112,10 +102,10 @@ def plain_decode(
     """The published loop: at every step the whole sequence, both guidance halves, both weight sets on every token."""
     batch, patches = orders_BP.shape
     embed, head = cast(nn.Module, mllm.decoder.embed_tokens), cast(nn.Module, branch.vision_head)
-    halves = (text, uncond_text)
-    ids_BT = torch.cat([half.input_ids_BT for half in halves]).to(mllm.device)
-    attention_BT = torch.cat([half.attention_BT for half in halves]).to(mllm.device)
-    positions_BT = torch.cat([half.position_ids_BT for half in halves]).to(mllm.device)
+    ids_BT, attention_BT, positions_BT = (
+        torch.cat([getattr(half, name) for half in (text, uncond_text)]).to(mllm.device)
+        for name in ("input_ids_BT", "attention_BT", "position_ids_BT")
+    )
     positions_BS = nn.functional.pad(positions_BT, (0, patches))
     text_BTS = nn.functional.pad(text_mask(attention_BT), (0, patches))
     mask_B1SS = additive(torch.cat([text_BTS, image_mask(attention_BT, patches)], dim=1), mllm.model.dtype)
@@ -124,8 +114,7 @@ def plain_decode(
     masked_BP = torch.ones_like(orders_BP, dtype=torch.bool)
     for masked in mask_schedule(patches, steps):
         shown_BPD = torch.where(masked_BP[..., None], branch.mask_token, latents_BPC) + branch.position_embedding
-        words_BTD = embed(ids_BT)
-        inputs_BSD = torch.cat([words_BTD, shown_BPD.repeat(2, 1, 1)], dim=1)
+        inputs_BSD = torch.cat([embed(ids_BT), shown_BPD.repeat(2, 1, 1)], dim=1)
         hidden_BSD = _both_passes(mllm, branch, inputs_BSD, positions_BS, mask_B1SS)
         conditional, unconditional = head(hidden_BSD)[:, -patches:].chunk(2)
         still_BP = mask_from_orders(orders_BP, torch.full_like(orders_BP[:, 0], masked))
@@ -137,42 +126,31 @@ def plain_decode(
 
 def _both_passes(mllm: Mllm, branch: VisualBranch, x_BSD: Tensor, positions_BS: Tensor, mask_B1SS: Tensor) -> Tensor:
     """Two decoders as one: both weight sets are applied to every token, and a 0/1 mask picks."""
-    words: Any = mllm.decoder
-    image: Any = branch.decoder
+    decoders: tuple[Any, Any] = (mllm.decoder, branch.decoder)
     index_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
     image_BS1 = (index_S >= len(index_S) - branch.patches).long().expand(len(x_BSD), -1)[..., None]
 
-    def both(first: nn.Module, second: nn.Module, value: Tensor) -> Tensor:
+    def both(modules: tuple[Any, Any], name: str, value: Tensor) -> Tensor:
+        first, second = (module.get_submodule(name) for module in modules)
         return second(value) * image_BS1 + first(value) * (1 - image_BS1)
 
-    rotary = words.rotary_emb(x_BSD, positions_BS)
-    for text_layer, image_layer in zip(words.layers, image.layers, strict=True):
-        normed = both(text_layer.input_layernorm, image_layer.input_layernorm, x_BSD)
-        heads = [
-            both(getattr(text_layer.self_attn, name), getattr(image_layer.self_attn, name), normed)
-            .unflatten(-1, (-1, text_layer.self_attn.head_dim)).transpose(1, 2)
+    rotary = decoders[0].rotary_emb(x_BSD, positions_BS)
+    for layers in zip(decoders[0].layers, decoders[1].layers, strict=True):
+        attention, normed = layers[0].self_attn, both(layers, "input_layernorm", x_BSD)
+        query, key, value = (
+            both(layers, f"self_attn.{name}", normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
             for name in ("q_proj", "k_proj", "v_proj")
-        ]  # fmt: skip
-        query, key = apply_rotary_pos_emb(heads[0], heads[1], *rotary)
-        key, value = (
-            part.repeat_interleave(text_layer.self_attn.num_key_value_groups, dim=1) for part in (key, heads[2])
         )
-        weights = (query @ key.transpose(2, 3)) * text_layer.self_attn.scaling + mask_B1SS
+        query, key = apply_rotary_pos_emb(query, key, *rotary)
+        key, value = (part.repeat_interleave(attention.num_key_value_groups, dim=1) for part in (key, value))
+        weights = (query @ key.transpose(2, 3)) * attention.scaling + mask_B1SS
         mixed = weights.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
-        x_BSD = x_BSD + both(
-            text_layer.self_attn.o_proj, image_layer.self_attn.o_proj, mixed.transpose(1, 2).flatten(2)
-        )
-        normed = both(text_layer.post_attention_layernorm, image_layer.post_attention_layernorm, x_BSD)
-        x_BSD = x_BSD + both(text_layer.mlp, image_layer.mlp, normed)
-    return both(words.norm, image.norm, x_BSD)
+        x_BSD = x_BSD + both(layers, "self_attn.o_proj", mixed.transpose(1, 2).flatten(2))
+        x_BSD = x_BSD + both(layers, "mlp", both(layers, "post_attention_layernorm", x_BSD))
+    return both(decoders, "norm", x_BSD)
 
 
-def _decode(mllm: Mllm, branch: VisualBranch, text: TokenizedPrompts, uncond_text: TokenizedPrompts, **run) -> Tensor:
-    unconditional = mllm.encode_prompts(uncond_text) if run["guidance"] != 1.0 else None
-    return sample_masked(branch, mllm.encode_prompts(text), unconditional, **run)
-
-
-def _random_models(hidden: int, layers: int, tokens: int, device: torch.device) -> tuple[Mllm, VisualBranch]:
+def _random_models(hidden: int, layers: int, tokens: int) -> tuple[Mllm, VisualBranch]:
     heads = hidden // HEAD_WIDTH
     text = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers, "vocab_size": 256,
             "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4),
@@ -183,22 +161,9 @@ def _random_models(hidden: int, layers: int, tokens: int, device: torch.device) 
     torch.manual_seed(0)
     model: Any = Qwen2_5_VLForConditionalGeneration(config)
     nothing: Any = None  # neither tokenizer nor image processor is read
-    mllm = Mllm(model.to(device), nothing, nothing)
+    mllm = Mllm(model, nothing, nothing)
     branch = VisualBranch.from_mllm(mllm, tokens)
     with torch.no_grad():
         for parameter in branch.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape).to(device))
+            parameter.add_(0.02 * torch.randn(parameter.shape))
     return mllm, branch
-
-
-def _timed(device: str, work: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    gpu = torch.device(device).type == "cuda"
-    # CPU time does not count other processes' share of a busy machine.
-    clock = time.perf_counter if gpu else time.process_time
-    if gpu:
-        torch.cuda.synchronize()
-    start = clock()
-    result = work()
-    if gpu:
-        torch.cuda.synchronize()
-    return result, clock() - start

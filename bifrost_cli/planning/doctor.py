@@ -14,12 +14,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from huggingface_hub import HfApi, constants, get_token, is_offline_mode, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from bifrost_cli.artifacts.files import read_json
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.errors import BifrostError
+from bifrost_cli.planning.model_configs import own_folder
 
 PACKAGE = "bifrost-cli"
 ROOM = 10**9  # free bytes of a disk below which nothing useful can be written
@@ -36,11 +39,7 @@ class Finding:
 
 
 def doctor(recipe: Recipe, *, workspace: Path | str = "runs") -> list[Finding]:
-    """Check what a recipe needs.
-
-    Args:
-        recipe: the recipe.
-        workspace: the folder whose disk is checked.
+    """Check what a recipe needs, and the disk of the workspace.
 
     Returns:
         Every finding, the most important first; where torch is broken, none that needs it.
@@ -48,10 +47,20 @@ def doctor(recipe: Recipe, *, workspace: Path | str = "runs") -> list[Finding]:
     findings = [*_libraries(recipe), _torchvision()]
     if any(finding.what == "torch" and finding.status == "fail" for finding in findings):
         return findings
-    return [*findings, _device(recipe), *_disks(Path(workspace)), _token(), *_models(recipe)]
+    token = "present, not shown" if get_token() else "none; only gated and private models need one"
+    models = recipe.models
+    return [
+        *findings,
+        _device(recipe),
+        *_disks(Path(workspace)),
+        Finding("hub token", "ok", token),
+        _model(models.mllm, models.mllm_revision, diffusion=False),
+        _model(models.diffusion, models.diffusion_revision, diffusion=True),
+    ]
 
 
-# ---- libraries ------------------------------------------------------------------------------------------------------
+def _checked(what: str, good: bool, message: str, fix: str) -> Finding:
+    return Finding(what, "ok", message) if good else Finding(what, "fail", message, fix)
 
 
 def _libraries(recipe: Recipe) -> Iterator[Finding]:
@@ -63,31 +72,22 @@ def _libraries(recipe: Recipe) -> Iterator[Finding]:
         return
     python, bounds = platform.python_version(), facts["Requires-Python"]
     good = SpecifierSet(bounds).contains(python)
-    message = f"{python}, wanted {bounds}"
-    yield Finding("python", "ok", message) if good else Finding("python", "fail", message, "install another Python")
-    extras = set(_extras(recipe))
-    for requirement in map(Requirement, wanted):
-        if requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
-            yield _library(requirement)
-
-
-def _extras(recipe: Recipe) -> Iterator[str]:
-    if recipe.branch.tune == "lora":
-        yield "lora"
+    yield _checked("python", good, f"{python}, wanted {bounds}", "install another Python")
     eight_bit = "adamw8bit" in (recipe.branch.train.optimizer, recipe.controlnet.train.optimizer)
-    if eight_bit or recipe.models.weights != "dtype":
-        yield "quant"
-
-
-def _library(wanted: Requirement) -> Finding:
-    fix = f"pip install '{wanted.name}{wanted.specifier}'"
-    try:
-        version = metadata.version(wanted.name)
-    except metadata.PackageNotFoundError:
-        return Finding(wanted.name, "fail", "is not installed", fix)
-    if not wanted.specifier.contains(version, prereleases=True):
-        return Finding(wanted.name, "fail", f"{version} is installed, wanted {wanted.specifier}", fix)
-    return Finding(wanted.name, "ok", version)
+    asked = {"lora": recipe.branch.tune == "lora", "quant": eight_bit or recipe.models.weights != "dtype"}
+    extras = [{"extra": extra} for extra, used in asked.items() if used]
+    for requirement in map(Requirement, wanted):
+        if requirement.marker is not None and not any(map(requirement.marker.evaluate, extras)):
+            continue
+        fix = f"pip install '{requirement.name}{requirement.specifier}'"
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Finding(requirement.name, "fail", "is not installed", fix)
+            continue
+        good = requirement.specifier.contains(version, prereleases=True)
+        message = version if good else f"{version} is installed, wanted {requirement.specifier}"
+        yield _checked(requirement.name, good, message, fix)
 
 
 def _torchvision() -> Finding:
@@ -106,7 +106,8 @@ def _torchvision() -> Finding:
     return Finding("torchvision", "ok", f"{torchvision.__version__} fits torch {torch.__version__}")
 
 
-# ---- the machine ----------------------------------------------------------------------------------------------------
+def _line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _device(recipe: Recipe) -> Finding:
@@ -114,23 +115,21 @@ def _device(recipe: Recipe) -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        if _builtin(recipe):
+        if all(ref.startswith("builtin:") for ref in (recipe.models.mllm, recipe.models.diffusion)):
             return Finding("device", "ok", "CPU, which is enough for this recipe")
+        message = "no GPU: models of this size take hours an image on a CPU"
+        fix = "use a machine with a GPU, or --recipe tiny"
         if torch.version.cuda:
-            return Finding(
-                "device", "warn", "no GPU is visible, although torch was built with CUDA", "check nvidia-smi"
-            )
-        return Finding("device", "warn", "no GPU: models of this size take hours an image on a CPU",
-                       "use a machine with a GPU, or --recipe tiny")  # fmt: skip
+            message, fix = "no GPU is visible, although torch was built with CUDA", "check nvidia-smi"
+        return Finding("device", "warn", message, fix)
     free, total = torch.cuda.mem_get_info()
-    message = (
-        f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
-    )
+    name, version = torch.cuda.get_device_name(), torch.version.cuda
+    message = f"{name}, CUDA {version}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free"
     try:
-        from bifrost_cli.planning.memory import estimates
         from bifrost_cli.planning.meta_models import build
+        from bifrost_cli.planning.stages import estimates
 
-        wanted = estimates(build(recipe), recipe)["generate"].peak
+        wanted = estimates(build(recipe))["generate"].peak
     except BifrostError:
         return Finding("device", "ok", f"{message}; this recipe cannot be planned")
     if wanted > free:
@@ -140,38 +139,24 @@ def _device(recipe: Recipe) -> Finding:
 
 
 def _disks(workspace: Path) -> Iterator[Finding]:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    for what, folder in (("workspace disk", workspace), ("hub cache disk", Path(HF_HUB_CACHE))):
+    for what, folder in (("workspace disk", workspace), ("hub cache disk", Path(constants.HF_HUB_CACHE))):
         place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         free = shutil.disk_usage(place).free
-        message = f"{free / 1e9:.1f} GB free at {folder}"
-        yield Finding(what, "ok", message) if free >= ROOM else Finding(what, "fail", message, "free some space")
-
-
-def _token() -> Finding:
-    from huggingface_hub import get_token
-
-    if get_token():
-        return Finding("hub token", "ok", "present, not shown")
-    return Finding("hub token", "ok", "none; only gated and private models need one")
-
-
-# ---- models ---------------------------------------------------------------------------------------------------------
-
-
-def _models(recipe: Recipe) -> Iterator[Finding]:
-    models = recipe.models
-    yield _model(models.mllm, models.mllm_revision, diffusion=False)
-    yield _model(models.diffusion, models.diffusion_revision, diffusion=True)
+        yield _checked(what, free >= ROOM, f"{free / 1e9:.1f} GB free at {folder}", "free some space")
 
 
 def _model(ref: str, revision: str | None, *, diffusion: bool) -> Finding:
     """Whole and here; or on the hub, and whether it may be fetched."""
-    from huggingface_hub import is_offline_mode
+    from bifrost_cli.loading.resolve import HUB_ERRORS, hub_problem
 
-    folder = _here(ref, revision)
-    missing = "is not here" if folder is None else _lack(folder, diffusion)
+    folder, missing = own_folder(ref), "is not here"
+    try:
+        if not folder.is_dir():
+            cached = snapshot_download(ref, revision=revision, allow_patterns=["*.json"], local_files_only=True)
+            folder = Path(cached)
+        missing = _lack(folder, diffusion)
+    except (LocalEntryNotFoundError, HFValidationError):
+        folder = None
     if missing is None:
         return Finding(ref, "ok", f"whole, at {folder}")
     if folder is not None and Path(ref).expanduser().is_dir():
@@ -180,14 +165,6 @@ def _model(ref: str, revision: str | None, *, diffusion: bool) -> Finding:
         return Finding(ref, "fail", missing, "give a folder, builtin:NAME or a hub id")
     if is_offline_mode():
         return Finding(ref, "fail", f"{missing}, and this run is offline", f"go online once: hf download {ref}")
-    return _on_hub(ref, revision, missing)
-
-
-def _on_hub(ref: str, revision: str | None, missing: str) -> Finding:
-    from huggingface_hub import HfApi
-
-    from bifrost_cli.loading.resolve import HUB_ERRORS, hub_problem
-
     try:
         api = HfApi()
         api.model_info(ref, revision=revision, timeout=10)
@@ -196,22 +173,6 @@ def _on_hub(ref: str, revision: str | None, missing: str) -> Finding:
         problem = hub_problem(ref, error, revision)
         return Finding(ref, "fail", f"{missing}; {problem.message}", problem.fix or "")
     return Finding(ref, "warn", f"{missing}; it may be fetched", f"hf download {ref}, or wait until it is needed")
-
-
-def _here(ref: str, revision: str | None) -> Path | None:
-    """The folder of a model without asking the network; None when there is none."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    from bifrost_cli.loading.resolve import BUILTIN
-
-    folder = BUILTIN / ref.removeprefix("builtin:") if ref.startswith("builtin:") else Path(ref).expanduser()
-    if folder.is_dir():
-        return folder
-    try:
-        return Path(snapshot_download(ref, revision=revision, allow_patterns=["*.json"], local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
-        return None
 
 
 def _lack(folder: Path, diffusion: bool) -> str | None:
@@ -228,19 +189,10 @@ def _lack(folder: Path, diffusion: bool) -> str | None:
         for part in parts:
             weights = {path.name for path in (folder / part).glob("*.safetensors")}
             for index in (folder / part).glob("*.safetensors.index.json"):
-                lost = sorted(set(read_json(index)["weight_map"].values()) - weights)
-                if lost:
+                if lost := sorted(set(read_json(index)["weight_map"].values()) - weights):
                     return f"lacks {len(lost)} files of weights, first {Path(part) / lost[0]}"
             if not weights:
                 return f"lacks the weights of {part or 'the model'}"
     except BifrostError as error:
         return error.message
     return None
-
-
-def _builtin(recipe: Recipe) -> bool:
-    return recipe.models.mllm.startswith("builtin:") and recipe.models.diffusion.startswith("builtin:")
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

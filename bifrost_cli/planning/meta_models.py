@@ -1,7 +1,4 @@
-"""A recipe's models on the meta device: stock modules without storage, so nothing is read or fetched.
-
-They are built from configurations: a local folder's own, or the published ones kept in `recipes/configs/`.
-"""
+"""A recipe's models on the meta device: stock modules without storage, so nothing is read or fetched."""
 
 from __future__ import annotations
 
@@ -33,13 +30,7 @@ from bifrost_cli.training.train_branch import tuned
 
 @dataclass(frozen=True)
 class MetaModels:
-    """A recipe's models without their weights.
-
-    Attributes:
-        encoder: the image encoder: the MLLM's vision tower, the VAE, or open_clip's visual part.
-        grid: patch latents on a side.
-        channels: channels of a patch latent.
-    """
+    """A recipe's models without their weights."""
 
     recipe: Recipe
     mllm: Any  # transformers and diffusers build classes at run time that no type checker sees
@@ -47,9 +38,9 @@ class MetaModels:
     vae: Any
     text_encoder: Any
     text_encoder_2: Any
-    encoder: Any
-    grid: int
-    channels: int
+    encoder: Any  # of images: the MLLM's vision tower, the VAE, or open_clip's visual part
+    grid: int  # patch latents on a side
+    channels: int  # of a patch latent
 
     def of(self, recipe: Recipe) -> MetaModels:
         """The same models under other settings; only what the settings change is built again."""
@@ -63,25 +54,18 @@ class MetaModels:
     @cached_property
     def branch(self) -> VisualBranch:
         """The branch that the recipe trains."""
+        settings, text = self.recipe.branch, self.mllm.config.text_config
+        how: dict[str, Any] = {name: getattr(settings, name) for name in ("head", "codes", "normalize")}
         with torch.device("meta"):
-            settings, text = self.recipe.branch, self.mllm.config.text_config
-            return VisualBranch(
-                text,
-                self.grid**2,
-                self.channels,
-                head=settings.head,
-                codes=settings.codes,
-                normalize=settings.normalize,
-                tune=tuned(self.recipe),
-            )
+            return VisualBranch(text, self.grid**2, self.channels, **how, tune=tuned(self.recipe))
 
     @cached_property
     def controlnet(self) -> Any:
         """The ControlNet that the recipe trains."""
-        settings = self.recipe.controlnet
+        settings, side = self.recipe.controlnet, self.recipe.images.output_size // self.factor // 2
+        blocks, ratio = (settings.double_blocks, settings.single_blocks), max(1, side // self.grid)
         with torch.device("meta"):
-            blocks, ratio = (settings.double_blocks, settings.single_blocks), self.tokens_per_side() // self.grid
-            return latent_controlnet(self.transformer, *blocks, self.channels, ratio=max(1, ratio))
+            return latent_controlnet(self.transformer, *blocks, self.channels, ratio=ratio)
 
     @property
     def own_encoder(self) -> bool:
@@ -93,13 +77,15 @@ class MetaModels:
         """Pixels on a side of one VAE latent."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
-    def tokens_per_side(self) -> int:
-        """The transformer's image tokens on a side at the recipe's output size."""
-        return self.recipe.images.output_size // self.factor // 2
-
+    @property
     def image_tokens(self) -> int:
         """The transformer's image tokens at the recipe's output size."""
-        return self.tokens_per_side() ** 2
+        return (self.recipe.images.output_size // self.factor // 2) ** 2
+
+    @property
+    def flux_width(self) -> int:
+        """Channels of a token in the transformer."""
+        return self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
 
 
 def numbers(*modules: nn.Module, trained: bool = False) -> int:
@@ -133,14 +119,14 @@ def build(recipe: Recipe) -> MetaModels:
 
 def _encoder(recipe: Recipe, mllm: Any, vae: Any) -> tuple[Any, int, int]:
     """The image encoder, its patches on a side, its channels."""
-    name = recipe.latents.encoder
+    name, side = recipe.latents.encoder, recipe.images.input_size
     if name == "mllm":
-        grid = recipe.images.input_size // adapter_of(mllm.config).pixels_per_patch(mllm.config)
         tower = next(module for part, module in mllm.model.named_children() if part != "language_model")
+        grid = side // adapter_of(mllm.config).pixels_per_patch(mllm.config)
         return tower, grid, mllm.config.text_config.hidden_size
     if name == "vae":
         unit = VAE_PATCH * 2 ** (len(vae.config.block_out_channels) - 1)
-        return vae, recipe.images.input_size // unit, vae.config.latent_channels * VAE_PATCH**2
+        return vae, side // unit, vae.config.latent_channels * VAE_PATCH**2
     import open_clip  # a second of import time that only this encoder needs
 
     model = name.removeprefix("open_clip:")

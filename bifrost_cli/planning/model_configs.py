@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from bifrost_cli.artifacts.files import read_json
+from bifrost_cli.artifacts.workspace import BUILTIN
 from bifrost_cli.config.load import recipes_folder
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.errors import RecipeError
 
-BUILTIN = Path(__file__).parents[1] / "builtin"
 DIFFUSION_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
 
@@ -23,21 +23,27 @@ def configs(ref: str) -> Path:
     Raises:
         RecipeError: BF-RECIPE-004, there is neither.
     """
-    folder = BUILTIN / ref.removeprefix("builtin:") if ref.startswith("builtin:") else Path(ref).expanduser()
-    if folder.is_dir():
-        return folder
-    shipped = recipes_folder() / "configs"
-    if (shipped / ref.replace("/", "--")).is_dir():
-        return shipped / ref.replace("/", "--")
-    known = ", ".join(sorted(path.name.replace("--", "/") for path in shipped.iterdir()))
+    for place in (own_folder(ref), _shipped(ref)):
+        if place.is_dir():
+            return place
+    known = ", ".join(sorted(path.name.replace("--", "/") for path in _shipped("").iterdir()))
     raise RecipeError(f"the configuration of {ref} does not ship with Bifrost, so it cannot be planned",
                       at=f"shipped: {known}", fix="download the model and give its folder",
                       code="BF-RECIPE-004")  # fmt: skip
 
 
+def own_folder(ref: str) -> Path:
+    """Where a model lies that is named by a folder or as builtin:NAME."""
+    return BUILTIN / ref.removeprefix("builtin:") if ref.startswith("builtin:") else Path(ref).expanduser()
+
+
+def _shipped(ref: str) -> Path:
+    return recipes_folder() / "configs" / ref.replace("/", "--")
+
+
 def about(ref: str) -> dict[str, Any]:
     """Licence and gate of a model on the hub; empty for a local folder."""
-    file = recipes_folder() / "configs" / ref.replace("/", "--") / "about.json"
+    file = _shipped(ref) / "about.json"
     return read_json(file) if file.is_file() else {}
 
 

@@ -18,8 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from bifrost_cli.cli.app import run
 from bifrost_cli.cli.recipe_commands import parse_memory
 from bifrost_cli.config.load import load_recipe, recipe_names, recipe_path, recipes_folder
+from bifrost_cli.config.schema import Train
 from bifrost_cli.errors import ArtifactError, RecipeError, UsageError
-from bifrost_cli.planning import compute, memory
+from bifrost_cli.planning import stages
 from bifrost_cli.planning.meta_models import build, numbers
 from bifrost_cli.planning.plan import plan
 
@@ -219,14 +220,14 @@ def test_the_recipe_for_24_gb_fits_into_them():
 
 
 def test_the_state_of_a_training():
-    assert memory.trained_state(100) == 1200
-    assert memory.trained_state(100, averaged=True) == 1600
-    assert memory.trained_state(25600, eight_bit=True) == 4 * 25600 + 2 * 25600 + 2 * 4 * 100
+    assert stages.trained_state(100, Train()) == 1200
+    assert stages.trained_state(100, Train(ema=0.9)) == 1600
+    assert stages.trained_state(25600, Train(optimizer="adamw8bit")) == 4 * 25600 + 2 * 25600 + 2 * 4 * 100
 
 
 def test_gradients_replace_activations_unless_they_are_there_already():
-    assert memory.training_peak(10, 7, 1, 5, accumulates=False) == 18
-    assert memory.training_peak(10, 7, 1, 5, accumulates=True) == 23
+    assert stages.training_peak(10, 7, 1, 5, accumulates=False) == 18
+    assert stages.training_peak(10, 7, 1, 5, accumulates=True) == 23
 
 
 def counted(run) -> int:
@@ -239,7 +240,7 @@ def test_flops_are_those_that_torch_counts_on_the_meta_models():
     """A formula leaves out norms, embedders and modulation: a percent or two at paper scale."""
     recipe = load_recipe("bifrost1-7b")
     system = build(recipe)
-    text, tokens, config = recipe.models.diffusion_text_tokens, system.image_tokens(), system.transformer.config
+    text, tokens, config = recipe.models.diffusion_text_tokens, system.image_tokens, system.transformer.config
     latents, width = recipe.branch.max_text_tokens, system.mllm.config.text_config.hidden_size
 
     def empty(*shape: int, **kind: torch.dtype) -> torch.Tensor:
@@ -254,20 +255,20 @@ def test_flops_are_those_that_torch_counts_on_the_meta_models():
         "txt_ids": empty(text, 3),
     }
     flux = counted(lambda: system.transformer(empty(1, tokens, config.in_channels), **inputs))
-    assert compute.flux_pass(system, recipe) == pytest.approx(flux, rel=0.01)
+    assert stages.flux_pass(system) == pytest.approx(flux, rel=0.01)
     ids = empty(1, latents, dtype=torch.long).expand(3, 1, -1)
     decoder = system.mllm.model.language_model
     prompt = counted(lambda: decoder(inputs_embeds=empty(1, latents, width), position_ids=ids))
-    assert compute.prompt_pass(system, latents) == pytest.approx(prompt, rel=0.01)
+    assert stages.prompt_pass(system) == pytest.approx(prompt, rel=0.01)
     t5 = counted(lambda: system.text_encoder_2(empty(1, text, dtype=torch.long)))
-    assert compute.linear(numbers(system.text_encoder_2), text) == pytest.approx(t5, rel=0.01)
+    assert stages.linear(numbers(system.text_encoder_2), text) == pytest.approx(t5, rel=0.01)
 
 
 def test_the_vae_decodes_at_more_than_twice_the_cost_of_encoding():
     system = build(load_recipe("bifrost1-7b"))
-    encode, decode = (compute.vae_pass(system, 512, decode=decode) for decode in (False, True))
+    encode, decode = (stages.vae_pass(system, 512, decode=decode) for decode in (False, True))
     assert encode == pytest.approx(1.118e12, rel=0.001) and decode == pytest.approx(2.515e12, rel=0.001)
-    assert compute.vae_pass(system, 256) == pytest.approx(encode / 4, rel=0.03)  # attention is cheaper
+    assert stages.vae_pass(system, 256) == pytest.approx(encode / 4, rel=0.03)  # attention is cheaper
 
 
 LIGHT = """

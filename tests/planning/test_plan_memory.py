@@ -25,8 +25,8 @@ from bifrost_cli.models.diffusion.controlnet import controlnet_config, latent_co
 from bifrost_cli.models.diffusion.flux import FluxModel
 from bifrost_cli.models.encoders import MllmEncoder, VaeEncoder
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
-from bifrost_cli.planning.memory import estimates
 from bifrost_cli.planning.meta_models import build
+from bifrost_cli.planning.stages import estimates
 from bifrost_cli.toy_system import tiny_models
 from bifrost_cli.training.loop import fit
 from bifrost_cli.training.train_branch import BranchTask, tuned
@@ -102,7 +102,7 @@ class Measured:
         ]
 
     def planned(self, stage: str) -> int:
-        return estimates(self.system, self.recipe)[stage].peak
+        return estimates(self.system)[stage].peak
 
     def extraction(self) -> int:
         images, batch = self.recipe.images, self.recipe.latents.batch_size
