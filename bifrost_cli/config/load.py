@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,9 +91,20 @@ def load_recipe(ref: str | Path | None = None, sets: Sequence[str] = ()) -> Reci
         raise RecipeError(
             "a recipe consists of sections, each with key: value lines", at=document.place(()), code="BF-RECIPE-001"
         )
-    _upgrade(document)
+    written = document.data.get("format")  # a recipe without it is of today's
+    for format_, names in RENAMED.items():
+        if type(written) is int and 1 <= written < format_:
+            for old, now in names.items():
+                _rename(document, tuple(old.split(".")), now)
+            document.data["format"] = written = format_
     for entry in sets:
-        _apply(document, entry)
+        name = f"--set {entry}"
+        key, equals, text = entry.partition("=")
+        path = tuple(key.strip().split("."))
+        if not equals or not all(path) or not text.strip():
+            raise RecipeError(f"{entry!r} is not key=value", at=name, fix="for example --set branch.train.lr=1e-4")
+        _section_at(document, path[:-1], name)[path[-1]] = parse(text.encode(), name).data
+        document.places[path] = name
     return validate(Recipe, document)
 
 
@@ -101,17 +113,16 @@ def validate(schema: type[BaseModel], document: Document) -> Any:
     try:
         return schema.model_validate(document.data)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        raise _recipe_error(schema, document, problems) from error
+        raise _recipe_error(schema, document, error.errors(include_url=False)) from error
 
 
 def _read(ref: str | Path | None) -> Document:
-    if ref is None or str(ref) in recipe_names():
-        path = recipe_path(str(ref or DEFAULT))
-    else:
-        path = Path(ref)
+    path = recipe_path(str(ref or DEFAULT)) if ref is None or str(ref) in recipe_names() else Path(ref)
     if path.is_dir() and (path / MANIFEST).exists():
-        return _of_artifact(path)
+        artifact = Artifact.open(path)
+        if not isinstance(artifact.info.get("recipe"), dict):
+            raise RecipeError(f"{path} ({artifact.kind}) has no recipe", fix="give a recipe", code="BF-RECIPE-004")
+        return Document(str(path / MANIFEST), artifact.info["recipe"])
     if path.is_file():
         return parse_file(path)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
@@ -121,25 +132,20 @@ def _read(ref: str | Path | None) -> Document:
     return parse(recipe_path(str(ref)).read_bytes(), str(ref))
 
 
-def _of_artifact(path: Path) -> Document:
-    artifact = Artifact.open(path)
-    if not isinstance(artifact.info.get("recipe"), dict):
-        raise RecipeError(f"{path} ({artifact.kind}) has no recipe", fix="give a recipe", code="BF-RECIPE-004")
-    return Document(str(path / MANIFEST), artifact.info["recipe"])
+def _section_at(document: Document, path: Key, place: str) -> dict[str, Any]:
+    """A section, made at `place` where there is none."""
+    section = document.data
+    for depth, part in enumerate(path, start=1):
+        if section.get(part) is None:
+            section[part] = {}
+            document.places[path[:depth]] = place
+        section = section[part]
+        if not isinstance(section, dict):
+            raise RecipeError(f"{part} is not a section", at=place, code="BF-RECIPE-002")
+    return section
 
 
-def _upgrade(document: Document) -> None:
-    """Rename the keys of an older format, in place; a recipe without `format` is of today's."""
-    written = document.data.get("format")
-    for format_, names in RENAMED.items():
-        if type(written) is not int or not 1 <= written < format_:
-            continue
-        for old, now in names.items():
-            _rename(document, tuple(old.split(".")), [tuple(key.split(".")) for key in now])
-        document.data["format"] = written = format_
-
-
-def _rename(document: Document, old: Key, now: list[Key]) -> None:
+def _rename(document: Document, old: Key, now: Sequence[str]) -> None:
     section = document.data
     for part in old[:-1]:
         section = section.get(part) if isinstance(section, dict) else None
@@ -148,44 +154,11 @@ def _rename(document: Document, old: Key, now: list[Key]) -> None:
     value, place = section.pop(old[-1]), document.place(old)
     if old[-1] == "tensorboard" and isinstance(value, bool):
         value = ["tensorboard"] if value else []
-    for key in now:
-        section = document.data
-        for depth, part in enumerate(key[:-1], start=1):
-            if isinstance(section, dict) and section.get(part) is None:
-                section[part] = {}
-                document.places[key[:depth]] = place
-            section = section[part] if isinstance(section, dict) else None
-        if isinstance(section, dict) and key[-1] not in section:
-            section[key[-1]] = value
-            document.places[key] = place
-
-
-def _todays(key: str) -> tuple[int, tuple[str, ...]] | None:
-    """The format since which a key has other names, and these; None for a key that was never renamed."""
-    since = 0
-    names: tuple[str, ...] = (key,)
-    for format_, renamed in RENAMED.items():
-        following = tuple(new for name in names for new in renamed.get(name, (name,)))
-        since, names = (format_ if following != names else since), following
-    return (since, names) if since else None
-
-
-def _apply(document: Document, entry: str) -> None:
-    name = f"--set {entry}"
-    key, equals, text = entry.partition("=")
-    path = tuple(key.strip().split("."))
-    if not equals or not all(path) or not text.strip():
-        raise RecipeError(f"{entry!r} is not key=value", at=name, fix="for example --set branch.train.lr=1e-4")
-    section = document.data
-    for depth, part in enumerate(path[:-1], start=1):
-        if section.get(part) is None:
-            section[part] = {}
-            document.places[path[:depth]] = name
-        section = section[part]
-        if not isinstance(section, dict):
-            raise RecipeError(f"{part} is not a section", at=name, code="BF-RECIPE-002")
-    section[path[-1]] = parse(text.encode(), name).data
-    document.places[path] = name
+    for key in (tuple(name.split(".")) for name in now):
+        with suppress(RecipeError):  # of what is no section the validation tells
+            section = _section_at(document, key[:-1], place)
+            if key[-1] not in section:
+                section[key[-1]], document.places[key] = value, place
 
 
 def _recipe_error(schema: type[BaseModel], document: Document, problems: list[Any]) -> RecipeError:
@@ -205,33 +178,34 @@ def _recipe_error(schema: type[BaseModel], document: Document, problems: list[An
 def _sentence(schema: type[BaseModel], problem: Any) -> str:
     path = [str(part) for part in problem["loc"]]
     name = ".".join(path)
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key {name}{_hint(schema, path)}"
-    if problem["type"] == "value_error":
-        return f"{name}: {problem['ctx']['error']}" if name else str(problem["ctx"]["error"])
-    if problem["type"] == "model_type":
-        return f"{name} is a section; it needs keys under it"
-    if problem["type"] == "string_pattern_mismatch":
-        return f"{name} is {problem['input']!r}; it should be {_meaning(schema, path)}"
+    match problem["type"]:
+        case "extra_forbidden":
+            return f"unknown key {name}{_hint([key for key, _ in all_keys(schema)], path)}"
+        case "value_error":
+            return f"{name}: {problem['ctx']['error']}" if name else str(problem["ctx"]["error"])
+        case "model_type":
+            return f"{name} is a section; it needs keys under it"
+        case "string_pattern_mismatch":
+            return f"{name} is {problem['input']!r}; it should be {dict(all_keys(schema))[name].description}"
     wanted = problem["msg"].removeprefix("Input should be ")
     return f"{name} is {json.dumps(problem['input'], default=str)[:60]}; it should be {wanted}"
 
 
-def _meaning(schema: type[BaseModel], path: list[str]) -> str:
-    return next(str(info.description) for key, info in all_keys(schema) if key == ".".join(path))
-
-
-def _hint(schema: type[BaseModel], path: list[str]) -> str:
+def _hint(keys: Sequence[str], path: Sequence[str]) -> str:
     """Today's name of an old key; else the nearest key of the same section; else the same key in another section."""
-    if renamed := _todays(".".join(path)):
-        return f"; since format {renamed[0]} it is {' and '.join(renamed[1])}"
-    here = section_keys(schema, path[:-1])
+    since, names = 0, [".".join(path)]
+    for format_, renamed in RENAMED.items():
+        following = [new for name in names for new in renamed.get(name, (name,))]
+        since, names = (format_ if following != names else since), following
+    if since:
+        return f"; since format {since} it is {' and '.join(names)}"
+    section = "".join(f"{part}." for part in path[:-1])
+    here = dict.fromkeys(key.removeprefix(section).partition(".")[0] for key in keys if key.startswith(section))
     if near := difflib.get_close_matches(path[-1], here, n=1):
-        return f"; did you mean {'.'.join([*path[:-1], near[0]])}?"
-    elsewhere = [key for key, _ in all_keys(schema) if key.rpartition(".")[2] == path[-1]]
-    if elsewhere:
+        return f"; did you mean {section}{near[0]}?"
+    if elsewhere := [key for key in keys if key.rpartition(".")[2] == path[-1]]:
         return f"; did you mean {elsewhere[0]}?"
-    return _did_you_mean(".".join(path), [key for key, _ in all_keys(schema)]) or f"; known here: {', '.join(here)}"
+    return _did_you_mean(".".join(path), keys) or f"; known here: {', '.join(here)}"
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -239,25 +213,13 @@ def _did_you_mean(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def section_keys(schema: type[BaseModel], path: Sequence[str]) -> list[str]:
-    """The keys of the section at `path`."""
-    for part in path:
-        section = _section(schema.model_fields[part].annotation) if part in schema.model_fields else None
-        if section is None:
-            return []
-        schema = section
-    return list(schema.model_fields)
-
-
 @cache
 def all_keys(schema: type[BaseModel], prefix: str = "") -> tuple[tuple[str, Any], ...]:
     """Every key that is not a section, dotted, with its pydantic field (description, default)."""
     keys: list[tuple[str, Any]] = []
     for name, info in schema.model_fields.items():
-        section = _section(info.annotation)
-        keys += all_keys(section, f"{prefix}{name}.") if section else [(f"{prefix}{name}", info)]
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            keys += all_keys(info.annotation, f"{prefix}{name}.")
+        else:
+            keys.append((f"{prefix}{name}", info))
     return tuple(keys)
-
-
-def _section(annotation: Any) -> type[BaseModel] | None:
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

@@ -29,17 +29,11 @@ Key = tuple[Any, ...]
 
 @dataclass
 class Document:
-    """A parsed document.
+    """A parsed document."""
 
-    Attributes:
-        name: the file, or what else errors call it.
-        data: plain values.
-        places: key path (names and list positions) -> `name:line:column`.
-    """
-
-    name: str
-    data: Any = None
-    places: dict[Key, str] = field(default_factory=dict)
+    name: str  # the file, or what else errors call it
+    data: Any = None  # plain values
+    places: dict[Key, str] = field(default_factory=dict)  # key path (names, list positions) -> `name:line:column`
 
     def place(self, path: Key) -> str:
         """Where a key is, or for an absent one, its nearest parent."""
@@ -58,11 +52,7 @@ def parse_file(path: Path) -> Document:
 
 
 def parse(raw: bytes, name: str) -> Document:
-    """Read one YAML document.
-
-    Args:
-        raw: UTF-8 text.
-        name: what errors call it.
+    """Read one YAML document of UTF-8 text that errors call `name`.
 
     Raises:
         RecipeError: BF-RECIPE-001 with `name:line:column`, for anything that is refused.
@@ -74,8 +64,15 @@ def parse(raw: bytes, name: str) -> Document:
     except UnicodeDecodeError as error:
         raise _refuse(f"not UTF-8 at byte {error.start}", name, fix="save the file as UTF-8") from error
     document = Document(name)
+    events = yaml.parse(text, Loader=yaml.SafeLoader)
     try:
-        _Reader(document, yaml.parse(text, Loader=yaml.SafeLoader)).read()
+        next(events)  # stream start
+        if isinstance(next(events), yaml.StreamEndEvent):
+            raise _refuse("the recipe is empty", name)
+        document.data = _value(document, events, next(events), ())
+        next(events)  # document end
+        if not isinstance(event := next(events), yaml.StreamEndEvent):
+            raise _refuse("a second document begins; a recipe is one", _at(name, event.start_mark))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise _refuse(f"not valid YAML: {error.problem}", _at(name, mark) if mark else name) from error
@@ -92,72 +89,48 @@ def _at(name: str, mark: Any) -> str:
     return f"{name}:{mark.line + 1}:{mark.column + 1}"
 
 
-class _Reader:
-    """Builds values from parser events, so that a bomb is stopped at the level where it begins."""
+def _value(document: Document, events: Iterator[Any], event: Any, path: Key) -> Any:
+    """The value that begins with `event`; a bomb is stopped at the level where it begins."""
+    place = _at(document.name, event.start_mark)
+    if isinstance(event, yaml.AliasEvent):
+        raise _refuse("aliases (*name) are refused", place)
+    if event.anchor is not None:
+        raise _refuse("anchors (&name) are refused", place)
+    if event.tag is not None:
+        raise _refuse(f"tags ({event.tag}) are refused", place)
+    if len(path) > MAX_DEPTH:
+        raise _refuse(f"more than {MAX_DEPTH} levels", place)
+    document.places.setdefault(path, place)
+    if isinstance(event, yaml.ScalarEvent):
+        return _scalar(event.value, place) if event.implicit[0] else event.value  # else it is quoted
+    if isinstance(event, yaml.SequenceStartEvent):
+        items: list[Any] = []
+        while not isinstance(event := next(events), yaml.SequenceEndEvent):
+            items.append(_value(document, events, event, (*path, len(items))))
+        return items
+    values: dict[str, Any] = {}
+    while not isinstance(event := next(events), yaml.MappingEndEvent):
+        place = _at(document.name, event.start_mark)
+        if not isinstance(event, yaml.ScalarEvent) or event.tag is not None or event.anchor is not None:
+            raise _refuse("a key must be a plain word", place)
+        key = (*path, event.value)
+        if event.value in values:
+            raise _refuse(f"{event.value} is given twice; first at {document.places[key]}", place)
+        document.places[key] = place
+        values[event.value] = _value(document, events, next(events), key)
+    return values
 
-    def __init__(self, document: Document, events: Iterator[Any]) -> None:
-        self.document, self.events = document, events
 
-    def read(self) -> None:
-        next(self.events)  # stream start
-        if isinstance(next(self.events), yaml.StreamEndEvent):
-            raise _refuse("the recipe is empty", self.document.name)
-        self.document.data = self._value(next(self.events), ())
-        next(self.events)  # document end
-        if not isinstance(event := next(self.events), yaml.StreamEndEvent):
-            raise self._refuse("a second document begins; a recipe is one", event)
-
-    def _value(self, event: Any, path: Key) -> Any:
-        if isinstance(event, yaml.AliasEvent):
-            raise self._refuse("aliases (*name) are refused", event)
-        if event.anchor is not None:
-            raise self._refuse("anchors (&name) are refused", event)
-        if event.tag is not None:
-            raise self._refuse(f"tags ({event.tag}) are refused", event)
-        if len(path) > MAX_DEPTH:
-            raise self._refuse(f"more than {MAX_DEPTH} levels", event)
-        self.document.places.setdefault(path, _at(self.document.name, event.start_mark))
-        if isinstance(event, yaml.MappingStartEvent):
-            return self._mapping(path)
-        if isinstance(event, yaml.SequenceStartEvent):
-            return self._sequence(path)
-        return self._scalar(event)
-
-    def _mapping(self, path: Key) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        while not isinstance(event := next(self.events), yaml.MappingEndEvent):
-            if not isinstance(event, yaml.ScalarEvent) or event.tag is not None or event.anchor is not None:
-                raise self._refuse("a key must be a plain word", event)
-            key, place = event.value, _at(self.document.name, event.start_mark)
-            if key in values:
-                raise self._refuse(f"{key} is given twice; first at {self.document.places[(*path, key)]}", event)
-            self.document.places[(*path, key)] = place
-            values[key] = self._value(next(self.events), (*path, key))
-        return values
-
-    def _sequence(self, path: Key) -> list[Any]:
-        values: list[Any] = []
-        while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
-            values.append(self._value(event, (*path, len(values))))
-        return values
-
-    def _scalar(self, event: yaml.ScalarEvent) -> Any:
-        text = event.value
-        if not event.implicit[0]:  # quoted
-            return text
-        if text in ("", "~", "null"):
-            return None
-        if text in ("true", "false"):
-            return text == "true"
-        if _LEADING_ZERO.fullmatch(text):
-            raise self._refuse(
-                f"{text} starts with 0, which other readers take for octal", event, f"write {text.lstrip('0')}"
-            )
-        if _NOT_FINITE.fullmatch(text):
-            raise self._refuse(f"{text} is not a finite number", event)
-        if _INTEGER.fullmatch(text):
-            return int(text) if len(text) < 20 else float(text)
-        return float(text) if _FLOAT.fullmatch(text) else text
-
-    def _refuse(self, message: str, event: Any, fix: str | None = None) -> RecipeError:
-        return _refuse(message, _at(self.document.name, event.start_mark), fix)
+def _scalar(text: str, place: str) -> Any:
+    if text in ("", "~", "null"):
+        return None
+    if text in ("true", "false"):
+        return text == "true"
+    if _LEADING_ZERO.fullmatch(text):
+        fix = f"write {text.lstrip('0')}"
+        raise _refuse(f"{text} starts with 0, which other readers take for octal", place, fix)
+    if _NOT_FINITE.fullmatch(text):
+        raise _refuse(f"{text} is not a finite number", place)
+    if _INTEGER.fullmatch(text):
+        return int(text) if len(text) < 20 else float(text)
+    return float(text) if _FLOAT.fullmatch(text) else text
