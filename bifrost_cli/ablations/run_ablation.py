@@ -19,8 +19,7 @@ from bifrost_cli.extraction.extract import extract_latents
 from bifrost_cli.generation.generate import generate
 from bifrost_cli.generation.reconstruct import reconstruct_set
 from bifrost_cli.loading.resolve import builtin
-from bifrost_cli.reports.evaluation_page import report_html
-from bifrost_cli.reports.page import thumbnails
+from bifrost_cli.reports.page import report_html, thumbnails
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.shapes.captions import held_out_prompts
 from bifrost_cli.stats import clustered_error, share_interval

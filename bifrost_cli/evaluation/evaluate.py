@@ -18,8 +18,7 @@ from bifrost_cli.evaluation.inputs import EvalRequest, ImageProvider, request_of
 from bifrost_cli.evaluation.metrics.feature_metrics import Fid
 from bifrost_cli.evaluation.metrics.metric import Metric, MetricInputs
 from bifrost_cli.reports.artifact_pages import lineage_plots
-from bifrost_cli.reports.evaluation_page import report_html
-from bifrost_cli.reports.page import flat, image_lines, lineage_lines, thumbnails
+from bifrost_cli.reports.page import flat, image_lines, lineage_lines, report_html, thumbnails
 from bifrost_cli.runtime.ui import Ui
 
 SCHEMA = "bifrost.eval/3"

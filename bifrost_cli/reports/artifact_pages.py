@@ -32,22 +32,18 @@ FUNNEL = ("seen", "readable", "captioned", "used")
 
 def artifact_page(artifact: Artifact, workspace: Path, device: str, ui: Ui) -> Page:
     """The page of a finished artifact; its payload was checked."""
-    made = artifact.manifest["made"]
-    summary = (
-        f"made {made['when'][:16].replace('T', ' ')} UTC, recipe {artifact.info.get('recipe', {}).get('name', '?')}"
-    )
+    made, recipe = artifact.manifest["made"], artifact.info.get("recipe", {}).get("name", "?")
     page = Page(
         artifact.id,
-        summary,
+        f"made {made['when'][:16].replace('T', ' ')} UTC, recipe {recipe}",
         lineage=lineage_lines([artifact], workspace),
         commands={"Made by": [made["command"]] if made.get("command") else []},
-        folded={"Settings": settings(artifact), "Made with": made.get("versions", {})},
+        folded={"Settings": _settings(artifact.identity), "Made with": made.get("versions", {})},
     )
     if artifact.kind in TRAININGS:
         parents = [line.artifact for line in lineage(artifact, workspace)[1:] if line.artifact]
         _add_training(page, artifact.path, artifact.path / "samples", parents, artifact.identity)
-        if "parameters" in artifact.info:
-            count = artifact.info["parameters"]
+        if count := artifact.info.get("parameters"):
             short = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.2f} M"
             page.cards = [*page.cards, Card("trained parameters", short, [f"{count:,}"])]
     elif artifact.kind == "latents":
@@ -63,19 +59,15 @@ def unfinished_page(folder: Path, draft: Mapping[str, Any], workspace: Path) -> 
     """The page of a training that is still running, or was stopped; `draft` is what its draft.json holds."""
     known = {artifact.id: artifact for place in (folder.parent, workspace) for artifact in find(place, "latents")}
     parents = [known[parent["id"]] for parent in draft.get("parents", ()) if parent["id"] in known]
-    page = Page(f"Training of a {draft['kind']}", f"unfinished, in {folder.name}")
     identity = draft.get("identity", {})
+    page = Page(f"Training of a {draft['kind']}", f"unfinished, in {folder.name}")
+    page.folded = {"Settings": _settings(identity)}
     _add_training(page, folder / "work", folder / "work" / "samples", parents, identity)
-    page.folded = {"Settings": {name: str(value) for name, value in flat(identity)}}
     return page
 
 
-def settings(artifact: Artifact) -> dict[str, str]:
-    """What an artifact's identity says, one value a line."""
-    return {name: str(value) for name, value in flat(artifact.identity)}
-
-
-# ---- a training -----------------------------------------------------------------------------------------------------
+def _settings(identity: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in flat(identity)}
 
 
 def _add_training(
@@ -87,47 +79,40 @@ def _add_training(
     page.plots = training_plots({"training": tables})
     page.gallery_title, page.gallery_notes = "Sample grids", ["Held-out rows: true | predicted."]
     paths = sorted(sheets.glob("step-*.png")) if sheets.is_dir() else []
-    paths = [paths[-1 - place] for place in evenly(len(paths), STEPS_SHOWN)][::-1]
+    grids = {path.stem: path.read_bytes()
+             for path in (paths[-1 - place] for place in evenly(len(paths), STEPS_SHOWN)[::-1])}  # fmt: skip
     count = identity.get("settings", {}).get("train", {}).get("validation_rows", 0)
     try:
         (store,) = (LatentsStore.open(parent) for parent in parents if parent.kind == "latents")
-        page.gallery = _held_rows(store, held_out(store.keys, count)[1][:GRID_ROWS], paths)
+        page.gallery = _held_rows(store, held_out(store.keys, count)[1][:GRID_ROWS], grids)
     except (ValueError, BifrostError):  # the latents, which hold the prompts, are not here any more, or not whole
-        sheets_by_step = {path.stem: path.read_bytes() for path in paths}
-        page.gallery = [Cell([Shown(sheet, png_pixels(sheet).shape[1])], {"name": step})
-                        for step, sheet in sheets_by_step.items()]  # fmt: skip
+        page.gallery = [Cell([Shown(grid, png_pixels(grid).shape[1])], {"name": step}) for step, grid in grids.items()]
         page.gallery_wide = True
 
 
-def _held_rows(store: LatentsStore, rows: Sequence[int], paths: Sequence[Path]) -> list[Cell]:
-    """A cell for each held-out row: the true side of its pair, and the predicted side at each step."""
-    if not paths:
-        return []
-    pairs = {int(path.stem.rpartition("-")[2]): _cut(png_pixels(path.read_bytes()), len(rows)) for path in paths}
-    cells = []
-    for place, row in enumerate(rows):
-        sides = {step: np.split(pair[place], 2, axis=1) for step, pair in pairs.items()}
-        images = {"true": next(iter(sides.values()))[0]}
-        images |= {f"predicted, step {step}": predicted for step, (_, predicted) in sides.items()}
-        shown = [Shown(png_bytes(pixels), pixels.shape[1], label) for label, pixels in images.items()]
-        cells.append(Cell(shown, {"name": store.keys[row], "prompt": store.captions[row]}))
-    return cells
-
-
-def _cut(sheet_HWC: np.ndarray, count: int) -> list[np.ndarray]:
-    """The images of a contact sheet of `count`."""
-    columns = math.ceil(math.sqrt(count))
-    height = (sheet_HWC.shape[0] - GUTTER) // math.ceil(count / columns)
-    width = (sheet_HWC.shape[1] - GUTTER) // columns
-    corners = [(GUTTER + place // columns * height, GUTTER + place % columns * width) for place in range(count)]
-    return [sheet_HWC[top : top + height - GUTTER, left : left + width - GUTTER] for top, left in corners]
-
-
-# ---- latents --------------------------------------------------------------------------------------------------------
+def _held_rows(store: LatentsStore, rows: Sequence[int], grids: Mapping[str, bytes]) -> list[Cell]:
+    """A cell for each held-out row, cut out of the contact sheets: the true side of its pair, and the predicted side at
+    each step."""
+    images: list[dict[str, np.ndarray]] = [{} for _ in rows]
+    for step, png in grids.items():
+        grid_HWC, columns = png_pixels(png), math.ceil(math.sqrt(len(rows)))
+        height = (grid_HWC.shape[0] - GUTTER) // math.ceil(len(rows) / columns)
+        width = (grid_HWC.shape[1] - GUTTER) // columns
+        for place, shown in enumerate(images):
+            top, left = GUTTER + place // columns * height, GUTTER + place % columns * width
+            pair_HWC = grid_HWC[top : top + height - GUTTER, left : left + width - GUTTER]
+            true, predicted = np.split(pair_HWC, 2, axis=1)
+            shown.setdefault("true", true)
+            shown[f"predicted, step {int(step.rpartition('-')[2])}"] = predicted
+    return [
+        Cell([Shown(png_bytes(pixels), pixels.shape[1], label) for label, pixels in shown.items()],
+             {"name": store.keys[row], "prompt": store.captions[row]})
+        for row, shown in zip(rows, images, strict=True) if shown
+    ]  # fmt: skip
 
 
 def _add_latents(page: Page, artifact: Artifact, device: str, ui: Ui) -> None:
-    store, recipe = LatentsStore.open(artifact), load_recipe(str(artifact.path))
+    store = LatentsStore.open(artifact)
     rows = evenly(store.rows, ROWS_SHOWN)
     shape = "x".join(map(str, (*store.grid, store.channels)))
     page.cards = [
@@ -138,46 +123,43 @@ def _add_latents(page: Page, artifact: Artifact, device: str, ui: Ui) -> None:
         "An image as the diffusion model's VAE keeps it, beside its patch latents." if store.vae_shape else "",
         "A token has the colour of its first three principal components, the same in all images.",
     ]
-    for row, rgb, coloured in zip(rows, _decoded(store, rows, recipe, device, ui), maps(store, rows), strict=True):
+    cells = []
+    for row, rgb, coloured in zip(rows, _decoded(store, rows, artifact, device, ui), maps(store, rows), strict=True):
         entry = {"name": store.keys[row], "prompt": store.captions[row], "plan": store.plans[row]}
         image = [] if rgb is None else [Shown(png_bytes(rgb), rgb.shape[1], "image")]
-        page.gallery = [*page.gallery, Cell([*image, Shown(coloured, MAP, "patch latents" if image else "")], entry)]
-    page.plots = [channels(store), histogram(store)]
+        cells.append(Cell([*image, Shown(coloured, MAP, "patch latents" if image else "")], entry))
+    page.gallery, page.plots = cells, [channels(store), histogram(store)]
     page.facts = {"Funnel": {name: artifact.info["funnel"][name] for name in FUNNEL}}
     page.folded = {"Counted": artifact.info["counts"], **page.folded}
 
 
 @torch.no_grad()
-def _decoded(store: LatentsStore, rows: list[int], recipe: Any, device: str, ui: Ui) -> list[Any]:
+def _decoded(store: LatentsStore, rows: list[int], artifact: Artifact, device: str, ui: Ui) -> list[Any]:
     """The images of rows from their VAE latents, uint8 (H, W, 3); None each where that is not possible here."""
+    models = load_recipe(str(artifact.path)).models.model_copy(update={"dtype": "float32"})
     if store.vae_shape is None:
         return [None] * len(rows)
     from bifrost_cli.loading.loaders import ModelLoader
     from bifrost_cli.models.diffusion.base import vae_decode  # seconds of imports, which other pages do without
 
     try:
-        vae = ModelLoader(recipe.models.model_copy(update={"dtype": "float32"}), device).vae()
+        vae = ModelLoader(models, device).vae()
     except BifrostError as error:
         ui.say(f"the images are not shown: {error.message}")
         return [None] * len(rows)
     return list(vae_decode(vae, torch.from_numpy(store.vae(rows)).float()).numpy())
 
 
-# ---- samples --------------------------------------------------------------------------------------------------------
-
-
 def lineage_plots(samples: Artifact, workspace: Path) -> list[dict[str, Any]]:
     """Of what samples came from, as far as it is here: losses of the trainings, and true beside predicted latents."""
-    plots: list[dict[str, Any]] = []
-    for kind in TRAININGS:
-        for artifact in parents_of(samples, kind, workspace):
-            losses = training_plots({kind: artifact.path})[:1]
-            plots += [{**plot, "title": f"Loss of the {kind}'s training"} for plot in losses]
+    plots = [{**plot, "title": f"Loss of the {kind}'s training"}
+             for kind in TRAININGS for artifact in parents_of(samples, kind, workspace)
+             for plot in training_plots({kind: artifact.path})[:1]]  # fmt: skip
     stores = parents_of(samples, "latents", workspace)
-    return plots + (clouds(stores[0], samples) if stores else [])
+    return plots + (clouds(LatentsStore.open(stores[0]), samples) if stores else [])
 
 
-def parents_of(artifact: Artifact, kind: str, workspace: Path) -> list[Any]:
-    """The latents stores, or other artifacts of a kind, that an artifact was made from and that are here."""
+def parents_of(artifact: Artifact, kind: str, workspace: Path) -> list[Artifact]:
+    """The artifacts of a kind that an artifact was made from and that are here."""
     ancestors = {line.id: line.artifact for line in lineage(artifact, workspace) if line.kind == kind and line.artifact}
-    return [LatentsStore.open(parent) if kind == "latents" else parent for parent in ancestors.values()]
+    return list(ancestors.values())

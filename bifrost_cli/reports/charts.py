@@ -43,12 +43,7 @@ class _Axis(NamedTuple):
 def dots(rows: Sequence[Mapping[str, Any]], label: str = "") -> str:
     """One row each: its `name` and the value in words, under them a dot at `value` and a bar over `interval95`.
 
-    Args:
-        rows: with `name`, `value` and `interval95`. Values that all lie in [0, 1] get the axis 0 to 1.
-        label: the name of the axis.
-
-    Raises:
-        ValueError: no rows, or a value that is not finite.
+    Values that all lie in [0, 1] get the axis 0 to 1. ValueError: no rows, or a value that is not finite.
     """
     if not rows:
         raise ValueError("no rows to draw")
@@ -59,7 +54,12 @@ def dots(rows: Sequence[Mapping[str, Any]], label: str = "") -> str:
         parts += [_text(EDGE, y + LINE * (line + 0.7), name) for line, name in enumerate(names)]
         parts.append(_text(WIDTH - EDGE, y + LINE * 0.7, _number(row["value"]), "end"))
         y += LINE * len(names) + 24
-        parts.append(_dot(row, axis, y - 14))
+        low, high = (axis.at(edge) for edge in row["interval95"])
+        parts.append(
+            f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{y - 14:.1f}" y2="{y - 14:.1f}" stroke="{COLOURS[0]}" '
+            'stroke-width="7" stroke-linecap="round" opacity=".4"/>'
+            f'<circle cx="{axis.at(row["value"]):.1f}" cy="{y - 14:.1f}" r="5" fill="{COLOURS[0]}"/>'
+        )
     below = _ticks_below(axis, EDGE, y, label)
     return _svg(y + BELOW, "; ".join(f"{row['name']}: {row['value']:.3f}" for row in rows), [below, *parts])
 
@@ -77,77 +77,70 @@ def lines(series: Mapping[str, Sequence[tuple[float, ...]]], x: str, y: str, *, 
     Raises:
         ValueError: no points, or a value that is not finite.
     """
-    curves = {name: sorted(map(_bounded, points)) for name, points in series.items() if points}
+    curves = {name: sorted((*point, point[1], point[1])[:4] for point in points)
+              for name, points in series.items() if points}  # fmt: skip
     if not curves:
         raise ValueError("no points to draw")
     everything = [point for curve in curves.values() for point in curve]
     heights = [number for point in everything for number in point[1:]]
     up = _axis(heights, TOP + PLOT, TOP, share=max(heights) > 0.5, powers="y" in powers)
     across = _axis([point[0] for point in everything], _left(up), WIDTH - 14, exact=True, powers="x" in powers)
-    parts = [_ticks_below(across, TOP, TOP + PLOT, x), _ticks_left(up, across, y)]
-    parts += [_line(name, curve, across, up, number) for number, (name, curve) in enumerate(curves.items())]
-    legend, height = _legend(list(curves) if len(curves) > 1 else [], TOP + PLOT + BELOW, _dash)
-    values = "; ".join(
-        f"{name}: " + ", ".join(f"{a:g} {b:.3f}" for a, b, *_ in curve) for name, curve in curves.items()
-    )
-    return _svg(height, f"{y} against {x}. {values}", [*parts, legend])
+    drawn = [_line(name, curve, across, up, number) for number, (name, curve) in enumerate(curves.items())]
+    legend = {name: f'<line x1="{EDGE}" x2="46" y1="%.1f" y2="%.1f" {_stroke(number)}/>'
+              for number, name in enumerate(curves) if len(curves) > 1}  # fmt: skip
+    values = [f"{name}: " + ", ".join(f"{a:g} {b:.3f}" for a, b, *_ in curve) for name, curve in curves.items()]
+    return _plot(across, up, (x, y), drawn, legend, values)
 
 
 def points(series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str) -> str:
-    """A cloud of points (x, y) a series. Raises ValueError for no points."""
+    """A cloud of points (x, y) a series. ValueError: no points."""
     everything = [point for cloud in series.values() for point in cloud]
     if not everything:
         raise ValueError("no points to draw")
     up = _axis([point[1] for point in everything], TOP + CLOUD, TOP)
     across = _axis([point[0] for point in everything], _left(up), WIDTH - 14)
-    parts = [_ticks_below(across, TOP, TOP + CLOUD, x), _ticks_left(up, across, y)]
-    for number, cloud in enumerate(series.values()):
+    drawn, legend = [], {}
+    for number, (name, cloud) in enumerate(series.items()):
         circles = "".join(f'<circle cx="{across.at(a):.1f}" cy="{up.at(b):.1f}" r="2"/>' for a, b in cloud)
-        parts.append(f'<g fill="{COLOURS[number % len(COLOURS)]}" opacity=".55">{circles}</g>')
-    legend, height = _legend(list(series), TOP + CLOUD + BELOW, _spot)
-    counts = "; ".join(f"{name}: {len(cloud)} points" for name, cloud in series.items())
-    return _svg(height, f"{y} against {x}. {counts}", [*parts, legend])
+        drawn.append(f'<g fill="{_colour(number)}" opacity=".55">{circles}</g>')
+        legend[name] = f'<circle cx="28" cy="%.1f" r="5" fill="{_colour(number)}"/>'
+    return _plot(across, up, (x, y), drawn, legend, [f"{name}: {len(cloud)} points" for name, cloud in series.items()])
 
 
 def lineage_graph(edges: Sequence[tuple[str, str | None]], links: Mapping[str, str]) -> str:
-    """What was made from what, the first material at the top.
+    """What was made from what, as (material, product) by id (KIND-HASH), the first material at the top.
 
-    Args:
-        edges: (material, product) by id (KIND-HASH); the product is None where nothing was made of it.
-        links: the page of an id, where there is one; other boxes lead to `#ID`.
+    The product is None where nothing was made of it. A box leads to the page of its id in `links`, or to `#ID`.
     """
     products: dict[str, set[str]] = {}
     for name, product in edges:
         products.setdefault(name, set()).update([product] if product else [])
-    steps = {name: _steps(name, products) for name in products}
+
+    def steps(name: str) -> int:
+        """The longest way to a last product."""
+        return max((1 + steps(product) for product in products[name]), default=0)
+
     rows: list[list[str]] = []
-    for step in sorted(set(steps.values()), reverse=True):
-        level = [name for name in products if steps[name] == step]
+    for step in range(max(map(steps, products)), -1, -1):
+        level = [name for name in products if steps(name) == step]
         rows += [level[start : start + ABREAST] for start in range(0, len(level), ABREAST)]
     place = {name: (WIDTH * (column + 0.5) / len(row), EDGE + BOX_HEIGHT / 2 + BOX_ROW * number)
              for number, row in enumerate(rows) for column, name in enumerate(row)}  # fmt: skip
-    pairs = [(name, product) for name in products for product in sorted(products[name])]
-    parts = [_edge(place[name], place[product]) for name, product in pairs]
+    pairs, parts = [(name, product) for name in products for product in sorted(products[name])], []
+    for name, product in pairs:
+        (x, y), (to_x, to_y) = place[name], place[product]
+        y, to_y = y + BOX_HEIGHT / 2, to_y - BOX_HEIGHT / 2
+        middle = (y + to_y) / 2
+        path = f"M{x:.1f},{y:.1f} C{x:.1f},{middle:.1f} {to_x:.1f},{middle:.1f} {to_x:.1f},{to_y:.1f}"
+        parts.append(f'<path d="{path}" fill="none" stroke="var(--soft, currentColor)" stroke-width="1.5"/>')
     parts += [_box(name, *place[name], links.get(name, f"#{name}")) for name in products]
     description = "; ".join(f"{product} from {name}" for name, product in pairs) or ", ".join(products)
     return _svg(BOX_ROW * len(rows) - (BOX_ROW - BOX_HEIGHT) + 2 * EDGE, description, parts, role="group")
 
 
-# ---- parts ----------------------------------------------------------------------------------------------------------
-
-
-def _dot(row: Mapping[str, Any], axis: _Axis, middle: float) -> str:
-    low, high = (axis.at(edge) for edge in row["interval95"])
-    return (
-        f'<line x1="{low:.1f}" x2="{high:.1f}" y1="{middle:.1f}" y2="{middle:.1f}" stroke="{COLOURS[0]}" '
-        'stroke-width="7" stroke-linecap="round" opacity=".4"/>'
-        f'<circle cx="{axis.at(row["value"]):.1f}" cy="{middle:.1f}" r="5" fill="{COLOURS[0]}"/>'
-    )
-
-
 def _line(name: str, curve: Sequence[tuple[float, ...]], across: _Axis, up: _Axis, number: int) -> str:
     path = " ".join(f"{across.at(x):.1f},{up.at(y):.1f}" for x, y, *_ in curve)
-    colour = COLOURS[number % len(COLOURS)]
+    colour = _colour(number)
     marks = "".join(
         f'<line x1="{across.at(x):.1f}" x2="{across.at(x):.1f}" y1="{up.at(low):.1f}" y2="{up.at(high):.1f}" '
         f'stroke="{colour}" stroke-width="5" opacity=".3"/><circle cx="{across.at(x):.1f}" cy="{up.at(y):.1f}" r="3" '
@@ -157,30 +150,34 @@ def _line(name: str, curve: Sequence[tuple[float, ...]], across: _Axis, up: _Axi
     return f'<polyline points="{path}" {_stroke(number)}/>{marks}'
 
 
-def _legend(names: Sequence[str], y: float, mark: Any) -> tuple[str, float]:
-    """The names of the series from `y` down, each behind its mark, and where they end."""
-    parts = []
-    for number, name in enumerate(names):
-        parts.append(mark(number, y + LINE / 2))
+def _plot(
+    across: _Axis, up: _Axis, axes: tuple[str, str], drawn: list[str], legend: Mapping[str, str], values: list[str]
+) -> str:
+    """What was drawn on its axes, and under it the names of the series, each behind its mark."""
+    parts = [_ticks_below(across, TOP, up.start, axes[0])]
+    for tick in up.ticks:
+        level = f'y1="{up.at(tick):.1f}" y2="{up.at(tick):.1f}"'
+        parts.append(f'<line x1="{across.start:.1f}" x2="{across.end:.1f}" {level} {_RULE}/>')
+        parts.append(_text(across.start - 6, up.at(tick) + 4, f"{tick:.6g}", "end", _SOFT))
+    parts += [_text(EDGE / 2, 13, axes[1], "start", _SOFT), *drawn]
+    y = up.start + BELOW
+    for name, mark in legend.items():
+        parts.append(mark.replace("%.1f", f"{y + LINE / 2:.1f}"))
         for line in _wrapped(name, WIDTH - EDGE - 56):
             parts.append(_text(56, y + LINE / 2 + 4, line))
             y += LINE
-    return "".join(parts), y + EDGE / 2
+    return _svg(y + EDGE / 2, f"{axes[1]} against {axes[0]}. {'; '.join(values)}", parts)
 
 
-def _dash(number: int, middle: float) -> str:
-    return f'<line x1="{EDGE}" x2="46" y1="{middle:.1f}" y2="{middle:.1f}" {_stroke(number)}/>'
-
-
-def _spot(number: int, middle: float) -> str:
-    return f'<circle cx="28" cy="{middle:.1f}" r="5" fill="{COLOURS[number % len(COLOURS)]}"/>'
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
 
 
 def _stroke(number: int) -> str:
     """Colour and dashes together: neither alone tells the lines apart for everyone."""
     dashes = DASHES[number % len(DASHES)]
     dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
-    return f'fill="none" stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="2"{dashed}'
+    return f'fill="none" stroke="{_colour(number)}" stroke-width="2"{dashed}'
 
 
 def _ticks_below(axis: _Axis, top: float, bottom: float, label: str) -> str:
@@ -196,39 +193,19 @@ def _ticks_below(axis: _Axis, top: float, bottom: float, label: str) -> str:
     return "".join(parts) + _text((axis.start + axis.end) / 2, bottom + 33, label, "middle", _SOFT)
 
 
-def _ticks_left(up: _Axis, across: _Axis, label: str) -> str:
-    ticks = "".join(
-        f'<line x1="{across.start:.1f}" x2="{across.end:.1f}" y1="{up.at(tick):.1f}" y2="{up.at(tick):.1f}" {_RULE}/>'
-        + _text(across.start - 6, up.at(tick) + 4, f"{tick:.6g}", "end", _SOFT)
-        for tick in up.ticks
-    )
-    return ticks + _text(EDGE / 2, 13, label, "start", _SOFT)
-
-
 def _left(up: _Axis) -> float:
     """Where a plot begins, so that the numbers at its left have room."""
     return CHAR * max(len(f"{tick:.6g}") for tick in up.ticks) + 12
 
 
-def _steps(name: str, products: Mapping[str, set[str]]) -> int:
-    """The longest way, in steps, from `name` to a last product."""
-    return max((1 + _steps(product, products) for product in products[name]), default=0)
-
-
-def _edge(start: tuple[float, float], end: tuple[float, float]) -> str:
-    (x, y), (to_x, to_y) = (start[0], start[1] + BOX_HEIGHT / 2), (end[0], end[1] - BOX_HEIGHT / 2)
-    middle = (y + to_y) / 2
-    path = f"M{x:.1f},{y:.1f} C{x:.1f},{middle:.1f} {to_x:.1f},{middle:.1f} {to_x:.1f},{to_y:.1f}"
-    return f'<path d="{path}" fill="none" stroke="var(--soft, currentColor)" stroke-width="1.5"/>'
-
-
 def _box(name: str, x: float, y: float, link: str) -> str:
-    kind, _, digest = name.rpartition("-")
+    kind, digest = (part if len(part) <= BOX // CHAR else part[: int(BOX // CHAR) - 1] + "\u2026"
+                    for part in name.rpartition("-")[::2])  # fmt: skip
     return (
         f'<a href="{escape(link)}"><title>{escape(name)}</title><rect x="{x - BOX / 2:.1f}" '
         f'y="{y - BOX_HEIGHT / 2:.1f}" width="{BOX}" height="{BOX_HEIGHT}" rx="8" fill="var(--page, none)" '
-        f'stroke="var(--line, currentColor)"/>{_text(x, y - 3, _short(kind), "middle")}'
-        f"{_text(x, y + 13, _short(digest), 'middle', _SOFT)}</a>"
+        f'stroke="var(--line, currentColor)"/>{_text(x, y - 3, kind, "middle")}'
+        f"{_text(x, y + 13, digest, 'middle', _SOFT)}</a>"
     )
 
 
@@ -250,16 +227,6 @@ def _wrapped(name: Any, width: float) -> list[str]:
     return textwrap.wrap(str(name), max(1, int(width / letter))) or [""]
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= BOX // CHAR else name[: int(BOX // CHAR) - 1] + "\u2026"
-
-
-# ---- numbers --------------------------------------------------------------------------------------------------------
-def _bounded(values: Sequence[float]) -> tuple[float, ...]:
-    """(x, y, low, high); without an interval the bounds are y."""
-    return tuple(values) if len(values) == 4 else (values[0], values[1], values[1], values[1])
-
-
 def _axis(
     values: Sequence[float], start: float, end: float, *, exact: bool = False, share: bool = False, powers: bool = False
 ) -> _Axis:
@@ -268,31 +235,22 @@ def _axis(
     low, high = min(values), max(values)
     if not all(map(math.isfinite, (low, high))):
         raise ValueError("a value to draw is not finite")
-    if powers and low > 0 and high >= 10 * low:
-        return _Axis(low, high, start, end, _powers(low, high), log=True)
+    if powers and low > 0 and high >= 10 * low:  # ticks at 1, 2 and 5 times powers of ten, or at those alone
+        tens = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [part * 10.0**ten for ten in tens for part in ((1, 2, 5) if high < 1000 * low else (1,))]
+        return _Axis(low, high, start, end, [tick for tick in ticks if low <= tick <= high], log=True)
     if share and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
     if low == high:
         low, high = low - 0.5, high + 0.5
-    step = _step(high - low)
+    # 1, 2 or 5 times a power of ten, four to ten of which make the width.
+    power = 10.0 ** math.floor(math.log10(high - low))
+    step = next(power * part for part in (0.1, 0.2, 0.5, 1.0, 2.0) if (high - low) / (power * part) <= 8)
     if not exact:
         low, high = step * math.floor(low / step + 1e-9), step * math.ceil(high / step - 1e-9)
     first = math.ceil(low / step - 1e-9)
     ticks = [round(step * place, 12) for place in range(first, math.floor(high / step + 1e-9) + 1)]
     return _Axis(low, high, start, end, ticks)
-
-
-def _step(width: float) -> float:
-    """1, 2 or 5 times a power of ten, four to ten of which make the width."""
-    power = 10.0 ** math.floor(math.log10(width))
-    return next(power * part for part in (0.1, 0.2, 0.5, 1.0, 2.0) if width / (power * part) <= 8)
-
-
-def _powers(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten from low to high, or only the powers where those would be many."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    parts = (1, 2, 5) if high < 1000 * low else (1,)
-    return [tick for power in powers for part in parts if low <= (tick := part * 10.0**power) <= high]
 
 
 def _number(value: float) -> str:

@@ -1,8 +1,7 @@
-"""What a page consists of, and how it becomes one HTML file that opens from disk.
+"""What a page consists of, the page of an evaluation or an ablation, and how a page becomes one HTML file.
 
-A `Page` is filled by the modules beside this one and rendered by `templates/page.html.j2`. The file asks for nothing
-outside itself, all text in it is escaped, and its content policy admits one line of script, which lets Escape close an
-enlarged image.
+The file opens from disk and asks for nothing outside itself, all text in it is escaped, and its content policy admits
+one line of script, which lets Escape close an enlarged image.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ import base64
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -22,9 +20,6 @@ from bifrost_cli.artifacts import Artifact, lineage
 from bifrost_cli.data.image_sets import EvalImage, ImageSet
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.reports import charts
-
-if TYPE_CHECKING:
-    from jinja2 import Environment
 
 SMALL = 256  # px: narrower images are enlarged with square pixels; larger ones are shown at this size
 GALLERY_SMALL, GALLERY_LARGE = 240, 48  # images shown of many small and large ones
@@ -87,14 +82,23 @@ class Page:
     plots: Sequence[Mapping[str, Any]] = ()
     facts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     lineage: Sequence[Mapping[str, Any]] = ()
-    links: Mapping[str, str] = field(default_factory=dict)
+    links: dict[str, str] = field(default_factory=dict)
     commands: Mapping[str, Sequence[str]] = field(default_factory=dict)
     folded: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def html(self) -> str:
         """The whole file."""
-        graph = _printable(charts.lineage_graph(lineage_edges(self.lineage), self.links)) if self.lineage else ""
-        return _environment().get_template("page.html.j2").render(page=self, graph=graph, policy=POLICY, script=SCRIPT)
+        from jinja2 import Environment, PackageLoader, StrictUndefined  # only a command that writes a page pays for it
+
+        graph = _printable(charts.lineage_graph(_edges(self.lineage), self.links)) if self.lineage else ""
+        environment = Environment(
+            loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, finalize=_printable,
+            trim_blocks=True, lstrip_blocks=True,
+        )  # fmt: skip
+        environment.globals["small"] = SMALL
+        environment.filters |= {"data_uri": lambda png: "data:image/png;base64," + base64.b64encode(png).decode(),
+                                "chart": _chart, "costs": _costs}  # fmt: skip
+        return environment.get_template("page.html.j2").render(page=self, graph=graph, policy=POLICY, script=SCRIPT)
 
 
 def gallery(entries: Sequence[Mapping[str, Any]], images: Images) -> list[Cell]:
@@ -102,7 +106,40 @@ def gallery(entries: Sequence[Mapping[str, Any]], images: Images) -> list[Cell]:
     return [Cell([Shown(*images[entry["name"]])], entry) for entry in entries if entry["name"] in images]
 
 
-# ---- what pages say of artifacts and images -------------------------------------------------------------------------
+def report_html(report: Mapping[str, Any], images: Images, pairs: str = "") -> str:
+    """The page of a report: what `report.json` holds, and the images of `report["pictures"]` that are shown.
+
+    `pairs` says what stands left and right where an image is a pair ("true | predicted").
+    """
+    cells, count = gallery(report["pictures"], images), len(report["pictures"])
+    rows = [row for result in report["results"] for row in result.get("categories", ())]
+
+    def share(row: Mapping[str, Any], low: float, high: float) -> str:
+        return f"{row['value']:.1%}: {row['right']} of {row['count']} (95 % interval {low:.1%} to {high:.1%})"
+
+    plotted = any(plot["kind"] == "dots" and len(plot["rows"]) == len(rows) for plot in report.get("plots", ()))
+    some = f"{len(cells)} of {count}, in order; none picked." if len(cells) < count else ""
+    cards = [Card(result["label"], number(result), (result["spread"], *result["details"]), result["sentence"])
+             for result in report["results"]]  # fmt: skip
+    return Page(
+        report["title"],
+        report["summary"],
+        cards=cards,
+        notes=report["warnings"],
+        categories=() if plotted else rows,
+        gallery=cells,
+        gallery_notes=[pairs, some],
+        plots=report.get("plots", ()),
+        lineage=report["lineage"],
+        commands={"The same again": [report["command"]]},
+        folded={"By variant": {row["name"]: share(row, *row["interval95"]) for row in rows if plotted},
+                "Settings": report["settings"], "Measured with": report["env"]},
+    ).html()  # fmt: skip
+
+
+def number(result: Mapping[str, Any]) -> str:
+    """A result's value as it is shown."""
+    return f"{result['value']:.1%}" if result["format"] == "share" else f"{result['value']:.4g}"
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -116,28 +153,27 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def lineage_lines(artifacts: Sequence[Artifact], workspace: Path) -> list[dict[str, Any]]:
     """The artifacts and what they were made from, depth first, and what each cost; None where one is gone."""
-    lines = [line for artifact in artifacts for line in lineage(artifact, workspace)]
-    return [{"depth": line.depth, "id": line.id, "kind": line.kind, "cost": _cost_of(line.artifact)} for line in lines]
-
-
-def _cost_of(artifact: Artifact | None) -> dict[str, Any] | None:
-    if artifact is None:
-        return None
-    cost, made = artifact.manifest["cost"], artifact.manifest["made"]
-    return {"device": made.get("device"), **{key: value for key, value in cost.items() if key != "stages"}}
+    lines = []
+    for line in (line for artifact in artifacts for line in lineage(artifact, workspace)):
+        cost = None
+        if line.artifact:
+            manifest = line.artifact.manifest
+            cost = {"device": manifest["made"].get("device"), **manifest["cost"]}
+            cost.pop("stages", None)
+        lines.append({"depth": line.depth, "id": line.id, "kind": line.kind, "cost": cost})
+    return lines
 
 
 def thumbnails(entries: Sequence[EvalImage]) -> dict[str, tuple[bytes, int]]:
     """PNG bytes and original width of the images that are shown: all, or evenly spaced ones of many."""
     width = entries[0].load().shape[1]
-    step = -(-len(entries) // (GALLERY_SMALL if width <= SMALL else GALLERY_LARGE))
-    return {entry.name: _thumbnail(entry.load()) for entry in entries[::step]}
-
-
-def _thumbnail(rgb: np.ndarray) -> tuple[bytes, int]:
-    image = Image.fromarray(rgb)
-    image.thumbnail((SMALL, SMALL))
-    return png_bytes(np.asarray(image)), rgb.shape[1]
+    shown = {}
+    for entry in entries[:: -(-len(entries) // (GALLERY_SMALL if width <= SMALL else GALLERY_LARGE))]:
+        image = Image.fromarray(entry.load())
+        width = image.width
+        image.thumbnail((SMALL, SMALL))
+        shown[entry.name] = (png_bytes(np.asarray(image)), width)
+    return shown
 
 
 def image_lines(images: ImageSet) -> list[dict[str, Any]]:
@@ -146,35 +182,14 @@ def image_lines(images: ImageSet) -> list[dict[str, Any]]:
             for e in images.entries]  # fmt: skip
 
 
-def lineage_edges(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str | None]]:
+def _edges(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str | None]]:
     """(material, product) of a lineage that is listed depth first; the product of a root is None."""
-    edges: list[tuple[str, str | None]] = []
-    above: list[str] = []
+    edges, above = [], []
     for line in lines:
         del above[line["depth"] :]
         edges.append((line["id"], above[-1] if above else None))
         above.append(line["id"])
     return list(dict.fromkeys(edges))
-
-
-# ---- jinja ----------------------------------------------------------------------------------------------------------
-
-
-@cache
-def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # only a command that writes a page pays for it
-
-    environment = Environment(
-        loader=PackageLoader(__package__),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_printable,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["small"] = SMALL
-    environment.filters |= {"data_uri": _data_uri, "chart": _chart, "costs": _costs}
-    return environment
 
 
 def _printable(value: Any) -> Any:
@@ -185,30 +200,23 @@ def _printable(value: Any) -> Any:
     return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in plain)
 
 
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
 def _chart(plot: Mapping[str, Any]) -> str:
-    """The drawing of a plot of a report's JSON: `kind` (dots, lines or points) and what `charts` draws of it."""
+    """What `charts` draws of a plot of a report's JSON."""
     if plot["kind"] == "dots":
-        svg = charts.dots(plot["rows"], plot["x"])
-    elif plot["kind"] == "lines":
-        svg = charts.lines(plot["series"], plot["x"], plot["y"], powers=plot["powers"])
-    else:
-        svg = charts.points(plot["series"], plot["x"], plot["y"])
-    return _printable(svg)
+        return _printable(charts.dots(plot["rows"], plot["x"]))
+    if plot["kind"] == "lines":
+        return _printable(charts.lines(plot["series"], plot["x"], plot["y"], powers=plot["powers"]))
+    return _printable(charts.points(plot["series"], plot["x"], plot["y"]))
 
 
-def _costs(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+def _costs(lines: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
     """(id, cells of its row; none where it is gone) of each artifact of a lineage, once."""
-    return [(name, _cost(cost)) for name, cost in {line["id"]: line["cost"] for line in lines}.items()]
-
-
-def _cost(cost: Mapping[str, Any] | None) -> list[str]:
-    if cost is None:
-        return []
-    seconds = cost.get("seconds")
-    time = "" if seconds is None else f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
-    hours = "" if seconds is None else f"{seconds / 3600 * cost.get('devices', 1):.3f}"
-    return [time, hours, str(cost.get("device") or ""), str(cost.get("samples", ""))]
+    for name, cost in {line["id"]: line["cost"] for line in lines}.items():
+        if cost is None:
+            yield name, []
+            continue
+        time = hours = ""
+        if (seconds := cost.get("seconds")) is not None:
+            time = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
+            hours = f"{seconds / 3600 * cost.get('devices', 1):.3f}"
+        yield name, [time, hours, str(cost.get("device") or ""), str(cost.get("samples", ""))]

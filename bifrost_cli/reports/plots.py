@@ -31,7 +31,8 @@ MEANING = {
 }
 
 
-# ---- a training -----------------------------------------------------------------------------------------------------
+def _lines(title: str, caption: str, series: Mapping[str, Any], x: str, y: str, powers: str = "") -> dict[str, Any]:
+    return {"kind": "lines", "title": title, "caption": caption, "series": series, "x": x, "y": y, "powers": powers}
 
 
 def training_plots(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
@@ -41,24 +42,27 @@ def training_plots(folders: Mapping[str, Path]) -> list[dict[str, Any]]:
     """
     steps = {name: _curve(read_table(path / "losses.csv"), "loss") for name, path in folders.items()}
     tables = {name: read_table(path / "validation.csv") for name, path in folders.items()}
-    held = {_name(name, column, folders): _curve(table, column) for name, table in tables.items()
-            for column in LOSSES if column in table}  # fmt: skip
-    other = sorted({column for table in tables.values() for column in table} - {*LOSSES, "step"})
-    plots = [
-        _plot("Loss while training", "Means of neighbouring steps.", steps, "loss"),
-        _plot("Loss on held-out rows", "With another row's text or latents (shuffled) it should be far higher.", held,
-              "loss"),
+    held = {f"{name}: {column}" if len(folders) > 1 else column: _curve(table, column)
+            for name, table in tables.items() for column in LOSSES if column in table}  # fmt: skip
+    drawn = [
+        ("Loss while training", "Means of neighbouring steps.", steps, "loss"),
+        ("Loss on held-out rows", "With another row's text or latents (shuffled) it should be far higher.", held,
+         "loss"),
     ]  # fmt: skip
-    for column in other:
+    for column in sorted({column for table in tables.values() for column in table} - {*LOSSES, "step"}):
         curves = {name: _curve(table, column) for name, table in tables.items() if column in table}
-        plots.append(_plot(f"{column.capitalize()} on held-out rows", MEANING.get(column, ""), curves, column))
-    return [plot for plot in plots if any(len(points) > 1 for points in plot["series"].values())]
+        drawn.append((f"{column.capitalize()} on held-out rows", MEANING.get(column, ""), curves, column))
+    return [
+        _lines(title, caption, {name: points for name, points in curves.items() if points}, "step", y,
+               "y" if y == "loss" else "")
+        for title, caption, curves, y in drawn
+        if any(len(points) > 1 for points in curves.values())
+    ]  # fmt: skip
 
 
 def health(folder: Path) -> tuple[dict[str, float], list[str]]:
     """The numbers of the last validation, and what they warn of."""
-    table = read_table(folder / "validation.csv")
-    last = {name: values[-1] for name, values in table.items() if values}
+    last = {name: values[-1] for name, values in read_table(folder / "validation.csv").items() if values}
     warnings = []
     if "loss_shuffled" in last and last["loss"] > UNUSED * last["loss_shuffled"]:
         warnings.append(
@@ -85,20 +89,6 @@ def _curve(table: Mapping[str, list[float]], column: str) -> list[list[float]]:
     return [[steps[span][-1], sum(values[span]) / len(values[span])] for span in spans]
 
 
-def _name(training: str, column: str, folders: Mapping[str, Path]) -> str:
-    return f"{training}: {column}" if len(folders) > 1 else column
-
-
-def _plot(title: str, caption: str, curves: Mapping[str, list[list[float]]], y: str) -> dict[str, Any]:
-    series = {name: points for name, points in curves.items() if points}
-    powers = "y" if y == "loss" else ""
-    return {"kind": "lines", "title": title, "caption": caption, "series": series, "x": "step", "y": y,
-            "powers": powers}  # fmt: skip
-
-
-# ---- latents --------------------------------------------------------------------------------------------------------
-
-
 def evenly(count: int, limit: int) -> list[int]:
     """At most `limit` of range(count), evenly spaced."""
     return list(range(0, count, -(-count // limit))) if count else []
@@ -107,9 +97,11 @@ def evenly(count: int, limit: int) -> list[int]:
 def maps(store: LatentsStore, rows: Sequence[int]) -> list[bytes]:
     """A PNG a row: each token in the colour of its first three principal components, whose axes are of SAMPLED rows
     of the whole store. StoreError: damage."""
-    axes = _axes(_tokens(store))
+    tokens_NC = _tokens(store)
+    mean_C, axes_C3 = principal_axes(tokens_NC, 3)
+    spread_3 = ((tokens_NC - mean_C) @ axes_C3).std(0)
     latents_BPC = torch.from_numpy(store.latents(rows)).double()
-    pixels_BHW3 = as_colours(latents_BPC, *axes).unflatten(1, store.grid).numpy()
+    pixels_BHW3 = as_colours(latents_BPC, mean_C, axes_C3, spread_3).unflatten(1, store.grid).numpy()
     size = max(1, MAP // max(store.grid))
     return [png_bytes(pixels.repeat(size, axis=0).repeat(size, axis=1)) for pixels in pixels_BHW3]
 
@@ -126,10 +118,10 @@ def clouds(true: LatentsStore, samples: Artifact) -> list[dict[str, Any]]:
                             for place in evenly(len(names), SAMPLED)])  # fmt: skip
     if predicted_BPC.shape[-1] != true.channels:
         return []
-    tokens_NC = _tokens(true)
-    mean_C, axes_C2 = principal_axes(tokens_NC, 2)
-    sides = {"true latents": tokens_NC, "predicted latents": predicted_BPC.flatten(0, 1)}
-    series = {name: ((_some(side_NC) - mean_C) @ axes_C2).tolist() for name, side_NC in sides.items()}
+    sides = {"true latents": _tokens(true), "predicted latents": predicted_BPC.flatten(0, 1)}
+    mean_C, axes_C2 = principal_axes(sides["true latents"], 2)
+    series = {name: ((side_NC[evenly(len(side_NC), CLOUD)] - mean_C) @ axes_C2).tolist()
+              for name, side_NC in sides.items()}  # fmt: skip
     caption = "A token is a point. Predictions that lie together in the middle are means of many images."
     return [{"kind": "points", "title": "Principal components of the latents", "caption": caption, "series": series,
              "x": "first component", "y": "second component"}]  # fmt: skip
@@ -139,10 +131,9 @@ def histogram(store: LatentsStore) -> dict[str, Any]:
     """How long tokens are: a line through the share of tokens in each of BINS bins."""
     norms_N = _tokens(store).norm(dim=1).numpy()
     shares, edges = np.histogram(norms_N, BINS, weights=np.full(len(norms_N), 1 / len(norms_N)))
-    middles = (edges[1:] + edges[:-1]) / 2
-    return {"kind": "lines", "title": "Norms of tokens", "caption": f"Share of {len(norms_N)} tokens, in {BINS} bins.",
-            "series": {"share": [[float(x), float(y)] for x, y in zip(middles, shares, strict=True)]},
-            "x": "norm", "y": "share of tokens", "powers": ""}  # fmt: skip
+    line = np.stack([(edges[1:] + edges[:-1]) / 2, shares], axis=1).tolist()
+    caption = f"Share of {len(norms_N)} tokens, in {BINS} bins."
+    return _lines("Norms of tokens", caption, {"share": line}, "norm", "share of tokens")
 
 
 def channels(store: LatentsStore) -> dict[str, Any]:
@@ -150,19 +141,9 @@ def channels(store: LatentsStore) -> dict[str, Any]:
     numbers = evenly(store.channels, 256)
     series = {name: [[place, float(values_C[place])] for place in numbers]
               for name, values_C in (("mean", store.mean_C), ("standard deviation", store.std_C))}  # fmt: skip
-    return {"kind": "lines", "title": "Channels", "caption": "Over all tokens of the store.", "series": series,
-            "x": "channel", "y": "value", "powers": ""}  # fmt: skip
+    return _lines("Channels", "Over all tokens of the store.", series, "channel", "value")
 
 
 def _tokens(store: LatentsStore) -> Tensor:
     """Tokens (N, C) float64 of evenly spaced rows."""
     return torch.from_numpy(store.latents(evenly(store.rows, SAMPLED))).double().flatten(0, 1)
-
-
-def _some(tokens_NC: Tensor) -> Tensor:
-    return tokens_NC[evenly(len(tokens_NC), CLOUD)]
-
-
-def _axes(tokens_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    mean_C, axes_C3 = principal_axes(tokens_NC, 3)
-    return mean_C, axes_C3, ((tokens_NC - mean_C) @ axes_C3).std(0)

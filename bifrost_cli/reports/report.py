@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from bifrost_cli.artifacts import Artifact, lineage, resolve
+from bifrost_cli.artifacts import lineage, resolve
 from bifrost_cli.artifacts.files import make_folder, read_json, write_bytes, write_new
 from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST, require_new
 from bifrost_cli.errors import UsageError
@@ -41,36 +40,43 @@ def report(
         force: take differences of numbers that were not measured alike.
         device: where a store's images are decoded.
 
-    Returns:
-        The file.
-
     Raises:
         UsageError (2): kinds that differ, an output that exists or is not .html.
         ArtifactError, StoreError (5): damage.
     """
-    ui, workspace = ui or Ui(), Path(workspace)
-    if other is not None:
-        sides = [resolve(workspace, side) for side in (ref, other)]
-        _check_pair(*sides)
-    elif is_draft(Path(ref)):
-        return _unfinished(Path(ref), output, workspace)
-    else:
-        sides = [resolve(workspace, ref)]
+    ui, workspace, folder = ui or Ui(), Path(workspace), Path(ref)
+    if other is None and is_draft(folder):
+        draft, file = read_json(folder / DRAFT), _file(output, workspace, folder.name)
+        if not unfinished_training(folder):
+            raise UsageError(f"{folder} is an unfinished {draft.get('kind')}: there is nothing to show yet",
+                             fix="run the command that makes it again; it continues")  # fmt: skip
+        from bifrost_cli.reports.artifact_pages import unfinished_page
+
+        return _write(file, unfinished_page(folder, draft, workspace).html(), output is None)
+    sides = [resolve(workspace, side) for side in (ref, other) if side is not None]
+    first, second = sides[0], sides[-1]
+    if other is not None and (first.kind != second.kind or first.id == second.id):
+        unlike = f"{first.id} is a {first.kind} and {second.id} a {second.kind}: they have nothing to compare"
+        raise UsageError(unlike if first.kind != second.kind else f"{first.id} was given twice",
+                         fix="give two of a kind: bifrost artifacts ls")  # fmt: skip
     file = _file(output, workspace, "-and-".join(side.id for side in sides))
     for side in sides:
         if side.kind != "latents":  # a store checks what it reads; it may be terabytes
             side.check()
-    if other is not None:
-        from bifrost_cli.reports.compare import compare_page  # torch and zarr, after everything that can be refused
+    if other is None and first.kind == "report":
+        return _write(file, first.file("report.html").read_text("utf-8"), output is None)
+    if other is None:
+        from bifrost_cli.reports.artifact_pages import artifact_page  # torch and zarr, after what can be refused
 
-        page = compare_page(sides[0], sides[1], workspace, force, ui)
-    elif sides[0].kind == "report":
-        return _write(file, sides[0].file("report.html").read_text("utf-8"), output is None)
+        page = artifact_page(first, workspace, device, ui)
     else:
-        from bifrost_cli.reports.artifact_pages import artifact_page
+        from bifrost_cli.reports.compare import compare_page
 
-        page = artifact_page(sides[0], workspace, device, ui)
-    page.links = _links(sides, workspace, file)
+        page = compare_page(first, second, workspace, force, ui)
+    for line in (line for side in sides for line in lineage(side, workspace)):
+        own = [line.artifact.path / "report.html"] if line.artifact else []
+        if made := next(filter(Path.is_file, [workspace / "pages" / f"{line.id}.html", *own]), None):
+            page.links[line.id] = quote(Path(os.path.relpath(made, file.parent)).as_posix())
     return _write(file, page.html(), output is None)
 
 
@@ -84,24 +90,6 @@ def unfinished_training(folder: Path) -> bool:
     return is_draft(folder) and read_json(folder / DRAFT).get("kind") in TRAININGS
 
 
-def _check_pair(first: Artifact, second: Artifact) -> None:
-    if first.kind != second.kind:
-        raise UsageError(f"{first.id} is a {first.kind} and {second.id} a {second.kind}: they have nothing to compare",
-                         fix="give two of a kind: bifrost artifacts ls")  # fmt: skip
-    if first.id == second.id:
-        raise UsageError(f"{first.id} was given twice", fix="give two of a kind: bifrost artifacts ls")
-
-
-def _unfinished(folder: Path, output: Path | str | None, workspace: Path) -> Path:
-    draft, file = read_json(folder / DRAFT), _file(output, workspace, folder.name)
-    if not unfinished_training(folder):
-        raise UsageError(f"{folder} is an unfinished {draft.get('kind')}: there is nothing to show yet",
-                         fix="run the command that makes it again; it continues")  # fmt: skip
-    from bifrost_cli.reports.artifact_pages import unfinished_page
-
-    return _write(file, unfinished_page(folder, draft, workspace).html(), output is None)
-
-
 def _file(output: Path | str | None, workspace: Path, name: str) -> Path:
     if output is None:
         return workspace / "pages" / f"{name}.html"
@@ -110,19 +98,6 @@ def _file(output: Path | str | None, workspace: Path, name: str) -> Path:
         raise UsageError(f"{file} is not an .html file", fix=f"-o {shlex.quote(f'{file}.html')}")
     require_new(file)
     return file
-
-
-def _links(artifacts: Sequence[Artifact], workspace: Path, file: Path) -> dict[str, str]:
-    """Pages of what the artifacts were made from, by id, as seen from `file`; only those that are there."""
-    links = {}
-    for line in (line for artifact in artifacts for line in lineage(artifact, workspace)):
-        pages = [
-            workspace / "pages" / f"{line.id}.html",
-            *([line.artifact.path / "report.html"] if line.artifact else []),
-        ]
-        if page := next(filter(Path.is_file, pages), None):
-            links[line.id] = quote(Path(os.path.relpath(page, file.parent)).as_posix())
-    return links
 
 
 def _write(file: Path, html: str, again: bool) -> Path:

@@ -106,7 +106,7 @@ def _by_text() -> dict[str, Prompt]:
 def _by_category() -> dict[tuple[str, bool], list[Prompt]]:
     """Cores by category and by whether they name a colour, such that the four relations are drawn equally often."""
     wordings = Counter(RELATIONS.values())
-    table = defaultdict(list)
+    table: dict[tuple[str, bool], list[Prompt]] = defaultdict(list)
     for core in _cores():
         copies = max(wordings.values()) // wordings[core.spec.relation] if core.spec.relation else 1
         table[core.category, core.spec.things[0].colour is not None] += [core] * copies

@@ -25,10 +25,9 @@ from bifrost_cli.extraction.extract import extract_latents
 from bifrost_cli.models.diffusion.flux import FluxModel
 from bifrost_cli.models.mllm.chat_template import chat_text
 from bifrost_cli.runtime.ui import Ui
-from bifrost_cli.shapes.questions import words
+from bifrost_cli.shapes.words import words
 from bifrost_cli.toy_system import tiny_models
-from bifrost_cli.toy_system.train_bases import FluxTask, OpenClipTask, VaeTask, measure_scale
-from bifrost_cli.toy_system.train_mllm import FILL_QUESTION, MllmTask
+from bifrost_cli.toy_system.tasks import FILL_QUESTION, FluxTask, MllmTask, OpenClipTask, VaeTask, measure_scale
 from bifrost_cli.training.loop import FitResult, fit
 from bifrost_cli.training.train_branch import train_branch
 from bifrost_cli.training.train_controlnet import train_controlnet
@@ -77,24 +76,20 @@ def pretrain(
     for part in parts or PARTS:
         ui.say(f"pretrain: {part} in {folder}")
         work = folder / "work" / part
+        finished = part in bases and (folder / PARTS[part][0]).exists()
+        for needed in () if finished else PARTS[part][1]:
+            if not (path := folder / PARTS[needed][0]).exists():
+                fix = f"first: bifrost shapes pretrain --parts {needed} -o {quote(str(folder))}"
+                raise UsageError(f"{folder} has no finished {needed}", at=str(path), fix=fix, code="BF-USE-001")
         if part not in bases:
-            _require(part, folder)
             _made_with_bases(part, recipe, folder, device, ui)
-        elif not (folder / PARTS[part][0]).exists():
-            _require(part, folder)
+        elif not finished:
             train: Train = getattr(recipe.shapes, part)
             torch.manual_seed(train.seed)
             on = "cpu" if device == "auto" else device
             bases[part](recipe, train, folder, partial(fit, train=train, folder=work, device=on, ui=ui))
         remove(work / "checkpoints")  # only now: the part is complete
     return folder
-
-
-def _require(part: str, folder: Path) -> None:
-    for needed in PARTS[part][1]:
-        if not (path := folder / PARTS[needed][0]).exists():
-            fix = f"first: bifrost shapes pretrain --parts {needed} -o {quote(str(folder))}"
-            raise UsageError(f"{folder} has no finished {needed}", at=str(path), fix=fix, code="BF-USE-001")
 
 
 def _vae(recipe: Recipe, train: Train, folder: Path, fit: Fit) -> None:

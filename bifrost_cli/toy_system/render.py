@@ -18,7 +18,7 @@ from bifrost_cli.errors import UsageError
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.shapes.captions import held_out_prompts, sample_prompt, sample_scene
 from bifrost_cli.shapes.draw import draw
-from bifrost_cli.shapes.scene_plan import write_plan
+from bifrost_cli.shapes.words import write_plan
 
 
 def render_shapes(

@@ -10,22 +10,11 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+import transformers
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-    Qwen2VLImageProcessor,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
 
 WIDTH = 128
 VISION_PATCH = 8
@@ -57,11 +46,11 @@ def _bpe(words: Iterable[str], **options: Any) -> tuple[dict[str, int], Any]:
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
-def qwen_tokenizer(words: Iterable[str]) -> Qwen2Tokenizer:
+def qwen_tokenizer(words: Iterable[str]) -> transformers.Qwen2Tokenizer:
     """Qwen2-format tokenizer in which each word, alone and after a space, is one token."""
     words = sorted(set(words) | {"system", "user", "assistant", "You", "are", "a", "helpful"})
     vocab, merges = _bpe([*words, *(" " + word for word in words)])
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges)
+    tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges)
     special = ("im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
     tokenizer.add_special_tokens({"additional_special_tokens": [f"<|{name}|>" for name in special]})
     tokenizer.eos_token = "<|im_end|>"
@@ -70,14 +59,14 @@ def qwen_tokenizer(words: Iterable[str]) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def image_processor() -> Qwen2VLImageProcessor:
+def image_processor() -> transformers.Qwen2VLImageProcessor:
     """Stock Qwen2-VL preprocessing for 64 px images."""
-    return Qwen2VLImageProcessor(
+    return transformers.Qwen2VLImageProcessor(
         patch_size=VISION_PATCH, temporal_patch_size=2, merge_size=2, min_pixels=64 * 64, max_pixels=64 * 64
     )
 
 
-def mllm(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
+def mllm(tokenizer: transformers.Qwen2Tokenizer) -> transformers.Qwen2_5_VLForConditionalGeneration:
     """A Qwen2.5-VL of about 1.5 M parameters: a 3-layer visual encoder and a 4-layer decoder, both 128 wide."""
     ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
            for name in ("vision_start", "vision_end", "image_pad", "video_pad", "im_end", "endoftext")}  # fmt: skip
@@ -91,12 +80,12 @@ def mllm(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLForConditionalGeneration:
         depth=3, hidden_size=96, intermediate_size=288, num_heads=3, patch_size=VISION_PATCH, window_size=32,
         out_hidden_size=WIDTH, fullatt_block_indexes=[0, 1, 2],
     )  # fmt: skip
-    config = Qwen2_5_VLConfig(
+    config = transformers.Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=ids["image_pad"],
         video_token_id=ids["video_pad"], vision_start_token_id=ids["vision_start"],
         vision_end_token_id=ids["vision_end"],
     )  # fmt: skip
-    model = Qwen2_5_VLForConditionalGeneration(config)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = [ids["im_end"], ids["endoftext"]]
     model.generation_config.pad_token_id = ids["endoftext"]
     return model
@@ -128,36 +117,36 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
     )  # fmt: skip
 
 
-def clip_tokenizer(words: Iterable[str]) -> CLIPTokenizer:
+def clip_tokenizer(words: Iterable[str]) -> transformers.CLIPTokenizer:
     """CLIP-format tokenizer; the end token has the highest id, which CLIP's pooling relies on."""
     vocab, merges = _bpe(sorted({word.lower() for word in words}), end_of_word_suffix="</w>")
     ends = [f"{byte}</w>" for byte in sorted(pre_tokenizers.ByteLevel.alphabet()) if f"{byte}</w>" not in vocab]
     for token in (*ends, "<|startoftext|>", "<|endoftext|>"):
         vocab[token] = len(vocab)
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_TOKENS)
+    return transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_TOKENS)
 
 
-def clip_text(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def clip_text(tokenizer: transformers.CLIPTokenizer) -> transformers.CLIPTextModel:
     """FLUX's first text encoder, of which only the pooled vector is used."""
-    return CLIPTextModel(CLIPTextConfig(
+    return transformers.CLIPTextModel(transformers.CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=TEXT_TOKENS, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     ))  # fmt: skip
 
 
-def t5_tokenizer(words: Iterable[str]) -> T5Tokenizer:
+def t5_tokenizer(words: Iterable[str]) -> transformers.T5Tokenizer:
     """T5-format (Unigram) tokenizer over the words and the printable characters."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -8.0)]
     pieces += [("▁" + word, -2.0) for word in sorted(set(words))]
     known = {piece for piece, _ in pieces}
     pieces += [(chr(code), -10.0) for code in range(33, 127) if chr(code) not in known]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
+    return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TEXT_TOKENS)
 
 
-def t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
+def t5(tokenizer: transformers.T5Tokenizer) -> transformers.T5EncoderModel:
     """FLUX's second text encoder, which gives the token sequence."""
-    return T5EncoderModel(T5Config(
+    return transformers.T5EncoderModel(transformers.T5Config(
         vocab_size=len(tokenizer), d_model=64, d_kv=16, d_ff=192, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", dropout_rate=0.0, pad_token_id=0, eos_token_id=1,
     ))  # fmt: skip

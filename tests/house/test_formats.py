@@ -32,7 +32,7 @@ from bifrost_cli.errors import ArtifactError, RecipeError, StoreError
 from bifrost_cli.evaluation import feature_statistics
 from bifrost_cli.evaluation.feature_statistics import load_statistics
 from bifrost_cli.loading.resolve import builtin
-from bifrost_cli.reports.evaluation_page import report_html
+from bifrost_cli.reports.page import report_html
 from bifrost_cli.training import checkpoint
 from bifrost_cli.training.checkpoint import Checkpoints
 

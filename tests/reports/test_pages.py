@@ -17,8 +17,7 @@ from bifrost_cli.artifacts import Artifact, Draft
 from bifrost_cli.cli.app import run
 from bifrost_cli.errors import ArtifactError, UsageError
 from bifrost_cli.reports import artifact_pages
-from bifrost_cli.reports.evaluation_page import report_html
-from bifrost_cli.reports.page import SCRIPT
+from bifrost_cli.reports.page import SCRIPT, report_html
 from bifrost_cli.reports.report import report
 from bifrost_cli.training import training_run
 

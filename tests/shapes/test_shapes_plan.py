@@ -10,9 +10,17 @@ from fixtures_plans import read_plan
 
 from bifrost_cli.shapes.captions import plural, sample_prompt, sample_scene
 from bifrost_cli.shapes.draw import crowded_scene
-from bifrost_cli.shapes.questions import NUMBERS, describe, sample_question
 from bifrost_cli.shapes.scene import Scene, Thing
-from bifrost_cli.shapes.scene_plan import CELL_WORDS, THING_WORDS, cell_classes, fill_cells, write_plan
+from bifrost_cli.shapes.words import (
+    CELL_WORDS,
+    NUMBERS,
+    THING_WORDS,
+    cell_classes,
+    describe,
+    fill_cells,
+    sample_question,
+    write_plan,
+)
 
 SCENE = Scene("white", (Thing("square", "blue", 2, 3, 1, -1), Thing("circle", "red", 0, 1)))
 

@@ -12,9 +12,9 @@ from bifrost_cli import load_recipe
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.errors import UsageError
 from bifrost_cli.shapes.captions import held_out, sample_prompt, sample_scene
-from bifrost_cli.shapes.scene_plan import cell_classes
+from bifrost_cli.shapes.words import cell_classes
 from bifrost_cli.toy_system.pretrain import PARTS, pretrain
-from bifrost_cli.toy_system.train_mllm import MllmTask
+from bifrost_cli.toy_system.tasks import MllmTask
 
 FEW = {"steps": 3, "batch_size": 8, "warmup": 1, "checkpoint_every": 2}
 SETS = [
@@ -104,7 +104,7 @@ def test_rows_of_the_mllm_never_show_a_held_out_prompt(system):
 
 
 def test_filled_cells_hold_every_thing():
-    from bifrost_cli.toy_system.train_mllm import filled
+    from bifrost_cli.toy_system.tasks import filled
 
     rng = np.random.default_rng(0)
     for _ in range(200):

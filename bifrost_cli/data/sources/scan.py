@@ -25,7 +25,7 @@ from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.shapes.captions import Prompt, sample_prompt, sample_scene
 from bifrost_cli.shapes.draw import draw
 from bifrost_cli.shapes.scene import Scene
-from bifrost_cli.shapes.scene_plan import write_plan
+from bifrost_cli.shapes.words import write_plan
 
 SHAPES = "shapes:"
 _BLOCK = 1024  # images handed to the threads at once
