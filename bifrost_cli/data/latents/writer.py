@@ -87,8 +87,9 @@ class StoreWriter:
 
 
 def _is_whole(path: Path, entry: Mapping[str, Any] | None) -> bool:
-    there = entry is not None and path.is_file() and path.stat().st_size == entry["size"]
-    return there and sha256_file(path) == entry["sha256"]
+    if entry is None or not path.is_file() or path.stat().st_size != entry["size"]:
+        return False
+    return sha256_file(path) == entry["sha256"]
 
 
 def _as_half(name: str, values: np.ndarray, ok_N: np.ndarray, lines: Sequence[Mapping[str, Any]]) -> np.ndarray:

@@ -4,7 +4,7 @@ their own are refused by the library."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import repeat
@@ -75,9 +75,10 @@ def _images(rows: Any, column: str, name: str) -> Any:
 def _entries(rows: Any, images: Any, columns: Columns, name: str) -> Iterator[Found]:
     texts = rows.select_columns([column for column in (*columns.captions, PLAN) if column in rows.column_names])
     classes = {column: feature for column, feature in texts.features.items() if hasattr(feature, "int2str")}
-    batches = texts.iter(4096) if texts.column_names else ()
-    found = (dict(zip(one, cells, strict=True)) for one in batches for cells in zip(*one.values(), strict=True))
-    for number, row in enumerate(found if texts.column_names else repeat({}, len(rows))):
+    found: Iterable[dict[str, Any]] = repeat({}, len(rows))
+    if texts.column_names:
+        found = (dict(zip(b, cells, strict=True)) for b in texts.iter(4096) for cells in zip(*b.values(), strict=True))
+    for number, row in enumerate(found):
         where, key = f"{name}: row {number}", f"{number:09d}.row"
         for column, feature in classes.items():
             row[column] = None if row[column] is None or row[column] < 0 else feature.int2str(row[column])

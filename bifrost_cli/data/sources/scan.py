@@ -110,9 +110,8 @@ def scan(source: str | Path, rules: Latents, images: Images = _IMAGES, ui: Ui | 
         if wrong := sum(bool(_SIDES.search(f"{sample.caption} {sample.plan or ''}")) for sample in samples):
             those = f"{wrong} of {len(samples)} captions say left or right"
             said = (*said, f"flip: {those}, which is wrong of their flipped row")
-        samples = tuple(
-            one for s in samples for one in (s, replace(s, key=s.key + FLIP, load=partial(_flipped, s.load)))
-        )
+        flips = (replace(s, key=s.key + FLIP, load=partial(_flipped, s.load)) for s in samples)
+        samples = tuple(one for both in zip(samples, flips, strict=True) for one in both)
     return Scan(samples, funnel, counts, tuple(events), said)
 
 

@@ -20,8 +20,7 @@ from bifrost_cli.data.sources.remote import is_remote, read_place, required, suf
 from bifrost_cli.errors import DataError
 
 TABLES = (".jsonl", ".csv", ".tsv")
-_TABLE_BYTES = 1 << 32  # of one table, which is read whole
-_LINE_BYTES = 1 << 20
+_TABLE_BYTES, _LINE_BYTES = 1 << 32, 1 << 20  # at most; a table is read whole
 csv.field_size_limit(1 << 24)  # a cell of a column that nobody reads must not stop the table; captions have their own
 Row = dict[str, Any]
 
