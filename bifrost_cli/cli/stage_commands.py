@@ -89,13 +89,9 @@ def check(
     lines += [f"counted: {listed(found.counts)}"] if found.counts else []
     lines += [f"funnel: {listed(found.funnel)}"] if found.funnel else []
     stops = found.stops
-    data = {
-        "source": source,
-        "funnel": dict(found.funnel),
-        "counts": dict(found.counts),
-        "problems": [vars(problem) for problem in found.problems],
-        "stops": {"code": stops.code, "message": stops.message} if stops else None,
-    }
+    data = {"source": source, "funnel": dict(found.funnel), "counts": dict(found.counts),
+            "problems": [vars(problem) for problem in found.problems],
+            "stops": {"code": stops.code, "message": stops.message} if stops else None}  # fmt: skip
     if not stops:
         return Result([*lines, "extract-latents would not stop"], data, source)
     message = f"extract-latents would stop: {stops.message} ({stops.code})"

@@ -16,7 +16,7 @@ from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.identity import digest_of
 from bifrost_cli.config.schema import Images, Latents
 from bifrost_cli.data.images import DecodedImage, read_image, square
-from bifrost_cli.data.sources.scan import Sample, scan
+from bifrost_cli.data.sources.scan import Sample, listed, scan
 from bifrost_cli.errors import ArtifactError, DataError
 from bifrost_cli.shapes.captions import held_out_prompts, sample_scene
 from bifrost_cli.shapes.draw import draw
@@ -35,16 +35,19 @@ class EvalImage:
     prompt: str | None = None
     plan: str | None = None
     seed: int | None = None
+    lossy: bool = False  # of a JPEG or a lossy WebP
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images in order; `what` says in words what they are, `artifact` is theirs if any, `skipped` were left out."""
+    """Images in order; `what` says in words what they are, `artifact` is theirs if any, `skipped` cannot be used,
+    `warnings` tell what was left out."""
 
     what: str
     entries: tuple[EvalImage, ...]
     artifact: Artifact | None = None
     skipped: int = 0
+    warnings: tuple[str, ...] = ()
 
     @property
     def content(self) -> str:
@@ -87,16 +90,22 @@ def from_samples(artifact: Artifact, rules: Images) -> ImageSet:
     return ImageSet(f"samples artifact {artifact.id}", tuple(entries), artifact)
 
 
-def from_folder(folder: Path, rules: Images) -> ImageSet:
-    """The images of a folder, with captions where it has any. DataError: none."""
-    found = scan(str(folder), _FOLDER, rules)
+def from_folder(folder: Path, rules: Images, recursive: bool = False) -> ImageSet:
+    """The images of a folder (`recursive`: of those in it, too), with captions where it has any. DataError: none."""
+    found = scan(str(folder), _FOLDER.model_copy(update={"recursive": recursive}), rules)
     entries = entries_of(found.samples)
-    return ImageSet(f"folder {folder}", entries, skipped=found.funnel["seen"] - len(entries))
+    skipped = found.funnel["seen"] - len(entries)
+    counts = {name: number for name, number in found.counts.items() if " not " in name}  # folders and files passed over
+    counts |= {"images that cannot be used": skipped} if skipped else {}
+    enter = " (--set latents.recursive=true enters folders)" if "folders not entered" in counts else ""
+    warnings = (f"Left out of {folder}: {listed(counts)}{enter}.",) if counts else ()
+    return ImageSet(f"folder {folder}", entries, skipped=skipped, warnings=warnings)
 
 
 def entries_of(samples: Sequence[Sample]) -> tuple[EvalImage, ...]:
     """Samples of a source as entries."""
-    return tuple(EvalImage(s.key, s.sha256, partial(_rgb, s.load), s.caption or None, s.plan) for s in samples)
+    return tuple(EvalImage(s.key, s.sha256, partial(_rgb, s.load), s.caption or None, s.plan, lossy=s.lossy)
+                 for s in samples)  # fmt: skip
 
 
 def _rgb(load: Callable[[], DecodedImage]) -> np.ndarray:

@@ -50,10 +50,12 @@ class Animated(BadImage):
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """`rgb` (H, W, 3) uint8; `notes` name what was repaired or converted, one word each."""
+    """`rgb` (H, W, 3) uint8; `notes` name what was repaired or converted, one word each; `lossy`: its file is of a
+    lossy compression."""
 
     rgb: np.ndarray
     notes: tuple[str, ...] = ()
+    lossy: bool = False
 
 
 def read_image(source: bytes | Path | str, rules: Images) -> DecodedImage:
@@ -166,7 +168,9 @@ def _decode(data: bytes, rules: Images) -> DecodedImage:
         if image.format == "PNG" and data[24] == 16 and "16-bit" not in mode_notes:
             mode_notes.append("16-bit")
         upright = rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
-        return DecodedImage(np.array(upright), (*notes, *mode_notes))
+        lossy = image.format in ("JPEG", "MPO") or image.info.get("compression") == "jpeg"  # the latter in TIFF
+        lossy = lossy or (image.format == "WEBP" and b"VP8L" not in data)
+        return DecodedImage(np.array(upright), (*notes, *mode_notes), lossy)
 
 
 def _tiff_tag(image: Image.Image, tag: int) -> int | None:
@@ -198,7 +202,7 @@ def _decode_open_jpeg(data: bytes, rules: Images) -> DecodedImage:
     image, *others = (_decode(scan + filler + b"\xff\xd9", rules) for filler in (b"", b"\xaa" * 128, b"\xfe" * 128))
     if not all(np.array_equal(image.rgb, other.rgb) for other in others):
         raise BadImage("truncated")
-    return DecodedImage(image.rgb, ("minor-damage", *image.notes))
+    return DecodedImage(image.rgb, ("minor-damage", *image.notes), True)
 
 
 def _webp_ends_in_zeros(data: bytes) -> bool:

@@ -118,8 +118,8 @@ def _report(
     images, reference, lines = inputs.images, inputs.reference, image_lines(inputs.images)
     results = [result for metric in metrics for result in metric.compute(images, lines, ui)]
     warnings = [warning for metric in metrics for warning in metric.warnings(images, lines)]
-    if images.skipped:
-        warnings.append(f"{images.skipped} images could not be read and were left out.")
+    for one in (images, reference and reference.images):
+        warnings += one.warnings if one else ()
     settings = {"recipe": recipe_name, "samples": images.what, "samples, sha256": images.digest}
     if reference is not None:
         settings |= {"reference": reference.what, "reference, sha256": reference.digest}
@@ -158,6 +158,7 @@ def _command(request: EvalRequest, inputs: MetricInputs) -> str:
     for key in dict.fromkeys(key for metric in request.classes for key in metric.keys):
         if (value := getattr(inputs.settings, key)) is not None:
             words += ["--set", f"evaluate.{key}={value}"]
+    words += ["--set", "latents.recursive=true"] * inputs.latents.recursive
     words += ["--reference", str(request.reference)] if request.reference is not None else []
     words += ["--quarters"] * request.quarters
     for name in dict.fromkeys(option.name for metric in request.classes for option in metric.options):

@@ -136,7 +136,7 @@ class Reference:
 
 
 def reference_for(ref: Path | str | None, count: int, rules: Images, workspace: Path | str,
-                  originals: bool = False) -> Reference:  # fmt: skip
+                  originals: bool = False, recursive: bool = False) -> Reference:  # fmt: skip
     """A folder, an artifact (path or id), a file of statistics, or for None `count` drawings of the built-in world;
     `originals` are reconstructed and compared with one by one, as squares of `images.output_size`."""
     if ref is not None and Path(ref).suffix in STATISTICS:
@@ -145,7 +145,7 @@ def reference_for(ref: Path | str | None, count: int, rules: Images, workspace: 
         published = Path(ref).suffix == ".npz"
         count = (load_adm(Path(ref), "pool") if published else load_statistics(Path(ref))).count
         return Reference(f"saved statistics {ref}", sha256_file(Path(ref)), count, file=Path(ref))
-    images = images_for(ref, count, rules, workspace)
+    images = images_for(ref, count, rules, workspace, recursive)
     if originals:
         images = squared(images, rules.output_size)
     elif len(images.entries) < 4:
@@ -156,11 +156,12 @@ def reference_for(ref: Path | str | None, count: int, rules: Images, workspace: 
                      originals=originals)  # fmt: skip
 
 
-def images_for(ref: Path | str | None, count: int, rules: Images, workspace: Path | str) -> ImageSet:
+def images_for(ref: Path | str | None, count: int, rules: Images, workspace: Path | str,
+               recursive: bool = False) -> ImageSet:  # fmt: skip
     if ref is None:
         return drawn(count, seed=WORLD_SEED)
     if Path(ref).is_dir() and not (Path(ref) / "manifest.json").exists():
-        return from_folder(Path(ref), rules)
+        return from_folder(Path(ref), rules, recursive)
     artifact = resolve(workspace, ref)
     if artifact.kind == "latents":
         return images_of_store(artifact)
@@ -227,7 +228,8 @@ class ImageProvider:
                 f"recipe {self.recipe.name} does not generate the built-in world, so there is no default reference",
                 fix="give --reference FOLDER, a samples artifact, or a saved statistics file",
             )
-        return reference_for(request.reference, count, self.recipe.images, self.workspace, request.reconstructs)
+        return reference_for(request.reference, count, self.recipe.images, self.workspace, request.reconstructs,
+                             self.recipe.latents.recursive)  # fmt: skip
 
     def _generated(self, *prompts: Any, **options: Any) -> ImageSet:
         from bifrost_cli.generation.generate import generate
@@ -244,7 +246,7 @@ class ImageProvider:
             if is_layout(folder):
                 images = from_layout(folder, rules)[0]
             elif folder.is_dir() and not (folder / "manifest.json").exists():
-                images = from_folder(folder, rules)
+                images = from_folder(folder, rules, self.recipe.latents.recursive)
             else:
                 images = from_samples(resolve(self.workspace, request.samples, "samples"), rules)
             return quartered(images) if request.quarters else images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections import Counter
@@ -11,11 +12,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fixtures_clip import save_tiny_clip
+from PIL import Image
 
 from bifrost_cli.artifacts import Artifact, Draft
 from bifrost_cli.config.schema import Evaluate, Models, Recipe
 from bifrost_cli.data.image_sets import drawn
 from bifrost_cli.data.image_sets import from_folder as pictures_of
+from bifrost_cli.data.images import read_image
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import ArtifactError, DataError, UsageError
 from bifrost_cli.evaluation.evaluate import evaluate
@@ -319,3 +322,72 @@ def test_hostile_prompts_stay_text(recipe, workspace):
 def test_drawings_are_a_function_of_number_and_seed():
     assert drawn(12, seed=3).digest == drawn(12, seed=3).digest != drawn(12, seed=4).digest
     assert all(entry.load().shape == (64, 64, 3) for entry in drawn(12).entries)
+
+
+# ---------------------------------------------------------------- what was left out, and how files were compressed
+
+
+@pytest.mark.parametrize("side", ["samples", "reference"])
+def test_what_a_folder_holds_and_is_not_measured_is_said(recipe, workspace, tmp_path, side):
+    flat, nested = save_folder(tmp_path / "flat", right_pictures(COUNT)), tmp_path / "nested"
+    save_folder(nested, right_pictures(COUNT), names=[f"a{index}" for index in range(COUNT)])
+    save_folder(nested / "more", right_pictures(4))
+    frames = [Image.fromarray(rgb) for _, rgb in right_pictures(2)]
+    frames[0].save(nested / "film.gif", save_all=True, append_images=frames[1:])
+    recipe = recipe.model_copy(update={"images": recipe.images.model_copy(update={"animated": "skip"})})
+    folders = {"samples": flat, "reference": flat, side: nested}
+    report = read(evaluate(recipe, **folders, metrics=["fid"], workspace=workspace))
+    said = [line for line in report["warnings"] if line.startswith("Left out")]
+    assert said == [f"Left out of {nested}: folders not entered 1, images that cannot be used 1 "
+                    "(--set latents.recursive=true enters folders)."]  # fmt: skip
+    assert (report["n_gen"], report["n_ref"], report["skipped"]["unreadable"]) == (COUNT, COUNT, int(side == "samples"))
+
+    entering = recipe.model_copy(update={"latents": recipe.latents.model_copy(update={"recursive": True})})
+    report = read(evaluate(entering, **folders, metrics=["fid"], workspace=workspace))
+    assert report["n_gen" if side == "samples" else "n_ref"] == COUNT + 4
+    assert not any("folders" in line for line in report["warnings"])
+    assert "latents.recursive=true" in report["command"]
+
+
+def test_images_that_a_table_does_not_name_are_told(tmp_path, recipe):
+    folder = save_folder(tmp_path / "photos", right_pictures(3))
+    assert pictures_of(folder, recipe.images).warnings == ()
+    (folder / "metadata.csv").write_text("file_name,text\n0.png,a\n1.png,b\n")
+    (line,) = pictures_of(folder, recipe.images).warnings
+    assert line == f"Left out of {folder}: images not in metadata.csv 1."
+
+
+def test_lossy_files_against_others_are_told(recipe, workspace, tmp_path):
+    png = save_folder(tmp_path / "png", right_pictures(COUNT))
+    forms = {"jpeg": {"quality": 75}, "webp": {"quality": 75}, "mixed": {}, "lossless": {"lossless": True}}
+    for name, options in forms.items():
+        (tmp_path / name).mkdir()
+        for index, (_, rgb) in enumerate(right_pictures(COUNT)):
+            form = {"mixed": "jpeg" if index % 4 == 0 else "png", "lossless": "webp"}.get(name, name)
+            Image.fromarray(rgb).save(tmp_path / name / f"{index}.{form}", form, **options)
+
+    def told(samples, reference) -> list[str]:
+        report = read(
+            evaluate(recipe, samples=samples, reference=reference, metrics=["fid", "kid"], workspace=workspace)
+        )
+        return [line.partition(" images of the")[0] for line in report["warnings"] if "lossy" in line]
+
+    assert told(png, tmp_path / "jpeg") == [f"0 of {COUNT} samples and {COUNT} of {COUNT}"]
+    assert told(tmp_path / "webp", png) == [f"{COUNT} of {COUNT} samples and 0 of {COUNT}"]
+    assert told(tmp_path / "mixed", png) == [f"{COUNT // 4} of {COUNT} samples and 0 of {COUNT}"]
+    assert told(tmp_path / "jpeg", tmp_path / "webp") == told(tmp_path / "lossless", png) == []
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "lossy"),
+    [
+        ("JPEG", {}, True), ("MPO", {"save_all": True}, True), ("WEBP", {"quality": 80}, True),
+        ("WEBP", {"quality": 80, "exif": b"Exif\0\0"}, True), ("WEBP", {"lossless": True}, False),
+        ("WEBP", {"lossless": True, "exif": b"Exif\0\0"}, False), ("PNG", {}, False), ("BMP", {}, False),
+        ("TIFF", {"compression": "jpeg"}, True), ("TIFF", {"compression": "tiff_lzw"}, False), ("GIF", {}, False),
+    ],
+)  # fmt: skip
+def test_which_files_are_lossy(form, options, lossy):
+    data = io.BytesIO()
+    Image.fromarray(right_pictures(1)[0][1]).save(data, form, **options)
+    assert read_image(data.getvalue(), Recipe(name="test").images).lossy is lossy

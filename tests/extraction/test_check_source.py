@@ -81,3 +81,44 @@ def test_what_cannot_be_listed_is_a_finding_too(tmp_path: Path, capsys: pytest.C
     assert "list.jsonl:2: " in capsys.readouterr().out
     assert run(["data", "check", "ssh://host/a.csv"]) == 2
     assert run(["data", "check", "shapes:3", "--set", "latents.flip=true"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "rules", "told"),
+    [
+        ("tags.csv", "image,tags\na.png,x\n", [], ("known as caption", "it has image, tags;", "--caption-column NAME")),
+        (
+            "space.csv",
+            "image, caption\na.png,x\n",
+            [],
+            ("known as caption", "it has image,  caption;", "--caption-column"),
+        ),
+        (
+            "tags.tsv",
+            "image\ttags\na.png\tx\n",
+            [],
+            ("known as caption", "it has image, tags;", "--caption-column NAME"),
+        ),
+        ("tags.jsonl", '{"image": "a.png", "tags": "x"}\n', [], ("known as caption", "it has image, tags;")),
+        (
+            "photo.csv",
+            "photo,caption\na.png,x\n",
+            [],
+            ("known as image", "it has photo, caption;", "--image-column NAME"),
+        ),
+        (
+            "named.csv",
+            "image,tags\na.png,x\n",
+            ["--caption-column", "tag"],
+            ("has no column tag", "it has image, tags"),
+        ),
+    ],
+)
+def test_of_columns_the_check_says_what_the_extraction_says(tmp_path, capsys, name, text, rules, told) -> None:
+    (tmp_path / name).write_text(text)
+    (tmp_path / "a.png").write_bytes(image())
+    assert run(["data", "check", str(tmp_path / name), *rules]) == 8
+    check = capsys.readouterr().err
+    assert run(["extract-latents", str(tmp_path / name), *rules, "-o", str(tmp_path.parent / "out"), "--dry-run"]) == 4
+    extraction = capsys.readouterr().err
+    assert all(words in check and words in extraction for words in told)

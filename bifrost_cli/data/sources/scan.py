@@ -44,6 +44,7 @@ class Sample:
     plan: str | None
     sha256: str
     load: Callable[[], DecodedImage]
+    lossy: bool = False  # of a JPEG or a lossy WebP
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,9 @@ class Scan:
 
 def scan(source: str | Path, rules: Latents, images: Images = _IMAGES, ui: Ui | None = None, *, stop: bool = True
          ) -> Scan:  # fmt: skip
-    """Look at everything that a source holds.
-
-    Args:
-        source: see the head of this file.
-        rules: which images and captions are used, and what stops.
-        stop: stop at what the rules say; otherwise it is an event, and its image is left out.
-
-    Raises:
-        UsageError: a malformed `shapes:`.
-        RecipeError: a setting that is wrong of this source.
-        DataError: no images, nothing left to use.
-        SourceError: captions, rows, keys or images that stop under the rules, with all problems of that kind.
+    """Look at everything that a source holds. Without `stop`, what stops under the rules is an event, and its image is
+    left out. UsageError: a malformed `shapes:`. RecipeError: a setting that is wrong of this source. DataError: no
+    images, nothing left to use. SourceError: captions, rows, keys or images that stop, with all problems of that kind.
     """
     source, ui = str(source), ui or Ui()
     if source.startswith(SHAPES):
@@ -125,10 +117,11 @@ def _check(entry: SourceItem, rules: Images) -> tuple[Sample, tuple[str, ...]] |
         if entry.problem:
             raise BadImage(entry.problem)
         data = entry.read()
-        digest, notes = hashlib.sha256(data).hexdigest(), read_image(data, rules).notes
+        digest, image = hashlib.sha256(data).hexdigest(), read_image(data, rules)
     except BadImage as error:
         return Problem("animated" if isinstance(error, Animated) else "bad-image", entry.where, error.message)
-    return Sample(entry.key, entry.caption or "", entry.plan, digest, partial(_load, entry.read, digest, rules)), notes
+    load = partial(_load, entry.read, digest, rules)
+    return Sample(entry.key, entry.caption or "", entry.plan, digest, load, image.lossy), image.notes
 
 
 def _load(read: Callable[[], bytes], sha256: str, rules: Images) -> DecodedImage:

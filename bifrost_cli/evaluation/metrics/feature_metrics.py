@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bifrost_cli.runtime.ui import Ui
 
 PROTOCOL = "bifrost-distribution/2"
+LOSSY_APART = 0.1  # share of lossy files by which samples and reference may differ unsaid
 NOT_FID = "not Inception FID: compare it only with numbers of the same features, reference and number of images."
 
 
@@ -143,6 +144,12 @@ class FeatureMetric(Metric):
 
     def warnings(self, images: ImageSet, lines: Sequence[Mapping[str, Any]]) -> list[str]:
         name, width, count, found = self._network["name"], self._network["width"], len(images.entries), []
+        reference = self.features.reference if self.needs_reference else None
+        if reference and reference.images and not reference.originals:
+            made, true = ([entry.lossy for entry in one.entries] for one in (images, reference.images))
+            if abs(sum(made) / count - sum(true) / len(true)) > LOSSY_APART:
+                found.append(f"{sum(made)} of {count} samples and {sum(true)} of {len(true)} images of the reference "
+                             "are lossy (JPEG or such): the distance measures their compression, too.")  # fmt: skip
         if name.startswith("builtin:"):
             found.append(f"The distances here are in features of {name}, a tiny network trained on the built-in world. "
                          "They are not Inception's and not comparable with any published FID or KID.")  # fmt: skip
