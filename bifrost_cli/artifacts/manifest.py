@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,7 +20,13 @@ from bifrost_cli.artifacts.lock import LOCK_NAME
 from bifrost_cli.errors import ArtifactError, UsageError
 
 MANIFEST, DRAFT, WORK = "manifest.json", "draft.json", "work"
+_ID = re.compile(rf"({'|'.join(FORMATS)})-[0-9a-f]{{12}}")
 _TYPES = {"id": str, "identity": dict, "parents": list, "files": dict, "made": dict, "cost": dict, "info": dict}
+# Dotted names of values that may be missing, and that readers of other artifacts rely on too.
+_VALUES = {
+    "made.when": str, "made.command": str, "made.versions": dict, "cost.seconds": (int, float), "cost.devices": int,
+    "info.recipe": dict, "info.parameters": int, "info.funnel": dict, "info.counts": dict, "info.metrics": dict,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,9 @@ class Artifact:
         if kind not in FORMATS or type(version) is not int or version < 1 or not _intact(path, manifest):
             what = f"{path / MANIFEST} was damaged or edited after it was written"
             raise ArtifactError(what, fix="make the artifact again, or restore the file from a copy", code="BF-ART-005")
+        if odd := next(_odd(manifest), None):  # the digest fits: it was written so, and not by us
+            raise ArtifactError(f"{path / MANIFEST} has a value that makes no sense: {odd}", code="BF-ART-005",
+                                fix="ask for the artifact again where it comes from")  # fmt: skip
         named = ("kind", "id", "identity", "parents", "files", "info")
         return cls(path, manifest, *(manifest[name] for name in named))
 
@@ -151,10 +161,22 @@ def _intact(path: Path, manifest: dict[str, Any]) -> bool:
     except ValueError:  # text that has no UTF-8
         return False
     names = [PurePosixPath(name) for name in manifest["files"]]
-    parts = [(entry, {"sha256", "size"}) for entry in manifest["files"].values()]
-    parts += [(parent, {"kind", "id", "path"}) for parent in manifest["parents"]]
-    return (
-        same
-        and not any(name.is_absolute() or ".." in name.parts for name in names)
-        and all(isinstance(part, dict) and keys <= set(part) for part, keys in parts)
-    )
+    return same and not any(name.is_absolute() or ".." in name.parts for name in names)
+
+
+def _odd(manifest: dict[str, Any]) -> Iterator[str]:
+    """What no artifact of ours has, `name: value` each: readers would stumble over it, or leave the folder."""
+    parents = {f"parents.{place}": parent for place, parent in enumerate(manifest["parents"])}
+    wanted = {**dict.fromkeys(parents, {"kind": str, "id": str, "path": str}),
+              **dict.fromkeys(manifest["files"], {"sha256": str, "size": int})}  # fmt: skip
+    for name, part in {**parents, **manifest["files"]}.items():
+        if not (isinstance(part, dict) and all(isinstance(part.get(key), kind) for key, kind in wanted[name].items())):
+            yield f"{name}: {part!r:.60}"
+    for name, own in [("id", manifest), *parents.items()]:
+        if not (found := _ID.fullmatch(own["id"])) or found[1] != own["kind"]:
+            yield f"{name}: {own['id']!r:.60}"
+    for name, kind in _VALUES.items():
+        section, _, key = name.partition(".")
+        value = manifest[section].get(key, kind[0]() if isinstance(kind, tuple) else kind())
+        if not isinstance(value, kind) or (isinstance(value, int | float) and not 0 <= value < 2**63):
+            yield f"{name}: {value!r:.60}"

@@ -28,6 +28,7 @@ MAKERS = {
     "samples": 'bifrost generate "a red circle above a blue square" -o out.png',
     "report": "bifrost eval --fid",
 }
+GENERATIONS = 100  # of a lineage; ours has four
 OUTSIDE = ".outside"  # in a workspace: a line of JSON for the path of each artifact that was written elsewhere
 BUILTIN = Path(__file__).parents[1] / "builtin"  # what ships with the package: models, and a trained artifact a kind
 _IN_USE = 3600  # seconds in which a temporary folder that no lock covers may still be written
@@ -81,7 +82,7 @@ def survey(workspace: Path | str, *, outside: bool = False) -> Survey:
             result.broken.append((path, error.message))
         except OSError as error:  # a folder of another user
             result.broken.append((path, f"{path} cannot be read: {error.strerror}"))
-    result.artifacts.sort(key=lambda artifact: str(artifact.manifest["made"].get("when", "")), reverse=True)
+    result.artifacts.sort(key=lambda artifact: artifact.manifest["made"].get("when", ""), reverse=True)
     return result
 
 
@@ -172,22 +173,32 @@ def _look_up(workspace: Path | str, ref: str, kind: str | None) -> Artifact:
 
 
 def lineage(artifact: Artifact, *workspaces: Path | str) -> list[Ancestor]:
-    """The artifact and all it was made from, depth first; parents are known by id, their path is a hint."""
+    """The artifact and all it was made from, depth first; parents are known by id, their path is a hint.
+
+    What was used twice is followed once. ArtifactError BF-ART-005: one is its own ancestor, as no hash of ours can be.
+    """
     places = (artifact.path.parent, *workspaces)
     known = {found.id: found for place in places for found in survey(place, outside=True).artifacts}
 
-    def ancestors(artifact: Artifact, depth: int) -> Iterator[Ancestor]:
-        yield Ancestor(depth, artifact.kind, artifact.id, artifact)
-        for parent in artifact.parents:
+    followed: set[str] = set()
+
+    def ancestors(artifact: Artifact, above: tuple[str, ...]) -> Iterator[Ancestor]:
+        yield Ancestor(len(above), artifact.kind, artifact.id, artifact)
+        line = (*above, artifact.id)
+        for parent in artifact.parents if artifact.id not in followed else ():
+            if parent["id"] in line or len(line) > GENERATIONS:
+                what = f"{artifact.path} was made from itself" if parent["id"] in line else "the lineage has no end"
+                raise ArtifactError(what, at=parent["id"], fix="ask for it where it comes from", code="BF-ART-005")
             found = known.get(parent["id"])
-            with contextlib.suppress(ArtifactError):
+            with contextlib.suppress(ArtifactError, OSError, ValueError):
                 found = found or Artifact.open(artifact.path / parent["path"])
             if found and found.id == parent["id"]:
-                yield from ancestors(found, depth + 1)
+                yield from ancestors(found, line)
             else:
-                yield Ancestor(depth + 1, parent["kind"], parent["id"], None)
+                yield Ancestor(len(line), parent["kind"], parent["id"], None)
+        followed.add(artifact.id)
 
-    return list(ancestors(artifact, 0))
+    return list(ancestors(artifact, ()))
 
 
 def removable(workspace: Path, refs: Sequence[str]) -> list[Removable]:

@@ -39,7 +39,7 @@ def ls(workspace: Workspace = RUNS) -> Result:
     found = survey(workspace, outside=True)
     made, rows = [], []
     for a in found.artifacts:
-        when, size = a.manifest["made"]["when"], sum(entry["size"] for entry in a.files.values()) / 1e6
+        when, size = a.manifest["made"].get("when", ""), sum(entry["size"] for entry in a.files.values()) / 1e6
         made.append({"kind": a.kind, "id": a.id, "path": str(a.path), "when": when})
         rows.append((a.id, when[:16].replace("T", " "), f"{size:.1f} MB", str(a.path)))
     rows += [("(unfinished)", "", "", str(path)) for path in found.drafts]

@@ -80,6 +80,8 @@ def from_samples(artifact: Artifact, rules: Images) -> ImageSet:
         text = path.read_text("utf-8").removesuffix("\n")
         lines = [json.loads(line) for line in text.split("\n")]  # not splitlines: U+2028 may stand in a prompt
         told = {int(line["index"]): {key: line.get(key) for key in ("prompt", "plan", "seed")} for line in lines}
+        if not all(isinstance(line[key], str | None) for line in told.values() for key in ("prompt", "plan")):
+            raise ValueError("a prompt or a plan is no text")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is damaged: {error}", code="BF-ART-005") from error
     for number, name in _numbered(artifact):

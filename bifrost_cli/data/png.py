@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from bifrost_cli.errors import ArtifactError
+
 GUTTER, PAPER = 4, 255
 
 
@@ -31,9 +33,12 @@ def png_text(data: bytes) -> dict[str, str]:
 
 
 def png_pixels(data: bytes) -> np.ndarray:
-    """The image of a PNG that `png_bytes` made, uint8 (H, W, 3)."""
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        return np.asarray(image)
+    """The image of a PNG that `png_bytes` made, uint8 (H, W, 3). ArtifactError: it is none."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ArtifactError(f"a sheet of images is no PNG: {error}", code="BF-ART-005") from error
 
 
 def contact_sheet(images: Sequence[np.ndarray]) -> np.ndarray:

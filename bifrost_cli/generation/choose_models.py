@@ -12,11 +12,12 @@ from shlex import quote
 from typing import Any, NamedTuple
 
 from bifrost_cli.artifacts import Artifact, find, lineage, resolve
+from bifrost_cli.artifacts.identity import leaves
 from bifrost_cli.artifacts.manifest import MANIFEST
 from bifrost_cli.config.load import load_recipe, recipe_names
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.errors import ArtifactError
-from bifrost_cli.loading.compatibility import has_own_conditioner, require_encoder, require_fit, trained_on
+from bifrost_cli.loading.compatibility import SHARED, has_own_conditioner, require_encoder, require_fit, trained_on
 from bifrost_cli.loading.resolve import builtin, resolve_model
 from bifrost_cli.runtime.ui import counted
 
@@ -42,8 +43,8 @@ def choose_models(branch: Ref, controlnet: Ref, workspace: Path | str) -> Genera
     if given_branch and given_controlnet:
         require_fit(given_branch, given_controlnet)
         return _models(given_branch, given_controlnet, "as given")
-    branches = [given_branch] if given_branch else find(workspace, "branch")
-    controlnets = [given_controlnet] if given_controlnet else find(workspace, "controlnet")
+    branches = [given_branch] if given_branch else _usable(workspace, "branch")
+    controlnets = [given_controlnet] if given_controlnet else _usable(workspace, "controlnet")
     found = f", the newest from {workspace}" + ("; --branch builtin goes back" if branch is None else " that fits it")
     for candidate in branches:
         if has_own_conditioner(candidate) and not given_controlnet:
@@ -132,8 +133,12 @@ def _models(branch: Artifact, controlnet: Artifact, why: str) -> GenerationModel
     return GenerationModels(branch, controlnet, f"{branch.id} and {controlnet.id}: {why}")
 
 
+def _usable(workspace: Path | str, kind: str) -> list[Artifact]:
+    """Those of a workspace that say what they were trained on: an odd one keeps nobody from the others."""
+    return [one for one in find(workspace, kind) if one.identity.keys() >= set(SHARED)]
+
+
 def _trained(artifact: Artifact) -> str:
     """An artifact with the length of its training, so that a short one of one's own is seen."""
-    recipe = artifact.info.get("recipe")
-    steps = (recipe if isinstance(recipe, dict) else {}).get(artifact.kind, {}).get("train", {}).get("steps")
-    return artifact.id if steps is None else f"{artifact.id} of {counted(steps, 'step')}"
+    steps = dict(leaves(artifact.info.get("recipe", {}))).get(f"{artifact.kind}.train.steps")
+    return f"{artifact.id} of {counted(steps, 'step')}" if isinstance(steps, int) else artifact.id

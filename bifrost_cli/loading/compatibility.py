@@ -23,7 +23,7 @@ from bifrost_cli.runtime.ui import Ui
 if TYPE_CHECKING:
     from bifrost_cli.data.latents.reader import LatentsStore
 
-_SHARED = ("encoder", "grid", "channels")
+SHARED = ("encoder", "grid", "channels")
 
 
 def has_own_conditioner(branch: Artifact) -> bool:
@@ -40,11 +40,11 @@ def require_one_step(branch: Artifact, steps: int) -> None:
 
 def trained_on(artifact: Artifact) -> dict[str, Any]:
     """The encoder's identity, the grid and the channels that a branch or a ControlNet was trained on."""
-    missing = [key for key in _SHARED if key not in artifact.identity]
+    missing = [key for key in SHARED if key not in artifact.identity]
     if missing:
         raise ArtifactError(f"{artifact.path} does not say its {', '.join(missing)}", fix="train it again",
                             code="BF-ART-005")  # fmt: skip
-    return {key: artifact.identity[key] for key in _SHARED}
+    return {key: artifact.identity[key] for key in SHARED}
 
 
 def require_fit(branch: Artifact, controlnet: Artifact) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ import numpy as np
 import torch
 
 from bifrost_cli.artifacts import Artifact, find, lineage
+from bifrost_cli.artifacts.identity import leaves
 from bifrost_cli.config.load import load_recipe
 from bifrost_cli.data.image_sets import from_samples
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.png import GUTTER, png_bytes, png_pixels
-from bifrost_cli.errors import BifrostError
+from bifrost_cli.errors import ArtifactError, BifrostError, StoreError
 from bifrost_cli.reports.page import Card, Cell, Page, Shown, flat, gallery, image_lines, lineage_lines, thumbnails
 from bifrost_cli.reports.plots import MAP, channels, clouds, evenly, health, histogram, maps, training_plots
 from bifrost_cli.reports.report import TRAININGS
@@ -35,7 +37,7 @@ def artifact_page(artifact: Artifact, workspace: Path, device: str, ui: Ui) -> P
     made, recipe = artifact.manifest["made"], artifact.info.get("recipe", {}).get("name", "?")
     page = Page(
         artifact.id,
-        f"made {made['when'][:16].replace('T', ' ')} UTC, recipe {recipe}",
+        f"made {made.get('when', '')[:16].replace('T', ' ')} UTC, recipe {recipe}",
         lineage=lineage_lines([artifact], workspace),
         commands={"Made by": [made["command"]] if made.get("command") else []},
         folded={"Settings": _settings(artifact.identity), "Made with": made.get("versions", {})},
@@ -81,11 +83,16 @@ def _add_training(
     paths = sorted(sheets.glob("step-*.png")) if sheets.is_dir() else []
     grids = {path.stem: path.read_bytes()
              for path in (paths[-1 - place] for place in evenly(len(paths), STEPS_SHOWN)[::-1])}  # fmt: skip
-    count = identity.get("settings", {}).get("train", {}).get("validation_rows", 0)
+    count = dict(leaves(identity)).get("settings.train.validation_rows", 0)
     try:
         (store,) = (LatentsStore.open(parent) for parent in parents if parent.kind == "latents")
         page.gallery = _held_rows(store, held_out(store.keys, count)[1][:GRID_ROWS], grids)
-    except (ValueError, BifrostError):  # the latents, which hold the prompts, are not here any more, or not whole
+    except (
+        ValueError,
+        TypeError,
+        IndexError,
+        BifrostError,
+    ):  # the latents, which hold the prompts, are not here any more, or not whole
         page.gallery = [Cell([Shown(grid, png_pixels(grid).shape[1])], {"name": step}) for step, grid in grids.items()]
         page.gallery_wide = True
 
@@ -129,8 +136,8 @@ def _add_latents(page: Page, artifact: Artifact, device: str, ui: Ui) -> None:
         image = [] if rgb is None else [Shown(png_bytes(rgb), rgb.shape[1], "image")]
         cells.append(Cell([*image, Shown(coloured, MAP, "patch latents" if image else "")], entry))
     page.gallery, page.plots = cells, [channels(store), histogram(store)]
-    page.facts = {"Funnel": {name: artifact.info["funnel"][name] for name in FUNNEL}}
-    page.folded = {"Counted": artifact.info["counts"], **page.folded}
+    page.facts = {"Funnel": {name: artifact.info.get("funnel", {}).get(name, "?") for name in FUNNEL}}
+    page.folded = {"Counted": artifact.info.get("counts", {}), **page.folded}
 
 
 @torch.no_grad()
@@ -152,11 +159,16 @@ def _decoded(store: LatentsStore, rows: list[int], artifact: Artifact, device: s
 
 def lineage_plots(samples: Artifact, workspace: Path) -> list[dict[str, Any]]:
     """Of what samples came from, as far as it is here: losses of the trainings, and true beside predicted latents."""
-    plots = [{**plot, "title": f"Loss of the {kind}'s training"}
-             for kind in TRAININGS for artifact in parents_of(samples, kind, workspace)
-             for plot in training_plots({kind: artifact.path})[:1]]  # fmt: skip
-    stores = parents_of(samples, "latents", workspace)
-    return plots + (clouds(LatentsStore.open(stores[0]), samples) if stores else [])
+    plots: list[dict[str, Any]] = []
+    for kind in TRAININGS:
+        for artifact in parents_of(samples, kind, workspace):
+            with suppress(ArtifactError):
+                drawn = training_plots({kind: artifact.path})[:1]
+                plots += [{**plot, "title": f"Loss of the {kind}'s training"} for plot in drawn]
+    for store in parents_of(samples, "latents", workspace)[:1]:
+        with suppress(StoreError):  # it was damaged, or emptied to save room
+            plots += clouds(LatentsStore.open(store), samples)
+    return plots
 
 
 def parents_of(artifact: Artifact, kind: str, workspace: Path) -> list[Artifact]:

@@ -10,6 +10,7 @@ import math
 import textwrap
 import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import cache
 from html import escape
 from typing import Any, NamedTuple
 
@@ -116,6 +117,7 @@ def lineage_graph(edges: Sequence[tuple[str, str | None]], links: Mapping[str, s
     for name, product in edges:
         products.setdefault(name, set()).update([product] if product else [])
 
+    @cache
     def steps(name: str) -> int:
         """The longest way to a last product."""
         return max((1 + steps(product) for product in products[name]), default=0)

@@ -7,6 +7,7 @@ images), or when it is forced. Measures nothing itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from math import hypot, sqrt
 from pathlib import Path
 from statistics import mean, stdev
@@ -17,6 +18,7 @@ from bifrost_cli.artifacts.files import read_json
 from bifrost_cli.config.load import load_recipe
 from bifrost_cli.data.image_sets import EvalImage, from_samples
 from bifrost_cli.data.latents.reader import LatentsStore
+from bifrost_cli.errors import ArtifactError, BifrostError
 from bifrost_cli.reports.artifact_pages import parents_of
 from bifrost_cli.reports.page import Cell, Page, Shown, Table, flat, lineage_lines, number, thumbnails
 from bifrost_cli.reports.plots import MAP, channels, evenly, health, histogram, maps, training_plots
@@ -44,7 +46,11 @@ def compare_page(first: Artifact, second: Artifact, workspace: Path, force: bool
         _add_stores(page, sides)
         return page
     if first.kind == "report":
-        _add_results(page, sides, force, ui)
+        try:
+            _add_results(page, sides, force, ui)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"report.json of {first.path} or {second.path} has values that no evaluation writes"
+            raise ArtifactError(what, at=f"{type(error).__name__}: {error}", code="BF-ART-005") from error
     if first.kind in TRAININGS:
         last = [health(artifact.path)[0] for artifact in sides.values()]
         page.tables = [*page.tables, _numbers("Last validation", *last)]
@@ -168,9 +174,10 @@ def _images(sides: Mapping[str, Artifact], workspace: Path) -> list[Cell]:
     for name, artifact in sides.items():
         samples = [artifact] if artifact.kind == "samples" else parents_of(artifact, "samples", workspace)
         for one in samples[:1]:
-            for entry in from_samples(one, load_recipe(str(one.path)).images).entries:
-                if entry.prompt:
-                    first[name].setdefault(entry.prompt, entry)
+            with suppress(*(() if one is artifact else (BifrostError,))):  # an ancestor may be damaged, or half here
+                for entry in from_samples(one, load_recipe(str(one.path)).images).entries:
+                    if entry.prompt:
+                        first[name].setdefault(entry.prompt, entry)
     both = [prompt for prompt in first["A"] if prompt in first["B"]][:PAIRS]
     if not both:
         return []

@@ -166,9 +166,9 @@ def lineage_lines(artifacts: Sequence[Artifact], workspace: Path) -> list[dict[s
 
 def thumbnails(entries: Sequence[EvalImage]) -> dict[str, tuple[bytes, int]]:
     """PNG bytes and original width of the images that are shown: all, or evenly spaced ones of many."""
-    width = entries[0].load().shape[1]
-    shown = {}
-    for entry in entries[:: -(-len(entries) // (GALLERY_SMALL if width <= SMALL else GALLERY_LARGE))]:
+    shown: dict[str, tuple[bytes, int]] = {}
+    few = entries and entries[0].load().shape[1] > SMALL
+    for entry in entries[:: -(-len(entries) // (GALLERY_LARGE if few else GALLERY_SMALL)) or 1]:
         image = Image.fromarray(entry.load())
         width = image.width
         image.thumbnail((SMALL, SMALL))

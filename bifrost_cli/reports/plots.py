@@ -19,8 +19,10 @@ from bifrost_cli.artifacts import Artifact
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.data.safetensors_io import load_tensors
+from bifrost_cli.errors import ArtifactError
 from bifrost_cli.stats import as_colours, principal_axes
 
+DRAWN = 1e12  # numbers from here on are in no plot
 CURVE = 120  # points of a curve; each is the mean of the steps it stands for
 LOSSES = ("loss", "loss_caption", "loss_no_text", "loss_shuffled")
 UNUSED = 0.9  # a loss above this share of the loss with another row's text: the text is hardly used
@@ -64,7 +66,7 @@ def health(folder: Path) -> tuple[dict[str, float], list[str]]:
     """The numbers of the last validation, and what they warn of."""
     last = {name: values[-1] for name, values in read_table(folder / "validation.csv").items() if values}
     warnings = []
-    if "loss_shuffled" in last and last["loss"] > UNUSED * last["loss_shuffled"]:
+    if {"loss", "loss_shuffled"} <= last.keys() and last["loss"] > UNUSED * last["loss_shuffled"]:
         warnings.append(
             f"The loss with another row's input ({last['loss_shuffled']:.4g}) is hardly above the loss "
             f"({last['loss']:.4g}): what is given is not used yet."
@@ -73,20 +75,27 @@ def health(folder: Path) -> tuple[dict[str, float], list[str]]:
 
 
 def read_table(path: Path) -> dict[str, list[float]]:
-    """The columns of a table that a training wrote; {} when it is not there. Its last line may be half written."""
+    """The columns of a table that a training wrote; {} when it is not there. Its last line may be half written.
+    ArtifactError: it is no such table."""
     if not path.is_file():
         return {}
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.reader(file))
-    whole = [row for row in rows[1:] if len(row) == len(rows[0])]
-    return {name: [float(row[place]) for row in whole] for place, name in enumerate(rows[0])} if rows else {}
+    try:
+        rows = list(csv.reader(path.read_text("utf-8").rpartition("\n")[0].splitlines()))
+        if rows and "step" not in rows[0]:
+            raise ValueError("it has no column step")
+        whole = [row for row in rows[1:] if len(row) == len(rows[0])]
+        return {name: [float(row[place]) for row in whole] for place, name in enumerate(rows[0])} if rows else {}
+    except (ValueError, csv.Error) as error:
+        raise ArtifactError(f"{path} is no table of a training: {error}", code="BF-ART-005") from error
 
 
 def _curve(table: Mapping[str, list[float]], column: str) -> list[list[float]]:
-    steps, values = table.get("step", []), table.get(column, [])
-    size = max(1, math.ceil(len(steps) / CURVE))
-    spans = [slice(start, start + size) for start in range(0, len(steps), size)]
-    return [[steps[span][-1], sum(values[span]) / len(values[span])] for span in spans]
+    """Means of neighbouring points; those that no axis can show (NaN, infinity) are left out."""
+    pairs = zip(table.get("step", []), table.get(column, []), strict=False)
+    points = [pair for pair in pairs if all(abs(number) < DRAWN for number in pair)]
+    size = max(1, math.ceil(len(points) / CURVE))
+    spans = [points[start : start + size] for start in range(0, len(points), size)]
+    return [[span[-1][0], sum(value for _, value in span) / len(span)] for span in spans]
 
 
 def evenly(count: int, limit: int) -> list[int]:
@@ -114,9 +123,12 @@ def clouds(true: LatentsStore, samples: Artifact) -> list[dict[str, Any]]:
     names = sorted(name for name in samples.files if name.startswith("latents/"))
     if not names:
         return []
-    predicted_BPC = torch.stack([load_tensors(samples.file(names[place]))[0]["latents"].double()
-                            for place in evenly(len(names), SAMPLED)])  # fmt: skip
-    if predicted_BPC.shape[-1] != true.channels:
+    try:
+        predicted_BPC = torch.stack([load_tensors(samples.file(names[place]))[0]["latents"].double()
+                                     for place in evenly(len(names), SAMPLED)])  # fmt: skip
+    except (KeyError, RuntimeError) as error:
+        raise ArtifactError(f"{samples.path} holds latents that do not fit: {error}", code="BF-ART-005") from error
+    if predicted_BPC.shape[-1] != true.channels or not predicted_BPC.isfinite().all():
         return []
     sides = {"true latents": _tokens(true), "predicted latents": predicted_BPC.flatten(0, 1)}
     mean_C, axes_C2 = principal_axes(sides["true latents"], 2)

@@ -28,6 +28,7 @@ from bifrost_cli.artifacts import (
 from bifrost_cli.artifacts.lock import is_held, is_locked
 from bifrost_cli.artifacts.manifest import require_new
 from bifrost_cli.artifacts.workspace import survey
+from bifrost_cli.cli.app import run
 from bifrost_cli.errors import ArtifactError, BifrostError, StoreError, UsageError
 
 IDENTITY = {"encoder": {"name": "mllm", "weights": "8f3c"}, "rows": 3}
@@ -141,6 +142,65 @@ def test_an_edited_manifest_is_refused(tmp_path, changes):
     edit(tmp_path / "a", **changes)
     with pytest.raises(ArtifactError):
         Artifact.open(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"made": made} for made in ({"when": 1}, {"command": []}, {"versions": "x"})),
+        *({"cost": {"seconds": seconds}} for seconds in ("x", -1, 10**400, None)), {"cost": {"devices": 1.5}},
+        *({"info": {name: 1.5}} for name in ("recipe", "parameters", "funnel", "counts", "metrics")),
+        *({"files": {"a": entry}} for entry in (1, {}, {"sha256": 1, "size": 1}, {"sha256": "", "size": "1"})),
+        *({"parents": [parent]} for parent in (1, {}, {"kind": "branch", "id": 1, "path": ""},
+                                               {"kind": "latents", "id": "branch-0123456789ab", "path": ""})),
+        *({"id": id_} for id_ in ("", "branch-../../../x", "samples-0123456789ab", "branch-0123456789ab\n")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_odd_value_is_named_and_the_rest_is_there(tmp_path, changes, capsys):
+    """Of somebody else, with the right digest, which is no signature."""
+    good = make(tmp_path / "good")
+    make(tmp_path / "odd", "branch", {"x": 1})
+    edit(tmp_path / "odd", **changes)
+    with pytest.raises(ArtifactError, match=r"makes no sense") as caught:
+        Artifact.open(tmp_path / "odd")
+    assert caught.value.code == "BF-ART-005" and "Traceback" not in caught.value.message
+    assert run(["artifacts", "ls", "-w", str(tmp_path)]) == 0
+    assert good.id in (shown := capsys.readouterr().out) and "(damaged)" in shown
+
+
+def test_what_a_manifest_need_not_have_may_be_missing(tmp_path, capsys):
+    make(tmp_path / "odd")
+    edit(tmp_path / "odd", made={}, cost={}, info={})
+    assert run(["artifacts", "ls", "-w", str(tmp_path)]) == 0
+    assert Artifact.open(tmp_path / "odd").id in capsys.readouterr().out
+
+
+def test_a_lineage_is_followed_once_and_has_an_end(tmp_path):
+    before = []
+    for number in range(30):  # each has the one before twice: a billion ways
+        before = [make(tmp_path / str(number), "branch", {"n": number}, parents=before * 2)]
+    lines = lineage(before[0])
+    assert len({line.id for line in lines}) == 30 and len(lines) == 59 and all(line.artifact for line in lines)
+    one, two = (Artifact.open(tmp_path / name) for name in "01")
+    edit(one.path, parents=[{"kind": "branch", "id": two.id, "path": "../1"}])
+    with pytest.raises(ArtifactError, match="was made from itself"):
+        lineage(two)
+    edit(one.path, parents=[{"kind": "branch", "id": one.id, "path": "not here"}])
+    with pytest.raises(ArtifactError, match="was made from itself"):
+        lineage(two)
+    for number in range(30, 130):
+        before = [make(tmp_path / str(number), "branch", {"n": number}, parents=before)]
+    edit(one.path, parents=[])
+    with pytest.raises(ArtifactError, match="no end"):
+        lineage(before[0])
+
+
+@pytest.mark.parametrize("path", ["\0", "x" * 300, "x/" * 5000, "..", "/"])
+def test_a_parent_whose_place_is_odd_is_not_here(tmp_path, path):
+    artifact = make(tmp_path / "a")
+    edit(artifact.path, parents=[{"kind": "latents", "id": "latents-0123456789ab", "path": path}])
+    assert [line.artifact is None for line in lineage(Artifact.open(artifact.path))] == [False, True]
 
 
 def edit(folder: Path, **changes) -> None:

@@ -108,6 +108,64 @@ def test_a_damaged_artifact_has_no_page(tmp_path):
         report(store.path, workspace=tmp_path, output=tmp_path / "a.html")
 
 
+TABLE = "step,loss\n1,2\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "refused"),
+    [
+        ({"losses.csv": "step,loss\n1,=cmd\n2,x\n"}, "no table"),
+        ({"losses.csv": "a,b\n1,2\n"}, "no column step"),
+        ({"losses.csv": b"step,loss\n1,\xff\n"}, "no table"),
+        ({"losses.csv": "step,loss\n1,nan\n2,inf\n"}, None),
+        ({"losses.csv": "step,loss\n1,1\n2,1e300\n3,nan\n4,2\nnan,1\n5,"}, None),
+        ({"losses.csv": "step\n1\n", "validation.csv": "step,loss_shuffled\n1,2\n2,3\n"}, None),
+        ({"losses.csv": TABLE, "samples/step-0000001.png": b"no picture"}, "no PNG"),
+    ],
+)
+def test_odd_values_in_a_training_are_shown_or_named(tmp_path, files, refused):
+    """Of somebody else's artifact, whose digests are right; never a bug of ours."""
+    with Draft.open(tmp_path / "a", "branch", {"settings": {"train": {"validation_rows": "x"}}}) as draft:
+        for name, data in files.items():
+            (draft.path / name).parent.mkdir(exist_ok=True)
+            (draft.path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+        draft.commit({"recipe": {"name": 3}, "parameters": 7})
+    if refused is None:
+        assert "</html>" in report(tmp_path / "a", workspace=tmp_path).read_text("utf-8")
+    else:
+        with pytest.raises(ArtifactError, match=refused) as caught:
+            report(tmp_path / "a", workspace=tmp_path)
+        assert caught.value.code == "BF-ART-005"
+
+
+@pytest.mark.parametrize("gone", ["store", "table", "picture"])
+def test_a_page_is_made_as_far_as_its_ancestors_are_here(pages, tmp_path, gone):
+    """A store is emptied to save room, a table is damaged: of what came from it the page is still made."""
+    runs = shutil.copytree(pages["report"].parent / "runs", tmp_path / "runs")
+    whole = report(runs / "samples-0", workspace=runs).read_text("utf-8")
+    if gone == "store":
+        for store in runs.glob("latents-*"):
+            shutil.rmtree(store / "store.zarr")
+    for table in runs.glob("branch-*/losses.csv") if gone == "table" else ():
+        table.write_text("step,loss\n1,x\n")
+    for picture in runs.glob("samples-*/00000.png") if gone == "picture" else ():
+        picture.write_bytes(b"")
+    if gone == "picture":  # of the samples that two reports are of
+        pair = [path for path in runs.glob("report-*")]
+        assert "Images by prompt" not in text(report(*pair, workspace=runs, output=tmp_path / "a.html"))
+        return
+    page = report(runs / "samples-0", workspace=runs).read_text("utf-8")
+    assert page.count("<img") == whole.count("<img") > 0
+    assert page.count("<svg") == whole.count("<svg") - 1
+
+
+def test_samples_without_an_image_have_a_page(tmp_path):
+    with Draft.open(tmp_path / "a", "samples", {}) as draft:
+        (draft.path / "prompts.jsonl").write_text('{"index": 0, "prompt": "a"}\n')
+        draft.commit({"recipe": {"name": "test"}})
+    assert "</html>" in report(tmp_path / "a", workspace=tmp_path).read_text("utf-8")
+
+
 # ---- on the command line --------------------------------------------------------------------------------------------
 
 
