@@ -12,14 +12,9 @@ from bifrost_cli.runtime.ui import Ui
 
 
 def ask(
-    recipe: Recipe,
-    image: Path | str,
-    question: str,
-    *,
-    max_tokens: int = 64,
-    device: str = "auto",
+    recipe: Recipe, image: Path | str, question: str, *, max_tokens: int = 64, device: str = "auto",
     ui: Ui | None = None,
-) -> str:
+) -> str:  # fmt: skip
     """The MLLM's greedy answer about an image file.
 
     Args:

@@ -55,16 +55,9 @@ class BifrostPipeline:
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        branch: Artifact | None = None,
-        controlnet: Artifact | None = None,
-        *,
-        device: str = "auto",
-        one_half: bool = False,
-        in_memory: bool = False,
-        ui: Ui | None = None,
-    ) -> None:
+        self, recipe: Recipe, branch: Artifact | None = None, controlnet: Artifact | None = None, *,
+        device: str = "auto", one_half: bool = False, in_memory: bool = False, ui: Ui | None = None,
+    ) -> None:  # fmt: skip
         self.recipe, self.branch, self.controlnet = recipe, branch, controlnet
         self.loader = ModelLoader(recipe.models, device, recipe.generate.offload, in_memory=in_memory)
         self.one_half, self.seconds, self.interrupt = one_half, dict[str, float](), False
@@ -76,17 +69,10 @@ class BifrostPipeline:
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_name_or_path: Path | str = "builtin",
-        *,
-        branch: Path | str | None = None,
-        controlnet: Path | str | None = None,
-        workspace: Path | str = "runs",
-        sets: Sequence[str] = (),
-        revision: str | None = None,
-        device: str = "auto",
-        ui: Ui | None = None,
-    ) -> BifrostPipeline:
+        cls, pretrained_name_or_path: Path | str = "builtin", *, branch: Path | str | None = None,
+        controlnet: Path | str | None = None, workspace: Path | str = "runs", sets: Sequence[str] = (),
+        revision: str | None = None, device: str = "auto", ui: Ui | None = None,
+    ) -> BifrostPipeline:  # fmt: skip
         """Load everything, once.
 
         Args:
@@ -181,26 +167,15 @@ class BifrostPipeline:
         return self
 
     def __call__(
-        self,
-        prompt: str | Path | Sequence[str],
-        *,
-        num_images: int | None = None,
-        seed: int | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        decode_steps: int | None = None,
-        branch_guidance: float | None = None,
-        control_scale: float | None = None,
-        plan: bool | None = None,
-        height: int | None = None,
-        width: int | None = None,
-        num_images_per_prompt: int | None = None,
-        negative_prompt: str | Sequence[str] | None = None,
-        output_type: str = "pil",
+        self, prompt: str | Path | Sequence[str], *, num_images: int | None = None, seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, decode_steps: int | None = None, branch_guidance: float | None = None,
+        control_scale: float | None = None, plan: bool | None = None, height: int | None = None,
+        width: int | None = None, num_images_per_prompt: int | None = None,
+        negative_prompt: str | Sequence[str] | None = None, output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> BifrostPipelineOutput:
+    ) -> BifrostPipelineOutput:  # fmt: skip
         """Generate images; what is None is as the recipe says.
 
         Args:
@@ -281,19 +256,11 @@ class BifrostPipeline:
                 return encoder.encode(pixels_BHWC)[0].float().cpu()
 
     def decode(
-        self,
-        latents: torch.Tensor,
-        prompt: str = "",
-        *,
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        control_scale: float | None = None,
-        height: int | None = None,
-        output_type: str = "pil",
-        callback_on_step_end: StepCallback | None = None,
-    ) -> Any:
+        self, latents: torch.Tensor, prompt: str = "", *, seed: int | None = None,
+        generator: torch.Generator | None = None, num_inference_steps: int | None = None,
+        guidance_scale: float | None = None, control_scale: float | None = None, height: int | None = None,
+        output_type: str = "pil", callback_on_step_end: StepCallback | None = None,
+    ) -> Any:  # fmt: skip
         """The image of patch latents (P, C): from `encode`, or of an earlier call. Arguments as of a call.
 
         With the empty prompt it is what `bifrost reconstruct` writes. Only a callback that raises ends it early.

@@ -30,17 +30,9 @@ _MARK = {"reconstruction": "yes"}
 
 
 def reconstruct(
-    recipe: Recipe,
-    image: Path | str,
-    *,
-    output: Path | str,
-    prompt: str = "",
-    controlnet: Path | str | None = None,
-    workspace: Path | str = "runs",
-    seed: int = 0,
-    device: str = "auto",
-    ui: Ui | None = None,
-) -> Path:
+    recipe: Recipe, image: Path | str, *, output: Path | str, prompt: str = "", controlnet: Path | str | None = None,
+    workspace: Path | str = "runs", seed: int = 0, device: str = "auto", ui: Ui | None = None,
+) -> Path:  # fmt: skip
     """Encode the centre square of an image, generate it again from its latents, and write it as the PNG `output`, which
     must not exist; its path is returned.
 
@@ -68,15 +60,9 @@ def reconstruct(
 
 
 def reconstruct_set(
-    recipe: Recipe,
-    images: ImageSet,
-    *,
-    controlnet: Path | str | None = None,
-    workspace: Path | str = "runs",
-    seed: int = 0,
-    device: str = "auto",
-    ui: Ui | None = None,
-) -> Artifact:
+    recipe: Recipe, images: ImageSet, *, controlnet: Path | str | None = None, workspace: Path | str = "runs",
+    seed: int = 0, device: str = "auto", ui: Ui | None = None,
+) -> Artifact:  # fmt: skip
     """Encode each image of a set and generate it again from its latents alone: the diffusion model reads no text.
 
     Arguments and errors as `reconstruct`; all are encoded before one is rendered. Stopped (75): a signal between

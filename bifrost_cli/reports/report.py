@@ -22,15 +22,9 @@ BUILTIN = tuple(f"builtin:{kind}" for kind in TRAININGS)
 
 
 def report(
-    ref: Path | str,
-    other: Path | str | None = None,
-    *,
-    output: Path | str | None = None,
-    workspace: Path | str = "runs",
-    force: bool = False,
-    device: str = "auto",
-    ui: Ui | None = None,
-) -> Path:
+    ref: Path | str, other: Path | str | None = None, *, output: Path | str | None = None,
+    workspace: Path | str = "runs", force: bool = False, device: str = "auto", ui: Ui | None = None,
+) -> Path:  # fmt: skip
     """Write one page.
 
     Args:

@@ -33,16 +33,10 @@ SHOWN_STEPS, SHOWN_GUIDANCE, SHOWN_SCALE = 28, 3.5, 0.7  # of a sample grid; the
 
 @together
 def train_controlnet(
-    recipe: Recipe,
-    *,
-    latents: Path | str | None = None,
-    output: Path | str | None = None,
-    workspace: Path | str = "runs",
-    resume: Path | str = "auto",
-    device: str = "auto",
-    dry_run: bool = False,
+    recipe: Recipe, *, latents: Path | str | None = None, output: Path | str | None = None,
+    workspace: Path | str = "runs", resume: Path | str = "auto", device: str = "auto", dry_run: bool = False,
     ui: Ui | None = None,
-) -> Artifact | dict[str, Any]:
+) -> Artifact | dict[str, Any]:  # fmt: skip
     """Train the ControlNet of `recipe` on a latents store; the same call continues an interrupted training to the bit.
 
     Args:

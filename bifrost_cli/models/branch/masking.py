@@ -73,17 +73,10 @@ def mask_schedule(patches: int, steps: int) -> list[int]:
 
 @torch.no_grad()
 def sample_masked(
-    branch: VisualBranch,
-    prompt_cache: PromptCache,
-    uncond_cache: PromptCache | None = None,
-    *,
-    steps: int,
-    orders_BP: Tensor,
-    guidance: float = 1.0,
-    noise_BPC: Tensor | None = None,
-    temperature: float = 1.0,
+    branch: VisualBranch, prompt_cache: PromptCache, uncond_cache: PromptCache | None = None, *, steps: int,
+    orders_BP: Tensor, guidance: float = 1.0, noise_BPC: Tensor | None = None, temperature: float = 1.0,
     callback: Callable[[int, Tensor, Tensor], object] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Predict the latents of all patches from a fully masked start, some at each step; nothing is drawn.
 
     Args:

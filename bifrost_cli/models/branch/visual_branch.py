@@ -46,16 +46,9 @@ class VisualBranch(nn.Module):
     latents_std_C: Tensor
 
     def __init__(
-        self,
-        text_config: PreTrainedConfig,
-        patches: int,
-        channels: int,
-        *,
-        head: str = "linear",
-        codes: int | None = None,
-        normalize: bool = False,
-        tune: dict[str, int] | None = None,
-    ) -> None:
+        self, text_config: PreTrainedConfig, patches: int, channels: int, *, head: str = "linear",
+        codes: int | None = None, normalize: bool = False, tune: dict[str, int] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"heads are {tuple(HEADS)}, not {head!r}")
@@ -75,14 +68,9 @@ class VisualBranch(nn.Module):
 
     @classmethod
     def from_mllm(
-        cls,
-        mllm: Mllm,
-        patches: int,
-        channels: int | None = None,
-        *,
-        generator: torch.Generator | None = None,
+        cls, mllm: Mllm, patches: int, channels: int | None = None, *, generator: torch.Generator | None = None,
         **form: Any,
-    ) -> VisualBranch:
+    ) -> VisualBranch:  # fmt: skip
         """A new branch: layers and final norm copied; mask token and positions zero; head small and random.
 
         What is trained is float32 whatever the MLLM's dtype; what is not (see `tune`) is the MLLM's tensors themselves.
@@ -190,14 +178,9 @@ class VisualBranch(nn.Module):
         ).last_hidden_state
 
     def loss(
-        self,
-        latents_BPC: Tensor,
-        prompt_cache: PromptCache,
-        masked_BP: Tensor,
-        *,
-        loss_on: str = "all",
+        self, latents_BPC: Tensor, prompt_cache: PromptCache, masked_BP: Tensor, *, loss_on: str = "all",
         generator: NoiseSource | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """Training loss in the decoder's (normalised) space.
 
         Args:

@@ -117,15 +117,9 @@ class DiffusionModel(ABC):
 
     @abstractmethod
     def denoise(
-        self,
-        noise_Bchw: Tensor,
-        text: Any,
-        *,
-        control: ControlInput | None = None,
-        steps: int = 28,
-        guidance: float = 3.5,
-        callback: StepCallback | None = None,
-    ) -> Tensor:
+        self, noise_Bchw: Tensor, text: Any, *, control: ControlInput | None = None, steps: int = 28,
+        guidance: float = 3.5, callback: StepCallback | None = None,
+    ) -> Tensor:  # fmt: skip
         """Noise to VAE latents (B, c, h, w) by Euler steps, as the family's stock (ControlNet) pipeline.
 
         Args:

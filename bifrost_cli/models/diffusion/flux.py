@@ -82,15 +82,9 @@ class FluxModel(DiffusionModel):
 
     @torch.no_grad()
     def denoise(
-        self,
-        noise_Bchw: Tensor,
-        text: FluxPrompt,
-        *,
-        control: ControlInput | None = None,
-        steps: int = 28,
-        guidance: float = 3.5,
-        callback: StepCallback | None = None,
-    ) -> Tensor:
+        self, noise_Bchw: Tensor, text: FluxPrompt, *, control: ControlInput | None = None, steps: int = 28,
+        guidance: float = 3.5, callback: StepCallback | None = None,
+    ) -> Tensor:  # fmt: skip
         """`guidance` is FLUX's distilled guidance, which schnell does not read."""
         latents_BNc, ids_N3 = pack(noise_Bchw), image_ids(noise_Bchw)
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
@@ -110,15 +104,9 @@ class FluxModel(DiffusionModel):
         return unpack(latents_BNc, noise_Bchw.shape[-2:])
 
     def velocity(
-        self,
-        latents_BNc: Tensor,
-        sigma_B: Tensor,
-        text: FluxPrompt,
-        ids_N3: Tensor,
-        *,
-        control: ControlInput | None,
+        self, latents_BNc: Tensor, sigma_B: Tensor, text: FluxPrompt, ids_N3: Tensor, *, control: ControlInput | None,
         guidance: float,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """The transformer's prediction of noise - clean, (B, N, 4c), from packed latents. A ControlNet's residuals are
         added by the stock rule; a `Conditioner` acts on the text or the input instead."""
         added_BND = None
