@@ -20,7 +20,7 @@ from bifrost_cli.artifacts.lock import Lock, is_held, is_locked
 from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST, Artifact
 from bifrost_cli.errors import ArtifactError, BifrostError, UsageError
 
-SHIPPED = ("builtin:branch", "builtin:controlnet")
+SHIPPED = ("builtin:branch", "builtin:branch-linear", "builtin:controlnet")
 MAKERS = {
     "latents": "bifrost extract-latents",
     "branch": "bifrost train branch",
@@ -137,7 +137,7 @@ def resolve(workspace: Path | str, ref: Path | str, kind: str | None = None) -> 
     Args:
         workspace: where ids are looked up.
         ref: a folder, an id, the beginning of an id (with or without its kind), or what ships with the package:
-            `builtin:branch`, `builtin:controlnet`, or `builtin` where `kind` says which.
+            `builtin:branch`, `builtin:branch-linear`, `builtin:controlnet`, or `builtin` where `kind` says which.
 
     Raises:
         ArtifactError: there is none, several match, or it is of another kind.

@@ -100,8 +100,8 @@ def verify(
     lines = [f"whole    {path}" for path in whole]
     lines += [f"damaged  {path}: {reason}" for path, reasons in problems.items() for reason in reasons]
     fix = "make the damaged ones again at a new place; nothing was changed"
-    error = Findings(f"{counted(len(problems), 'damaged artifact')} found", fix=fix) if problems else None
-    return Result(lines or [f"{workspace} holds no artifact"], {"whole": whole, "damaged": problems}, error=error)
+    findings = Findings(f"{counted(len(problems), 'damaged artifact')} found", fix=fix) if problems else None
+    return Result(lines or [f"{workspace} holds no artifact"], {"whole": whole, "damaged": problems}, error=findings)
 
 
 @command(app, "lineage")

@@ -27,7 +27,7 @@ from bifrost_cli.runtime.ui import TerminalUi, Ui
 
 FIRST_PROMPT = "a red circle above a blue square"
 _COMMON = {"as_json": AsJson, "quiet": Quiet, "debug": Debug, "offline": Offline}
-_SUPPLIED = ("recipe", "ui", "late")
+_SUPPLIED = ("recipe", "ui", "late", "settings")
 _NEXT = {
     "latents": "next: bifrost train branch",
     "branch": "next: bifrost train controlnet",
@@ -98,17 +98,18 @@ def command(
     app: typer.Typer,
     name: str,
     flags: Sequence[str] = (),
-    default: str = "tiny",
+    default: str | None = "tiny",
     stage: str | None = None,
     first: Callable[[Sequence[Any]], list[inspect.Parameter]] | None = None,
     text: str | None = None,  # the help, where it is not the docstring
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as a command; the decorator leaves the function as it is.
 
-    Its `recipe` (by default `default`) becomes --recipe, --set and the options of the recipe keys `flags`; `ui` is
-    supplied, and in `late` the values of options that `first` gives when the command is used, from Typer's parameters
-    that are there. It returns a `Result`; or `stage` names what `bifrost_cli` exports and takes the same options, and
-    the function only refuses what can be refused before a model library is imported.
+    Its `recipe` (by default `default`) becomes --recipe, --set and the options of the recipe keys `flags`. Supplied are
+    `ui`; in `settings` what --set and these say, where no recipe was named and `default` is None; and in `late` the
+    values of options that `first` gives when the command is used, from Typer's parameters that are there. It returns a
+    `Result`; or `stage` names what `bifrost_cli` exports and takes the same options, and the function only refuses what
+    can be refused before a model library is imported.
     """
 
     def register(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,12 +119,15 @@ def command(
         @functools.wraps(body)
         def run(*, as_json: bool, quiet: bool, debug: bool, offline: bool, **given: Any) -> None:
             try:
+                settings: list[str] | None = None
                 main = launch.distributed_env().rank == 0  # of several processes the first one speaks
                 if "recipe" in own:
                     values = {key: late[key_name(key)] for key in flags}
                     sets = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
-                    given["recipe"] = bifrost_cli.load_recipe(given["recipe"], [*(given.pop("sets") or ()), *sets])
-                supplied = {"ui": TerminalUi() if main and not quiet else Ui(), "late": late}
+                    sets = [*(given.pop("sets") or ()), *sets]
+                    settings = sets if given["recipe"] is None else None
+                    given["recipe"] = bifrost_cli.load_recipe(given["recipe"], sets)
+                supplied = {"ui": TerminalUi() if main and not quiet else Ui(), "late": late, "settings": settings}
                 given |= {name: value for name, value in supplied.items() if name in own}
                 result = _run_stage(stage, body, given) if stage else body(**given)
                 if main:

@@ -48,9 +48,9 @@ def _metric_options(declared: Sequence[Any]) -> list[inspect.Parameter]:
     return [*flags, *options]
 
 
-@command(app, "eval", EVALUATE, first=_metric_options)
+@command(app, "eval", EVALUATE, default=None, first=_metric_options)
 def evaluate(
-    recipe: Recipe, ui: Ui, late: dict[str, Any],
+    recipe: Recipe, ui: Ui, settings: list[str] | None, late: dict[str, Any],
     fd: Annotated[list[str] | None,
         typer.Option("--fd", metavar="FEATURES", help="Frechet distance in another network too.")] = None,
     samples: Annotated[str | None,
@@ -93,7 +93,8 @@ def evaluate(
     options = {key.removeprefix(_OPTION): value for key, value in late.items() if key.startswith(_OPTION)}
     found = evaluate(
         recipe, metrics=metrics, fd=fd or [], samples=samples, prompts=prompts, n=n, quarters=quarters,
-        reference=reference, output=output, workspace=workspace, device=device, dry_run=dry_run, ui=ui, **options,
+        reference=reference, output=output, workspace=workspace, device=device, dry_run=dry_run, ui=ui, sets=settings,
+        **options,
     )  # fmt: skip
     result = Result.of(found)
     if not gates or not isinstance(found, Artifact):

@@ -67,11 +67,12 @@ def artifact_argument(metavar: str, text: str) -> Any:
     return typer.Argument(metavar=metavar, help=text, autocompletion=_artifacts)
 
 
-def recipe_option(default: str) -> inspect.Parameter:
-    """--recipe, with the recipe that a command takes when nothing is said."""
-    text = f"A shipped name, a YAML file or an artifact folder. (default: {default})"
+def recipe_option(default: str | None) -> inspect.Parameter:
+    """--recipe, with the recipe that a command takes when nothing is said; None is the branch's own to generate by."""
+    usual = default or "the branch's own"
+    text = f"A shipped name, a YAML file or an artifact folder. (default: {usual})"
     option = typer.Option("--recipe", metavar="REF", help=text, show_default=False, autocompletion=_recipes)
-    return parameter("recipe", Annotated[str, option], default)
+    return parameter("recipe", Annotated[str | None, option], default)
 
 
 def _go_offline(value: bool) -> None:

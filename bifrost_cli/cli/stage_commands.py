@@ -123,9 +123,9 @@ for _part, _what, _example in (
     command(train, _part, stage=f"train_{_part}", text=_help)(_train)
 
 
-@command(app, "generate", GENERATE)
+@command(app, "generate", GENERATE, default=None)
 def generate(
-    recipe: Recipe, ui: Ui,
+    recipe: Recipe, ui: Ui, settings: list[str] | None,
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="What to generate.")] = None,
     prompts: Annotated[Path | None,
         typer.Option("--prompts", metavar="FILE", help="Prompts, one a line; - is stdin.")] = None,
@@ -154,7 +154,7 @@ def generate(
         ui.say(f'no prompt was given; generating "{given}"')
     return Result.of(generate(
         recipe, given, output=output, n=n, seed=seed, branch=branch, controlnet=controlnet, workspace=workspace,
-        grid=grid, save_latents=save_latents, timings=timings, device=device, dry_run=dry_run, ui=ui,
+        grid=grid, save_latents=save_latents, timings=timings, device=device, dry_run=dry_run, ui=ui, sets=settings,
     ))  # fmt: skip
 
 

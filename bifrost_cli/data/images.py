@@ -175,7 +175,8 @@ def _decode(data: bytes, rules: Images) -> DecodedImage:
 
 def _tiff_tag(image: Image.Image, tag: int) -> int | None:
     value = getattr(image, "tag_v2", {}).get(tag)
-    return value[0] if isinstance(value, tuple) and value else value
+    value = value[0] if isinstance(value, tuple) and value else value
+    return value if isinstance(value, int) else None
 
 
 def _is_open_jpeg(data: bytes) -> bool:

@@ -176,6 +176,7 @@ class ImageProvider:
     workspace: Path
     device: str
     ui: Ui
+    sets: Sequence[str] | None = None  # see `generate`
 
     def inputs(self, request: EvalRequest) -> tuple[ImageSet, Reference | None]:
         """The images, generated where they are missing, and what they are compared with."""
@@ -235,7 +236,7 @@ class ImageProvider:
         from bifrost_cli.generation.generate import generate
 
         made: Any = generate(self.recipe, *prompts, save_latents=True, workspace=self.workspace, device=self.device,
-                        ui=self.ui, **options)  # fmt: skip
+                        ui=self.ui, sets=self.sets, **options)  # fmt: skip
         return from_samples(made, self.recipe.images)
 
     def _existing(self, request: EvalRequest) -> ImageSet | None:

@@ -45,11 +45,26 @@ def extract_latents(
     dry_run: bool = False,
     ui: Ui | None = None,
 ) -> Artifact | dict[str, Any]:
-    """Encode every usable image of `source` (None: the built-in world) and return the latents artifact.
+    """Encode every usable image of a source into a latents store; the same call continues an interrupted one.
 
-    With `dry_run` the plan is returned and nothing is written. UsageError (2): an output inside the source, or one that
-    is no folder of ours. DiskFull (3). DataError (4): see `scan`. StoreError (5): the output holds latents of another
-    setup, or is being written. Stopped (75): SIGTERM or Ctrl-C; the same command continues.
+    Args:
+        recipe: its `latents`, `images` and `models` sections decide what is stored.
+        source: whatever the command takes; None is the built-in world.
+        output: the artifact's folder; None names it by its id in `workspace`.
+        workspace: folder of the default output.
+        device: "auto" or a torch device.
+        dry_run: return the plan and write nothing.
+        ui: hears what is found and how far it is.
+
+    Returns:
+        The latents artifact, or the plan.
+
+    Raises:
+        UsageError: (2) an output inside the source, or one that is no folder of ours.
+        DiskFull: (3) before anything is written, as far as that can be known.
+        DataError: (4) images or captions that the recipe does not let pass.
+        StoreError: (5) the output holds latents of another setup, or is being written.
+        Stopped: (75) SIGTERM or Ctrl-C; the same call continues.
     """
     ui = ui or Ui()
     chosen = str(source) if source is not None else f"{SHAPES}{recipe.shapes.rows}:{recipe.shapes.seed}"

@@ -96,7 +96,7 @@ def stacked(images: list[Any], output_type: str) -> Any:
         return [Image.fromarray(image) for image in images]
     if output_type == "latent":
         return torch.stack(images) if images else torch.empty(0)
-    pixels_BHWC = np.stack(images).astype(np.float32) / 255 if images else np.empty(0)
+    pixels_BHWC = np.stack(images).astype(np.float32) / 255 if images else np.empty((0, 0, 0, 3), np.float32)
     return pixels_BHWC if output_type == "np" else torch.from_numpy(pixels_BHWC).movedim(-1, 1)
 
 

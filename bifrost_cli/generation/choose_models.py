@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from bifrost_cli.artifacts import Artifact, find, lineage, resolve
 from bifrost_cli.artifacts.identity import leaves
 from bifrost_cli.artifacts.manifest import MANIFEST
+from bifrost_cli.artifacts.workspace import BUILTIN, SHIPPED
 from bifrost_cli.config.load import load_recipe, recipe_names
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.errors import ArtifactError
@@ -33,11 +34,18 @@ class GenerationModels(NamedTuple):
     controlnet: Artifact
     why: str
 
+    def own_recipe(self, sets: Sequence[str] = ()) -> Recipe:
+        """The recipe that trained the branch, which says how to generate with it, and `sets` on top."""
+        trained, path = isinstance(self.branch.info.get("recipe"), dict), self.branch.path
+        if path.parent == BUILTIN:  # it was made beside its models, which are called so since
+            sets = ["models.mllm=builtin:mllm", "models.diffusion=builtin:flux", *sets]
+        return load_recipe(path if trained else None, sets)
+
 
 def choose_models(branch: Ref, controlnet: Ref, workspace: Path | str) -> GenerationModels:
     """What was given (a folder, an id, or `builtin`); for the rest the newest of the workspace that fits; else the
     built-in one. With the built-in branch, the built-in ControlNet unless another is given."""
-    if str(branch) in ("builtin", "builtin:branch") and controlnet is None:
+    if str(branch).startswith("builtin") and controlnet is None:
         controlnet = "builtin"
     given_branch, given_controlnet = _given(branch, "branch", workspace), _given(controlnet, "controlnet", workspace)
     if given_branch and given_controlnet:
@@ -81,7 +89,8 @@ def pretrained(
     """The recipe and the artifacts that a name means; see `BifrostPipeline.from_pretrained`."""
     path = Path(ref).expanduser()
     if str(ref) == "builtin":
-        return load_recipe(None, sets), choose_models(branch or "builtin", controlnet, workspace)
+        models = choose_models(branch or "builtin", controlnet, workspace)
+        return models.own_recipe(sets), models
     if str(ref) not in recipe_names():
         if path.is_dir():
             return _of_folder(path, branch, controlnet, sets)
@@ -119,8 +128,9 @@ def _parent(artifact: Artifact, parent: dict[str, Any]) -> Path:
     here = [ancestor.artifact for ancestor in lineage(artifact) if ancestor.id == parent["id"]]
     if here and here[0] is not None:
         return here[0].path
-    if builtin(parent["kind"]).id == parent["id"]:
-        return builtin(parent["kind"]).path
+    for ref in SHIPPED:
+        if (shipped := resolve("", ref)).id == parent["id"]:
+            return shipped.path
     raise ArtifactError(f"the {parent['kind']} {parent['id']} that made {artifact.path} is not here any more",
                         fix=f"name another: {parent['kind']}=FOLDER", code="BF-ART-001")  # fmt: skip
 

@@ -51,12 +51,12 @@ def generate(
     recipe: Recipe, prompts: str | Path | Sequence[str], *, output: Path | str | None = None,
     branch: Path | str | None = None, controlnet: Path | str | None = None, workspace: Path | str = "runs", n: int = 1,
     seed: int = 0, grid: bool = False, save_latents: bool = False, timings: bool = False, device: str = "auto",
-    dry_run: bool = False, ui: Ui | None = None,
+    dry_run: bool = False, ui: Ui | None = None, sets: Sequence[str] | None = None,
 ) -> Artifact | Path | dict[str, Any]:  # fmt: skip
     """Generate images of prompts, as the command does. A call loads the models once; `BifrostPipeline` keeps them.
 
     Args:
-        recipe: models and settings.
+        recipe: models and settings; see `sets`.
         prompts: one (str), a list, or a file with one a line (Path).
         output: FILE.png for one image, or a folder; None is workspace/samples-HASH.
         branch: a branch artifact; None chooses (`choose_models`).
@@ -70,6 +70,7 @@ def generate(
         device: where to compute.
         dry_run: return the plan; no weight is read, nothing is written.
         ui: hears what was chosen, the plans, and progress.
+        sets: not None: by the recipe that trained the branch, with these `section.key=value` settings, instead.
 
     Returns:
         The path of FILE.png, or the samples artifact: 00000.png, ..., prompts.jsonl; or the plan of a dry run.
@@ -91,7 +92,10 @@ def generate(
     from bifrost_cli.loading.compatibility import has_own_conditioner, require_one_step
     from bifrost_cli.loading.resolve import resolve_device
 
-    models, wanted = choose_models(branch, controlnet, workspace), recipe.generate
+    models = choose_models(branch, controlnet, workspace)
+    if sets is not None:
+        recipe = models.own_recipe(sets)
+    wanted = recipe.generate
     require_one_step(models.branch, wanted.decode_steps)
     ui.say(models.why)
     parents = [models.branch] if has_own_conditioner(models.branch) else [models.branch, models.controlnet]

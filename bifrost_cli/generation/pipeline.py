@@ -170,8 +170,8 @@ class BifrostPipeline:
         self, prompt: str | Path | Sequence[str], *, num_images: int | None = None, seed: int | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None, num_inference_steps: int | None = None,
         guidance_scale: float | None = None, decode_steps: int | None = None, branch_guidance: float | None = None,
-        control_scale: float | None = None, plan: bool | None = None, height: int | None = None,
-        width: int | None = None, num_images_per_prompt: int | None = None,
+        temperature: float | None = None, control_scale: float | None = None, plan: bool | None = None,
+        height: int | None = None, width: int | None = None, num_images_per_prompt: int | None = None,
         negative_prompt: str | Sequence[str] | None = None, output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -189,6 +189,7 @@ class BifrostPipeline:
             guidance_scale: the diffusion model's guidance.
             decode_steps: steps of the branch.
             branch_guidance: weight of the prompt in the branch.
+            temperature: of a sampling head in the branch.
             control_scale: weight of the ControlNet.
             plan: let the MLLM write a dense description first.
             height: pixels a side; images are square, and the ControlNet fixes their size. `width` means the same.
@@ -203,7 +204,8 @@ class BifrostPipeline:
         Raises:
             UsageError: an argument that cannot be used; the message says which can.
         """
-        of_branch = {"decode_steps": decode_steps, "branch_guidance": branch_guidance, "plan": plan}
+        of_branch = {"decode_steps": decode_steps, "branch_guidance": branch_guidance, "temperature": temperature,
+                     "plan": plan}  # fmt: skip
         of_diffusion = {"guidance_scale": guidance_scale, "control_scale": control_scale}
         given = {"steps": num_inference_steps, **of_branch, **of_diffusion}
         settings = arguments.settings_of(self.recipe.generate, given)
@@ -275,9 +277,9 @@ class BifrostPipeline:
         with self._lock:
             if side is not None:
                 arguments.require_side(side, self.decoder, len(latents))
-            options = {"settings": settings, "output_size": side}
-            options["callback"] = self._on_step(callback_on_step_end, request)
-            images = arguments.stacked([self._image(request, latents, output_type, **options)], output_type)
+            on_step = self._on_step(callback_on_step_end, request)
+            image = self._image(request, latents, output_type, settings=settings, output_size=side, callback=on_step)
+            images = arguments.stacked([image], output_type)
         return images[0] if output_type == "pil" else images
 
     def predict(

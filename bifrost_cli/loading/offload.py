@@ -118,6 +118,8 @@ def quantize_layers(module: nn.Module, weights: str, device: torch.device) -> No
     for owner, name, linear in list(_linear(module)):
         form = (linear.in_features, linear.out_features, linear.bias is not None)
         kept: dict[str, Any] = {"requires_grad": False}
+        layer: Any
+        kind: Any
         if weights == "int8":
             layer = bitsandbytes.nn.Linear8bitLt(*form, has_fp16_weights=False, threshold=6.0, device="meta")
             kind, kept["has_fp16_weights"] = bitsandbytes.nn.Int8Params, False

@@ -77,13 +77,14 @@ def bench_decode(
 
     rows = []
     for weight in GUIDANCE:
-        results, seconds = [], []
+        results: list[torch.Tensor] = []
+        seconds: list[float] = []
         for decode, texts in ((plain_decode, padded), (ours, short)):
             start = time.process_time()  # does not count other processes' share of a busy machine
             results.append(decode(mllm, branch, *texts, steps=steps, guidance=weight, orders_BP=orders_BP))
             seconds.append(time.process_time() - start)
         difference = float((results[0] - results[1]).abs().max())
-        rows.append(BenchRow(weight, *seconds, seconds[0] / seconds[1], difference))
+        rows.append(BenchRow(weight, seconds[0], seconds[1], seconds[0] / seconds[1], difference))
         on_row()
     return rows
 

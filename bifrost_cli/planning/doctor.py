@@ -149,9 +149,12 @@ def _model(ref: str, revision: str | None, *, diffusion: bool) -> Finding:
     """Whole and here; or on the hub, and whether it may be fetched."""
     from bifrost_cli.loading.resolve import HUB_ERRORS, hub_problem
 
-    folder, missing = own_folder(ref), "is not here"
+    here, folder = own_folder(ref), None
+    missing: str | None = "is not here"
     try:
-        if not folder.is_dir():
+        if here.is_dir():
+            folder = here
+        else:
             cached = snapshot_download(ref, revision=revision, allow_patterns=["*.json"], local_files_only=True)
             folder = Path(cached)
         missing = _lack(folder, diffusion)

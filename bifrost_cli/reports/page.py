@@ -96,8 +96,9 @@ class Page:
             trim_blocks=True, lstrip_blocks=True,
         )  # fmt: skip
         environment.globals["small"] = SMALL
-        environment.filters |= {"data_uri": lambda png: "data:image/png;base64," + base64.b64encode(png).decode(),
-                                "chart": _chart, "costs": _costs}  # fmt: skip
+        filters: dict[str, Any] = {"data_uri": lambda png: "data:image/png;base64," + base64.b64encode(png).decode(),
+                                   "chart": _chart, "costs": _costs}  # fmt: skip
+        environment.filters |= filters
         return environment.get_template("page.html.j2").render(page=self, graph=graph, policy=POLICY, script=SCRIPT)
 
 
@@ -184,7 +185,8 @@ def image_lines(images: ImageSet) -> list[dict[str, Any]]:
 
 def _edges(lines: Sequence[Mapping[str, Any]]) -> list[tuple[str, str | None]]:
     """(material, product) of a lineage that is listed depth first; the product of a root is None."""
-    edges, above = [], []
+    edges: list[tuple[str, str | None]] = []
+    above: list[str] = []
     for line in lines:
         del above[line["depth"] :]
         edges.append((line["id"], above[-1] if above else None))

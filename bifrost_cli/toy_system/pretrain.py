@@ -133,7 +133,7 @@ def _open_clip(recipe: Recipe, train: Train, folder: Path, fit: Fit) -> None:
 def _flux(recipe: Recipe, train: Train, folder: Path, fit: Fit) -> None:
     target, vocabulary = folder / "flux", words()
     tokenizers = tiny_models.clip_tokenizer(vocabulary), tiny_models.t5_tokenizer(vocabulary)
-    scheduler = tiny_models.scheduler()
+    scheduler: Any = tiny_models.scheduler()  # save_pretrained comes from a mixin that the stubs do not know
     diffusion = FluxModel(
         transformer=tiny_models.flux_transformer(),
         vae=AutoencoderKL.from_pretrained(target / "vae", dtype=torch.float32).eval(),

@@ -120,7 +120,8 @@ def test_commands_recipes_and_artifacts_are_completed():
     assert completed("extr") == ["extract-latents"]
     assert "bifrost1-7b" in completed("doctor", "--recipe", "bif") and completed("recipes", "show", "tin") == ["tiny"]
     assert completed("artifacts", "show", "lat") == [artifact.id]
-    assert completed("generate", "--branch", "b") == ["builtin:branch", "builtin:controlnet"]
+    assert completed("generate", "--branch", "b") == [
+        "builtin:branch", "builtin:branch-linear", "builtin:controlnet"]  # fmt: skip
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -203,19 +203,19 @@ def test_a_default_set_is_made_when_there_is_none(recipe, workspace, monkeypatch
     """Also when there is one, but something was trained since."""
     asked = []
 
-    def generate(recipe, prompts, *, save_latents, workspace, device, ui):
-        assert save_latents  # for the plots of true beside predicted latents
+    def generate(recipe, prompts, *, save_latents, workspace, device, ui, sets):
+        assert save_latents and sets == ["generate.plan=true"]  # latents for the plots of true beside predicted latents
         asked.append(prompts)
         return make_samples(workspace, right_pictures(COUNT), f"samples-{len(asked)}")
 
     monkeypatch.setitem(sys.modules, "bifrost_cli.generation.generate", SimpleNamespace(generate=generate))
     said = []
-    evaluate(recipe, workspace=workspace, ui=quiet(said))
+    evaluate(recipe, workspace=workspace, ui=quiet(said), sets=["generate.plan=true"])
     assert asked == [[prompt.text for prompt in held_out_prompts(COUNT)]]
     assert any("held-out prompts" in line for line in said)
     with Draft.open(workspace / "branch-x", "branch", {"x": 1}) as draft:
         trained = draft.commit()
-    evaluate(recipe, workspace=workspace, ui=quiet(said))
+    evaluate(recipe, workspace=workspace, ui=quiet(said), sets=["generate.plan=true"])
     assert len(asked) == 2 and any(trained.id in line for line in said)
 
 

@@ -16,6 +16,8 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from bifrost_cli.artifacts import Artifact
+from bifrost_cli.cli.app import run
+from bifrost_cli.config.load import load_recipe
 from bifrost_cli.data.png import png_pixels, png_text
 from bifrost_cli.errors import ArtifactError, RecipeError, Stopped, UsageError
 from bifrost_cli.generation.choose_models import choose_models
@@ -251,6 +253,24 @@ def test_orders_and_prompts_of_a_file(tmp_path: Path) -> None:
     assert prompts == ["# one", "../x/y", "a\u2028b"]
     made = [(order.name, order.seed) for order in image_requests(prompts, 2, 5)]
     assert made[:3] == [("00000.png", 5), ("00001.png", 6), ("00002.png", 5)]
+
+
+@pytest.mark.parametrize(
+    ("branch", "sets", "plan_tokens", "passes"),
+    [("builtin", [], 0, 32), ("builtin", ["generate.plan=true", "generate.branch_guidance=1"], 24, 16),
+     ("builtin:branch-linear", [], 24, 1), ("builtin", None, 24, 1)],
+)  # fmt: skip
+def test_without_a_recipe_the_branchs_own_generates(branch, sets, plan_tokens, passes, tmp_path: Path) -> None:
+    options = {"branch": branch, "workspace": tmp_path, "device": "cpu", "dry_run": True, "sets": sets}
+    plan = generate(load_recipe("tiny"), "a star", **options)
+    assert (plan["plan_tokens"], plan["branch_passes"]) == (plan_tokens, passes)
+
+
+def test_the_command_generates_by_the_branchs_recipe_and_set_changes_it(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    for options, passes in ([], 32), (["--set", "generate.decode_steps=3"], 6), (["--recipe", "tiny"], 1):
+        assert run(["generate", "a star", "--dry-run", "--json", *options]) == 0
+        assert json.loads(capsys.readouterr().out)["branch_passes"] == passes
 
 
 JSON_PROMPTS = {

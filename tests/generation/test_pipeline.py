@@ -210,6 +210,8 @@ def test_a_callback_may_decode_a_preview_but_not_change_a_step(pipe) -> None:
 
     stopped = pipe("a star", callback_on_step_end=preview_and_stop)
     assert stopped.interrupted and stopped.images == [] and len(stopped.latents) == 0
+    for kind in ("np", "pt", "latent"):
+        assert len(pipe("a star", callback_on_step_end=preview_and_stop, output_type=kind).images) == 0
     with pytest.raises(UsageError, match="other latents"):
         pipe("a star", callback_on_step_end=lambda *rest: {"latents": rest[3]["latents"] + 1})
 
@@ -275,9 +277,11 @@ def tiny() -> BifrostPipeline:
 
 def test_the_builtin_pipeline_is_the_builtin_command(tiny, tmp_path: Path) -> None:
     file = generate(load_recipe(), "a green star left of a yellow circle", output=tmp_path / "out.png",
-                    branch="builtin", workspace=tmp_path, device="cpu", seed=7)  # fmt: skip
+                    branch="builtin", workspace=tmp_path, device="cpu", seed=7, sets=[])  # fmt: skip
     out = tiny("a green star left of a yellow circle", seed=7)
-    assert equal(out.images[0], file) and out.plans[0]
+    assert equal(out.images[0], file) and out.plans == [None]
+    linear = BifrostPipeline.from_pretrained("builtin", branch="builtin:branch-linear", device="cpu")
+    assert linear.recipe.generate.decode_steps == 1 and linear("a green star", seed=7).plans[0]
 
 
 def test_a_second_call_loads_nothing_and_is_quick(tiny, loads) -> None:

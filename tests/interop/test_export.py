@@ -95,7 +95,7 @@ def test_a_folder_that_looks_like_a_hub_id_is_a_folder(tmp_path, monkeypatch):
 
 
 def test_the_builtin_pair_through_the_command_line(tmp_path, monkeypatch, capsys):
-    """It normalises its latents, which the published code does not: the file is the same byte by byte."""
+    """It normalises its latents and samples codes, which the published code does not: the same byte by byte."""
     monkeypatch.chdir(tmp_path)
     assert run(["export", "builtin:branch", "-o", "exported", "-q"]) == 0
     assert capsys.readouterr() == ("exported\n", "")
@@ -107,7 +107,8 @@ def test_the_builtin_pair_through_the_command_line(tmp_path, monkeypatch, capsys
         names = ("model.safetensors", "config.json")
         assert all(Artifact.open(f"again/{kind}").files[name] == builtin(kind).files[name] for name in names)
     own = {name for name in load_file("exported/model.safetensors") if name.startswith("bifrost.")}
-    assert own == {"bifrost.latents_mean_C", "bifrost.latents_std_C"}
+    head = {f"bifrost.vision_head.{name}" for name in ("codes_KC", "to_logits.weight", "to_logits.bias")}
+    assert own == {"bifrost.latents_mean_C", "bifrost.latents_std_C", *head}
     assert load_recipe("again/branch").models == load_recipe().models
 
 
@@ -224,7 +225,8 @@ def test_the_exported_mllm_is_the_one_that_generates(tmp_path, monkeypatch, caps
     prefix = ours.encode_prompts(ours.tokenize_prompts(["a red circle"], 96))
     branch = load_branch(builtin("branch"), cpu)
     order_BP = torch.arange(branch.patches)[None]
-    sample_masked(branch, prefix, prefix, steps=2, guidance=2.0, orders_BP=order_BP)
+    noise_BPC = torch.randn(1, branch.patches, branch.channels)
+    sample_masked(branch, prefix, prefix, steps=2, guidance=2.0, orders_BP=order_BP, noise_BPC=noise_BPC)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     for question in ("what is in the image?", "how many circles?"):
         logits = [mllm.logits(**mllm.question(image, question)) for mllm in (theirs, ours)]

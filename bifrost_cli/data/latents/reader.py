@@ -25,9 +25,18 @@ _KEPT_IN_MEMORY = 2_000_000_000  # bytes of one array
 class LatentsStore:
     """The rows of a latents artifact, in sorted key order; rows that failed in the extraction are left out.
 
-    `rows` N, `grid` (H, W), `channels` C, `keys`, `captions`, `plans` (None where a row has none), `mean_C` and `std_C`
-    float32, `norm` (mean length of a token), `encoder` (its identity), `vae_shape` (c, h, w) or None, `attributes`,
-    `artifact`.
+    Attributes:
+        rows: N.
+        grid: (H, W) of the patches; P = H * W.
+        channels: C.
+        keys, captions: a text each row.
+        plans: the plan of each row, or None.
+        mean_C, std_C: of each channel over all tokens, float32.
+        norm: mean length of a token.
+        encoder: identity of what encoded the images.
+        vae_shape: (c, h, w) of the VAE latents, or None without them.
+        attributes: everything that the store says of itself.
+        artifact: the artifact on disk.
     """
 
     def __init__(self, artifact: Artifact, verify: bool) -> None:
@@ -57,10 +66,15 @@ class LatentsStore:
 
     @classmethod
     def open(cls, source: Artifact | Path | str, verify: bool = True) -> LatentsStore:
-        """Open a complete store. ArtifactError or StoreError when it is none, or is damaged.
+        """Open a complete store.
 
-        `verify=False` leaves out the sha256 of each shard (for stores of terabytes that `bifrost artifacts verify` has
-        passed); the checksums of the inner chunks and the check for finite rows remain.
+        Args:
+            source: a latents artifact, or its folder.
+            verify: False leaves out the sha256 of each shard (for stores of terabytes that `bifrost artifacts verify`
+                has passed); the checksums of the inner chunks and the check for finite rows remain.
+
+        Raises:
+            ArtifactError, StoreError: it is no latents store, or is damaged.
         """
         artifact = source if isinstance(source, Artifact) else Artifact.open(source)
         if artifact.kind != "latents":

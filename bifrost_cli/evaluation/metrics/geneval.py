@@ -260,6 +260,9 @@ def from_layout(folder: Path, rules: Images) -> tuple[ImageSet, list[Asked]]:
     from bifrost_cli.data.image_sets import EvalImage, ImageSet
     from bifrost_cli.data.images import read_image
 
+    def pixels(path: Path) -> np.ndarray:
+        return read_image(path, rules).rgb
+
     folders = sorted((path for path in folder.iterdir() if path.name.isdecimal()), key=lambda path: int(path.name))
     if [int(path.name) for path in folders] != list(range(len(folders))):
         raise DataError(f"{folder} lacks some of the prompts: its folders are not numbered from 0 without a gap",
@@ -276,8 +279,8 @@ def from_layout(folder: Path, rules: Images) -> tuple[ImageSet, list[Asked]]:
         asked += [line] * len(files)
         for path in files:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            entries.append(EvalImage(f"{place.name}/{path.name}", digest, lambda path=path: read_image(path, rules).rgb,
-                                     line["prompt"], line.get("plan")))  # fmt: skip
+            name, load = f"{place.name}/{path.name}", partial(pixels, path)
+            entries.append(EvalImage(name, digest, load, line["prompt"], line.get("plan")))
     if len(counts) != 1 or 0 in counts:
         numbers = ", ".join(f"{number} prompts with {count}" for count, number in sorted(counts.items()))
         raise DataError(f"{folder} has not as many images of every prompt: {numbers}", code="BF-DATA-008",
