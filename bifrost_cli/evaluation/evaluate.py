@@ -27,12 +27,24 @@ SCHEMA = "bifrost.eval/3"
 
 
 def evaluate(
-    recipe: Recipe, *, metrics: Sequence[str] = ("fid",), fd: Sequence[str] = (), samples: Path | str | None = None,
-    prompts: Path | str | None = None, n: int = 1, quarters: bool = False, reference: Path | str | None = None,
-    min_samples: int | None = None, output: Path | str | None = None, workspace: Path | str = "runs",
-    device: str = "auto", dry_run: bool = False, ui: Ui | None = None,
-    sets: Sequence[str] | None = None, **options: Any,
-) -> Artifact | dict[str, Any]:  # fmt: skip
+    recipe: Recipe,
+    *,
+    metrics: Sequence[str] = ("fid",),
+    fd: Sequence[str] = (),
+    samples: Path | str | None = None,
+    prompts: Path | str | None = None,
+    n: int = 1,
+    quarters: bool = False,
+    reference: Path | str | None = None,
+    min_samples: int | None = None,
+    output: Path | str | None = None,
+    workspace: Path | str = "runs",
+    device: str = "auto",
+    dry_run: bool = False,
+    ui: Ui | None = None,
+    sets: Sequence[str] | None = None,
+    **options: Any,
+) -> Artifact | dict[str, Any]:
     """Measure images and write a report artifact: report.json and report.html.
 
     Args:

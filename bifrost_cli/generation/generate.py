@@ -48,11 +48,23 @@ class _Run:
 
 
 def generate(
-    recipe: Recipe, prompts: str | Path | Sequence[str], *, output: Path | str | None = None,
-    branch: Path | str | None = None, controlnet: Path | str | None = None, workspace: Path | str = "runs", n: int = 1,
-    seed: int = 0, grid: bool = False, save_latents: bool = False, timings: bool = False, device: str = "auto",
-    dry_run: bool = False, ui: Ui | None = None, sets: Sequence[str] | None = None,
-) -> Artifact | Path | dict[str, Any]:  # fmt: skip
+    recipe: Recipe,
+    prompts: str | Path | Sequence[str],
+    *,
+    output: Path | str | None = None,
+    branch: Path | str | None = None,
+    controlnet: Path | str | None = None,
+    workspace: Path | str = "runs",
+    n: int = 1,
+    seed: int = 0,
+    grid: bool = False,
+    save_latents: bool = False,
+    timings: bool = False,
+    device: str = "auto",
+    dry_run: bool = False,
+    ui: Ui | None = None,
+    sets: Sequence[str] | None = None,
+) -> Artifact | Path | dict[str, Any]:
     """Generate images of prompts, as the command does. A call loads the models once; `BifrostPipeline` keeps them.
 
     Args:

@@ -167,15 +167,27 @@ class BifrostPipeline:
         return self
 
     def __call__(
-        self, prompt: str | Path | Sequence[str], *, num_images: int | None = None, seed: int | None = None,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None, num_inference_steps: int | None = None,
-        guidance_scale: float | None = None, decode_steps: int | None = None, branch_guidance: float | None = None,
-        temperature: float | None = None, control_scale: float | None = None, plan: bool | None = None,
-        height: int | None = None, width: int | None = None, num_images_per_prompt: int | None = None,
-        negative_prompt: str | Sequence[str] | None = None, output_type: str = "pil",
+        self,
+        prompt: str | Path | Sequence[str],
+        *,
+        num_images: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        decode_steps: int | None = None,
+        branch_guidance: float | None = None,
+        temperature: float | None = None,
+        control_scale: float | None = None,
+        plan: bool | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_images_per_prompt: int | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        output_type: str = "pil",
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> BifrostPipelineOutput:  # fmt: skip
+    ) -> BifrostPipelineOutput:
         """Generate images; what is None is as the recipe says.
 
         Args:

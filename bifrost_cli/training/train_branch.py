@@ -42,10 +42,16 @@ STARTS = Plugins("bifrost.branch_starts", {"random": "bifrost_cli.ablations.rand
 
 @together
 def train_branch(
-    recipe: Recipe, *, latents: Path | str | None = None, output: Path | str | None = None,
-    workspace: Path | str = "runs", resume: Path | str = "auto", device: str = "auto", dry_run: bool = False,
+    recipe: Recipe,
+    *,
+    latents: Path | str | None = None,
+    output: Path | str | None = None,
+    workspace: Path | str = "runs",
+    resume: Path | str = "auto",
+    device: str = "auto",
+    dry_run: bool = False,
     ui: Ui | None = None,
-) -> Artifact | dict[str, Any]:  # fmt: skip
+) -> Artifact | dict[str, Any]:
     """Train the branch of `recipe` on a latents store; the same call continues an interrupted training to the bit.
 
     Args:
