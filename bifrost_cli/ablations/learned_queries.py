@@ -47,14 +47,9 @@ class LearnedQueriesTask(BranchTask):
     as often as in a ControlNet's training. The store's patch latents are never read in a step."""
 
     def __init__(
-        self,
-        branch: VisualBranch,
-        control: nn.Module,
-        mllm: Mllm,
-        diffusion: DiffusionModel,
-        store: LatentsStore,
+        self, branch: VisualBranch, control: nn.Module, mllm: Mllm, diffusion: DiffusionModel, store: LatentsStore,
         recipe: Recipe,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(branch, mllm, store, recipe.branch)
         self.queries, self._diffusion = LearnedQueries(branch, control), diffusion
         self.module = self.queries

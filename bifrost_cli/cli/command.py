@@ -6,11 +6,13 @@ import contextlib
 import functools
 import inspect
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import typer
@@ -18,8 +20,9 @@ from typer.core import TyperCommand
 
 import bifrost_cli
 from bifrost_cli import errors
-from bifrost_cli.artifacts import Artifact
-from bifrost_cli.artifacts.workspace import remember_outside
+from bifrost_cli.artifacts import Artifact, find, lineage
+from bifrost_cli.artifacts.workspace import remember_outside, survey
+from bifrost_cli.cli.options import RUNS  # isort: skip
 from bifrost_cli.cli.options import AsJson, Debug, Offline, Quiet, Sets, key_name, key_option, parameter, recipe_option
 from bifrost_cli.errors import BifrostError, Interrupted, printable
 from bifrost_cli.runtime import launch
@@ -28,11 +31,7 @@ from bifrost_cli.runtime.ui import TerminalUi, Ui
 FIRST_PROMPT = "a red circle above a blue square"
 _COMMON = {"as_json": AsJson, "quiet": Quiet, "debug": Debug, "offline": Offline}
 _SUPPLIED = ("recipe", "ui", "late", "settings")
-_NEXT = {
-    "latents": "next: bifrost train branch",
-    "branch": "next: bifrost train controlnet",
-    "controlnet": f'next: bifrost generate "{FIRST_PROMPT}" -o out.png',
-}
+_GENERATE = f'next: bifrost generate "{FIRST_PROMPT}" -o out.png'
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,37 @@ class Result:
             return cls([f"{name}: {value}" for name, value in made.items()], made)
         if isinstance(made, Path):
             return cls([str(made)], {"path": str(made)}, made, hint)
-        from bifrost_cli.loading.compatibility import has_own_conditioner
-
         info = {key: value for key, value in made.info.items() if key != "recipe"}
         data = {"kind": made.kind, "id": made.id, "path": str(made.path), "info": info}
-        hint = _NEXT.get("controlnet" if has_own_conditioner(made) else made.kind)
-        return cls([f"{made.id}  {made.path}"], data, made.path, hint, artifacts=[made.path])
+        return cls([f"{made.id}  {made.path}"], data, made.path, _next(made), artifacts=[made.path])
+
+
+def _next(made: Artifact) -> str | None:
+    """What to type next: what was made, or came before, is named where the next command would take another."""
+    from bifrost_cli.loading.compatibility import SHARED, has_own_conditioner
+
+    if made.kind == "latents":
+        return "next: bifrost train branch" + _given(made, find(RUNS, "latents"))
+    if has_own_conditioner(made):
+        return _GENERATE + _given(made, find(RUNS, "branch"))
+    if made.kind == "branch":
+        stores = [line.artifact for line in lineage(made, RUNS) if line.kind == "latents" and line.artifact]
+        return "next: bifrost train controlnet" + "".join(_given(one, find(RUNS, "latents")) for one in stores[:1])
+    if made.kind != "controlnet":
+        return None
+    places = [survey(place, outside=True).artifacts for place in (RUNS, made.path.parent)]
+    shared, latents = (lambda one: [one.identity.get(key) for key in SHARED]), [parent["id"] for parent in made.parents]
+    branches = [one for found in places for one in found
+                if one.kind == "branch" and [parent["id"] for parent in one.parents] == latents]  # fmt: skip
+    fitting = [one for one in find(RUNS, "branch") if shared(one) == shared(made)]
+    branch = "".join(_given(one, fitting) for one in branches[:1])
+    return _GENERATE + branch + _given(made, find(RUNS, "controlnet"))
+
+
+def _given(artifact: Artifact, found: Sequence[Artifact]) -> str:
+    """The option that names an artifact, unless it is the newest of those that would be found."""
+    path = os.path.relpath(artifact.path.resolve()) if ".." in artifact.path.parts else str(artifact.path)
+    return "" if found and found[0].id == artifact.id else f" --{artifact.kind} {quote(path)}"
 
 
 class LazyCommand(TyperCommand):

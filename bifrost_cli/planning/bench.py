@@ -47,15 +47,9 @@ class BenchRow:
 
 
 def bench_decode(
-    *,
-    hidden: int = 512,
-    layers: int = 8,
-    tokens: int = 256,
-    text: int = 300,
-    prompt_tokens: int = 64,
-    steps: int = 8,
+    *, hidden: int = 512, layers: int = 8, tokens: int = 256, text: int = 300, prompt_tokens: int = 64, steps: int = 8,
     on_row: Callable[[], None] = lambda: None,
-) -> list[BenchRow]:
+) -> list[BenchRow]:  # fmt: skip
     """Time both loops with guidance and without (weight 1), the prompt's encoding included; a row for each.
 
     The plain loop pads a prompt to `text` tokens, as the published code does; ours needs no padding. `tokens` are
@@ -91,15 +85,9 @@ def bench_decode(
 
 @torch.no_grad()
 def plain_decode(
-    mllm: Mllm,
-    branch: VisualBranch,
-    text: TokenizedPrompts,
-    uncond_text: TokenizedPrompts,
-    *,
-    steps: int,
-    guidance: float,
-    orders_BP: Tensor,
-) -> Tensor:
+    mllm: Mllm, branch: VisualBranch, text: TokenizedPrompts, uncond_text: TokenizedPrompts, *, steps: int,
+    guidance: float, orders_BP: Tensor,
+) -> Tensor:  # fmt: skip
     """The published loop: at every step the whole sequence, both guidance halves, both weight sets on every token."""
     batch, patches = orders_BP.shape
     embed, head = cast(nn.Module, mllm.decoder.embed_tokens), cast(nn.Module, branch.vision_head)

@@ -22,6 +22,7 @@ import bifrost_cli.cli.stage_commands as stage_commands
 from bifrost_cli import errors
 from bifrost_cli.artifacts import Artifact, Draft
 from bifrost_cli.cli.app import run
+from bifrost_cli.cli.command import FIRST_PROMPT, Result
 from bifrost_cli.cli.eval_commands import EVALUATE
 from bifrost_cli.cli.options import key_option
 from bifrost_cli.cli.stage_commands import EXTRACT, GENERATE
@@ -93,7 +94,37 @@ def test_a_result_goes_to_stdout_and_the_hint_to_stderr(stage, capsys):
     assert run(["extract-latents"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("latents-") and out.count("\n") == 1
-    assert err == "next: bifrost train branch\n"
+    assert err == f"next: bifrost train branch --latents {out.split()[1]}\n", "which lies outside ./runs"
+
+
+def test_the_hint_means_what_was_made_wherever_it_is(tmp_path, monkeypatch):
+    """What the next command would not find, or not take, is named, quoted; the newest of ./runs is not."""
+    monkeypatch.chdir(tmp_path)
+
+    def new(path, kind, *parents, **identity):
+        with Draft.open(Path(path), kind, {"encoder": {}, "grid": [1], "channels": 2, **identity}, parents) as draft:
+            return draft.commit()
+
+    def hint(artifact):
+        return Result.of(artifact).hint
+
+    generate = f'next: bifrost generate "{FIRST_PROMPT}" -o out.png'
+    assert hint(away := new("data/my latents", "latents")) == "next: bifrost train branch --latents 'data/my latents'"
+    assert hint(old := new("runs/a", "latents", x=1)) == hint(away).partition(" --")[0] == "next: bifrost train branch"
+    assert hint(away).endswith(" --latents 'data/my latents'")
+    assert hint(new("other/a", "latents", x=2)).endswith(" --latents other/a"), "of another workspace"
+    assert hint(new("runs/b", "latents", x=3)) == "next: bifrost train branch"
+    assert hint(old).endswith(" --latents runs/a"), "the newest is another"
+    branch = new("my b", "branch", away)
+    assert hint(branch) == "next: bifrost train controlnet --latents 'data/my latents'"
+    controlnet = new("my c", "controlnet", away)
+    assert hint(controlnet) == f"{generate} --branch 'my b' --controlnet 'my c'"
+    other = new("runs/c", "branch", old)
+    assert hint(other) == "next: bifrost train controlnet --latents runs/a"
+    assert hint(controlnet) == f"{generate} --branch 'my b' --controlnet 'my c'", "runs/c would fit, and is another"
+    assert hint(new("runs/d", "controlnet", old)) == generate
+    assert hint(new("alone", "branch", away, painter="x")) == f"{generate} --branch alone", "its own control"
+    assert hint(new("runs/e", "samples", other)) is None
 
 
 def test_json_is_exactly_one_object_and_quiet_is_the_path_alone(stage, capsys, tmp_path):

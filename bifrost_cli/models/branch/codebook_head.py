@@ -73,13 +73,9 @@ class CodebookHead(nn.Module):
         return self.to_logits(hidden_D).softmax(-1) @ self.codes_KC
 
     def guided(
-        self,
-        hidden_D: Tensor,
-        uncond_D: Tensor | None,
-        guidance: float,
-        noise_C: Tensor | None,
+        self, hidden_D: Tensor, uncond_D: Tensor | None, guidance: float, noise_C: Tensor | None,
         temperature: float = 1.0,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Draws a code for each token; guidance acts on log-probabilities: u + w * (c - u).
 
         The draw is the inverse of the distribution function at one uniform number, which is the first of the token's

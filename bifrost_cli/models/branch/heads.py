@@ -33,13 +33,9 @@ class LinearHead(nn.Linear):
         return nn.functional.mse_loss(self(hidden_ND).float(), target_NC.float())
 
     def guided(
-        self,
-        hidden_D: Tensor,
-        uncond_D: Tensor | None,
-        guidance: float,
-        noise_C: Tensor | None,
+        self, hidden_D: Tensor, uncond_D: Tensor | None, guidance: float, noise_C: Tensor | None,
         temperature: float = 1.0,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """u + w * (c - u) with the predictions c of `hidden_D` and u of `uncond_D`, or c where that is None.
 
         Noise and temperature are not read: a mean has neither.
@@ -97,13 +93,9 @@ class FlowHead(nn.Module):
         return total_C / MEAN_SAMPLES
 
     def guided(
-        self,
-        hidden_D: Tensor,
-        uncond_D: Tensor | None,
-        guidance: float,
-        noise_C: Tensor | None,
+        self, hidden_D: Tensor, uncond_D: Tensor | None, guidance: float, noise_C: Tensor | None,
         temperature: float = 1.0,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Samples by Euler steps from `temperature` times `noise_C`, along the guided velocities u + w * (c - u)."""
         if noise_C is None:
             raise ValueError("a flow head samples: give it noise")
