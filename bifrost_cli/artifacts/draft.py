@@ -83,7 +83,7 @@ class Draft:
             sync(folder)
         manifest = {
             **self._header(),
-            "parents": [{"kind": p.kind, "id": p.id, "path": _from(self.path, p.path)} for p in self.parents],
+            "parents": [{"kind": p.kind, "id": p.id, "path": seen_from(self.path, p.path)} for p in self.parents],
             "files": files,
             "made": provenance(**(made or {})),
             "cost": {"seconds": round(time.monotonic() - self._started, 3), **(cost or {})},
@@ -123,9 +123,9 @@ class Draft:
         raise error(message, at=differences(found, self._header()), fix=fix, code=code)
 
 
-def _from(folder: Path, parent: Path) -> str:
-    """Where a parent was: it survives a move of both, and tells nothing of the machine."""
+def seen_from(folder: Path, place: Path) -> str:
+    """The way from a folder to a place: it survives a move of both, and tells nothing of the machine."""
     try:
-        return Path(os.path.relpath(parent.resolve(), folder.resolve())).as_posix()
+        return Path(os.path.relpath(place.resolve(), folder.resolve())).as_posix()
     except ValueError:  # Windows: another drive
-        return parent.resolve().as_posix()
+        return place.resolve().as_posix()

@@ -59,17 +59,10 @@ class DecodedImage:
 
 
 def read_image(source: bytes | Path | str, rules: Images) -> DecodedImage:
-    """Read one image: EXIF orientation applied, colours in sRGB, transparency over `rules.background`, first frame.
-
-    Args:
-        source: the file, or its bytes.
-        rules: the recipe's `images` section.
-
-    Raises:
-        BadImage: with the reason, and the file's name where there is one: empty, not an image, truncated, damaged, more
-            than `max_pixels`, a side below `min_side`, longer than 20 to 1, samples that are not unsigned or of 32
-            bits. Any exception of the decoder counts as damage.
-    """
+    """Read one image, a file or its bytes: EXIF orientation applied, colours in sRGB, transparency over
+    `rules.background`, first frame. BadImage with the reason, and the file's name where there is one: empty, not an
+    image, truncated, damaged, more than `max_pixels`, a side below `min_side`, longer than 20 to 1, samples that are
+    not unsigned or of 32 bits. Any exception of the decoder counts as damage."""
     if not isinstance(source, bytes):
         try:
             return read_image(read_regular(Path(source)), rules)

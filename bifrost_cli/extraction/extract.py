@@ -5,6 +5,7 @@ know what the latents are for."""
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
+from bifrost_cli.artifacts.draft import seen_from
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.images import BadImage, DecodedImage, square
 from bifrost_cli.data.latents.reader import LatentsStore
@@ -23,8 +25,8 @@ from bifrost_cli.data.latents.writer import StoreWriter
 from bifrost_cli.data.latents.zarr_layout import INDEX, OK, StoreLayout
 from bifrost_cli.data.sources.item import Problem, SourceError
 from bifrost_cli.data.sources.scan import SHAPES, Sample, Scan, listed, refuse_too_many
-from bifrost_cli.errors import DiskFull, Stopped, memory_errors
-from bifrost_cli.extraction.source import digest, refuse_output, scan_source, write_events
+from bifrost_cli.errors import DiskFull, Stopped, StoreError, memory_errors
+from bifrost_cli.extraction.source import changes, digest, refuse_output, scan_source, write_events
 from bifrost_cli.loading.loaders import ModelLoader, encoder_errors
 from bifrost_cli.models.encoders import Encoder, VaeEncoder
 from bifrost_cli.runtime import distributed
@@ -110,7 +112,7 @@ class ExtractionRun:
 
     def run(self, path: Path) -> Artifact:
         """Write what is missing, then the manifest."""
-        with distributed.main_context(lambda: Draft.open(path, "latents", self.identity)) as draft:
+        with distributed.main_context(lambda: self._open(path)) as draft:
             if distributed.run_on_main(lambda: draft is not None and draft.complete is not None):
                 self.ui.say(f"{path} holds these latents already")
                 return Artifact.open(path)
@@ -122,6 +124,17 @@ class ExtractionRun:
             failed = sum(distributed.all_gather_object(self.failed), [])
             distributed.run_on_main(lambda: self._finish(draft, writer, missing, failed, started))
         return Artifact.open(path)
+
+    def _open(self, path: Path) -> Draft:
+        """The draft. StoreError: other latents are there; where their images are others, with what changed."""
+        try:
+            return Draft.open(path, "latents", self.identity)
+        except StoreError as error:
+            told = changes(path, self.scanned.samples)
+            error.at = re.sub(r"samples: [^;]*", f"samples: {told}", error.at or "") if told else error.at
+            if told and re.fullmatch(r"(rows: [^;]*; )?samples: [^;]*", error.at or ""):
+                error.message = error.message.replace("a different setup", "other images or captions")
+            raise
 
     def _begin(self, writer: StoreWriter) -> list[int]:
         """The shards to write, when there is room for them."""
@@ -202,7 +215,8 @@ class ExtractionRun:
         # The values of every channel are in the store's attributes.
         summary = {"tokens": statistics["tokens"], "norm": statistics["norm"], **ranges}
         info = {"recipe": self.recipe.model_dump(mode="json"), "source": self.source, "statistics": summary,
-                "funnel": self.scanned.funnel, "counts": self.scanned.counts}  # fmt: skip
+                "typed_in": seen_from(draft.path, Path()), "funnel": self.scanned.funnel,
+                "counts": self.scanned.counts}  # fmt: skip
         device = str(self.device)
         made, cost = {"device": device, "seed": None}, {"device": device, "samples": encoded}
         store = LatentsStore.open(draft.commit(info, made=made, cost=cost))

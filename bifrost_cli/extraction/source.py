@@ -5,21 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.files import canonical_json, make_folder, write_bytes
+from bifrost_cli.artifacts.manifest import MANIFEST
 from bifrost_cli.config.load import load_recipe
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.image_sets import ImageSet, entries_of
 from bifrost_cli.data.sources.item import Problem, SourceError
-from bifrost_cli.data.sources.listing import folder_of
+from bifrost_cli.data.sources.listing import as_typed_in, folder_of
 from bifrost_cli.data.sources.scan import SHAPES, Sample, Scan, listed, refuse_problems, scan
-from bifrost_cli.errors import BifrostError, DataError, UsageError
-from bifrost_cli.runtime.ui import Ui
+from bifrost_cli.errors import BifrostError, DataError, StoreError, UsageError
+from bifrost_cli.runtime.ui import Ui, counted
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,13 @@ def images_of_store(artifact: Artifact) -> ImageSet:
     source, recipe = artifact.info.get("source"), load_recipe(str(artifact.path))
     if source is None:
         raise DataError(f"{artifact.path} does not say where its images came from", fix="give their folder")
-    scanned = scan(source, recipe.latents, recipe.images)
+    folder, rules = Path(os.path.realpath(artifact.path / str(artifact.info.get("typed_in", "")))), recipe.latents
+    if rules.class_names:
+        rules = rules.model_copy(update={"class_names": as_typed_in(folder, rules.class_names)})
+    scanned = scan(as_typed_in(folder, source), rules, recipe.images)
     if digest(scanned.samples) != artifact.identity["samples"]:
-        raise DataError(f"{source} holds other images than {artifact.id} was made of", fix="give their folder")
+        raise DataError(f"{source} holds other images than {artifact.id} was made of", fix="give their folder",
+                        at=changes(artifact.path, scanned.samples))  # fmt: skip
     entries = entries_of(scanned.samples)
     return ImageSet(f"{len(entries)} images of {source}, as {artifact.id} has them", entries, artifact)
 
@@ -91,6 +96,30 @@ def digest(samples: Iterable[Sample]) -> str:
     for sample in samples:
         total.update(canonical_json([sample.key, sample.sha256, sample.caption, sample.plan]) + b"\n")
     return total.hexdigest()
+
+
+def changes(path: Path, samples: Sequence[Sample]) -> str:
+    """How samples differ from those that a store was made of: `1 image added, 2 captions changed`. Of a store that is
+    not finished only the rows that it has are compared. "" where its index cannot be read."""
+    from bifrost_cli.data.latents.zarr_layout import INDEX, read_index  # zarr, which a refusal does without
+
+    old: dict[str, list[str | None]] = {}
+    try:
+        for file in (path / INDEX).glob("shard-*.jsonl"):
+            lines = read_index(path, int(file.stem.removeprefix("shard-"))).lines
+            old |= {line["key"]: [line["image"], line["caption"], line.get("plan")] for line in lines}
+    except (StoreError, OSError, ValueError, KeyError, TypeError):
+        return ""
+    new = {sample.key: [sample.sha256, sample.caption, sample.plan] for sample in samples}
+    both = [(before, new[key]) for key, before in old.items() if key in new]
+    finished = (path / MANIFEST).exists()
+    added, removed = (len(new) - len(both), len(old) - len(both)) if finished else (0, 0)
+    changed = [sum(before[n] != after[n] for before, after in both) for n in range(3)]
+    whats, hows = ("image", "image", "image", "caption", "plan"), ("added", "removed", "changed", "changed", "changed")
+    told = [f"{counted(number, what) if number else f'no {what}'} {how}"
+            for number, what, how in zip((added, removed, *changed), whats, hows, strict=True)
+            if number or what == "caption"]  # fmt: skip
+    return ", ".join(told) + ("" if finished else f" of the {len(old)} rows written so far")
 
 
 def write_events(path: Path, events: Iterable[Problem], append: bool = False) -> None:

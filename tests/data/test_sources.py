@@ -15,6 +15,7 @@ from PIL import Image
 from bifrost_cli.config.schema import Images, Latents
 from bifrost_cli.data.images import BadImage
 from bifrost_cli.data.sources.item import SourceError
+from bifrost_cli.data.sources.listing import as_typed_in
 from bifrost_cli.data.sources.scan import scan
 from bifrost_cli.errors import BifrostError, DataError, EnvironmentProblem, UsageError
 from bifrost_cli.shapes.captions import held_out
@@ -555,3 +556,25 @@ def test_a_flip_is_a_second_row(tmp_path: Path) -> None:
     assert found.funnel == {"seen": 2, "readable": 2, "captioned": 2, "used": 4, "flipped": 2}
     assert found.said == ("flip: 1 of 2 captions say left or right, which is wrong of their flipped row",)
     assert "say where things are" in refused("shapes:3", "BF-RECIPE-005", Latents(flip=True), 2)
+
+
+def test_a_source_that_was_typed_in_another_folder(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "a-0.tar").touch()
+    found = {
+        "photos": f"{tmp_path}/photos", "hf:photos:test": f"hf:{tmp_path}/photos:test",
+        "a-*.tar": f"{tmp_path}/a-*.tar", "a-{0..3}.tar": f"{tmp_path}/a-{{0..3}}.tar",
+    }  # fmt: skip
+    as_they_are = (
+        "other",
+        "hf:me/data:test",
+        "s3://me/*.tar",
+        "hf://datasets/me/a.csv",
+        "shapes:90:3",
+        "/photos",
+        "b-*.tar",
+    )
+    for source, place in found.items():
+        assert as_typed_in(tmp_path, source) == place
+    for source in as_they_are:
+        assert as_typed_in(tmp_path, source) == source

@@ -34,6 +34,7 @@ from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.sources.scan import scan
 from bifrost_cli.errors import BifrostError, Diverged, Interrupted, Stopped
 from bifrost_cli.extraction import extract
+from bifrost_cli.extraction.source import images_of_store
 from bifrost_cli.loading.loaders import ModelLoader
 from bifrost_cli.runtime.ui import Ui
 
@@ -160,6 +161,76 @@ def test_another_setup_into_the_same_place_names_what_differs(means: Any, tmp_pa
     message = refused("BF-STORE-003", 5, tmp_path / "a", background="black")
     assert "encoder.weights: aaa" in message and "preprocessing.background: white -> black" in message
     assert "rows: 90 -> 5" in refused("BF-STORE-003", 5, tmp_path / "a", "shapes:5:3")
+
+
+def test_other_images_or_captions_into_the_same_place_are_counted(means: Any, tmp_path: Path) -> None:
+    source, store = folder_of(tmp_path / "in", 20), tmp_path / "a"
+    run(store, source)
+    folder_of(source, 21)
+    told = refused("BF-STORE-003", 5, store, source)
+    assert "finished latents of other images or captions" in told
+    assert "at:  rows: 20 -> 21; samples: 1 image added, no caption changed\n" in told
+    (source / "20.png").unlink()
+    for name in ("03", "04"):
+        (source / f"{name}.txt").write_text("mended")
+    assert "at:  samples: 2 captions changed\n" in refused("BF-STORE-003", 5, store, source)
+    (source / "05.png").write_bytes((source / "06.png").read_bytes())
+    (source / "07.png").unlink()
+    told = refused("BF-STORE-003", 5, store, source, background="black")
+    assert "samples: 1 image removed, 1 image changed, 2 captions changed" in told and "different setup" in told
+    assert "preprocessing.background: white -> black" in told
+    next((store / "index").glob("*.jsonl")).write_bytes(b"damaged")
+    assert "-> 19; samples: " in refused("BF-STORE-003", 5, store, source)
+
+
+def test_of_an_unfinished_store_the_rows_that_it_has_are_compared(means: Any, tmp_path: Path) -> None:
+    source, store = folder_of(tmp_path / "in", 40), tmp_path / "a"
+    means(Means(lambda call: os.kill(os.getpid(), signal.SIGTERM) if call == 1 else None))
+    with pytest.raises(Stopped):
+        run(store, source)
+    means(Means())
+    folder_of(source, 41)
+    (source / "02.txt").write_text("mended")
+    told = refused("BF-STORE-003", 5, store, source)
+    assert "samples: 1 caption changed of the 16 rows written so far" in told and "unfinished latents of other" in told
+
+
+@pytest.mark.parametrize("form", ["{}", "{}/list-*.csv", "{}/list-{{0..1}}.csv"])
+def test_a_relative_source_is_found_from_elsewhere(means: Any, tmp_path: Path, monkeypatch: Any, form: str) -> None:
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    source = form.format("photos")
+    folder_of(home / "photos", 4)
+    folder_of(elsewhere / "photos", 3)  # of that name, and not meant
+    for number in range(2):
+        lines = "".join(f"{i:02d}.png,caption {i}\n" for i in range(2 * number, 2 * number + 2))
+        (home / "photos" / f"list-{number}.csv").write_text("file_name,caption\n" + lines)
+    monkeypatch.chdir(home)
+    store = run(Path("runs") / "lat", source)
+    assert store.info["source"] == source and str(tmp_path) not in json.dumps(store.manifest["info"])
+    identity = store.id
+    monkeypatch.chdir(elsewhere)
+    assert len(images_of_store(Artifact.open(home / "runs" / "lat")).entries) == 4
+    home.rename(tmp_path / "moved")  # both together
+    found = Artifact.open(tmp_path / "moved" / "runs" / "lat")
+    assert len(images_of_store(found).entries) == 4 and found.id == identity
+    monkeypatch.chdir(tmp_path / "moved")
+    (found.path).rename(tmp_path / "alone")  # the store alone: as typed, from here
+    assert len(images_of_store(Artifact.open(tmp_path / "alone")).entries) == 4
+    (tmp_path / "moved" / "photos" / "00.txt").write_text("mended")
+    (tmp_path / "moved" / "photos" / "list-0.csv").write_text("file_name,caption\n00.png,mended\n01.png,caption 1\n")
+    with pytest.raises(BifrostError, match="1 caption changed"):
+        images_of_store(Artifact.open(tmp_path / "alone"))
+
+
+def test_relative_class_names_are_found_from_elsewhere(means: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    for name in ("n01", "n02"):
+        folder_of(tmp_path / "home" / "photos" / name, 2)
+    (tmp_path / "home" / "names.txt").write_text("n01 tench\nn02 goldfish\n")
+    monkeypatch.chdir(tmp_path / "home")
+    run(Path("lat"), "photos", captions="folders", class_names="names.txt")
+    monkeypatch.chdir(tmp_path)
+    prompts = [entry.prompt for entry in images_of_store(Artifact.open(Path("home") / "lat")).entries]
+    assert prompts == ["tench", "tench", "goldfish", "goldfish"]
 
 
 def test_an_encoder_that_gives_nan_is_refused(means: Any, tmp_path: Path) -> None:

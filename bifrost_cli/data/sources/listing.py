@@ -10,6 +10,7 @@ of the recipe's `latents` section that returns a `Listing`:
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from bifrost_cli.config.schema import Latents
@@ -20,7 +21,7 @@ from bifrost_cli.data.sources.parquet import list_parquet
 from bifrost_cli.data.sources.remote import SCHEMES, expand, is_remote, suffix_of
 from bifrost_cli.data.sources.table import TABLES, list_tables
 from bifrost_cli.data.sources.webdataset import list_tars
-from bifrost_cli.errors import BifrostError, DataError, EnvironmentProblem, RecipeError
+from bifrost_cli.errors import BifrostError, DataError, EnvironmentProblem, RecipeError, UsageError
 from bifrost_cli.runtime.plugins import Plugins
 
 # The listers of files by suffix, what they are called, and the settings that would say nothing about them.
@@ -90,6 +91,16 @@ def folder_of(source: str) -> Path | None:
     """The local folder that a source is, which is never written to; None for files, and for what is elsewhere."""
     name = source.removeprefix(HUB).partition(":")[0] if source.startswith(HUB) else source
     return Path(name) if not is_remote(name) and Path(name).is_dir() else None
+
+
+def as_typed_in(folder: Path, source: str) -> str:
+    """A source whose relative path was typed in another folder; as it is where nothing lies there."""
+    scheme = HUB if source.startswith(HUB) else ""
+    path, colon, split = source.removeprefix(scheme).partition(":" if scheme else "\0")
+    path = str(folder / path)
+    with suppress(UsageError):
+        return scheme + path + colon + split if Path(expand(path)[0]).exists() else source
+    return source
 
 
 def refuse_ignored(rules: Latents, what: str, *names: str) -> None:
