@@ -51,15 +51,9 @@ class _Cell:
 
 
 def ablate(
-    name: str,
-    ablation: Ablation,
-    *,
-    output: Path | str | None = None,
-    workspace: Path | str = "runs",
-    device: str = "auto",
-    dry_run: bool = False,
-    ui: Ui | None = None,
-) -> Artifact | dict[str, Any]:
+    name: str, ablation: Ablation, *, output: Path | str | None = None, workspace: Path | str = "runs",
+    device: str = "auto", dry_run: bool = False, ui: Ui | None = None,
+) -> Artifact | dict[str, Any]:  # fmt: skip
     """Train, generate and judge every variant under every seed; returns the report artifact, or the plan of a dry run.
     RecipeError when a variant's keys make no recipe, before anything is trained."""
     ui, workspace = ui or Ui(), Path(workspace)

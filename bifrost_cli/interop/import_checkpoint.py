@@ -72,14 +72,9 @@ class _Part(NamedTuple):
 
 
 def import_checkpoint(
-    recipe: Recipe,
-    source: Path | str,
-    *,
-    output: Path | str | None = None,
-    workspace: Path | str = "runs",
-    dry_run: bool = False,
-    ui: Ui | None = None,
-) -> list[Artifact] | dict[str, Any]:
+    recipe: Recipe, source: Path | str, *, output: Path | str | None = None, workspace: Path | str = "runs",
+    dry_run: bool = False, ui: Ui | None = None,
+) -> list[Artifact] | dict[str, Any]:  # fmt: skip
     """Import what a published checkpoint holds: a branch, a ControlNet, or both.
 
     Args:

@@ -47,14 +47,9 @@ Fit = Callable[[Any], FitResult]
 
 
 def pretrain(
-    recipe: Recipe,
-    *,
-    parts: Sequence[str] | None = None,
-    output: Path | str | None = None,
-    workspace: Path | str = "runs",
-    device: str = "auto",
-    ui: Ui | None = None,
-) -> Path:
+    recipe: Recipe, *, parts: Sequence[str] | None = None, output: Path | str | None = None,
+    workspace: Path | str = "runs", device: str = "auto", ui: Ui | None = None,
+) -> Path:  # fmt: skip
     """Train parts of the built-in system.
 
     Args:

@@ -84,14 +84,9 @@ class _State:
 
 
 def fit(
-    task: Task,
-    train: Train,
-    folder: Path,
-    *,
-    device: str | torch.device = "cpu",
-    ui: Ui | None = None,
+    task: Task, train: Train, folder: Path, *, device: str | torch.device = "cpu", ui: Ui | None = None,
     resume: bool = True,
-) -> FitResult:
+) -> FitResult:  # fmt: skip
     """Train `task.module` in place for `train.steps` steps, continuing from the newest checkpoint in `folder`.
     Diverged: before an optimizer step with a number that is not finite; Stopped: after a signal, with a checkpoint;
     ArtifactError: a damaged checkpoint, or one of other settings; UsageError: any checkpoint when `resume` is False."""

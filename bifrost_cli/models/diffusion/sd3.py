@@ -87,15 +87,9 @@ class Sd3Model(DiffusionModel):
 
     @torch.no_grad()
     def denoise(
-        self,
-        noise_Bchw: Tensor,
-        text: Sd3Prompt,
-        *,
-        control: ControlInput | None = None,
-        steps: int = 28,
-        guidance: float = 3.5,
-        callback: StepCallback | None = None,
-    ) -> Tensor:
+        self, noise_Bchw: Tensor, text: Sd3Prompt, *, control: ControlInput | None = None, steps: int = 28,
+        guidance: float = 3.5, callback: StepCallback | None = None,
+    ) -> Tensor:  # fmt: skip
         # Unlike FLUX's, the noise levels begin and end at the scheduler's extremes, shifted twice, as in stock.
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler.config)
         shift = {"mu": self.shift_mu(noise_Bchw[0, 0].numel() // 4)} if scheduler.config.use_dynamic_shifting else {}
