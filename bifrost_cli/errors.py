@@ -36,13 +36,17 @@ Codes in use (a number keeps its meaning for ever):
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 _HIDDEN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, bytes that are no UTF-8, line and paragraph separators
 _DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # they reorder what stands beside them
+# User and password of an address (for Azure, the name of a container), and its query.
+_USER = re.compile(r"(?<=://)(?<!abfs://)(?<!az://)[^\s/?#\"<>]*@")
+_QUERY = re.compile(r"(://[^\s?\"<>]*)\?[^\s\"<>]*?(?='?[),;]*(:\d+)?:?([\s\"<>]|$))")
 _NO_MEMORY = (
     "out of memory", "allocate memory", "not enough memory", "bad_alloc",  # torch, the CUDA driver, the system, C++
     "out_of_memory", "errormemoryallocation", "failed to cuda calloc",  # CUDA_ERROR_OUT_OF_MEMORY, NCCL
@@ -144,16 +148,25 @@ def memory_errors(what: str, fix: str) -> Iterator[None]:
 
 def render(error: BifrostError) -> str:
     """The error as its user reads it: one line, then `at:` and `fix:` where there is something to say."""
-    lines = [f"error[{error.code}]: {printable(error.message)}"]
+    lines = [f"error[{error.code}]: {printable(public(error.message))}"]
     for label, text in (("at: ", error.at), ("fix:", error.fix)):
         if text:
-            lines.append(f"  {label} " + "\n       ".join(printable(line) for line in str(text).split("\n")))
+            lines.append(f"  {label} " + "\n       ".join(map(printable, public(str(text)).split("\n"))))
     return "\n".join(lines)
 
 
 def as_json(error: BifrostError) -> dict[str, Any]:
     """The error as --json prints it."""
-    return {name: getattr(error, name) for name in ("code", "message", "at", "fix", "exit_code")}
+    return public({name: getattr(error, name) for name in ("code", "message", "at", "fix", "exit_code")})
+
+
+def public(value: Any) -> Any:
+    """A JSON value without what an address in its texts may hold of secrets: user and password, and the query."""
+    if isinstance(value, str):
+        return _QUERY.sub(r"\1?***", _USER.sub("***@", value)) if "://" in value else value
+    if isinstance(value, Mapping):
+        return {key: public(inner) for key, inner in value.items()}
+    return [public(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def printable(text: str) -> str:

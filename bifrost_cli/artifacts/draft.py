@@ -17,7 +17,7 @@ from bifrost_cli.artifacts.files import canonical_json, read_json, remove, sha25
 from bifrost_cli.artifacts.identity import FORMATS, KINDS, differences, digest_of, identity_id, provenance
 from bifrost_cli.artifacts.lock import Lock
 from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST, Artifact, payload_files, require_place
-from bifrost_cli.errors import ArtifactError, StoreError
+from bifrost_cli.errors import ArtifactError, StoreError, public
 
 _Values = Mapping[str, Any] | None
 
@@ -87,7 +87,7 @@ class Draft:
             "files": files,
             "made": provenance(**(made or {})),
             "cost": {"seconds": round(time.monotonic() - self._started, 3), **(cost or {})},
-            "info": dict(info or {}),
+            "info": public(dict(info or {})),
         }
         manifest = json.loads(canonical_json(manifest))
         self._lock.require_held()

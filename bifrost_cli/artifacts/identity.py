@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bifrost_cli.artifacts.files import canonical_json
+from bifrost_cli.errors import public
 
 KINDS = ("latents", "branch", "controlnet", "samples", "report")
 FORMATS = {kind: 1 for kind in KINDS}
@@ -60,7 +61,7 @@ def provenance(**extra: Any) -> dict[str, Any]:
     command = [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv and sys.argv[0] else []
     made = {
         "when": datetime.now(UTC).isoformat(),
-        "command": shlex.join(command)[:2000].encode("utf-8", "replace").decode(),
+        "command": shlex.join(map(public, command))[:2000].encode("utf-8", "replace").decode(),
         "versions": dict(_versions()),
     }
     if commit := _commit():

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from bifrost_cli.artifacts.files import OPEN_FLAGS, disk_errors, hold, make_folder, open_file, write_all
-from bifrost_cli.errors import ArtifactError
+from bifrost_cli.errors import ArtifactError, public
 
 LOCK_NAME = ".lock"
 _FAR = 1 << 30  # Windows: the byte that is locked, far behind the text, since a locked byte cannot be read by others
@@ -53,7 +53,7 @@ class Lock:
                 if held is False:
                     raise self._refusal(b"")
             me = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-            text = json.dumps({**me, "command": shlex.join(sys.argv)[:1000]}) + "\n"
+            text = json.dumps({**me, "command": shlex.join(map(public, sys.argv))[:1000]}) + "\n"
             with disk_errors(self.path):
                 os.ftruncate(descriptor, 0)
                 os.lseek(descriptor, 0, os.SEEK_SET)

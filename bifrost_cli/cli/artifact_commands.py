@@ -15,7 +15,7 @@ from bifrost_cli.artifacts.manifest import require_new
 from bifrost_cli.artifacts.workspace import SHIPPED, Removable, Survey, leftovers, removable, remove_all, survey
 from bifrost_cli.cli.command import FIRST_PROMPT, Result, command, refusals
 from bifrost_cli.cli.options import RUNS, DryRun, NewFolder, Output, Recipe, Reference, Workspace, artifact_argument
-from bifrost_cli.errors import ArtifactError, EnvironmentProblem, Findings
+from bifrost_cli.errors import ArtifactError, EnvironmentProblem, Findings, public
 from bifrost_cli.runtime.ui import Ui, counted
 
 app = typer.Typer(help="List, show, check and remove artifacts, and see what they were made from.")
@@ -60,14 +60,14 @@ def show(ref: Reference = None, workspace: Workspace = RUNS) -> Result:
     Example: bifrost artifacts show runs/latents-0123456789ab
     """
     artifact = _choose(workspace, ref)
-    lines = [f"{artifact.id}  {artifact.path}"]
+    lines, manifest = [f"{artifact.id}  {artifact.path}"], public(artifact.manifest)
     for title in ("made", "cost", "identity", "info"):
-        shown = {key: value for key, value in artifact.manifest[title].items() if key != "recipe"}
+        shown = {key: value for key, value in manifest[title].items() if key != "recipe"}
         texts = [(name, str(value)) for name, value in leaves(shown)]
         lines += [title, *(f"  {name}: {t if len(t) <= 200 else t[:197] + '...'}" for name, t in texts)]
     lines += ["parents", *(f"  {parent['id']}  {parent['path']}" for parent in artifact.parents)]
     lines += ["files", *(f"  {name}  {entry['size']:,} bytes" for name, entry in artifact.files.items())]
-    return Result(lines, {**artifact.manifest, "path": str(artifact.path)}, artifact.path)
+    return Result(lines, {**manifest, "path": str(artifact.path)}, artifact.path)
 
 
 @command(app, "verify")

@@ -24,7 +24,7 @@ from bifrost_cli.artifacts import Artifact, find, lineage
 from bifrost_cli.artifacts.workspace import remember_outside, survey
 from bifrost_cli.cli.options import RUNS  # isort: skip
 from bifrost_cli.cli.options import AsJson, Debug, Offline, Quiet, Sets, key_name, key_option, parameter, recipe_option
-from bifrost_cli.errors import BifrostError, Interrupted, printable
+from bifrost_cli.errors import BifrostError, Interrupted, printable, public
 from bifrost_cli.runtime import launch
 from bifrost_cli.runtime.ui import TerminalUi, Ui
 
@@ -163,7 +163,7 @@ def command(
                 raise Interrupted("interrupted before anything could be saved", fix=again) from error
             except Exception as error:
                 if debug:
-                    traceback.print_exc()
+                    print(public(traceback.format_exc()), end="", file=sys.stderr)
                 if isinstance(error, EOFError):  # Typer would take it for a person who closed the input
                     raise RuntimeError("a file ended early") from error
                 raise

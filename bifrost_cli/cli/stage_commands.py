@@ -12,7 +12,7 @@ from bifrost_cli.artifacts import newest, resolve
 from bifrost_cli.artifacts.manifest import require_place
 from bifrost_cli.cli.command import FIRST_PROMPT, Result, command, refusals
 from bifrost_cli.cli.options import RUNS, Device, DryRun, Gpus, Output, Recipe, Resume, Workspace, artifact_option
-from bifrost_cli.errors import Findings, UsageError
+from bifrost_cli.errors import Findings, UsageError, public
 from bifrost_cli.runtime.ui import Ui
 
 SOURCE = (
@@ -85,13 +85,13 @@ def check(
     from bifrost_cli.extraction.source import check_source
 
     found = check_source(recipe, source, ui=ui)
-    lines = [f"{problem.event}  {problem.where}: {problem.reason}" for problem in found.problems]
+    source, lines = public(source), [public(f"{one.event}  {one.where}: {one.reason}") for one in found.problems]
     lines += [f"counted: {listed(found.counts)}"] if found.counts else []
     lines += [f"funnel: {listed(found.funnel)}"] if found.funnel else []
     stops = found.stops
     data = {"source": source, "funnel": dict(found.funnel), "counts": dict(found.counts),
-            "problems": [vars(problem) for problem in found.problems],
-            "stops": {"code": stops.code, "message": stops.message} if stops else None}  # fmt: skip
+            "problems": [public(vars(problem)) for problem in found.problems],
+            "stops": {"code": stops.code, "message": public(stops.message)} if stops else None}  # fmt: skip
     if not stops:
         return Result([*lines, "extract-latents would not stop"], data, source)
     message = f"extract-latents would stop: {stops.message} ({stops.code})"

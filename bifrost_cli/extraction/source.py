@@ -19,7 +19,7 @@ from bifrost_cli.data.image_sets import ImageSet, entries_of
 from bifrost_cli.data.sources.item import Problem, SourceError
 from bifrost_cli.data.sources.listing import as_typed_in, folder_of
 from bifrost_cli.data.sources.scan import SHAPES, Sample, Scan, listed, refuse_problems, scan
-from bifrost_cli.errors import BifrostError, DataError, StoreError, UsageError
+from bifrost_cli.errors import BifrostError, DataError, StoreError, UsageError, public
 from bifrost_cli.runtime.ui import Ui, counted
 
 
@@ -79,6 +79,9 @@ def images_of_store(artifact: Artifact) -> ImageSet:
     source, recipe = artifact.info.get("source"), load_recipe(str(artifact.path))
     if source is None:
         raise DataError(f"{artifact.path} does not say where its images came from", fix="give their folder")
+    if "://" in source and "***" in source:
+        raise DataError(f"{source} was read with a password or a query, and a store keeps neither",
+                        fix="copy the images, and give their folder")  # fmt: skip
     folder, rules = Path(os.path.realpath(artifact.path / str(artifact.info.get("typed_in", "")))), recipe.latents
     if rules.class_names:
         rules = rules.model_copy(update={"class_names": as_typed_in(folder, rules.class_names)})
@@ -87,7 +90,7 @@ def images_of_store(artifact: Artifact) -> ImageSet:
         raise DataError(f"{source} holds other images than {artifact.id} was made of", fix="give their folder",
                         at=changes(artifact.path, scanned.samples))  # fmt: skip
     entries = entries_of(scanned.samples)
-    return ImageSet(f"{len(entries)} images of {source}, as {artifact.id} has them", entries, artifact)
+    return ImageSet(f"{len(entries)} images of {public(source)}, as {artifact.id} has them", entries, artifact)
 
 
 def digest(samples: Iterable[Sample]) -> str:
@@ -131,4 +134,4 @@ def write_events(path: Path, events: Iterable[Problem], append: bool = False) ->
 
 
 def _json_lines(problems: Iterable[Problem]) -> bytes:
-    return "".join(json.dumps(vars(problem), ensure_ascii=True) + "\n" for problem in problems).encode()
+    return "".join(json.dumps(public(vars(problem)), ensure_ascii=True) + "\n" for problem in problems).encode()

@@ -20,7 +20,7 @@ from bifrost_cli.config.load import load_recipe
 from bifrost_cli.data.image_sets import from_samples
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.png import GUTTER, png_bytes, png_pixels
-from bifrost_cli.errors import ArtifactError, BifrostError, StoreError
+from bifrost_cli.errors import ArtifactError, BifrostError, StoreError, public
 from bifrost_cli.reports.page import Card, Cell, Page, Shown, flat, gallery, image_lines, lineage_lines, thumbnails
 from bifrost_cli.reports.plots import MAP, channels, clouds, evenly, health, histogram, maps, training_plots
 from bifrost_cli.reports.report import TRAININGS
@@ -39,7 +39,7 @@ def artifact_page(artifact: Artifact, workspace: Path, device: str, ui: Ui) -> P
         artifact.id,
         f"made {made.get('when', '')[:16].replace('T', ' ')} UTC, recipe {recipe}",
         lineage=lineage_lines([artifact], workspace),
-        commands={"Made by": [made["command"]] if made.get("command") else []},
+        commands={"Made by": [public(made["command"])] if made.get("command") else []},
         folded={"Settings": _settings(artifact.identity), "Made with": made.get("versions", {})},
     )
     if artifact.kind in TRAININGS:

@@ -18,7 +18,7 @@ from bifrost_cli.artifacts.files import read_json
 from bifrost_cli.config.load import load_recipe
 from bifrost_cli.data.image_sets import EvalImage, from_samples
 from bifrost_cli.data.latents.reader import LatentsStore
-from bifrost_cli.errors import ArtifactError, BifrostError
+from bifrost_cli.errors import ArtifactError, BifrostError, public
 from bifrost_cli.reports.artifact_pages import parents_of
 from bifrost_cli.reports.page import Cell, Page, Shown, Table, flat, lineage_lines, number, thumbnails
 from bifrost_cli.reports.plots import MAP, channels, evenly, health, histogram, maps, training_plots
@@ -39,7 +39,7 @@ def compare_page(first: Artifact, second: Artifact, workspace: Path, force: bool
         f"two artifacts of kind {first.kind}",
         tables=[_differences(sides)],
         lineage=lineage_lines([first, second], workspace),
-        commands={f"{name} was made by": [side.manifest["made"].get("command") or "unknown"]
+        commands={f"{name} was made by": [public(side.manifest["made"].get("command")) or "unknown"]
                   for name, side in sides.items()},
     )  # fmt: skip
     if first.kind == "latents":

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from bifrost_cli.errors import printable
+from bifrost_cli.errors import printable, public
 
 
 def counted(number: int, what: str) -> str:
@@ -54,7 +54,7 @@ class TerminalUi(Ui):
     """Lines and progress on stderr."""
 
     def say(self, line: str) -> None:
-        print(printable(line), file=sys.stderr, flush=True)
+        print(printable(public(line)), file=sys.stderr, flush=True)
 
     @contextmanager
     def progress(self, total: int, what: str) -> Iterator[Counter]:

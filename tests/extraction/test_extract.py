@@ -14,6 +14,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,10 +25,14 @@ import pytest
 import torch
 from fixtures_flux import save_system
 from fixtures_loading import load_vae
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from PIL import Image, ImageOps
 
 from bifrost_cli import extract_latents, load_recipe
 from bifrost_cli.artifacts import Artifact
+from bifrost_cli.artifacts.identity import provenance
+from bifrost_cli.cli.app import run as command_line
 from bifrost_cli.config.schema import Images, Latents, Recipe, Shapes
 from bifrost_cli.data.images import square
 from bifrost_cli.data.latents.reader import LatentsStore
@@ -231,6 +236,70 @@ def test_relative_class_names_are_found_from_elsewhere(means: Any, tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     prompts = [entry.prompt for entry in images_of_store(Artifact.open(Path("home") / "lat")).entries]
     assert prompts == ["tench", "tench", "goldfish", "goldfish"]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, bytes], None]:
+    """https:// in memory, whose every address may be asked for with a user, a password and a query."""
+
+    class Https(MemoryFileSystem):
+        protocol, store, pseudo_dirs = ("https",), {}, [""]
+
+        @classmethod
+        def _strip_protocol(cls, path: str) -> str:
+            return "/" + path.rpartition("://")[2].partition("?")[0].rpartition("@")[2].lstrip("/")
+
+    monkeypatch.setitem(_registry, "https", Https)
+    return lambda name, data: Https().pipe(f"/host/{name}", data)
+
+
+def test_a_signed_address_is_not_kept(means: Any, served: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    lines = ["file_name,caption"]
+    for path in sorted(folder_of(tmp_path / "in", 4).glob("*.png")):
+        served(f"b/{path.name}", path.read_bytes())
+        lines.append(f"{path.name},a caption of https://host/page?which=5")
+    lines.append("https://bob:SECRET@host/b/00.png?key=SECRET.1,another")
+    served("b/list.csv", "\n".join(lines).encode())
+    source = "https://alice:SECRET@host/b/list.csv?X-Amz-Signature=SECRET"
+    flags = [f"--set=latents.{name}={json.dumps(value)}" for name, value in RULES.items()]
+    command = ["extract-latents", source, *flags, "--set=latents.allow_outside=true", "--set=images.input_size=32"]
+    monkeypatch.setattr(sys, "argv", ["bifrost", *command])
+    monkeypatch.chdir(tmp_path)
+    assert command_line([*command, "-o", "store"]) == 0
+    store = Artifact.open(tmp_path / "store")
+    assert store.info["source"] == "https://***@host/b/list.csv?***" and "***@host" in store.manifest["made"]["command"]
+    index = LatentsStore.open(store)
+    assert index.captions.count("a caption of https://host/page?which=5") == 4, "a caption is no address"
+    assert len(set(index.keys)) == 5
+    with pytest.raises(BifrostError, match="a store keeps neither"):
+        images_of_store(store)
+    assert command_line(["report", "store", "-o", "page.html"]) == 0
+    assert command_line(["artifacts", "show", "store"]) == 0
+
+    served("b/01.png", b"no image")  # findings, problems that are kept, and errors
+    assert command_line(["data", "check", source, "--set=latents.allow_outside=true"]) == 8
+    assert command_line(["data", "check", source, "--set=latents.allow_outside=true", "--json"]) == 8
+    assert command_line([*command, "-o", "other"]) == 4
+    assert command_line([*command, "-o", "other", "--json", "--debug"]) == 4
+    assert command_line([*command, "-o", "skipped", "--bad-image", "skip", "--max-bad", "0.5"]) == 0
+    assert command_line(["extract-latents", source.replace("list", "none"), "-o", "other"]) == 4
+    out, err = capsys.readouterr()
+    kept = [path for path in tmp_path.rglob("*") if path.is_file() and b"SECRET" in path.read_bytes()]
+    assert "SECRET" not in out + err and kept == [] and "https://***@host/b/list.csv?***" in err
+
+
+def test_a_page_of_an_older_store_shows_no_secret(means: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    told = "bifrost extract-latents 'https://alice:SECRET@host/b.csv?key=SECRET'"
+    monkeypatch.setattr(
+        "bifrost_cli.artifacts.draft.provenance", lambda **more: {**provenance(**more), "command": told}
+    )
+    one, other = run(tmp_path / "a", "shapes:4:1"), run(tmp_path / "b", "shapes:4:2")
+    assert "SECRET" in one.manifest["made"]["command"]
+    monkeypatch.chdir(tmp_path)
+    assert command_line(["report", "a", "-o", "a.html"]) == command_line(["report", "a", "b", "-o", "ab.html"]) == 0
+    assert command_line(["artifacts", "show", "a"]) == command_line(["artifacts", "show", "b", "--json"]) == 0
+    pages = (tmp_path / "a.html").read_text() + (tmp_path / "ab.html").read_text() + capsys.readouterr().out
+    assert "SECRET" not in pages and pages.count("https://***@host/b.csv?***") >= 5 and other.id != one.id
 
 
 def test_an_encoder_that_gives_nan_is_refused(means: Any, tmp_path: Path) -> None:

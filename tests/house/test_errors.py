@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import bifrost_cli.errors as errors
-from bifrost_cli.errors import ArtifactError, BifrostError, DiskFull, StoreError, render
+from bifrost_cli.errors import ArtifactError, BifrostError, DiskFull, StoreError, as_json, public, render
 
 PACKAGE = Path(errors.__file__).parent
 EXIT_CODES = {
@@ -90,3 +90,29 @@ def test_a_lack_of_memory_is_known_by_its_words(words):
                                    "a tensor of memory format channels_last"])  # fmt: skip
 def test_other_troubles_are_no_lack_of_memory(words):
     assert not errors.is_out_of_memory(RuntimeError(words))
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("https://alice:S@host/t.csv?sig=S", "https://***@host/t.csv?***"),
+        ("https://token@host/t.csv", "https://***@host/t.csv"),
+        ("https://u:p@S@host/", "https://***@host/"),
+        ("bifrost data check 'https://host/t.csv?sig=S' -q", "bifrost data check 'https://host/t.csv?***' -q"),
+        ("https://host/t.csv?sig=S:12: not text", "https://host/t.csv?***:12: not text"),
+        (
+            "403, url='https://host/a?S', and (https://host/b?S)",
+            "403, url='https://host/a?***', and (https://host/b?***)",
+        ),
+        ("s3://key:S@bucket/x#y?S", "s3://***@bucket/x#y?***"),
+        ("zip://a::https://u:S@host/a?S", "zip://a::https://***@host/a?***"),
+        ("https://host/t?q='S'&y=S end", "https://host/t?*** end"),
+        ("abfs://container@account/x", "abfs://container@account/x"),
+        ("hf://datasets/me/data@main/a.csv", "hf://datasets/me/data@main/a.csv"),
+        ("is it https://host/page. Or mail@host?", "is it https://host/page. Or mail@host?"),
+    ],
+)
+def test_an_address_is_shown_without_its_secrets(text, shown):
+    error = StoreError(text, at=text, fix=text)
+    assert public(text) == shown and public({"a": [text, 5, None]}) == {"a": [shown, 5, None]}
+    assert str(error).count(shown) == 3 and "".join(map(str, as_json(error).values())).count(shown) == 3

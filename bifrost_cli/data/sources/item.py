@@ -3,6 +3,7 @@ entries stay in memory; their images never do."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import unicodedata
@@ -91,8 +92,13 @@ class Listing:
 
 
 def key_of(name: str) -> str:
-    """The row key of an image: its name in the source without the extension, percent-escaped. It holds no `#`."""
-    return quote(os.fsencode(Path(name).with_suffix("").as_posix()), safe="/")
+    """The row key of an image: its name in the source without the extension, percent-escaped. It holds no `#`. Of
+    an address it holds neither user nor password, and a hash in place of the query: they may be secrets."""
+    stem = Path(name).with_suffix("").as_posix()
+    if "://" in name:
+        stem, mark, query = re.sub(r"(?<=:/)[^/?]*@", "", stem, count=1).partition("?")
+        stem += mark and mark + hashlib.sha256(os.fsencode(query)).hexdigest()[:12]
+    return quote(os.fsencode(stem), safe="/")
 
 
 def leaves(name: str) -> bool:

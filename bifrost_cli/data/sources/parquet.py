@@ -7,7 +7,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import accumulate, repeat
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
@@ -15,7 +14,7 @@ from bifrost_cli.config.schema import Latents
 from bifrost_cli.data.images import BadImage
 from bifrost_cli.data.sources.captions import PLAN, Columns, first_text
 from bifrost_cli.data.sources.item import Found, Listing, Problem, SourceItem, key_of
-from bifrost_cli.data.sources.remote import is_remote, open_place, reading, required
+from bifrost_cli.data.sources.remote import is_remote, open_place, path_of, reading, required
 from bifrost_cli.data.sources.table import path_entry
 from bifrost_cli.errors import DataError, EnvironmentProblem
 
@@ -31,7 +30,7 @@ def list_parquet(places: list[str], rules: Latents) -> Listing:
         file = _File(place)
         columns = file.choose_columns(rules)
         said = said or columns.said
-        found += _entries(file, columns, f"{Path(place).stem}/" if len(places) > 1 else "", rules)
+        found += _entries(file, columns, f"{path_of(place).stem}/" if len(places) > 1 else "", rules)
     if not found:
         raise DataError(f"no images in {places[0]}: it has no rows")
     return Listing.of(found, said=said)

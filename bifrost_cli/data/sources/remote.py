@@ -63,7 +63,12 @@ def open_place(place: str) -> BinaryIO:
 
 def suffix_of(place: str) -> str:
     """`.csv` and so on, lower case; an address's query does not count."""
-    return Path(place.partition("?")[0] if is_remote(place) else place).suffix.lower()
+    return path_of(place).suffix.lower()
+
+
+def path_of(place: str) -> Path:
+    """A place as a path, without an address's query."""
+    return Path(place.partition("?")[0] if is_remote(place) else place)
 
 
 def expand(pattern: str) -> list[str]:

@@ -72,7 +72,7 @@ def path_entry(place: str, name: str, caption: str | None, plan: str | None, rul
     if not rules.allow_outside and leaves(name):
         raise ValueError(f"the path {name!r} leaves the source folder (--set latents.allow_outside=true allows it)")
     if is_remote(place) and not is_remote(name):
-        where = f"{place.rpartition('/')[0]}/{name}"
+        where = f"{place.partition('?')[0].rpartition('/')[0]}/{name}"
     else:
         where = name if is_remote(name) else str(Path(place).parent / name)
     problem = None if is_remote(where) or inside(Path(where), Path(place).parent, rules) else OUTSIDE

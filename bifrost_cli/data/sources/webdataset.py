@@ -10,7 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from bifrost_cli.config.schema import Latents
@@ -18,7 +17,7 @@ from bifrost_cli.data.images import FILE_BYTES
 from bifrost_cli.data.sources.captions import CAPTIONS, MAX_BYTES, PLAN, decode_caption, first_text, json_object
 from bifrost_cli.data.sources.folder import class_names
 from bifrost_cli.data.sources.item import Found, Listing, Problem, SourceItem, key_of, leaves
-from bifrost_cli.data.sources.remote import open_place, read_span, reading, required
+from bifrost_cli.data.sources.remote import open_place, path_of, read_span, reading, required
 from bifrost_cli.errors import DataError
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -48,7 +47,7 @@ def list_tars(places: list[str], rules: Latents) -> Listing:
     classes = tuple(class_names(rules.class_names).values()) if rules.class_names else ()
     found: list[Found] = []
     for place in places:
-        prefix = f"{Path(place).stem}/" if len(places) > 1 else ""
+        prefix = f"{path_of(place).stem}/" if len(places) > 1 else ""
         samples, unread = _samples(place, prefix, counts)
         found += unread
         for sample in samples:
