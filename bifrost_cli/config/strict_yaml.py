@@ -52,11 +52,7 @@ def parse_file(path: Path) -> Document:
 
 
 def parse(raw: bytes, name: str) -> Document:
-    """Read one YAML document of UTF-8 text that errors call `name`.
-
-    Raises:
-        RecipeError: BF-RECIPE-001 with `name:line:column`, for anything that is refused.
-    """
+    """One YAML document of UTF-8 text. RecipeError BF-RECIPE-001 with `name:line:column`, for what is refused."""
     if len(raw) > MAX_BYTES:
         raise _refuse(f"the file has more than {MAX_BYTES} bytes, which no recipe has", name)
     try:

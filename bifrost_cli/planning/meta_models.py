@@ -94,12 +94,8 @@ def numbers(*modules: nn.Module, trained: bool = False) -> int:
 
 
 def build(recipe: Recipe) -> MetaModels:
-    """The models of a recipe on the meta device.
-
-    Raises:
-        RecipeError: what `require_plannable` refuses.
-        ArtifactError: BF-ART-009 an MLLM of no known family.
-    """
+    """The models of a recipe on the meta device. RecipeError: what `require_plannable` refuses. ArtifactError
+    BF-ART-009: an MLLM of no known family."""
     require_plannable(recipe)
     mllm_folder, diffusion = configs(recipe.models.mllm), configs(recipe.models.diffusion)
     require_known(read_json(mllm_folder / "config.json").get("model_type"))

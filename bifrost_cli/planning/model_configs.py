@@ -18,11 +18,8 @@ DIFFUSION_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 
 
 def configs(ref: str) -> Path:
-    """The folder with a model's configuration: the model's own, or the copy kept beside the recipes.
-
-    Raises:
-        RecipeError: BF-RECIPE-004, there is neither.
-    """
+    """The folder with a model's configuration: the model's own, or the copy kept beside the recipes. RecipeError
+    BF-RECIPE-004: there is neither."""
     for place in (own_folder(ref), _shipped(ref)):
         if place.is_dir():
             return place
@@ -49,10 +46,7 @@ def about(ref: str) -> dict[str, Any]:
 
 def require_plannable(recipe: Recipe) -> None:
     """Refuse what has no measured memory: other conditioning than a ControlNet, learned queries, other than FLUX.
-
-    Raises:
-        RecipeError: BF-RECIPE-005 a setting, BF-RECIPE-004 a model that is not FLUX or whose configuration is not here.
-    """
+    RecipeError: BF-RECIPE-005 a setting, BF-RECIPE-004 a model that is not FLUX or whose configuration is not here."""
     control, target = recipe.controlnet.control, recipe.branch.target
     for key, value, usual in (("controlnet.control", control, "controlnet"), ("branch.target", target, "latents")):
         if value != usual:

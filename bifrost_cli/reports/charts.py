@@ -66,18 +66,9 @@ def dots(rows: Sequence[Mapping[str, Any]], label: str = "") -> str:
 
 
 def lines(series: Mapping[str, Sequence[tuple[float, ...]]], x: str, y: str, *, powers: str = "x") -> str:
-    """One line a series.
-
-    Args:
-        series: points (x, y) or (x, y, low, high) by name; a single series needs no legend.
-        x: the name of the axis below.
-        y: the name of the axis at the left.
-        powers: axes ("x", "y", "xy") that are logarithmic when all numbers are above 0 and the largest is ten times
-            the smallest or more.
-
-    Raises:
-        ValueError: no points, or a value that is not finite.
-    """
+    """One line a series: points (x, y) or (x, y, low, high) by name; a single one needs no legend. `x` and `y` name the
+    axes; those of `powers` ("x", "y", "xy") are logarithmic when all numbers are above 0 and the largest is ten times
+    the smallest or more. ValueError: no points, or a value that is not finite."""
     curves = {name: sorted((*point, point[1], point[1])[:4] for point in points)
               for name, points in series.items() if points}  # fmt: skip
     if not curves:

@@ -20,13 +20,8 @@ FIT_TOKENS, FIT_STEPS = 65_536, 25  # what k-means reads, and for how many round
 
 
 class CodebookHead(nn.Module):
-    """Logits of K codes for each token; a code is a latent, so that the branch reads what it wrote as it reads others.
-
-    Args:
-        width: D.
-        channels: C.
-        codes: K.
-    """
+    """Logits of K codes for each token of width D; a code is a latent of C channels, so that the branch reads what it
+    wrote as it reads others."""
 
     codes_KC: Tensor
 
