@@ -40,13 +40,8 @@ def clustered_error(values: Sequence[float], clusters: Sequence[Hashable]) -> fl
 
         sqrt(G/(G-1) sum_g (sum_{i in g} (x_i - mean))^2) / n                  Miller 2024, section 2.2 (G clusters)
 
-    Args:
-        values: n values.
-        clusters: the cluster of each; with one value a cluster the result is the ordinary standard error.
-
-    Returns:
-        The error; 0.0 for a single cluster. ValueError: no values, or another number of clusters.
-    """
+    `clusters` holds that of each of the n values; with one value a cluster the result is the ordinary standard error,
+    for a single cluster 0.0. ValueError: no values, or another number of clusters."""
     if not values or len(values) != len(clusters):
         raise ValueError(f"{len(values)} values in {len(clusters)} clusters have no mean")
     mean = sum(values) / len(values)
@@ -64,9 +59,7 @@ def clustered_interval(values: Sequence[float], clusters: Sequence[Hashable]) ->
     Wilson's interval for as many independent trials as would have the clustered error, p (1 - p) / error^2 (Dean and
     Pagano 2015, "effective sample size"). Where all clusters agree, each counts as one trial: never of width zero.
 
-    Args:
-        values: right (1) or wrong (0), or scores between.
-        clusters: that of each value; with one value a cluster and right or wrong it is Wilson's interval.
+    `values` are right (1) or wrong (0), or scores between; with one value a cluster and right or wrong it is Wilson's.
     """
     binary, groups = set(values) <= {0, 1}, len(set(clusters))
     if binary and groups == len(values):
@@ -125,11 +118,7 @@ def principal_axes(tokens_NC: Tensor, count: int) -> tuple[Tensor, Tensor]:
 def as_colours(latents_BPC: Tensor, mean_C: Tensor, axes_CK: Tensor, scale_K: Tensor) -> Tensor:
     """The first three principal components as red, green and blue, uint8 (B, P, 3).
 
-    Args:
-        latents_BPC: latents (B, P, C).
-        mean_C: mean of the axes.
-        axes_CK: unit axes, K at most 3.
-        scale_K: standard deviation along each axis; two of them lead from grey to either end.
+    Of K unit axes, at most 3, `scale_K` is the standard deviation along each; two of them lead from grey to either end.
     """
     parts_BPK = (latents_BPC.double() - mean_C) @ axes_CK / scale_K.clamp_min(1e-12) / 4 + 0.5
     colours_BPK = (parts_BPK.clamp(0, 1) * 255).round().byte()

@@ -66,10 +66,8 @@ def default_path(workspace: Path | str, kind: str, identity: str) -> Path:
 
 
 def survey(workspace: Path | str, *, outside: bool = False) -> Survey:
-    """Look at every folder of a workspace; one that does not exist is empty.
-
-    With `outside` also at what its commands wrote elsewhere (`remember_outside`), where it still is.
-    """
+    """Look at every folder of a workspace; one that does not exist is empty. With `outside` also at what its commands
+    wrote elsewhere (`remember_outside`), where it still is."""
     result, root = Survey(), Path(workspace)
     folders = sorted(root.iterdir()) if root.is_dir() else []
     for path in [*folders, *(_outside(root) if outside else ())]:
@@ -87,10 +85,8 @@ def survey(workspace: Path | str, *, outside: bool = False) -> Survey:
 
 
 def remember_outside(workspace: Path | str, path: Path) -> None:
-    """Note an artifact that was written outside its workspace, so that `survey` finds it; where it can be written.
-
-    One whole line is appended, so that commands that end together lose none.
-    """
+    """Note an artifact that was written outside its workspace, so that `survey` finds it; where it can be written. One
+    whole line is appended, so that commands that end together lose none."""
     root, target = Path(os.path.realpath(workspace)), Path(os.path.realpath(path))
     if target.parent == root or target.is_relative_to(BUILTIN) or target in map(Path.resolve, _outside(root)):
         return
@@ -202,12 +198,9 @@ def lineage(artifact: Artifact, *workspaces: Path | str) -> list[Ancestor]:
 
 
 def removable(workspace: Path, refs: Sequence[str]) -> list[Removable]:
-    """The artifacts and unfinished folders that `refs` name, none of which another artifact needs.
-
-    Raises:
-        ArtifactError: an artifact that stays was made from one of them, one is being written, or there is none.
-        UsageError: one ships with the package, or its folder holds files that are not part of it.
-    """
+    """The artifacts and unfinished folders that `refs` name, none of which another artifact needs. ArtifactError: one
+    that stays was made from one of them, one is being written, or there is none. UsageError: one ships with the
+    package, or its folder holds files that are not part of it."""
     chosen: dict[Path, Artifact | None] = {}
     items: dict[Path, Removable] = {}
     for ref in refs:
