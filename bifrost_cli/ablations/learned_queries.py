@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.latents.reader import LatentsStore
-from bifrost_cli.loading.loaders import ModelLoader, fingerprint
+from bifrost_cli.loading.loaders import ModelLoader, decisive_files, fingerprint
 from bifrost_cli.models import row_noise
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.diffusion.base import DiffusionModel
@@ -81,7 +81,8 @@ def prepare(run: TrainingRun, branch: VisualBranch, mllm: Mllm, ui: Ui) -> Train
     conditioner = {"config": config, "drop_prompt": recipe.controlnet.drop_prompt}
     tokens = recipe.models.diffusion_text_tokens
     say_cut(lambda row: diffusion.too_long(store.captions[row], tokens), store, tokens, ui)
-    diffusion_identity = {"painter": base, "painter_tokens": tokens, "control": conditioner}
+    diffusion_identity = {"painter": base, "painter_tokens": tokens, "control": conditioner,
+                          **decisive_files("diffusion", recipe.models)}  # fmt: skip
     return replace(
         run,
         identity={**run.identity, "encoder": ENCODER, **diffusion_identity},

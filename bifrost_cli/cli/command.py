@@ -22,6 +22,7 @@ import bifrost_cli
 from bifrost_cli import errors
 from bifrost_cli.artifacts import Artifact, find, lineage
 from bifrost_cli.artifacts.workspace import remember_outside, survey
+
 from bifrost_cli.cli.options import RUNS  # isort: skip
 from bifrost_cli.cli.options import AsJson, Debug, Offline, Quiet, Sets, key_name, key_option, parameter, recipe_option
 from bifrost_cli.errors import BifrostError, Interrupted, printable, public

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -18,7 +19,7 @@ from bifrost_cli.artifacts.files import exists, make_folder, write_bytes, write_
 from bifrost_cli.artifacts.identity import digest_of
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.png import contact_sheet, png_bytes, png_pixels
-from bifrost_cli.errors import UsageError
+from bifrost_cli.errors import EnvironmentProblem, UsageError
 from bifrost_cli.generation.requests import destination, image_requests, image_settings, png_facts, read_prompts
 from bifrost_cli.runtime.ui import Ui, counted
 
@@ -102,6 +103,7 @@ def generate(
     from bifrost_cli.generation.choose_models import choose_models
     from bifrost_cli.generation.pipeline import BifrostPipeline
     from bifrost_cli.loading.compatibility import has_own_conditioner, require_one_step
+    from bifrost_cli.loading.loaders import decisive_files
     from bifrost_cli.loading.resolve import resolve_device
 
     models = choose_models(branch, controlnet, workspace)
@@ -112,26 +114,24 @@ def generate(
     ui.say(models.why)
     parents = [models.branch] if has_own_conditioner(models.branch) else [models.branch, models.controlnet]
     requests = list(image_requests(texts, n, seed))
-    settings = image_settings(recipe, max_text_tokens=recipe.branch.max_text_tokens)
+    files: dict[str, str] = {}
+    with suppress(*((EnvironmentProblem,) if dry_run else ())):  # of a plan the models need not be here
+        files = {**decisive_files("mllm", recipe.models), **decisive_files("diffusion", recipe.models)}
+    settings = image_settings(recipe, max_text_tokens=recipe.branch.max_text_tokens, **files)
     requested = {"prompts": digest_of(texts), "count": len(texts), "copies": n, "seed": seed}
     identity = {**requested, "settings": settings, "save_latents": save_latents, "grid": grid}
     folder = Path(output or default_path(workspace, "samples", identity_id("samples", identity, parents)))
     if dry_run:
         there = {path.name for path in folder.iterdir()} if folder.is_dir() and not file else set()
         return {
-            "output": str(file or folder),
-            "branch": models.branch.id,
-            "controlnet": models.controlnet.id,
-            "prompts": len(texts),
-            "pictures": len(requests),
+            "output": str(file or folder), "branch": models.branch.id, "controlnet": models.controlnet.id,
+            "prompts": len(texts), "pictures": len(requests),
             "pictures_there": len({request.name for request in requests} & there),
             "plan_tokens": wanted.plan_tokens if wanted.plan else 0,
             "branch_passes": wanted.decode_steps * (1 if wanted.branch_guidance == 1.0 else 2),
-            "diffusion_steps": wanted.steps,
-            "weights": recipe.models.weights,
-            "offload": wanted.offload,
+            "diffusion_steps": wanted.steps, "weights": recipe.models.weights, "offload": wanted.offload,
             "device": str(resolve_device(device)),
-        }
+        }  # fmt: skip
     one_half = wanted.offload != "none"
     pipe = BifrostPipeline(recipe, models.branch, models.controlnet, device=device, one_half=one_half, ui=ui)
     run = _Run(recipe, requests, settings, identity, parents, pipe, ui)

@@ -24,6 +24,7 @@ from bifrost_cli.generation.pipeline import BifrostPipeline
 from bifrost_cli.generation.requests import ImageRequest, destination, generate_settings, image_settings, png_facts
 from bifrost_cli.generation.samples_folder import fill_folder
 from bifrost_cli.generation.stages import PredictedLatents
+from bifrost_cli.loading.loaders import decisive_files
 from bifrost_cli.runtime.ui import Ui
 
 _MARK = {"reconstruction": "yes"}
@@ -73,7 +74,7 @@ def reconstruct_set(
     """
     ui = ui or Ui()
     pipe, used = _pipeline(recipe, controlnet, workspace, device, ui)
-    settings = image_settings(recipe, encoder=pipe.encoder.identity)
+    settings = image_settings(recipe, encoder=pipe.encoder.identity, **decisive_files("diffusion", recipe.models))
     counted = {"reconstructions of": images.digest, "count": len(images.entries)}
     identity = {**counted, "seed": seed, "settings": settings}
     folder = default_path(workspace, "samples", identity_id("samples", identity, [used]))

@@ -21,7 +21,7 @@ from torch import nn
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.config.schema import Generate, Recipe
 from bifrost_cli.loading.compatibility import check_settings, require_base, require_diffusion, require_output_size
-from bifrost_cli.loading.loaders import ModelLoader, fingerprint
+from bifrost_cli.loading.loaders import ModelLoader, files_digest, fingerprint
 from bifrost_cli.models.branch.masking import random_orders, raster_orders, sample_masked
 from bifrost_cli.models.diffusion.base import ControlInput
 from bifrost_cli.models.mllm.chat_template import join_plan
@@ -53,7 +53,8 @@ class BifrostPrior:
         self.settings, self.max_text_tokens = recipe.generate, recipe.branch.max_text_tokens
         self.policy, self.seconds = loader.policy, dict[str, float]()
         self.mllm = loader.mllm()
-        require_base(artifact, "mllm", recipe.models.mllm, fingerprint("mllm", recipe.models, self.mllm))
+        weights, files = fingerprint("mllm", recipe.models, self.mllm), files_digest("mllm", recipe.models)
+        require_base(artifact, "mllm", recipe.models.mllm, weights, files)
         self.branch = loader.branch(artifact, self.mllm)
         self.modules: list[nn.Module] = [self.mllm.model, self.branch]
         self.policy.settle(*self.modules, frozen=[self.mllm.decoder])

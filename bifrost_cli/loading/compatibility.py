@@ -63,8 +63,8 @@ def require_encoder(controlnet: Artifact, encoder: dict[str, Any]) -> None:
         raise _misfit(f"controlnet {controlnet.id} was trained on latents of another encoder", at, fix)
 
 
-def require_base(trained: Artifact, base: str, name: str, weights: str) -> None:
-    """`trained` was made on the base (`mllm`, `painter`) with these weights."""
+def require_base(trained: Artifact, base: str, name: str, weights: str, files: str | None = None) -> None:
+    """`trained` was made on the base (`mllm`, `painter`) with these weights, and files beside them if it says so."""
     recorded = trained.identity.get(base)
     if recorded is None and base == "painter":
         recorded = trained.identity.get("flux")  # the name of artifacts made before format 2 of the recipe
@@ -72,6 +72,13 @@ def require_base(trained: Artifact, base: str, name: str, weights: str) -> None:
         at = f"{trained.path}: weights {str(recorded)[:12]}\n{name}: weights {weights[:12]}"
         raise _misfit(
             f"{trained.kind} {trained.id} was trained on another {base} than {name}", at, _own_recipe(trained)
+        )
+    if files and (known := trained.identity.get(f"{base}_files")) not in (None, files):
+        said = (
+            f"{trained.kind} {trained.id} was trained with another tokenizer, chat template or config than {name} has"
+        )
+        raise _misfit(
+            said, f"{trained.path}: files {str(known)[:12]}\n{name}: files {files[:12]}", _own_recipe(trained)
         )
 
 

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging as hub_logging
 
 from bifrost_cli.artifacts import Artifact
-from bifrost_cli.artifacts.files import make_folder, read_json, write_json
+from bifrost_cli.artifacts.files import make_folder, read_json, sha256_file, write_json
 from bifrost_cli.artifacts.identity import digest_of, provenance
 from bifrost_cli.config.schema import Images, Latents, Models
 from bifrost_cli.data.safetensors_io import ShardedCheckpoint, few, load_tensors, misfits, shapes_of
@@ -53,6 +53,13 @@ _COMPUTED = (
     r"\.relative_position_index$",  # Swin's windows
 )
 _WHOLE_NUMBERS = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64")
+# Beside the weights, what decides what a model reads and writes.
+_FILES = {
+    "mllm": ("*config.json", "tokenizer.*", "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json",
+             "chat_template.*"),
+    "diffusion": ("model_index.json", "*/*config.json", "tokenizer*/*"),
+}  # fmt: skip
+_ABOUT = {"_name_or_path", "transformers_version", "_diffusers_version"}  # keys of a config.json that decide nothing
 SETTLED = 2.0  # seconds: files touched later than this before hashing could change again within one tick of the clock
 _LIBRARIES = ("torch", "transformers", "diffusers", "bifrost-cli")
 _SHOWN = 5
@@ -342,6 +349,27 @@ def fingerprint(part: Literal["mllm", "diffusion"], models: Models, loaded: Mllm
             make_folder(place.parent)
             write_json(place, {"sha256": computed})
     return computed
+
+
+def files_digest(part: Literal["mllm", "diffusion"], models: Models) -> str:
+    """The sha256 over a base's tokenizers, chat template, configs, preprocessor and scheduler, in any folder."""
+    ref, revision = getattr(models, part), getattr(models, f"{part}_revision")
+    folder = Path(resolve_model(ref, revision=revision, patterns=_FILES[part]))
+    found: dict[str, Any] = {}
+    value: Any
+    for path in {path for pattern in _FILES[part] for path in folder.glob(pattern) if path.is_file()}:
+        value = sha256_file(path)
+        with suppress(BifrostError):
+            value = read_json(path) if path.name.endswith("config.json") else value
+        kept = {key: value[key] for key in value.keys() - _ABOUT} if isinstance(value, dict) else value
+        found[path.relative_to(folder).as_posix()] = kept
+    return digest_of(found)
+
+
+def decisive_files(part: Literal["mllm", "diffusion"], models: Models) -> dict[str, str]:
+    """`files_digest` as it stands in an identity; nothing for what ships with the package: its files stay."""
+    name = {"diffusion": "painter"}.get(part, part)
+    return {} if getattr(models, part).startswith("builtin:") else {f"{name}_files": files_digest(part, models)}
 
 
 def _file_facts(folder: Path) -> list[list[Any]]:

@@ -18,7 +18,7 @@ from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.safetensors_io import weights_hash
 from bifrost_cli.errors import RecipeError
 from bifrost_cli.loading.compatibility import require_latents, require_precision, require_tuning
-from bifrost_cli.loading.loaders import ModelLoader, fingerprint
+from bifrost_cli.loading.loaders import ModelLoader, decisive_files, fingerprint
 from bifrost_cli.models.branch.masking import draw_masks, random_orders, sample_masked
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.mllm.chat_template import clean_caption, join_plan, tokenize_prompts
@@ -85,7 +85,8 @@ def train_branch(
         branch.enable_gradient_checkpointing()
     task = BranchTask(branch, mllm, store, settings)
     training_run.say_cut(task.too_long, store, settings.max_text_tokens, ui)
-    identity = {**training_run.shared_identity(store, settings), "mllm": fingerprint("mllm", recipe.models, mllm)}
+    identity = {**training_run.shared_identity(store, settings), "mllm": fingerprint("mllm", recipe.models, mllm),
+                **decisive_files("mllm", recipe.models)}  # fmt: skip
     job = TrainingRun(kind="branch", recipe=recipe, train=settings.train, store=store, identity=identity, task=task,
                       config=branch.config, frozen=lambda: weights_hash(mllm.model.state_dict()),
                       frozen_hash=identity["mllm"], device=loader.device)  # fmt: skip

@@ -17,7 +17,7 @@ from bifrost_cli.config.schema import ControlNet, Recipe, Train
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.errors import RecipeError
 from bifrost_cli.loading.compatibility import check_settings, control_ratio, require_latents, require_precision
-from bifrost_cli.loading.loaders import ModelLoader, encoder_errors, fingerprint
+from bifrost_cli.loading.loaders import ModelLoader, decisive_files, encoder_errors, fingerprint
 from bifrost_cli.models import row_noise
 from bifrost_cli.models.diffusion.base import ControlInput, DiffusionModel, UnsupportedControl
 from bifrost_cli.models.encoders import VaeEncoder
@@ -61,7 +61,8 @@ def train_controlnet(
     training_run.say_cut(lambda row: diffusion.too_long(store.captions[row], tokens), store, tokens, ui)
     shared = training_run.shared_identity(store, settings)
     job = TrainingRun(kind="controlnet", recipe=recipe, train=settings.train, store=store,
-                      identity={**shared, "painter": base, "painter_tokens": tokens, **small}, task=task,
+                      identity={**shared, "painter": base, "painter_tokens": tokens, **small,
+                                **decisive_files("diffusion", models)}, task=task,
                       config=diffusion.controlnet_config(controlnet), frozen=diffusion.weights_hash,
                       frozen_hash=diffusion.weights_hash() if small else base, device=loader.device)  # fmt: skip
     result = training_run.run_training(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
