@@ -23,7 +23,7 @@ MANIFEST, DRAFT, WORK = "manifest.json", "draft.json", "work"
 _ID = re.compile(rf"({'|'.join(FORMATS)})-[0-9a-f]{{12}}")
 _TYPES = {"id": str, "identity": dict, "parents": list, "files": dict, "made": dict, "cost": dict, "info": dict}
 # Dotted names of values that may be missing, and that readers of other artifacts rely on too.
-_VALUES = {
+_VALUES: dict[str, Any] = {
     "made.when": str, "made.command": str, "made.versions": dict, "cost.seconds": (int, float), "cost.devices": int,
     "info.recipe": dict, "info.parameters": int, "info.funnel": dict, "info.counts": dict, "info.metrics": dict,
 }  # fmt: skip
@@ -167,8 +167,8 @@ def _intact(path: Path, manifest: dict[str, Any]) -> bool:
 def _odd(manifest: dict[str, Any]) -> Iterator[str]:
     """What no artifact of ours has, `name: value` each: readers would stumble over it, or leave the folder."""
     parents = {f"parents.{place}": parent for place, parent in enumerate(manifest["parents"])}
-    wanted = {**dict.fromkeys(parents, {"kind": str, "id": str, "path": str}),
-              **dict.fromkeys(manifest["files"], {"sha256": str, "size": int})}  # fmt: skip
+    wanted: dict[str, dict[str, type]] = dict.fromkeys(parents, {"kind": str, "id": str, "path": str})
+    wanted |= dict.fromkeys(manifest["files"], {"sha256": str, "size": int})
     for name, part in {**parents, **manifest["files"]}.items():
         if not (isinstance(part, dict) and all(isinstance(part.get(key), kind) for key, kind in wanted[name].items())):
             yield f"{name}: {part!r:.60}"

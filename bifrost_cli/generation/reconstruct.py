@@ -34,13 +34,24 @@ def reconstruct(
     recipe: Recipe, image: Path | str, *, output: Path | str, prompt: str = "", controlnet: Path | str | None = None,
     workspace: Path | str = "runs", seed: int = 0, device: str = "auto", ui: Ui | None = None,
 ) -> Path:  # fmt: skip
-    """Encode the centre square of an image, generate it again from its latents, and write it as the PNG `output`, which
-    must not exist; its path is returned.
+    """Encode the centre square of an image, generate it again from its latents, and write it as a PNG.
 
-    Beside the latents the diffusion model reads `prompt`, and starts from noise of `seed`. `controlnet` is an artifact,
-    looked up in `workspace`; None chooses (`choose_controlnet`). BadImage (4): the image cannot be used. UsageError
-    (2): the output exists or is not a PNG. ArtifactError (5): a ControlNet for other latents or another diffusion
-    model.
+    Args:
+        recipe: models and settings.
+        image: a file.
+        output: FILE.png, which must not exist.
+        prompt: what the diffusion model reads beside the latents.
+        controlnet: a ControlNet artifact, looked up in `workspace`; None chooses (`choose_controlnet`).
+        seed: of the noise that the diffusion model starts from.
+        ui: hears what was chosen.
+
+    Returns:
+        The path of the PNG.
+
+    Raises:
+        BadImage: (4) the image cannot be used.
+        UsageError: (2) the output exists or is not a PNG.
+        ArtifactError: (5) a ControlNet for other latents or another diffusion model.
     """
     ui, file = ui or Ui(), destination(output, 1)
     if file is None:
