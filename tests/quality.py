@@ -59,8 +59,9 @@ def main():
 
 
 def pipeline(branch, args):
-    """The branch as its own recipe generates with it, on the system's bases."""
+    """The branch as its own recipe generates with it, on the system's bases and with its ControlNet's scale."""
     bases = [f"models.mllm={args.system / 'mllm'}", f"models.diffusion={args.system / 'flux'}"]
+    bases.append("generate.control_scale=1.3")
     parts = [Artifact.open(folder) for folder in (branch, args.system / "controlnet")]
     return BifrostPipeline(load_recipe(branch, [*bases, *args.sets]), *parts, device="cpu")
 

@@ -37,8 +37,8 @@ class GenerationModels(NamedTuple):
     def own_recipe(self, sets: Sequence[str] = ()) -> Recipe:
         """The recipe that trained the branch, which says how to generate with it, and `sets` on top."""
         trained, path = isinstance(self.branch.info.get("recipe"), dict), self.branch.path
-        if path.parent == BUILTIN:  # it was made beside its models, which are called so since
-            sets = ["models.mllm=builtin:mllm", "models.diffusion=builtin:flux", *sets]
+        if path.parent == BUILTIN:  # made beside its models, and before the scale was chosen
+            sets = ["models.mllm=builtin:mllm", "models.diffusion=builtin:flux", "generate.control_scale=1.3", *sets]
         return load_recipe(path if trained else None, sets)
 
 
