@@ -19,7 +19,7 @@ import torch
 from faults import Watched, disk
 from fixtures_load import FORK, FULL, STORE, TINY, WORK, extraction, measured
 from fixtures_store import make_store
-from fixtures_targets import OUT, Noise, Regression, _part, inputs
+from fixtures_targets import ON_SHIPPED_MODELS, OUT, Noise, Regression, _part, inputs
 from memory_meter import held
 
 from bifrost_cli.artifacts import Artifact
@@ -127,7 +127,7 @@ def _paint(folder: Path, count: int, kill_after: int, dry_run: bool = False) -> 
     parts = {"branch": _part(folder, "branch"), "controlnet": _part(folder, "controlnet")}
     with (disk(Watched()), mock.patch.object(pipeline, "BifrostPipeline", lambda *rest, **more: Noise(work, False)),
           mock.patch.object(samples_folder, "sha256_file", counted)):  # fmt: skip
-        made = generate.generate(Recipe(), prompts, output=folder / OUT, **parts, dry_run=dry_run)
+        made = generate.generate(ON_SHIPPED_MODELS, prompts, output=folder / OUT, **parts, dry_run=dry_run)
     return made if dry_run else seen
 
 
