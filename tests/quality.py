@@ -38,16 +38,18 @@ def main():
     parser.add_argument("--grid", type=Path, help="write 64 of the first row's images, evenly taken")
     args = parser.parse_args()
     prompts = held_out_prompts(args.n, args.seed)
-    pipe = pipeline(args.branch or args.system / "branch", args)
-    linear = pipeline(args.system / "branch-linear", args)
+    branch, linear = args.branch or args.system / "branch", args.system / "branch-linear"
+    pipe = pipeline(branch, branch, args)
     rows = {
         "prompt alone": lambda: chain(pipe, prompts, plan=False),
         "with the MLLM's plan": lambda: chain(pipe, prompts, plan=True),
-        "linear head, one step, with the plan": lambda: chain(linear, prompts),
-        "linear head, prompt alone, 16 steps": lambda: chain(linear, prompts, plan=False, decode_steps=16),
         "reconstruction of held-out images": lambda: reconstructions(pipe, prompts),
-        "FLUX with text alone": lambda: chain(linear, prompts, plan=False, control_scale=0.0),
+        "FLUX with text alone": lambda: chain(pipe, prompts, plan=False, control_scale=0.0),
     }
+    if linear.exists():  # it ships with the package, and is none of `shapes pretrain`
+        paper = pipeline(linear, "tiny", args)
+        rows["linear head, one step, with the plan"] = lambda: chain(paper, prompts)
+        rows["linear head, prompt alone, 16 steps"] = lambda: chain(paper, prompts, plan=False, decode_steps=16)
     for number, (title, images_of) in enumerate(rows.items(), start=1):
         if args.only is None or str(number) in args.only:
             images = images_of()
@@ -58,12 +60,11 @@ def main():
         diversity(pipe)
 
 
-def pipeline(branch, args):
-    """The branch as its own recipe generates with it, on the system's bases and with its ControlNet's scale."""
+def pipeline(branch, recipe, args):
+    """The branch as this recipe generates with it, on the system's bases."""
     bases = [f"models.mllm={args.system / 'mllm'}", f"models.diffusion={args.system / 'flux'}"]
-    bases.append("generate.control_scale=1.3")
     parts = [Artifact.open(folder) for folder in (branch, args.system / "controlnet")]
-    return BifrostPipeline(load_recipe(branch, [*bases, *args.sets]), *parts, device="cpu")
+    return BifrostPipeline(load_recipe(recipe, [*bases, *args.sets]), *parts, device="cpu")
 
 
 def chain(pipe, prompts, **settings):

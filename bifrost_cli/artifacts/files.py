@@ -15,6 +15,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from bifrost_cli.errors import ArtifactError, DiskFull, EnvironmentProblem, UsageError
@@ -86,9 +87,9 @@ def write_new(path: Path, data: bytes) -> None:
         write(data)
 
 
-def exists(path: Path) -> UsageError:
-    """The refusal of an output that is there already."""
-    fix = "choose another name, or remove it"
+def exists(path: Path, other: str | None = None) -> UsageError:
+    """The refusal of an output that is there already; `other` is a name for it that is free."""
+    fix = f"-o {quote(other)}, or remove {path}" if other else "choose another name, or remove it"
     return UsageError(f"{path} exists already", at="nothing is overwritten", fix=fix, code="BF-USE-002")
 
 

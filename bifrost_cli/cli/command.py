@@ -22,9 +22,8 @@ import bifrost_cli
 from bifrost_cli import errors
 from bifrost_cli.artifacts import Artifact, find, lineage
 from bifrost_cli.artifacts.workspace import remember_outside, survey
-
-from bifrost_cli.cli.options import RUNS  # isort: skip
-from bifrost_cli.cli.options import AsJson, Debug, Offline, Quiet, Sets, key_name, key_option, parameter, recipe_option
+from bifrost_cli.cli import options
+from bifrost_cli.cli.options import RUNS, AsJson, Debug, Offline, Quiet, Sets, parameter
 from bifrost_cli.errors import BifrostError, Interrupted, printable, public
 from bifrost_cli.runtime import launch
 from bifrost_cli.runtime.ui import TerminalUi, Ui
@@ -103,7 +102,7 @@ class LazyCommand(TyperCommand):
         """Typer's parameters: `first`, those of the function, and `flags` before what every command has."""
         if self._params is None:
             place = next((n for n, param in enumerate(self._declared) if param.name == "as_json"), 0)
-            flags = _typer_params([key_option(key) for key in self.flags])
+            flags = _typer_params([options.key_option(key) for key in self.flags])
             params = [*self._declared[:place], *flags, *self._declared[place:]]
             self._params = [*(_typer_params(self.first(params)) if self.first else ()), *params]
         return self._params
@@ -147,7 +146,7 @@ def command(
                 settings: list[str] | None = None
                 main = launch.distributed_env().rank == 0  # of several processes the first one speaks
                 if "recipe" in own:
-                    values = {key: late[key_name(key)] for key in flags}
+                    values = {key: late[options.key_name(key)] for key in flags}
                     sets = [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
                     sets = [*(given.pop("sets") or ()), *sets]
                     settings = sets if given["recipe"] is None else None
@@ -170,7 +169,7 @@ def command(
                 raise
 
         wanted = [own[name].replace(kind=inspect.Parameter.KEYWORD_ONLY) for name in own if name not in _SUPPLIED]
-        wanted += [recipe_option(default), parameter("sets", Sets, None)] if "recipe" in own else []
+        wanted += [options.recipe_option(default), parameter("sets", Sets, None)] if "recipe" in own else []
         _sign(run, [*wanted, *(parameter(name, hint, False) for name, hint in _COMMON.items())])
         made = type("Command", (LazyCommand,), {"flags": flags, "first": first and staticmethod(first), "late": late})
         app.command(name, cls=made, help=text)(run)

@@ -36,9 +36,10 @@ class GenerationModels(NamedTuple):
 
     def own_recipe(self, sets: Sequence[str] = ()) -> Recipe:
         """The recipe that trained the branch, which says how to generate with it, and `sets` on top."""
-        trained, path = isinstance(self.branch.info.get("recipe"), dict), self.branch.path
-        if path.parent == BUILTIN:  # made beside its models, and before the scale was chosen
-            sets = ["models.mllm=builtin:mllm", "models.diffusion=builtin:flux", "generate.control_scale=1.3", *sets]
+        path = self.branch.path
+        trained = isinstance(self.branch.info.get("recipe"), dict)
+        if path == BUILTIN / "branch-linear":  # it ships with the tiny recipe: its own is older than `control_scale`
+            trained = False
         return load_recipe(path if trained else None, sets)
 
 

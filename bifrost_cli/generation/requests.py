@@ -14,6 +14,7 @@ from typing import Any
 
 from bifrost_cli import __version__
 from bifrost_cli.artifacts import Artifact
+from bifrost_cli.artifacts.files import exists
 from bifrost_cli.artifacts.identity import provenance
 from bifrost_cli.artifacts.manifest import require_outside
 from bifrost_cli.config.schema import Recipe, identity_of
@@ -23,7 +24,7 @@ from bifrost_cli.runtime.ui import Ui
 MAX_BYTES = 64 * 1024
 FILE_BYTES = 1 << 28  # of a file of prompts
 OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-_EXAMPLES = 'a prompt is an object: {"prompt": "a star"}'
+_JSON_EXAMPLE = 'a prompt is an object: {"prompt": "a star"}'
 _EXAMPLE = 'bifrost generate "a red circle above a blue square" -o out.png'
 
 
@@ -119,19 +120,14 @@ def destination(output: Path | str | None, images: int) -> Path | None:
                          fix=f"-o {quote(str(path.with_suffix('.png')))}")  # fmt: skip
     if suffix != ".png":
         if path.exists() and not path.is_dir():
-            raise _exists(path, f"{path}-2")
+            raise exists(path, f"{path}-2")
         return None
     if images != 1:
         raise UsageError(f"{images} images do not fit into {path}", fix=f"give a folder: -o {path.with_suffix('')}")
     if path.exists() or path.is_symlink():
-        raise _exists(path, str(path.with_name(f"{path.stem}-2.png")))
+        raise exists(path, str(path.with_name(f"{path.stem}-2.png")))
     require_outside(path)
     return path
-
-
-def _exists(path: Path, other: str) -> UsageError:
-    return UsageError(f"{path} exists already", at="nothing is overwritten", fix=f"-o {quote(other)}, or remove {path}",
-                      code="BF-USE-002")  # fmt: skip
 
 
 def _text(path: Path) -> str:
@@ -159,7 +155,7 @@ def _stdin(stream: Any) -> bytes:
 def _of_list(path: Path) -> list[tuple[str, str]]:
     values = _json(_text(path), str(path))
     if not isinstance(values, list) or not values:
-        raise UsageError(f"{path} is not a list of prompts", fix=f"write a list; {_EXAMPLES}")
+        raise UsageError(f"{path} is not a list of prompts", fix=f"write a list; {_JSON_EXAMPLE}")
     placed = [(f"{path}[{index}]", value) for index, value in enumerate(values)]
     return [(where, value if isinstance(value, str) else _of_object(value, where)) for where, value in placed]
 
@@ -168,12 +164,12 @@ def _json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{where} is no JSON: {error}", fix=_EXAMPLES) from error
+        raise UsageError(f"{where} is no JSON: {error}", fix=_JSON_EXAMPLE) from error
 
 
 def _of_object(value: Any, where: str) -> str:
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-        raise UsageError(f"{where} has no prompt", fix=_EXAMPLES)
+        raise UsageError(f"{where} has no prompt", fix=_JSON_EXAMPLE)
     return value["prompt"]
 
 

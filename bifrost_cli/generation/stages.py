@@ -53,7 +53,8 @@ class BifrostPrior:
         self.settings, self.max_text_tokens = recipe.generate, recipe.branch.max_text_tokens
         self.policy, self.seconds = loader.policy, dict[str, float]()
         self.mllm = loader.mllm()
-        weights, files = fingerprint("mllm", recipe.models, self.mllm), files_digest("mllm", recipe.models)
+        files = files_digest("mllm", recipe.models) if "mllm_files" in artifact.identity else None
+        weights = fingerprint("mllm", recipe.models, self.mllm)
         require_base(artifact, "mllm", recipe.models.mllm, weights, files)
         self.branch = loader.branch(artifact, self.mllm)
         self.modules: list[nn.Module] = [self.mllm.model, self.branch]

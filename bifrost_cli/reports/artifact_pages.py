@@ -87,12 +87,7 @@ def _add_training(
     try:
         (store,) = (LatentsStore.open(parent) for parent in parents if parent.kind == "latents")
         page.gallery = _held_rows(store, held_out(store.keys, count)[1][:GRID_ROWS], grids)
-    except (
-        ValueError,
-        TypeError,
-        IndexError,
-        BifrostError,
-    ):  # the latents, which hold the prompts, are not here any more, or not whole
+    except (ValueError, TypeError, IndexError, BifrostError):  # the latents hold the prompts: gone, or not whole
         page.gallery = [Cell([Shown(grid, png_pixels(grid).shape[1])], {"name": step}) for step, grid in grids.items()]
         page.gallery_wide = True
 

@@ -1,8 +1,8 @@
 """The codebook head: classifies a patch among the k-means centres of the training latents, and samples one.
 
-A token of two stages, as in MaskGIT (arXiv 2202.04200): where a prompt leaves several latents open, a categorical
-distribution holds them all and a draw is one of them, while mean squared error predicts their mean. It is not part of
-the paper. Legend: D decoder width, C latent channels, K codes, N tokens, ... any leading axes.
+Tokens of a codebook, as MaskGIT predicts them (arXiv 2202.04200): where a prompt leaves several latents open, a
+categorical distribution holds them all and a draw is one of them, while mean squared error predicts their mean. It is
+not part of the paper. Legend: D decoder width, C latent channels, K codes, N tokens, ... any leading axes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The vision heads, from a hidden state to a patch latent: a linear layer as published, and one that samples.
+"""The vision heads, from a hidden state to a patch latent: a linear layer as published, and two that sample.
 
 Legend: D decoder width, C latent channels, N tokens, ... any leading axes.
 """

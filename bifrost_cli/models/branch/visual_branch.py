@@ -146,7 +146,7 @@ class VisualBranch(nn.Module):
     # ---- one pass ---------------------------------------------------------------------------------------------------
 
     def forward(self, known_BPC: Tensor, masked_BP: Tensor, prompt_cache: PromptCache) -> Tensor:
-        """Predicted latents_BPC at every patch (the flow head: their mean); see `hidden`."""
+        """Predicted latents_BPC at every patch (of a sampling head: their mean); see `hidden`."""
         return self.from_decoder(self.vision_head.mean(self.hidden(known_BPC, masked_BP, prompt_cache)))
 
     def hidden(
