@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from bifrost_cli.artifacts import newest, resolve
 from bifrost_cli.artifacts.manifest import require_place
 from bifrost_cli.cli.command import FIRST_PROMPT, Result, command, refusals
-from bifrost_cli.cli.options import RUNS, Device, DryRun, Gpus, Output, Recipe, Resume, Workspace, artifact_option
+from bifrost_cli.cli.options import (
+    RUNS,
+    Device,
+    DryRun,
+    Gpus,
+    Output,
+    Recipe,
+    Resume,
+    Workspace,
+    artifact_option,
+    parameter,
+)
 from bifrost_cli.errors import Findings, UsageError, public
+from bifrost_cli.planning.bench import BENCHES
 from bifrost_cli.runtime.ui import Ui
 
 SOURCE = (
@@ -216,26 +230,37 @@ def ask(
     return Result(answer.splitlines() or [""], {"image": str(image), "question": question, "answer": answer})
 
 
-@command(bench, "decode")
-def bench_decode(
-    ui: Ui,
-    hidden: Annotated[int, typer.Option("--hidden", min=64, help="Width.")] = 512,
-    layers: Annotated[int, typer.Option("--layers", min=1, help="Decoder layers.")] = 8,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Image tokens.")] = 256,
-    text: Annotated[int, typer.Option("--text", min=1, help="Text tokens.")] = 300,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Decode steps.")] = 8,
-) -> Result:
-    """Time the decode loop against a plain one that encodes everything again at each step.
+def _bench_command(name: str) -> None:
+    """`bifrost bench NAME`, with the sizes that the benchmark takes."""
+    sizes = BENCHES[name].sizes
 
-    Example: bifrost bench decode --steps 16
+    def options(declared: Sequence[Any]) -> list[inspect.Parameter]:
+        return [
+            parameter(size, Annotated[int | None, typer.Option(f"--{size}", min=1, help=f"{text}  (default: {value})")],
+                      None)
+            for size, (value, text) in sizes.items()
+        ]  # fmt: skip
+
+    def run(recipe: Recipe, ui: Ui, settings: list[str] | None, late: dict[str, Any], device: Device = "auto"
+            ) -> Result:  # fmt: skip
+        from bifrost_cli.planning.bench.paired import run_bench
+
+        given = {size: late[size] for size in sizes if late.get(size) is not None}
+        rows = run_bench(name, recipe=recipe if settings is None else None, sets=settings, device=device, sizes=given,
+                         ui=ui)  # fmt: skip
+        return Result([str(row) for row in rows], {"bench": name, "rows": [row.values() for row in rows]})
+
+    text = f"""{BENCHES[name].help}
+
+    On a GPU with random weights at the recipe's own widths (--recipe, default bifrost1-7b), on a CPU scaled down.
+
+    Example: bifrost bench {name}
     """
-    from dataclasses import asdict
+    command(bench, name, default=None, first=options, text=text)(run)
 
-    from bifrost_cli.planning.bench import bench_decode
 
-    with ui.progress(2, "guidance weights") as bar:
-        rows = bench_decode(hidden=hidden, layers=layers, tokens=tokens, text=text, steps=steps, on_row=bar.advance)
-    return Result([str(row) for row in rows], {"rows": [{**asdict(row), "ratio": row.ratio} for row in rows]})
+for _name in BENCHES:
+    _bench_command(_name)
 
 
 @command(shapes, "render")

@@ -39,7 +39,7 @@ STAGES = {
     "evaluate": ("evaluation.evaluate", ["eval"]),
     "reconstruct": ("generation.reconstruct", ["reconstruct", "a.png"]),
     "ask": ("generation.ask", ["ask", "a.png", "what?"]),
-    "bench_decode": ("planning.bench", ["bench", "decode"]),
+    "run_bench": ("planning.bench.paired", ["bench", "decode"]),
     "import_checkpoint": ("interop.import_checkpoint", ["import", "folder"]),
     "export": ("interop.export", ["export", "builtin:branch"]),
     "render_shapes": ("toy_system.render", ["shapes", "render"]),
@@ -205,7 +205,7 @@ def test_the_answer_and_nothing_else(stage, capsys):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_option_a_command_hands_over_exists_in_the_stage(stage, name):
-    results = {"ask": "x", "bench_decode": [], "render_shapes": Path("x"), "pretrain": Path("x"),
+    results = {"ask": "x", "run_bench": [], "render_shapes": Path("x"), "pretrain": Path("x"),
                "import_checkpoint": {}, "export": Path(".")}  # fmt: skip
     calls = stage(name, results.get(name))
     assert run(STAGES[name][1]) == 0

@@ -6,9 +6,8 @@ import pytest
 import torch
 from fixtures_mllm import PATCHES, normal, random_branch, tiny_mllm  # noqa: F401
 
-from bifrost_cli.errors import UsageError
 from bifrost_cli.models.branch.masking import mask_schedule, random_orders, sample_masked
-from bifrost_cli.planning.bench import bench_decode, plain_decode
+from bifrost_cli.planning.bench.bench_decode import plain_decode
 
 ORDERS = random_orders(2, PATCHES, torch.Generator().manual_seed(0))
 PROMPTS = ["red", "a red circle above a blue square"]
@@ -107,13 +106,3 @@ def test_what_cannot_be_decoded_is_refused(tiny_mllm, prefixes):  # noqa: F811
         sample_masked(branch, prefixes[0], steps=4, guidance=2.0, orders_BP=ORDERS)
     with pytest.raises(ValueError, match="orders"):
         sample_masked(branch, prefixes[0], steps=4, orders_BP=ORDERS[:, :4])
-
-
-def test_the_benchmark_compares_equal_outputs():
-    lines = []
-    sizes = {"hidden": 128, "layers": 2, "tokens": 16, "text": 60, "prompt_tokens": 30, "steps": 3}
-    rows = bench_decode(**sizes, on_row=lambda: lines.append(1))
-    assert [row.guidance for row in rows] == [3.0, 1.0] and len(lines) == 2
-    assert all(row.largest_difference < 1e-4 and row.seconds > 0 for row in rows)
-    with pytest.raises(UsageError, match="width"):
-        bench_decode(hidden=100)

@@ -1,86 +1,66 @@
 """`bifrost bench decode`: masked sampling over a prompt's cache against a plain loop as in the published code.
 
-Both run on the same random weights; the result is CPU seconds of each, their ratio, and the largest difference of their
-outputs. The plain loop is for measuring alone.
+Both run on the same random weights, and their outputs are compared. The plain loop is for measuring alone.
 B batch, T text tokens, P patches, S = T + P, D width, C latent channels.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb
 
-from bifrost_cli.errors import UsageError
+from bifrost_cli.errors import RecipeError, UsageError
 from bifrost_cli.models.branch.masking import mask_from_orders, mask_schedule, random_orders, sample_masked
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.mllm.chat_template import TokenizedPrompts, additive, image_mask, text_mask, tokenize_prompts
 from bifrost_cli.models.mllm.frozen_mllm import Mllm
+from bifrost_cli.planning.bench.paired import BenchRow, BenchSetup, compare, random_weights
+from bifrost_cli.planning.model_configs import configs
 
 UNCONDITIONAL_TOKENS = 25  # what the template makes of an empty prompt with Qwen's tokenizer
+PROMPT_TOKENS = 64
 HEAD_WIDTH = 64
 PROMPTS = 2
 GUIDANCE = (3.0, 1.0)
 
 
-@dataclass(frozen=True)
-class BenchRow:
-    """Both loops at one guidance weight: their seconds, the ratio, and the largest difference of the latents."""
-
-    guidance: float
-    plain_seconds: float
-    seconds: float
-    ratio: float
-    largest_difference: float
-
-    def __str__(self) -> str:
-        return (
-            f"guidance {self.guidance:g}: plain {self.plain_seconds:.2f} s, ours {self.seconds:.2f} s, "
-            f"{self.ratio:.1f} times less, outputs within {self.largest_difference:.1g}"
-        )
-
-
-def bench_decode(
-    *, hidden: int = 512, layers: int = 8, tokens: int = 256, text: int = 300, prompt_tokens: int = 64, steps: int = 8,
-    on_row: Callable[[], None] = lambda: None,
-) -> list[BenchRow]:  # fmt: skip
-    """Time both loops with guidance and without (weight 1), the prompt's encoding included; a row for each.
+def bench_decode(setup: BenchSetup) -> Iterator[BenchRow]:
+    """Both loops with guidance and without (weight 1), the prompt's encoding included; a row for each.
 
     The plain loop pads a prompt to `text` tokens, as the published code does; ours needs no padding. `tokens` are
     patches; more `steps` favour ours, which encodes the prompt once. UsageError: a width that is not whole heads.
     """
-    if hidden < HEAD_WIDTH or hidden % HEAD_WIDTH:
-        raise UsageError(f"the width {hidden} is not a multiple of {HEAD_WIDTH}, the width of one head")
-    mllm, branch = _random_models(hidden, layers, tokens)
+    sizes, device = setup.sizes, setup.device
+    mllm, branch = _random_models(setup)
+    tokens, text, steps = branch.patches, sizes.get("text", setup.recipe.branch.max_text_tokens), sizes.get("steps", 16)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 256, (PROMPTS, min(prompt_tokens, text)), generator=generator).tolist()
+    ids = torch.randint(0, 256, (PROMPTS, min(PROMPT_TOKENS, text)), generator=generator).tolist()
     empty = [ids[0][:UNCONDITIONAL_TOKENS]] * PROMPTS
     padded = [tokenize_prompts(rows, text, (), 0) for rows in (ids, empty)]
     short = [tokenize_prompts(rows, len(rows[0]), (), 0) for rows in (ids, empty)]
-    orders_BP = random_orders(PROMPTS, tokens, generator)
+    orders_BP = random_orders(PROMPTS, tokens, generator).to(device)
 
-    def ours(mllm: Mllm, branch: VisualBranch, text: TokenizedPrompts, empty: TokenizedPrompts, **run: Any) -> Tensor:
-        unconditional = mllm.encode_prompts(empty) if run["guidance"] != 1.0 else None
-        return sample_masked(branch, mllm.encode_prompts(text), unconditional, **run)
+    def ours(guidance: float) -> Tensor:
+        conditional, empty = short
+        unconditional = mllm.encode_prompts(empty) if guidance != 1.0 else None
+        return sample_masked(branch, mllm.encode_prompts(conditional), unconditional, steps=steps, guidance=guidance,
+                             orders_BP=orders_BP)  # fmt: skip
 
-    rows = []
+    def plain(guidance: float) -> Tensor:
+        return plain_decode(mllm, branch, *padded, steps=steps, guidance=guidance, orders_BP=orders_BP)
+
+    shape = f"{tokens} tokens in {steps} steps, width {mllm.width}, {len(mllm.decoder.layers)} layers"
     for weight in GUIDANCE:
-        results: list[torch.Tensor] = []
-        seconds: list[float] = []
-        for decode, texts in ((plain_decode, padded), (ours, short)):
-            start = time.process_time()  # does not count other processes' share of a busy machine
-            results.append(decode(mllm, branch, *texts, steps=steps, guidance=weight, orders_BP=orders_BP))
-            seconds.append(time.process_time() - start)
-        difference = float((results[0] - results[1]).abs().max())
-        rows.append(BenchRow(weight, seconds[0], seconds[1], seconds[0] / seconds[1], difference))
-        on_row()
-    return rows
+        yield compare(
+            f"decode of {shape}, guidance {weight:g}", partial(ours, weight), partial(plain, weight), setup=setup,
+            baseline="the published loop", flops=True, difference=lambda a, b: float((a - b).abs().max()),
+        )  # fmt: skip
 
 
 @torch.no_grad()
@@ -139,20 +119,35 @@ def _both_passes(mllm: Mllm, branch: VisualBranch, x_BSD: Tensor, positions_BS: 
     return both(decoders, "norm", x_BSD)
 
 
-def _random_models(hidden: int, layers: int, tokens: int) -> tuple[Mllm, VisualBranch]:
+def _random_models(setup: BenchSetup) -> tuple[Mllm, VisualBranch]:
+    """A Qwen2.5-VL and its branch with random weights: of the recipe's widths, or of the given ones."""
+    hidden = setup.sizes.get("hidden")
+    if hidden is not None:
+        config, tokens = _small_config(hidden, setup.sizes.get("layers", 8)), setup.sizes.get("tokens", 256)
+    else:
+        config = AutoConfig.from_pretrained(configs(setup.recipe.models.mllm), trust_remote_code=False)
+        tokens = setup.sizes.get("tokens", (setup.recipe.images.input_size // 28) ** 2)
+    if config.model_type != "qwen2_5_vl":
+        raise RecipeError(f"the published loop is of Qwen2.5-VL, not of {config.model_type}",
+                          fix="leave out --recipe, or give --hidden and --layers")  # fmt: skip
+    with random_weights(setup):
+        model: Any = Qwen2_5_VLForConditionalGeneration(config)
+        nothing: Any = None  # neither tokenizer nor image processor is read
+        mllm = Mllm(model, nothing, nothing)
+        branch = VisualBranch.from_mllm(mllm, tokens).eval()
+        with torch.no_grad():
+            for parameter in branch.parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape))
+    return mllm, branch
+
+
+def _small_config(hidden: int, layers: int) -> Qwen2_5_VLConfig:
+    if hidden < HEAD_WIDTH or hidden % HEAD_WIDTH:
+        raise UsageError(f"the width {hidden} is not a multiple of {HEAD_WIDTH}, the width of one head")
     heads = hidden // HEAD_WIDTH
     text = {"hidden_size": hidden, "intermediate_size": 4 * hidden, "num_hidden_layers": layers, "vocab_size": 256,
             "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4),
             "bos_token_id": None, "eos_token_id": None,
             "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12]}}  # fmt: skip
     vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": hidden}
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=1, video_token_id=2)
-    torch.manual_seed(0)
-    model: Any = Qwen2_5_VLForConditionalGeneration(config)
-    nothing: Any = None  # neither tokenizer nor image processor is read
-    mllm = Mllm(model, nothing, nothing)
-    branch = VisualBranch.from_mllm(mllm, tokens)
-    with torch.no_grad():
-        for parameter in branch.parameters():
-            parameter.add_(0.02 * torch.randn(parameter.shape))
-    return mllm, branch
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=1, video_token_id=2)
