@@ -119,6 +119,8 @@ class Draft:
         error, code = (StoreError, "BF-STORE-003") if self.kind == "latents" else (ArtifactError, "BF-ART-003")
         old, new = quote(str(self.path)), quote(f"{self.path}-b")
         fix = f"write to a new place (-o {new}), or see the old settings: bifrost artifacts show {old}"
+        if what == "a finished" and self.kind in ("branch", "controlnet"):
+            fix = f"for more steps --resume {old}; else {fix}"
         message = f"{self.path} already holds {what} {found['kind']} of a different setup"
         raise error(message, at=differences(found, self._header()), fix=fix, code=code)
 

@@ -110,8 +110,14 @@ Gpus = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be done and touch nothing.")]
 Resume = Annotated[
-    str, typer.Option("--resume", metavar="auto|PATH", help="auto, a run folder, or the newest checkpoint of a run.")
+    str,
+    typer.Option(
+        "--resume",
+        metavar="auto|PATH",
+        help="auto; a run's folder, or its newest checkpoint. A finished run goes on with more steps.",
+    ),
 ]
+Init = Annotated[str | None, artifact_option("--init", "Begin with the weights of this artifact.")]
 Reference = Annotated[str | None, artifact_argument("REF", "A folder or an id.  (default: the newest)")]
 _ANY_RECIPE = "A name, a file or an artifact.  (default: tiny)"
 RecipeReference = Annotated[str | None, typer.Argument(metavar="RECIPE", help=_ANY_RECIPE, autocompletion=_recipes)]

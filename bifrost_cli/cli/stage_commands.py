@@ -18,6 +18,7 @@ from bifrost_cli.cli.options import (
     Device,
     DryRun,
     Gpus,
+    Init,
     Output,
     Recipe,
     Resume,
@@ -114,8 +115,10 @@ def check(
 
 def _train(
     recipe: Recipe, ui: Ui, latents: Latents = None, output: Output = None, workspace: Workspace = RUNS,
-    resume: Resume = "auto", device: Device = "auto", gpus: Gpus = 1, dry_run: DryRun = False,
+    resume: Resume = "auto", init: Init = None, device: Device = "auto", gpus: Gpus = 1, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
+    if init is not None:
+        resolve(workspace, init)
     if latents is None:
         newest(workspace, "latents")
     else:

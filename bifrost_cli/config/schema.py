@@ -125,6 +125,17 @@ class Train(Section):
     betas: tuple[Share, Share] = Field((0.9, 0.95), strict=False, description="AdamW's two averaging factors")
     weight_decay: NotNegative = Field(0.0, description="AdamW's weight decay")
     warmup: Every = Field(5_000, description="steps from 0 to lr")
+    schedule: Literal["cosine", "constant_with_warmup", "warmup_stable_decay"] = Field(
+        "cosine",
+        description="of lr after the warm-up: falls to 0 over all steps, stays, or stays and falls in the decay_steps; "
+        "a finished training goes on with more steps where it stayed (--resume)",
+        json_schema_extra=since("cosine"),
+    )
+    decay_steps: Count | None = Field(
+        None,
+        description="with schedule warmup_stable_decay: the last steps, in which lr falls to 0",
+        json_schema_extra=since(None),
+    )
     clip: NotNegative = Field(1.0, description="largest gradient norm; 0 is no clipping")
     ema: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="decay of the averaged weights; 0 is none")
     ema_warmup: bool = Field(
@@ -165,6 +176,13 @@ class Train(Section):
             raise ValueError(f"validate_every ({self.validate_every}) needs validation_rows, which is 0")
         if self.parallel == "fsdp" and self.optimizer == "adamw8bit":
             raise ValueError("optimizer adamw8bit keeps blocks that parallel fsdp would cut; use ddp, or adamw")
+        if (self.schedule == "warmup_stable_decay") != (self.decay_steps is not None):
+            raise ValueError(
+                f"schedule warmup_stable_decay and decay_steps belong together; here they are {self.schedule} and "
+                f"{self.decay_steps}"
+            )
+        if self.decay_steps and self.warmup + self.decay_steps > self.steps:
+            raise ValueError(f"warmup ({self.warmup}) and decay_steps ({self.decay_steps}) are more than the steps")
         return self
 
 

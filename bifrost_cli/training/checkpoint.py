@@ -60,10 +60,11 @@ class SavedCheckpoint:
 
 
 class Checkpoints:
-    """The checkpoints of one training, in `folder`; at most `keep` (at least one) are left after a save."""
+    """The checkpoints of one training, in `folder`; at most `keep` (at least one) are left after a save, and that of
+    step `pinned`."""
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = Path(folder), max(1, keep)
+    def __init__(self, folder: Path, keep: int = 2, pinned: int | None = None) -> None:
+        self.folder, self.keep, self.pinned = Path(folder), max(1, keep), pinned
 
     def prepare(self) -> None:
         """Create the folder and remove what a killed save left under temporary names."""
@@ -100,8 +101,18 @@ class Checkpoints:
         distributed.run_on_main(self._drop_old)
 
     def _drop_old(self) -> None:
-        for step in self.steps()[: -self.keep]:
-            files.remove(self.path(step))
+        self._remove(self.steps()[: -self.keep])
+
+    def tidy(self) -> None:
+        """After the training: remove all but the pinned one."""
+        self._remove(self.steps())
+        if not self.steps():
+            files.remove(self.folder)
+
+    def _remove(self, steps: list[int]) -> None:
+        for step in steps:
+            if step != self.pinned:
+                files.remove(self.path(step))
 
 
 def verify(path: Path, part: slice = slice(None)) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The training loop: AdamW, warm-up and cosine, clipping, accumulation, EMA, exact resume. One loop for every training.
+"""The training loop: AdamW, warm-up, schedule, clipping, accumulation, EMA, exact resume. One loop for every training.
 In the folder of a training it keeps `checkpoints/`, `losses.csv`, `validation.csv`, `train.log` and `samples/`.
 Everything random is a function of (seed, step), so 20 steps give the same bits as 10, a kill, and 10 more."""
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -31,9 +32,12 @@ from bifrost_cli.training.train_log import TrainingLogger
 # What changes the weights; a checkpoint made under other values of these does not continue.
 SETTINGS = (
     "steps", "batch_size", "accumulate", "optimizer", "lr", "betas", "weight_decay", "warmup", "clip", "ema",
-    "ema_warmup", "precision", "seed",
+    "ema_warmup", "precision", "seed", "schedule", "decay_steps",
 )  # fmt: skip
-_BEFORE = {"optimizer": "adamw", "ema_warmup": False}  # what checkpoints had before there was a choice
+_BEFORE = {  # what checkpoints had before there was a choice
+    "optimizer": "adamw", "ema_warmup": False, "schedule": "cosine", "decay_steps": None,
+}  # fmt: skip
+_SCHEDULE = {"steps", "schedule", "decay_steps"}
 
 
 class Task(Protocol):
@@ -85,17 +89,18 @@ class _State:
 
 def fit(
     task: Task, train: Train, folder: Path, *, device: str | torch.device = "cpu", ui: Ui | None = None,
-    resume: bool = True,
+    resume: bool = True, before: Path | None = None,
 ) -> FitResult:  # fmt: skip
-    """Train `task.module` in place for `train.steps` steps, continuing from the newest checkpoint in `folder`.
+    """Train `task.module` in place for `train.steps` steps, continuing from the newest checkpoint in `folder`, or where
+    it has none from that of the training in the folder `before`, whose tables stand in `folder`.
     Diverged: before an optimizer step with a number that is not finite; Stopped: after a signal, with a checkpoint;
     ArtifactError: a damaged checkpoint, or one of other settings; UsageError: any checkpoint when `resume` is False."""
     folder = Path(folder)
     make_folder(folder)
-    checkpoints = Checkpoints(folder / "checkpoints", train.keep)
+    checkpoints = Checkpoints(folder / "checkpoints", train.keep, stays_until(train))
     with StopFlag() as stop, _records(folder, train, ui) as records:
         state = _start(task, train, torch.device(device))
-        _continue(state, checkpoints, records, resume)
+        _continue(state, checkpoints, records, resume, before)
         if records:
             records.begin(state.step, state.seconds)
         while state.step < train.steps:
@@ -104,7 +109,7 @@ def fit(
                 records.step(state.step, row)
             _examine(state, folder, records)
             last = state.step == train.steps
-            if last or stopping or state.due(train.checkpoint_every):
+            if last or stopping or state.due(train.checkpoint_every) or state.step == stays_until(train):
                 digests = records.sync() if records else {}
                 state.seconds = records.seconds() if records else 0.0
                 _save(state, checkpoints, digests)
@@ -132,8 +137,10 @@ def _start(task: Task, train: Train, device: torch.device) -> _State:
     return _State(task, train, device, parallel, ema, make_optimizer(module, train))
 
 
-def _continue(state: _State, checkpoints: Checkpoints, records: TrainingLogger | None, resume: bool) -> None:
-    saved = distributed.run_on_main(lambda: _find(state.train, checkpoints, records, resume))
+def _continue(
+    state: _State, checkpoints: Checkpoints, records: TrainingLogger | None, resume: bool, before: Path | None
+) -> None:
+    saved = distributed.run_on_main(lambda: _find(state.train, checkpoints, records, resume, before))
     if saved is None:
         return
     module = state.task.module
@@ -143,18 +150,19 @@ def _continue(state: _State, checkpoints: Checkpoints, records: TrainingLogger |
     state.step, state.seconds, state.metrics = saved.step, saved.state["seconds"], saved.state["metrics"]
 
 
-def _find(train: Train, checkpoints: Checkpoints, records: Any, resume: bool) -> SavedCheckpoint | None:
+def _find(
+    train: Train, checkpoints: Checkpoints, records: Any, resume: bool, before: Path | None
+) -> SavedCheckpoint | None:
     """The newest checkpoint, when it is whole and of our settings; the tables are cut back to its step."""
     checkpoints.prepare()
     if not resume and checkpoints.steps():
         raise UsageError(f"{checkpoints.folder} already holds checkpoints", at=f"steps {checkpoints.steps()}",
                          fix="let it resume, or train into a new folder", code="BF-USE-002")  # fmt: skip
-    saved = checkpoints.newest()
+    saved = checkpoints.newest() or (Checkpoints(before / "checkpoints").newest() if before else None)
     if saved is None:
         records.cut(0, {})
         return None
-    before, now = {**_BEFORE, **saved.state.get("train", {})}, _settings(train)
-    if changed := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
+    if changed := changed_settings(saved.state.get("train", {}), train, saved.step):
         raise ArtifactError(f"checkpoint {saved.path} was made with other training settings", at="; ".join(changed),
                             fix="set them back, or train into a new folder", code="BF-ART-003")  # fmt: skip
     records.cut(saved.step, saved.state.get("records", {}))
@@ -165,11 +173,39 @@ def _settings(train: Train) -> dict[str, Any]:
     return json.loads(json.dumps({name: getattr(train, name) for name in SETTINGS}))
 
 
-def learning_rate(step: int, train: Train) -> float:
-    """The rate of step 0, 1, ...: linear over `warmup` steps up to `lr`, then a cosine down to 0 at `steps`."""
+def changed_settings(recorded: Mapping[str, Any], train: Train, step: int) -> list[str]:
+    """`name before -> now` for each setting under which the weights at `step` would be others than a checkpoint's, made
+    under the `recorded` ones. Another end of the schedule is none as long as the rates before `step` are the same."""
+    before, now = {**_BEFORE, **recorded}, _settings(train)
+    changed = {name for name in now if before.get(name) != now[name]}
+    if changed and changed <= _SCHEDULE:
+        other = SimpleNamespace(**before)
+        if all(learning_rate(done, other) == learning_rate(done, train) for done in range(step)):
+            return []
+    return [f"{name} {before.get(name)} -> {now[name]}" for name in now if name in changed]
+
+
+def learning_rate(step: int, train: Any) -> float:
+    """The rate of a step.
+
+    Args:
+        step: 0, 1, ...
+        train: has lr, warmup, steps, schedule and decay_steps as `config.schema.Train`.
+
+    Returns:
+        Linear over `warmup` steps up to `lr`; then as `schedule` says, of those that transformers has by these names: a
+        cosine down to 0 at `steps`, lr, or lr and over the last `decay_steps` a cosine down to 0 (arXiv 2404.06395).
+    """
     if step < train.warmup:
         return train.lr * (step + 1) / train.warmup
-    return train.lr * 0.5 * (1 + math.cos(math.pi * (step - train.warmup) / max(1, train.steps - train.warmup)))
+    falls = {"cosine": train.warmup, "constant_with_warmup": train.steps}.get(train.schedule, stays_until(train) or 0)
+    return train.lr * 0.5 * (1 + math.cos(math.pi * max(0, step - falls) / max(1, train.steps - falls)))
+
+
+def stays_until(train: Any) -> int | None:
+    """The step up to which the rate, once warm, stays: a training with more steps can go on from its checkpoint."""
+    ends = {"constant_with_warmup": train.steps, "warmup_stable_decay": train.steps - (train.decay_steps or 0)}
+    return ends.get(train.schedule)
 
 
 def _step(state: _State, folder: Path, stop: StopFlag) -> tuple[dict[str, float], bool]:

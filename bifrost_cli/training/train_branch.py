@@ -48,6 +48,7 @@ def train_branch(
     output: Path | str | None = None,
     workspace: Path | str = "runs",
     resume: Path | str = "auto",
+    init: Path | str | None = None,
     device: str = "auto",
     dry_run: bool = False,
     ui: Ui | None = None,
@@ -58,7 +59,10 @@ def train_branch(
         recipe: its `branch`, `models` and `latents` sections decide the training.
         latents: a latents artifact; None takes the newest of the workspace.
         output: the artifact's folder; None names it by its id in `workspace`.
-        resume: "auto" continues what the same call left; a run folder, or a checkpoint in one, names it.
+        resume: "auto" continues what the same call left; a run folder, or a checkpoint in one, names it. A finished
+            one goes on in a new artifact when the recipe has more steps: to the bit where `train.schedule` kept lr,
+            else from its weights, with a new warm-up and schedule for the steps that it lacks.
+        init: an artifact whose weights the training begins with, in the place of the MLLM's.
         device: "auto" or a torch device.
         dry_run: return the plan and write nothing.
 
@@ -92,7 +96,9 @@ def train_branch(
                       frozen_hash=identity["mllm"], device=loader.device)  # fmt: skip
     if settings.target != "latents":
         job = TARGETS[settings.target](job, branch, mllm, ui)
-    result = training_run.run_training(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
+    result = training_run.run_training(
+        job, output=output, workspace=workspace, resume=resume, init=init, dry_run=dry_run, ui=ui
+    )
     if isinstance(result, Artifact):
         metrics = ", ".join(f"{name} {value:.3f}" for name, value in result.info["metrics"].items())
         ui.say(f"branch: {result.path} ({metrics or 'no validation'})")

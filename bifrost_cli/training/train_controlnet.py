@@ -34,8 +34,8 @@ SHOWN_STEPS, SHOWN_GUIDANCE, SHOWN_SCALE = 28, 3.5, 0.7  # of a sample grid; the
 @together
 def train_controlnet(
     recipe: Recipe, *, latents: Path | str | None = None, output: Path | str | None = None,
-    workspace: Path | str = "runs", resume: Path | str = "auto", device: str = "auto", dry_run: bool = False,
-    ui: Ui | None = None,
+    workspace: Path | str = "runs", resume: Path | str = "auto", init: Path | str | None = None, device: str = "auto",
+    dry_run: bool = False, ui: Ui | None = None,
 ) -> Artifact | dict[str, Any]:  # fmt: skip
     """Train the ControlNet of `recipe` on a latents store; the same call continues an interrupted training to the bit.
 
@@ -65,7 +65,9 @@ def train_controlnet(
                                 **decisive_files("diffusion", models)}, task=task,
                       config=diffusion.controlnet_config(controlnet), frozen=diffusion.weights_hash,
                       frozen_hash=diffusion.weights_hash() if small else base, device=loader.device)  # fmt: skip
-    result = training_run.run_training(job, output=output, workspace=workspace, resume=resume, dry_run=dry_run, ui=ui)
+    result = training_run.run_training(
+        job, output=output, workspace=workspace, resume=resume, init=init, dry_run=dry_run, ui=ui
+    )
     if isinstance(result, Artifact):
         ui.say(f"controlnet: {result.path}")
     return result

@@ -17,19 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id, newest, resolve
-from bifrost_cli.artifacts.files import make_folder, remove, sweep, write_bytes, write_json
+from bifrost_cli.artifacts.files import make_folder, sweep, write_bytes, write_json
 from bifrost_cli.config.schema import Recipe, Train, identity_of
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.png import contact_sheet, png_bytes
 from bifrost_cli.data.safetensors_io import save_tensors
-from bifrost_cli.errors import ArtifactError, BifrostError, DataError, DiskFull, RecipeError, UsageError, memory_errors
+from bifrost_cli.errors import BifrostError, DataError, DiskFull, RecipeError, memory_errors
 from bifrost_cli.loading.compatibility import require_latents
 from bifrost_cli.loading.open_clip_models import features_name
 from bifrost_cli.runtime import distributed
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.training.checkpoint import Checkpoints
+from bifrost_cli.training.continuation import Origin, begin_with, copy_tables, require_origin, resumed
 from bifrost_cli.training.data_order import batch_indices, derive, held_out, image_of
-from bifrost_cli.training.loop import FitResult, fit
+from bifrost_cli.training.loop import FitResult, fit, stays_until
 
 SHOWN = 8  # images of a sample grid
 _LOOKED_AT = 2000  # rows whose texts are measured before the training; a store may have millions
@@ -128,6 +129,16 @@ class TrainingRun:
     frozen: Callable[[], str]
     frozen_hash: str
     device: torch.device
+    origin: Origin | None = None
+
+    @property
+    def parents(self) -> list[Artifact]:
+        """What the artifact is made from."""
+        return [self.store.artifact, *([self.origin.artifact] if self.origin else [])]
+
+    @property
+    def id(self) -> str:
+        return identity_id(self.kind, self.identity, self.parents)
 
     @property
     def parameters(self) -> int:
@@ -161,13 +172,13 @@ def shared_identity(store: LatentsStore, section: Any) -> dict[str, Any]:
 
 
 def run_training(
-    run: TrainingRun, *, output: Path | str | None, workspace: Path | str, resume: Path | str, dry_run: bool, ui: Ui
-) -> Artifact | dict[str, Any]:
+    run: TrainingRun, *, output: Path | str | None, workspace: Path | str, resume: Path | str, dry_run: bool, ui: Ui,
+    init: Path | str | None = None,
+) -> Artifact | dict[str, Any]:  # fmt: skip
     """Train, or continue, or say that it is done; with `dry_run` return the plan and touch nothing. The other arguments
     are those of `train_branch`."""
-    parents = [run.store.artifact]
-    chosen = output if str(resume) == "auto" else _run_folder(resume, output)
-    path = Path(chosen or default_path(workspace, run.kind, identity_id(run.kind, run.identity, parents)))
+    run, folder = _started(run, output, workspace, resume, init, ui)
+    path = Path(folder or output or default_path(workspace, run.kind, run.id))
     plan = _plan(run, path)
     if dry_run:
         return plan
@@ -177,16 +188,17 @@ def run_training(
                           at=f"{run.store.artifact.path} has {run.store.rows} rows, {run.store.rows - rows} held out",
                           fix=f"--set {run.kind}.train.batch_size={rows}", code="BF-RECIPE-005")  # fmt: skip
     distributed.share(size, f"{run.kind}.train.batch_size")
-    with distributed.main_context(lambda: Draft.open(path, run.kind, run.identity, parents)) as draft:
-        if distributed.run_on_main(lambda: _is_made(draft, plan)):
+    with distributed.main_context(lambda: Draft.open(path, run.kind, run.identity, run.parents)) as draft:
+        if distributed.run_on_main(lambda: _is_made(run, draft, plan)):
             ui.say(f"{path} holds this {run.kind} already")
             return Artifact.open(path)
         count = distributed.world()
         shared = f", by {count} processes ({run.train.parallel}), {size // count} rows each" if count > 1 else ""
         trained = f"{run.parameters:,} trained parameters, {run.train.steps} steps on {rows} rows"
         ui.say(f"{run.kind}: {trained}, in {path}{shared}")
+        before = _begin(run, path / "work", ui)
         with memory_errors(f"a step of the {run.kind}'s training", _needs_less(run)):
-            result = fit(run.task, run.train, path / "work", device=run.device, ui=ui)
+            result = fit(run.task, run.train, path / "work", device=run.device, ui=ui, before=before)
         if (now := run.frozen()) != run.frozen_hash:
             raise BifrostError(f"training the {run.kind} changed weights that are frozen",
                                at=f"sha256 {run.frozen_hash[:12]} -> {now[:12]}", fix="please report this")  # fmt: skip
@@ -194,23 +206,49 @@ def run_training(
     return Artifact.open(path)
 
 
-def _run_folder(resume: Path | str, output: Path | str | None) -> Path:
-    """The run folder that `--resume` names, by itself or by its newest checkpoint."""
-    if output is not None:
-        raise UsageError(f"--resume {resume} continues where it is, so -o {output} would be ignored", fix="give one",
-                         code="BF-USE-001")  # fmt: skip
-    named = Path(resume)
-    folder = named.parents[2] if named.name.startswith("step-") and len(named.parents) > 2 else named
-    checkpoints = Checkpoints(folder / "work" / "checkpoints")
-    if not named.is_dir() or not checkpoints.steps():
-        raise ArtifactError(
-            f"{named} holds no checkpoint to resume from", fix="leave --resume out to start", code="BF-ART-001"
-        )
-    last = checkpoints.path(checkpoints.steps()[-1])
-    if folder != named and last.name != named.name:
-        raise UsageError(f"{named} is not the newest checkpoint of its run", at=str(last), code="BF-USE-001",
-                         fix=f"--resume {last}, or remove the newer ones first")  # fmt: skip
-    return folder
+def _started(
+    run: TrainingRun, output: Path | str | None, workspace: Path | str, resume: Path | str, init: Path | str | None,
+    ui: Ui,
+) -> tuple[TrainingRun, Path | None]:  # fmt: skip
+    """The run with what it begins with, and the folder that is continued as it is."""
+    bases = {"mllm": run.recipe.models.mllm, "painter": run.recipe.models.diffusion}
+    if init is not None:
+        artifact = resolve(workspace, init, run.kind)
+        require_origin(artifact, run.kind, run.identity, bases)
+        run = replace(run, origin=Origin(artifact))
+    if str(resume) == "auto":
+        return run, None
+    header = {"kind": run.kind, "identity": run.identity, "parents": [{"id": run.store.artifact.id}]}
+    start = resumed(resume, output, run.kind, header, run.train, run.id)
+    if start.origin is None:
+        return run, start.folder
+    require_origin(start.origin.artifact, run.kind, run.identity, bases)
+    if left := run.train.steps - start.steps:
+        ui.say(f"the schedule of {start.origin.artifact.path} has come to its end after {left} steps: the other "
+               f"{start.steps} begin with its weights, a new warm-up and a new schedule")  # fmt: skip
+    return _with_steps(replace(run, origin=start.origin), start.steps), None
+
+
+def _with_steps(run: TrainingRun, steps: int) -> TrainingRun:
+    """The run with so many steps, wherever they are recorded."""
+    train = run.train.model_copy(update={"steps": steps})
+    section = getattr(run.recipe, run.kind).model_copy(update={"train": train})
+    return replace(run, train=train, recipe=run.recipe.model_copy(update={run.kind: section}),
+                   identity={**run.identity, "settings": identity_of(section)})  # fmt: skip
+
+
+def _begin(run: TrainingRun, work: Path, ui: Ui) -> Path | None:
+    """Give the run what it begins with; the folder of the training that goes on in it, if one does."""
+    if run.origin is None:
+        return None
+    origin, artifact, step = run.origin, run.origin.artifact, run.origin.step
+    if not step:
+        ui.say(f"{run.kind}: begins with the weights of {artifact.path} ({artifact.id})")
+        begin_with(run.task.module, artifact)
+        return None
+    ui.say(f"{run.kind}: goes on from step {step} of {artifact.path} ({artifact.id})")
+    distributed.run_on_main(lambda: copy_tables(origin, work))
+    return origin.work
 
 
 def _plan(run: TrainingRun, path: Path) -> dict[str, Any]:
@@ -219,7 +257,7 @@ def _plan(run: TrainingRun, path: Path) -> dict[str, Any]:
     kept = 4 + (2 * (1 + 4 / 256) if run.train.optimizer == "adamw8bit" else 8) + 4 * bool(run.train.ema)
     raw = bool(run.train.ema) and run.train.ema_warmup  # kept beside the averages
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    rows = len(run.task.train_rows)
+    rows, begins_at = len(run.task.train_rows), run.origin.step if run.origin else 0
     return {
         "output": str(path),
         "latents": run.store.artifact.id,
@@ -227,7 +265,7 @@ def _plan(run: TrainingRun, path: Path) -> dict[str, Any]:
         "held_out": len(run.task.held_rows),
         "steps": run.train.steps,
         "epochs": round(run.train.steps * run.train.batch_size * run.train.accumulate / rows, 2),
-        "continues_at": max(Checkpoints(path / "work" / "checkpoints").steps(), default=0),
+        "continues_at": max(Checkpoints(path / "work" / "checkpoints").steps(), default=begins_at),
         "parameters": run.parameters,
         "memory_of_the_trained_part": round(run.parameters * (kept + 4)),
         "disk_needed": round(run.parameters * (kept * (run.train.keep + 1) + 4 * (1 + raw))),
@@ -236,10 +274,10 @@ def _plan(run: TrainingRun, path: Path) -> dict[str, Any]:
     }
 
 
-def _is_made(draft: Draft | None, plan: dict[str, Any]) -> bool:
+def _is_made(run: TrainingRun, draft: Draft | None, plan: dict[str, Any]) -> bool:
     assert draft is not None  # in the first process
     if draft.complete:
-        _tidy(draft.path / "work")
+        _tidy(run, draft.path / "work")
     elif not draft.continued and plan["disk_needed"] > plan["disk_free"]:
         raise DiskFull(f"a {draft.kind} training does not fit on the disk of {draft.path}",
                        at=f"need {plan['disk_needed']:,} bytes, free {plan['disk_free']:,}",
@@ -275,10 +313,11 @@ def _commit(run: TrainingRun, draft: Draft | None, result: FitResult) -> None:
         made={"device": device, "seed": run.train.seed},
         cost={"seconds": round(result.seconds, 1), "device": device, "samples": result.samples_seen},
     )
-    _tidy(work)
+    _tidy(run, work)
 
 
-def _tidy(work: Path) -> None:
-    """The artifact is whole: nothing can be continued from here any more, also if the last run was killed in this."""
-    remove(work / "checkpoints")
+def _tidy(run: TrainingRun, work: Path) -> None:
+    """The artifact is whole: no checkpoint is left but the one from which its schedule can go on, also if the last run
+    was killed in this."""
+    Checkpoints(work / "checkpoints", pinned=stays_until(run.train)).tidy()
     sweep(work)
