@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from math import sqrt
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from scipy.special import stdtrit
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Z95 = 1.959963984540054  # 97.5 % point of the normal distribution
 
@@ -77,6 +78,8 @@ def seed_interval(values: Sequence[float], *, low: float = -np.inf, high: float 
     """
     if len(values) < 2:
         raise ValueError(f"an interval over seeds needs at least 2 values; here are {len(values)}")
+    from scipy.special import stdtrit
+
     half = float(stdtrit(len(values) - 1, 0.975)) * float(np.std(values, ddof=1)) / np.sqrt(len(values))
     mean = float(np.mean(values))
     return max(low, mean - half), min(high, mean + half)
@@ -105,6 +108,8 @@ def principal_axes(tokens_NC: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
     Fewer axes come back for fewer tokens or channels; the entries of an axis sum to more than 0.
     """
+    import torch  # 2 s that intervals do without
+
     mean_C = tokens_NC.double().mean(0)
     centred_NC = tokens_NC.double() - mean_C
     if centred_NC.shape[0] <= centred_NC.shape[1]:  # the Gram matrix or the covariance, whichever is smaller
@@ -120,6 +125,8 @@ def as_colours(latents_BPC: Tensor, mean_C: Tensor, axes_CK: Tensor, scale_K: Te
 
     Of K unit axes, at most 3, `scale_K` is the standard deviation along each; two of them lead from grey to either end.
     """
+    import torch
+
     parts_BPK = (latents_BPC.double() - mean_C) @ axes_CK / scale_K.clamp_min(1e-12) / 4 + 0.5
     colours_BPK = (parts_BPK.clamp(0, 1) * 255).round().byte()
     return torch.nn.functional.pad(colours_BPK, (0, 3 - colours_BPK.shape[-1]), value=127)

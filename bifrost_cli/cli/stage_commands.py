@@ -28,6 +28,7 @@ from bifrost_cli.cli.options import (
 )
 from bifrost_cli.errors import Findings, UsageError, public
 from bifrost_cli.planning.bench import BENCHES
+from bifrost_cli.runtime.light_imports import import_generation
 from bifrost_cli.runtime.ui import Ui
 
 SOURCE = (
@@ -165,6 +166,7 @@ def generate(
         for kind, ref in (("branch", branch), ("controlnet", controlnet)):
             if ref is not None:
                 resolve(workspace, ref, kind)
+    import_generation(recipe.models.weights)
     from bifrost_cli.generation.generate import generate
 
     if prompt is None and prompts is None:
@@ -227,6 +229,7 @@ def ask(
         if not question.strip():
             raise UsageError("the question is empty", fix='bifrost ask IMAGE "what is in the image?"')
         read_image(image, recipe.images)
+    import_generation(recipe.models.weights)
     from bifrost_cli.generation.ask import ask
 
     answer = ask(recipe, image, question, device=device, ui=ui)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +25,9 @@ from bifrost_cli.errors import BifrostError
 from bifrost_cli.planning.model_configs import own_folder
 
 PACKAGE = "bifrost-cli"
+_FLUX = ("vae", "transformer", "text_encoder", "text_encoder_2")
+# The parts that have weights, by the transformer's class.
+WITH_WEIGHTS = {"FluxTransformer2DModel": _FLUX, "SD3Transformer2DModel": (*_FLUX, "text_encoder_3")}
 ROOM = 10**9  # free bytes of a disk below which nothing useful can be written
 
 
@@ -147,8 +150,6 @@ def _disks(workspace: Path) -> Iterator[Finding]:
 
 def _model(ref: str, revision: str | None, *, diffusion: bool) -> Finding:
     """Whole and here; or on the hub, and whether it may be fetched."""
-    from bifrost_cli.loading.resolve import HUB_ERRORS, hub_problem
-
     here, folder = own_folder(ref), None
     missing: str | None = "is not here"
     try:
@@ -168,6 +169,8 @@ def _model(ref: str, revision: str | None, *, diffusion: bool) -> Finding:
         return Finding(ref, "fail", missing, "give a folder, builtin:NAME or a hub id")
     if is_offline_mode():
         return Finding(ref, "fail", f"{missing}, and this run is offline", f"go online once: hf download {ref}")
+    from bifrost_cli.loading.resolve import HUB_ERRORS, hub_problem  # transformers, only to ask the hub
+
     try:
         api = HfApi()
         api.model_info(ref, revision=revision, timeout=10)
@@ -178,18 +181,22 @@ def _model(ref: str, revision: str | None, *, diffusion: bool) -> Finding:
     return Finding(ref, "warn", f"{missing}; it may be fetched", f"hf download {ref}, or wait until it is needed")
 
 
-def _lack(folder: Path, diffusion: bool) -> str | None:
-    """What a model's folder lacks: a part, or a file of weights that its index names."""
+def _parts_with_weights(folder: Path) -> Sequence[str]:
+    """Of a diffusers pipeline. ArtifactError: it is of no known family."""
+    config = folder / "transformer" / "config.json"
+    if config.is_file() and (known := WITH_WEIGHTS.get(read_json(config).get("_class_name"))):
+        return known
     from torch import nn
 
-    from bifrost_cli.loading.loaders import diffusion_class, part_classes
+    from bifrost_cli.loading.loaders import diffusion_class, part_classes  # seconds: it may be of a plug-in
 
-    parts = [""]
+    return [name for name, kind in part_classes(diffusion_class(folder)).items() if issubclass(kind, nn.Module)]
+
+
+def _lack(folder: Path, diffusion: bool) -> str | None:
+    """What a model's folder lacks: a part, or a file of weights that its index names."""
     try:
-        if diffusion:
-            classes = part_classes(diffusion_class(folder))
-            parts = [name for name, kind in classes.items() if issubclass(kind, nn.Module)]
-        for part in parts:
+        for part in _parts_with_weights(folder) if diffusion else [""]:
             weights = {path.name for path in (folder / part).glob("*.safetensors")}
             for index in (folder / part).glob("*.safetensors.index.json"):
                 if lost := sorted(set(read_json(index)["weight_map"].values()) - weights):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from bifrost_cli.artifacts import Artifact, find, lineage
 from bifrost_cli.artifacts.identity import leaves
@@ -135,21 +134,23 @@ def _add_latents(page: Page, artifact: Artifact, device: str, ui: Ui) -> None:
     page.folded = {"Counted": artifact.info.get("counts", {}), **page.folded}
 
 
-@torch.no_grad()
 def _decoded(store: LatentsStore, rows: list[int], artifact: Artifact, device: str, ui: Ui) -> list[Any]:
     """The images of rows from their VAE latents, uint8 (H, W, 3); None each where that is not possible here."""
     models = load_recipe(str(artifact.path)).models.model_copy(update={"dtype": "float32"})
     if store.vae_shape is None:
         return [None] * len(rows)
+    import torch  # seconds of imports, which other pages do without
+
     from bifrost_cli.loading.loaders import ModelLoader
-    from bifrost_cli.models.diffusion.base import vae_decode  # seconds of imports, which other pages do without
+    from bifrost_cli.models.diffusion.base import vae_decode
 
     try:
         vae = ModelLoader(models, device).vae()
     except BifrostError as error:
         ui.say(f"the images are not shown: {error.message}")
         return [None] * len(rows)
-    return list(vae_decode(vae, torch.from_numpy(store.vae(rows)).float()).numpy())
+    with torch.no_grad():
+        return list(vae_decode(vae, torch.from_numpy(store.vae(rows)).float()).numpy())
 
 
 def lineage_plots(samples: Artifact, workspace: Path) -> list[dict[str, Any]]:

@@ -9,18 +9,18 @@ import csv
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.png import png_bytes
-from bifrost_cli.data.safetensors_io import load_tensors
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.stats import as_colours, principal_axes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DRAWN = 1e12  # numbers from here on are in no plot
 CURVE = 120  # points of a curve; each is the mean of the steps it stands for
@@ -106,6 +106,8 @@ def evenly(count: int, limit: int) -> list[int]:
 def maps(store: LatentsStore, rows: Sequence[int]) -> list[bytes]:
     """A PNG a row: each token in the colour of its first three principal components, whose axes are of SAMPLED rows
     of the whole store. StoreError: damage."""
+    import torch  # 2 s that curves do without
+
     tokens_NC = _tokens(store)
     mean_C, axes_C3 = principal_axes(tokens_NC, 3)
     spread_3 = ((tokens_NC - mean_C) @ axes_C3).std(0)
@@ -123,6 +125,10 @@ def clouds(true: LatentsStore, samples: Artifact) -> list[dict[str, Any]]:
     names = sorted(name for name in samples.files if name.startswith("latents/"))
     if not names:
         return []
+    import torch
+
+    from bifrost_cli.data.safetensors_io import load_tensors
+
     try:
         predicted_BPC = torch.stack([load_tensors(samples.file(names[place]))[0]["latents"].double()
                                      for place in evenly(len(names), SAMPLED)])  # fmt: skip
@@ -158,4 +164,6 @@ def channels(store: LatentsStore) -> dict[str, Any]:
 
 def _tokens(store: LatentsStore) -> Tensor:
     """Tokens (N, C) float64 of evenly spaced rows."""
+    import torch
+
     return torch.from_numpy(store.latents(evenly(store.rows, SAMPLED))).double().flatten(0, 1)

@@ -12,6 +12,8 @@ from stub_hub import hub
 
 from bifrost_cli.cli.app import run
 from bifrost_cli.config.load import load_recipe
+from bifrost_cli.models.diffusion.flux import FluxModel
+from bifrost_cli.models.diffusion.sd3 import Sd3Model
 from bifrost_cli.planning import doctor as stage
 from bifrost_cli.planning.doctor import Finding, doctor
 
@@ -119,3 +121,10 @@ def test_folders_are_whole_or_say_what_they_lack(tmp_path):
     assert found("tiny", *names)[str(mllm)].message == "lacks 1 files of weights, first model-00002.safetensors"
     assert found("tiny", *names)[str(diffusion)].message == "lacks the weights of vae"
     assert found("tiny", "models.mllm=/no/such/folder")["/no/such/folder"].status == "fail"
+
+
+def test_the_parts_with_weights_are_those_that_are_loaded():
+    by_class = {kind.parts["transformer"].partition(":")[2]: kind.frozen_parts for kind in (FluxModel, Sd3Model)}
+    assert {name: set(parts) for name, parts in stage.WITH_WEIGHTS.items()} == {
+        name: set(parts) for name, parts in by_class.items()
+    }

@@ -11,7 +11,6 @@ import math
 import warnings
 
 import torch
-from scipy.cluster.vq import kmeans2
 from torch import Tensor, nn
 
 from bifrost_cli.models.row_noise import NoiseSource
@@ -38,6 +37,8 @@ class CodebookHead(nn.Module):
         Raises:
             ValueError: fewer latents than codes.
         """
+        from scipy.cluster.vq import kmeans2  # half a second that only a training needs
+
         latents_NC = tokens_NC[:: -(-len(tokens_NC) // FIT_TOKENS)].float().cpu()
         if len(latents_NC) < len(self.codes_KC):
             raise ValueError(f"{len(self.codes_KC)} codes cannot be made of {len(latents_NC)} latents")

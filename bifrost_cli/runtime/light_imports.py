@@ -1,0 +1,43 @@
+"""Packages that a library imports only because they are installed, and that the command at hand never uses.
+
+transformers and diffusers import peft, bitsandbytes and scipy wherever these are installed: a fourth of all that a
+first picture takes. For the command line alone: as a library, this package leaves the process of its user as it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+
+OPTIONAL = ("bitsandbytes", "peft", "scipy")  # each has a way around it in both libraries
+_GENERATION = ("bifrost_cli.generation.pipeline", "bifrost_cli.generation.generate", "transformers.modeling_utils")
+_GROUPS = ("bifrost.diffusion_models", "bifrost.mllm_families")  # whose plug-ins may use what is left out
+
+
+def import_generation(weights: str) -> None:
+    """Import what generates images, without the packages that generating does not use.
+
+    Args:
+        weights: `models.weights`; only with `dtype` nothing is quantized, and bitsandbytes is left out.
+    """
+    if any(entry_points(group=group) for group in _GROUPS):
+        return
+    with without([name for name in OPTIONAL if name != "bitsandbytes" or weights == "dtype"]):
+        for module in _GENERATION:
+            importlib.import_module(module)
+
+
+@contextmanager
+def without(packages: Sequence[str]) -> Iterator[None]:
+    """Inside, packages that are not imported yet count as not installed; afterwards they can be imported as always."""
+    hidden = [name for name in packages if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]  # None: what Python takes for "not to be found"
+    try:
+        yield
+    finally:
+        for name in hidden:
+            if sys.modules.get(name, ...) is None:
+                del sys.modules[name]
