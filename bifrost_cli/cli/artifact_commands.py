@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -15,7 +16,7 @@ from bifrost_cli.artifacts.manifest import require_new
 from bifrost_cli.artifacts.workspace import SHIPPED, Removable, Survey, leftovers, removable, remove_all, survey
 from bifrost_cli.cli.command import FIRST_PROMPT, Result, command, refusals
 from bifrost_cli.cli.options import RUNS, DryRun, NewFolder, Output, Recipe, Reference, Workspace, artifact_argument
-from bifrost_cli.errors import ArtifactError, EnvironmentProblem, Findings, public
+from bifrost_cli.errors import ArtifactError, EnvironmentProblem, Findings, UsageError, public
 from bifrost_cli.runtime.ui import Ui, counted
 
 app = typer.Typer(help="List, show, check and remove artifacts, and see what they were made from.")
@@ -163,6 +164,34 @@ def _choose(workspace: Path, ref: str | None) -> Artifact:
         return resolve(workspace, ref)
     found = survey(workspace, outside=True).artifacts
     return found[0] if found else newest(workspace, "latents")
+
+
+@command(interop, "show")
+def show_file(
+    path: Annotated[Path, typer.Argument(metavar="IMAGE|FOLDER", help="An image, a page, or any folder of ours.")],
+    private: Annotated[bool, typer.Option("--private", help="List what it would tell to whoever is given it.")] = False,
+) -> Result:  # fmt: skip
+    """Show what an image or a folder says of itself: prompt, seed, settings, what made it.
+
+    With --private: its paths, user and host names, secrets, prompts, commands, and what a camera wrote.
+
+    Example: bifrost show out.png --private
+    """
+    if not path.exists():
+        raise UsageError(f"{path} does not exist", fix="give a file or a folder")
+    if not private and path.is_dir():
+        return show(str(path))
+    from bifrost_cli.interop.privacy import file_facts, private_facts
+
+    if not private:
+        facts = file_facts(path)
+        return Result([f"{name}: {text}" for name, text in facts.items()] or [f"{path} says nothing of itself"], facts)
+    told = private_facts(path)
+    lines = [f"{one.kind:8} {one.file}: {one.value if len(one.value) <= 200 else one.value[:197] + '...'}"
+             for one in told]  # fmt: skip
+    kinds = ", ".join(f"{kind} {count}" for kind, count in Counter(one.kind for one in told).items())
+    data = {"path": str(path), "private": [one._asdict() for one in told]}
+    return Result([*lines, f"{path} tells: {kinds or 'nothing private'}"], data)
 
 
 @command(interop, "import")

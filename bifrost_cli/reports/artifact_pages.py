@@ -61,7 +61,7 @@ def unfinished_page(folder: Path, draft: Mapping[str, Any], workspace: Path) -> 
     known = {artifact.id: artifact for place in (folder.parent, workspace) for artifact in find(place, "latents")}
     parents = [known[parent["id"]] for parent in draft.get("parents", ()) if parent["id"] in known]
     identity = draft.get("identity", {})
-    page = Page(f"Training of a {draft['kind']}", f"unfinished, in {folder.name}")
+    page = Page(f"Training of a {draft['kind']}", f"unfinished: {draft['id']}")
     page.folded = {"Settings": _settings(identity)}
     _add_training(page, folder / "work", folder / "work" / "samples", parents, identity)
     return page

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from PIL import Image
 from bifrost_cli.artifacts import Artifact, lineage
 from bifrost_cli.data.image_sets import EvalImage, ImageSet
 from bifrost_cli.data.png import png_bytes
+from bifrost_cli.interop.privacy import shared_command, without_places
 from bifrost_cli.reports import charts
 
 SMALL = 256  # px: narrower images are enlarged with square pixels; larger ones are shown at this size
@@ -99,7 +100,26 @@ class Page:
         filters: dict[str, Any] = {"data_uri": lambda png: "data:image/png;base64," + base64.b64encode(png).decode(),
                                    "chart": _chart, "costs": _costs}  # fmt: skip
         environment.filters |= filters
-        return environment.get_template("page.html.j2").render(page=self, graph=graph, policy=POLICY, script=SCRIPT)
+        return environment.get_template("page.html.j2").render(
+            page=self._without_places(), graph=graph, policy=POLICY, script=SCRIPT,
+            commands={title: map(shared_command, lines) for title, lines in self.commands.items() if lines},
+        )  # fmt: skip
+
+    def _without_places(self) -> Page:
+        """The page without names of folders of this machine, but for those that are a row's own name (its key)."""
+        commands = [line for lines in self.commands.values() for line in lines]
+
+        def hidden(value: Any) -> Any:
+            if isinstance(value, str):
+                return without_places(value, commands)
+            if isinstance(value, Mapping):
+                return {key: hidden(inner) for key, inner in value.items()}
+            if isinstance(value, tuple) and hasattr(value, "_make"):
+                return value._make(map(hidden, value))
+            return [hidden(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+        told = ("title", "summary", "cards", "tables", "notes", "facts", "folded")
+        return replace(self, **{name: hidden(getattr(self, name)) for name in told})
 
 
 def gallery(entries: Sequence[Mapping[str, Any]], images: Images) -> list[Cell]:
