@@ -203,6 +203,11 @@ class Branch(Section):
     codes: Count | None = Field(
         None, description="with head codebook: its k-means centres of latents", json_schema_extra=since(None)
     )
+    code_levels: Count = Field(
+        1,
+        description="with head codebook: codes that are summed to a latent, one after the other",
+        json_schema_extra=since(1),
+    )
     normalize: bool = Field(
         False, description="predict latents scaled to mean 0, deviation 1 by the store's statistics"
     )
@@ -244,6 +249,8 @@ class Branch(Section):
                 raise ValueError(f"{key} {value} is not for target queries, which knows {usual} alone")
         if (self.head == "codebook") != (self.codes is not None):
             raise ValueError(f"head codebook and codes belong together; here they are {self.head} and {self.codes}")
+        if self.code_levels > 1 and self.head != "codebook":
+            raise ValueError(f"code_levels {self.code_levels} is for head codebook, not {self.head}")
         if self.mask_low > self.mask_high:
             raise ValueError(f"mask_low ({self.mask_low}) is above mask_high ({self.mask_high})")
         return self
@@ -326,8 +333,9 @@ class Evaluate(Section):
 
 
 class Shapes(Section):
-    """The built-in world of shapes, and how the bases that ship with the package are made."""
+    """The built-in worlds of shapes, and how the bases that ship with the package are made."""
 
+    world: Literal["shapes", "shapes-2"] = Field("shapes", description="which of the built-in worlds")
     rows: Count = Field(2048, description="rows of the store that extract-latents makes when no source is given")
     seed: Every = Field(0, description="which scenes")
     vae: Train = Field(Train(), description="pretraining of the tiny VAE")

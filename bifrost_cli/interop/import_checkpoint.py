@@ -207,9 +207,11 @@ def _branch(recipe: Recipe, root: ShardedCheckpoint, names: Names, base: _Base) 
     own = {name.removeprefix(OWN + "vision_head.") for name in names.branch if name.startswith(OWN + "vision_head.")}
     head = "codebook" if "codes_KC" in own else "flow" if own else "linear"
     codes = root.shapes[OWN + "vision_head.codes_KC"][0] if head == "codebook" else None
+    levels = 1 + len({name.split(".")[1] for name in own if name.startswith("deeper.")})
     normalize = OWN + "latents_mean_C" in names.branch
+    form: dict[str, Any] = {"head": head, "codes": codes, "code_levels": levels, "normalize": normalize}
     with init_empty_weights():
-        branch = VisualBranch(base.text_config, patches, channels, head=head, codes=codes, normalize=normalize)
+        branch = VisualBranch(base.text_config, patches, channels, **form)
     wanted = {published.published_name(name): shape for name, shape in shapes_of(branch.state_dict()).items()}
     present = {name: root.shapes[name] for name in (*names.branch, *names.unexpected)}
     _require_fit(misfits(wanted, present), f"the branch in {root.folder} does not fit {recipe.models.mllm}")

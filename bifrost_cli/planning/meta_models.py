@@ -55,7 +55,7 @@ class MetaModels:
     def branch(self) -> VisualBranch:
         """The branch that the recipe trains."""
         settings, text = self.recipe.branch, self.mllm.config.text_config
-        how: dict[str, Any] = {name: getattr(settings, name) for name in ("head", "codes", "normalize")}
+        how: dict[str, Any] = {name: getattr(settings, name) for name in ("head", "codes", "code_levels", "normalize")}
         with torch.device("meta"):
             return VisualBranch(text, self.grid**2, self.channels, **how, tune=tuned(self.recipe))
 

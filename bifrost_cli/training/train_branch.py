@@ -109,9 +109,10 @@ def build_branch(recipe: Recipe, store: LatentsStore, mllm: Mllm) -> VisualBranc
     """The untrained branch: copied from the MLLM, sized for the store, its new layers drawn from the recipe's seed."""
     settings = recipe.branch
     seed = derive(settings.train.seed, "init")
-    branch = VisualBranch.from_mllm(mllm, store.grid[0] * store.grid[1], store.channels, head=settings.head,
-                                    codes=settings.codes, normalize=settings.normalize, tune=tuned(recipe),
-                                    generator=torch.Generator().manual_seed(seed))  # fmt: skip
+    form = {name: getattr(settings, name) for name in ("head", "codes", "code_levels", "normalize")}
+    generator = torch.Generator().manual_seed(seed)
+    patches = store.grid[0] * store.grid[1]
+    branch = VisualBranch.from_mllm(mllm, patches, store.channels, **form, tune=tuned(recipe), generator=generator)
     if settings.init != "mllm":
         STARTS[settings.init](branch, seed)
     if settings.normalize:

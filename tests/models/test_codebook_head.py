@@ -24,7 +24,7 @@ def drawn(head, n=20_000, **settings):
     hidden = torch.ones(n, 1)
     uncond = settings.pop("uncond", None)
     latents = head.guided(hidden, uncond, settings.pop("guidance", 1.0), noise, **settings)
-    return torch.bincount(head.nearest(latents), minlength=len(head.codes_KC)) / n
+    return torch.bincount(head.nearest(latents)[:, 0], minlength=len(head.codes_KC)) / n
 
 
 def test_draws_follow_the_distribution():
@@ -102,3 +102,54 @@ def test_fewer_different_latents_than_codes_repeat_codes():
     head = CodebookHead(1, 2, 4)
     head.fit(torch.tensor([[1.0, 0.0], [0.0, 1.0]]).repeat(4, 1), seed=0)
     assert {tuple(row) for row in head.codes_KC.tolist()} == {(1.0, 0.0), (0.0, 1.0)}
+
+
+def residual(levels=3, codes=8, channels=4, n=4096):
+    """Latents, and a fitted head of several levels with random weights."""
+    torch.manual_seed(0)
+    latents = torch.randn(n, channels, generator=torch.Generator().manual_seed(0))
+    head = CodebookHead(5, channels, codes, levels)
+    head.fit(latents, seed=0)
+    return head, latents
+
+
+def test_each_level_explains_what_those_before_left_over():
+    head, latents = residual()
+    indices, errors = head.nearest(latents), [latents.square().mean()]
+    left = latents
+    for level, codes in enumerate([head.codes_KC, *(one.codes_KC for one in head.deeper)]):
+        assert torch.equal(indices[:, level], torch.cdist(left, codes).argmin(-1))
+        left = left - codes[indices[:, level]]
+        errors.append(left.square().mean())
+    assert indices.shape == (4096, 3)
+    assert all(after < 0.75 * before for before, after in zip(errors, errors[1:], strict=False)), errors
+
+
+def test_levels_are_drawn_from_their_joint_distribution():
+    head, _ = residual(levels=2, codes=3, channels=2, n=300)
+    hidden = torch.randn(5, generator=torch.Generator().manual_seed(2)).expand(40_000, 5)
+    with torch.no_grad():
+        drawn = head.guided(hidden, None, 1.0, torch.randn(40_000, 2, generator=torch.Generator().manual_seed(3)))
+        first = head.to_logits(hidden[0]).softmax(-1)
+        for one, share in enumerate(first):
+            second = head.deeper[0](hidden[0], head.codes_KC[one]).softmax(-1)
+            for other, conditional in enumerate(second):
+                code = head.codes_KC[one] + head.deeper[0].codes_KC[other]
+                met = (drawn - code).abs().sum(-1).lt(1e-5).float().mean()
+                assert abs(met - share * conditional) < 0.01, (one, other)
+
+
+def test_the_loss_of_levels_is_the_negative_log_likelihood_of_the_codes():
+    head, latents = residual()
+    hidden, indices = torch.randn(64, 5, generator=torch.Generator().manual_seed(4)), head.nearest(latents[:64])
+    expected, written = 0.0, torch.zeros(64, 4)
+    for level, codes in enumerate([head.codes_KC, *(one.codes_KC for one in head.deeper)]):
+        logits = head.to_logits(hidden) if level == 0 else head.deeper[level - 1](hidden, written)
+        expected = expected - logits.log_softmax(-1).gather(-1, indices[:, level, None]).mean()
+        written = written + codes[indices[:, level]]
+    assert torch.allclose(head.loss(hidden, latents[:64]), expected)
+
+
+def test_more_levels_than_channels_are_refused():
+    with pytest.raises(ValueError, match="3 levels need as many numbers"):
+        CodebookHead(5, 2, 8, 3)

@@ -38,6 +38,7 @@ class VisualBranch(nn.Module):
         channels: C.
         head: `linear` (as published), or one that samples each token: `flow` or `codebook`.
         codes: K of a codebook head.
+        code_levels: how many codes it sums to a latent.
         normalize: the decoder reads and predicts latents normalised by the stored channel statistics.
         tune: what of the decoder is trained: None (all of it), {"layers": n} or {"rank": r}; the rest is the MLLM's.
     """
@@ -47,13 +48,13 @@ class VisualBranch(nn.Module):
 
     def __init__(
         self, text_config: PreTrainedConfig, patches: int, channels: int, *, head: str = "linear",
-        codes: int | None = None, normalize: bool = False, tune: dict[str, int] | None = None,
+        codes: int | None = None, code_levels: int = 1, normalize: bool = False, tune: dict[str, int] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         if head not in HEADS:
             raise ValueError(f"heads are {tuple(HEADS)}, not {head!r}")
-        self.patches, self.channels, self.head_kind, self.codes = patches, channels, head, codes
-        self.normalize, self.tune = normalize, tune
+        self.patches, self.channels, self.head_kind = patches, channels, head
+        self.codes, self.code_levels, self.normalize, self.tune = codes, code_levels, normalize, tune
         width = text_config.hidden_size
         self.decoder: Any = new_decoder(text_config)
         if tune:
@@ -61,7 +62,7 @@ class VisualBranch(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.position_embedding = nn.Parameter(torch.zeros(1, patches, width))
         self.input_projection = nn.Identity() if channels == width else nn.Linear(channels, width)
-        self.vision_head: Any = HEADS[head](width, channels, *([codes] if codes else []))
+        self.vision_head: Any = HEADS[head](width, channels, *([codes, code_levels] if codes else []))
         if normalize:
             self.register_buffer("latents_mean_C", torch.zeros(channels))
             self.register_buffer("latents_std_C", torch.ones(channels))
@@ -80,7 +81,7 @@ class VisualBranch(nn.Module):
             patches: P.
             channels: C; None is the MLLM's own width.
             generator: of what is random; None is seed 0.
-            form: `head`, `codes`, `normalize` and `tune`, as for the class.
+            form: `head`, `codes`, `code_levels`, `normalize` and `tune`, as for the class.
         """
         with init_empty_weights():
             branch = cls(mllm.text_config, patches, channels or mllm.width, **form)
@@ -119,6 +120,7 @@ class VisualBranch(nn.Module):
             "channels": self.channels,
             "head": self.head_kind,
             **({"codes": self.codes} if self.codes else {}),
+            **({"code_levels": self.code_levels} if self.code_levels > 1 else {}),
             "normalize": self.normalize,
             **({"tune": self.tune} if self.tune else {}),
         }
