@@ -21,7 +21,7 @@ from bifrost_cli.generation.reconstruct import reconstruct_set
 from bifrost_cli.loading.resolve import builtin
 from bifrost_cli.reports.page import report_html, thumbnails
 from bifrost_cli.runtime.ui import Ui
-from bifrost_cli.shapes.captions import held_out_prompts
+from bifrost_cli.shapes.world import world
 from bifrost_cli.stats import clustered_error, share_interval
 from bifrost_cli.training.train_branch import train_branch
 from bifrost_cli.training.train_controlnet import train_controlnet
@@ -138,10 +138,10 @@ def _cell(variant: str, seed: int, recipe: Recipe, ablation: Ablation, workspace
         trained.append(train_controlnet(recipe, latents=latents.path, **where))
         controlnet = trained[-1].path
     if ablation.judge == "pictures":
-        prompts = [prompt.text for prompt in held_out_prompts(ablation.prompts, PROMPT_SEED)]
+        prompts = [prompt.text for prompt in world(recipe.shapes.world).held_out_prompts(ablation.prompts, PROMPT_SEED)]
         samples = generate(recipe, prompts, branch=trained[0].path, controlnet=controlnet, **where)
     else:
-        true = drawn(ablation.prompts, seed=PROMPT_SEED)
+        true = drawn(ablation.prompts, seed=PROMPT_SEED, of=recipe.shapes.world)
         samples = reconstruct_set(recipe, true, controlnet=controlnet, **where)
     assert isinstance(samples, Artifact)  # several images, and no dry run
     images = from_samples(samples, recipe.images)

@@ -83,7 +83,7 @@ def extract_latents(
     from bifrost_cli.extraction.source import refuse_output
 
     refuse_output(source, output, workspace)
-    if not is_remote(source) and not source.startswith((HUB, SHAPES)):
+    if not is_remote(source) and not source.startswith((HUB, *SHAPES)):
         places = [Path(place) for place in expand(source)]
         if not all(place.is_dir() or (place.exists() and place.suffix in _FILES) for place in places):
             list_source(source, recipe.latents)  # it says why
@@ -275,15 +275,16 @@ def render(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to fill.")] = Path("shapes"),
     n: Annotated[int, typer.Option("-n", min=1, help="How many images.")] = 64,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which images.")] = 0,
-    split: Annotated[Literal["train", "held-out"], typer.Option("--split", help="Which prompts.")] = "train",
+    split: Annotated[Literal["train", "held-out", "new"], typer.Option("--split", help="Which prompts.")] = "train",
+    world: Annotated[Literal["shapes", "shapes-2"], typer.Option("--world", help="Which world.")] = "shapes",
 ) -> Result:
-    """Draw images of the built-in world with their captions and plans.
+    """Draw images of a built-in world with their captions and plans.
 
     Example: bifrost shapes render -n 100 -o shapes
     """
     from bifrost_cli.toy_system.render import render_shapes
 
-    folder = render_shapes(output, n=n, seed=seed, split=split, ui=ui)
+    folder = render_shapes(output, n=n, seed=seed, split=split, world=world, ui=ui)
     hint = f"next: bifrost extract-latents {quote(str(folder))}"
     return Result([str(folder)], {"path": str(folder), "images": n}, folder, hint)
 

@@ -18,8 +18,7 @@ from bifrost_cli.config.schema import Images, Latents
 from bifrost_cli.data.images import DecodedImage, read_image, square
 from bifrost_cli.data.sources.scan import Sample, listed, scan
 from bifrost_cli.errors import ArtifactError, DataError
-from bifrost_cli.shapes.captions import held_out_prompts, sample_scene
-from bifrost_cli.shapes.draw import draw
+from bifrost_cli.shapes.world import world
 
 PROMPTS, STEP = "prompts.jsonl", 8  # STEP: px; a VAE makes no image of another size
 _FOLDER = Latents(missing_caption="empty")  # a folder of images, whatever the recipe says of its own source
@@ -144,11 +143,11 @@ def _quarter(entry: EvalImage, row: int, column: int) -> np.ndarray:
     return rgb_HWc[row * high // 2 : (row + 1) * high // 2, column * wide // 2 : (column + 1) * wide // 2]
 
 
-def drawn(count: int, *, seed: int = 0) -> ImageSet:
-    """Drawings of the built-in world for held-out prompts; the same number and seed give the same images."""
-    entries = []
-    for index, prompt in enumerate(held_out_prompts(count, seed)):
-        rgb = draw(sample_scene(np.random.default_rng((seed, index)), prompt))
+def drawn(count: int, *, seed: int = 0, of: str = "shapes") -> ImageSet:
+    """Drawings of a built-in world for held-out prompts; the same number and seed give the same images."""
+    entries, shapes = [], world(of)
+    for index, prompt in enumerate(shapes.held_out_prompts(count, seed)):
+        rgb = shapes.draw(shapes.sample_scene(np.random.default_rng((seed, index)), prompt))
         digest = hashlib.sha256(rgb.tobytes()).hexdigest()
         entries.append(EvalImage(f"{index:05d}", digest, partial(np.copy, rgb), prompt.text))
     return ImageSet(f"{len(entries)} drawings of the built-in world (held-out prompts, seed {seed})", tuple(entries))

@@ -21,7 +21,7 @@ from bifrost_cli.evaluation.registry import REGISTRY, metric_class, metric_flags
 from bifrost_cli.extraction.source import images_of_store
 from bifrost_cli.generation.requests import read_prompts
 from bifrost_cli.runtime.ui import Ui
-from bifrost_cli.shapes.captions import held_out_prompts
+from bifrost_cli.shapes.world import world
 
 STATISTICS = (".safetensors", ".npz")  # suffixes of files of statistics
 WORLD_SEED, FLOOR_SEED = 1, 2  # 0 is the seed of the prompts a default set is made from
@@ -107,7 +107,7 @@ class Reference:
     count: int
     images: ImageSet | None = None
     file: Path | None = None
-    world: bool = False  # drawings of the built-in world, of which any other are as good
+    world: str | None = None  # whose drawings they are: any others of it are as good
     originals: bool = False  # the images that the samples are reconstructions of, one by one
 
     def statistics(self, network: FeatureNetwork, layers: Sequence[str], workspace: Path,
@@ -136,8 +136,8 @@ class Reference:
 
 
 def reference_for(ref: Path | str | None, count: int, rules: Images, workspace: Path | str,
-                  originals: bool = False, recursive: bool = False) -> Reference:  # fmt: skip
-    """A folder, an artifact (path or id), a file of statistics, or for None `count` drawings of the built-in world;
+                  originals: bool = False, recursive: bool = False, of: str = "shapes") -> Reference:  # fmt: skip
+    """A folder, an artifact (path or id), a file of statistics, or for None `count` drawings of the world `of`;
     `originals` are reconstructed and compared with one by one, as squares of `images.output_size`."""
     if ref is not None and Path(ref).suffix in STATISTICS:
         if originals:
@@ -145,21 +145,21 @@ def reference_for(ref: Path | str | None, count: int, rules: Images, workspace: 
         published = Path(ref).suffix == ".npz"
         count = (load_adm(Path(ref), "pool") if published else load_statistics(Path(ref))).count
         return Reference(f"saved statistics {ref}", sha256_file(Path(ref)), count, file=Path(ref))
-    images = images_for(ref, count, rules, workspace, recursive)
+    images = images_for(ref, count, rules, workspace, recursive, of)
     if originals:
         images = squared(images, rules.output_size)
     elif len(images.entries) < 4:
         raise DataError(f"the reference, {images.what}, has {len(images.entries)} images; a covariance needs more",
                         fix="give a folder with at least as many images as there are samples",
                         code="BF-DATA-008")  # fmt: skip
-    return Reference(images.what, images.content, len(images.entries), images, world=ref is None and not originals,
-                     originals=originals)  # fmt: skip
+    return Reference(images.what, images.content, len(images.entries), images, originals=originals,
+                     world=of if ref is None and not originals else None)  # fmt: skip
 
 
 def images_for(ref: Path | str | None, count: int, rules: Images, workspace: Path | str,
-               recursive: bool = False) -> ImageSet:  # fmt: skip
+               recursive: bool = False, of: str = "shapes") -> ImageSet:  # fmt: skip
     if ref is None:
-        return drawn(count, seed=WORLD_SEED)
+        return drawn(count, seed=WORLD_SEED, of=of)
     if Path(ref).is_dir() and not (Path(ref) / "manifest.json").exists():
         return from_folder(Path(ref), rules, recursive)
     artifact = resolve(workspace, ref)
@@ -193,7 +193,7 @@ class ImageProvider:
         if request.prompts is not None:
             images = self._generated(Path(request.prompts), n=request.copies, output=None)
         elif not (images := self._existing(request)):
-            prompts = [prompt.text for prompt in held_out_prompts(request.needed)]
+            prompts = [prompt.text for prompt in world(self.recipe.shapes.world).held_out_prompts(request.needed)]
             self.ui.say(f"making {len(prompts)} images from held-out prompts first; the same command continues where "
                         "it stopped")  # fmt: skip
             images = self._generated(prompts)
@@ -230,7 +230,7 @@ class ImageProvider:
                 fix="give --reference FOLDER, a samples artifact, or a saved statistics file",
             )
         return reference_for(request.reference, count, self.recipe.images, self.workspace, request.reconstructs,
-                             self.recipe.latents.recursive)  # fmt: skip
+                             self.recipe.latents.recursive, self.recipe.shapes.world)  # fmt: skip
 
     def _generated(self, *prompts: Any, **options: Any) -> ImageSet:
         from bifrost_cli.generation.generate import generate

@@ -24,7 +24,7 @@ from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.latents.writer import StoreWriter
 from bifrost_cli.data.latents.zarr_layout import INDEX, OK, StoreLayout
 from bifrost_cli.data.sources.item import Problem, SourceError
-from bifrost_cli.data.sources.scan import SHAPES, Sample, Scan, listed, refuse_too_many
+from bifrost_cli.data.sources.scan import Sample, Scan, listed, refuse_too_many
 from bifrost_cli.errors import DiskFull, Stopped, StoreError, memory_errors
 from bifrost_cli.extraction.source import changes, digest, refuse_output, scan_source, write_events
 from bifrost_cli.loading.loaders import ModelLoader, encoder_errors
@@ -68,8 +68,8 @@ def extract_latents(
         StoreError: (5) the output holds latents of another setup, or is being written.
         Stopped: (75) SIGTERM or Ctrl-C; the same call continues.
     """
-    ui = ui or Ui()
-    chosen = str(source) if source is not None else f"{SHAPES}{recipe.shapes.rows}:{recipe.shapes.seed}"
+    ui, shapes = ui or Ui(), recipe.shapes
+    chosen = str(source) if source is not None else f"{shapes.world}:{shapes.rows}:{shapes.seed}"
     ui.say(f"source: {chosen}" + ("" if source is not None else " (none given: the built-in world)"))
     refuse_output(chosen, output, workspace)
     scanned = distributed.run_on_main(lambda: scan_source(chosen, recipe, Path(workspace), ui))  # images are read once

@@ -25,6 +25,7 @@ RELATIONS |= {f"{words}{side} of": side for side in ("left", "right") for words 
 _MEDIA = ("a picture", "a drawing", "an image", "a photo", "a sketch", "a painting", "a view")
 OPENERS = ("", *(f"{medium} of " for medium in _MEDIA))
 HELD_OUT_SHARE = 0.2
+SPLITS = ("train", "held_out", "all")
 _WEIGHTS = (0.1, 0.15, 0.15, 0.1, 0.3, 0.2)  # half of the prompts: position and color_attribution
 _ENDING_SHARE = 0.25
 _COLOURED_SHARE = 2 / 3  # of position prompts; of counting prompts the rest
@@ -147,8 +148,8 @@ def parse(text: str) -> Prompt:
 
 def sample_prompt(rng: np.random.Generator, split: str = "train", category: str | None = None) -> Prompt:
     """A random prompt of a split ('train', 'held_out', 'all'); by default half are about place or attribution."""
-    if split not in ("train", "held_out", "all"):
-        raise ValueError(f"no such split: {split!r} (train, held_out, all)")
+    if split not in SPLITS:
+        raise ValueError(f"no such split: {split!r} ({', '.join(SPLITS)})")
     chosen = category or CATEGORIES[int(np.searchsorted(np.cumsum(_WEIGHTS)[:-1], rng.random(), side="right"))]
     share = {"position": _COLOURED_SHARE, "counting": 1 - _COLOURED_SHARE}.get(chosen)
     while True:
@@ -160,8 +161,8 @@ def sample_prompt(rng: np.random.Generator, split: str = "train", category: str 
             return prompt
 
 
-def held_out_prompts(n: int, seed: int = 0) -> list[Prompt]:
-    """`n` distinct held-out prompts, a sixth a category; where a small category runs out, the larger ones fill up."""
+def held_out_prompts(n: int, seed: int = 0, split: str = "held_out") -> list[Prompt]:
+    """`n` distinct prompts of a split, a sixth a category; where a small category runs out, the larger ones fill up."""
     rng = np.random.default_rng(seed)
     by_size = ("single_object", "two_objects", "colors", "counting", "color_attribution", "position")
     chosen: dict[str, Prompt] = {}
@@ -170,7 +171,7 @@ def held_out_prompts(n: int, seed: int = 0) -> list[Prompt]:
         for _ in range(5000 + 20 * quota):
             if len(chosen) >= quota:
                 break
-            prompt = sample_prompt(rng, "held_out", category)
+            prompt = sample_prompt(rng, split, category)
             chosen.setdefault(prompt.text, prompt)
     return sorted(chosen.values(), key=lambda prompt: CATEGORIES.index(prompt.category))
 
@@ -205,3 +206,9 @@ def sample_scene(rng: np.random.Generator, prompt: Prompt) -> Scene:
         colour = wanted.colour or colours[free]
         things.append(Thing(wanted.shape, colour, cell // GRID, cell % GRID, dx - JITTER, dy - JITTER))
     return Scene(spec.tone or tones[rng.integers(len(tones))], tuple(things))
+
+
+def training_sample(rng: np.random.Generator) -> tuple[Prompt, Scene]:
+    """A prompt of the training split, and a scene that shows it."""
+    prompt = sample_prompt(rng, split="train")
+    return prompt, sample_scene(rng, prompt)

@@ -25,9 +25,9 @@ from bifrost_cli.extraction.extract import extract_latents
 from bifrost_cli.models.diffusion.flux import FluxModel
 from bifrost_cli.models.mllm.chat_template import chat_text
 from bifrost_cli.runtime.ui import Ui
-from bifrost_cli.shapes.words import words
 from bifrost_cli.toy_system import tiny_models
-from bifrost_cli.toy_system.tasks import FILL_QUESTION, FluxTask, MllmTask, OpenClipTask, VaeTask, measure_scale
+from bifrost_cli.toy_system.curricula import CURRICULA
+from bifrost_cli.toy_system.tasks import FluxTask, MllmTask, OpenClipTask, VaeTask, measure_scale
 from bifrost_cli.training.loop import FitResult, fit
 from bifrost_cli.training.train_branch import train_branch
 from bifrost_cli.training.train_controlnet import train_controlnet
@@ -88,19 +88,22 @@ def pretrain(
 
 
 def _vae(recipe: Recipe, train: Train, folder: Path, fit: Fit) -> None:
-    task = VaeTask(tiny_models.vae(), train.seed, train.batch_size)
+    curriculum = CURRICULA[recipe.shapes.world]
+    vae = tiny_models.vae(tiny_models.SIZES[recipe.shapes.world]).to(memory_format=torch.channels_last)
+    task = VaeTask(vae, curriculum, train.seed, train.batch_size)
     result = fit(task)
     vae = task.module.to("cpu")
     vae.load_state_dict(result.ema_state)
-    measure_scale(vae, train.seed)
+    measure_scale(vae, curriculum, train.seed)
     _save(vae, folder / "flux" / "vae", train, result)
 
 
 def _mllm(recipe: Recipe, train: Train, folder: Path, fit: Fit) -> None:
     target, instruction = folder / "mllm", recipe.generate.plan_instruction
-    tokenizer = tiny_models.qwen_tokenizer(words([instruction, FILL_QUESTION, chat_text("")]))
-    processor = tiny_models.image_processor()
-    task = MllmTask(tiny_models.mllm(tokenizer), tokenizer, processor, instruction, train.seed, train.batch_size)
+    curriculum, sizes = CURRICULA[recipe.shapes.world], tiny_models.SIZES[recipe.shapes.world]
+    tokenizer = tiny_models.qwen_tokenizer(curriculum.words([instruction, chat_text("")]))
+    mllm, processor = tiny_models.mllm(tokenizer, sizes), tiny_models.image_processor(sizes)
+    task = MllmTask(mllm, tokenizer, processor, curriculum, instruction, train.seed, train.batch_size)
     result = fit(task)
     task.module.load_state_dict(result.ema_state)
     tokenizer.save_pretrained(target)
@@ -112,21 +115,23 @@ def _open_clip(recipe: Recipe, train: Train, folder: Path, fit: Fit) -> None:
     import open_clip  # a second of import time that only this part needs
 
     target = folder / "open_clip"
-    tokenizer = tiny_models.clip_tokenizer(words())
+    curriculum = CURRICULA[recipe.shapes.world]
+    tokenizer = tiny_models.clip_tokenizer(curriculum.words())
     make_folder(target)
-    config = tiny_models.open_clip_config(len(tokenizer))
+    config = tiny_models.open_clip_config(len(tokenizer), tiny_models.SIZES[recipe.shapes.world])
     write_json(target / "open_clip_config.json", config)
     tokenizer.save_pretrained(target)
     model = open_clip.create_model(f"local-dir:{target}", pretrained=None, load_weights=False)
     tokenize = open_clip.get_tokenizer(f"local-dir:{target}")
-    result = fit(OpenClipTask(model, tokenize, config["preprocess_cfg"], train.seed, train.batch_size))
+    result = fit(OpenClipTask(model, tokenize, config["preprocess_cfg"], curriculum, train.seed, train.batch_size))
     weights = {name: tensor.to("cpu").half().contiguous() for name, tensor in result.ema_state.items()}
     save_tensors(target / "open_clip_model.safetensors", weights, {})
     _complete(target, train, result, weights)
 
 
 def _flux(recipe: Recipe, train: Train, folder: Path, fit: Fit) -> None:
-    target, vocabulary = folder / "flux", words()
+    curriculum, target = CURRICULA[recipe.shapes.world], folder / "flux"
+    vocabulary = curriculum.words()
     tokenizers = tiny_models.clip_tokenizer(vocabulary), tiny_models.t5_tokenizer(vocabulary)
     scheduler: Any = tiny_models.scheduler()  # save_pretrained comes from a mixin that the stubs do not know
     diffusion = FluxModel(
@@ -139,7 +144,8 @@ def _flux(recipe: Recipe, train: Train, folder: Path, fit: Fit) -> None:
         scheduler=scheduler,
     )
     pool = min(POOL, train.steps * train.batch_size)
-    task = FluxTask(diffusion, recipe.models.diffusion_text_tokens, train.seed, train.batch_size, pool)
+    tokens = recipe.models.diffusion_text_tokens
+    task = FluxTask(diffusion, curriculum, tokens, train.seed, train.batch_size, pool)
     result = fit(task)
     task.module.load_state_dict(result.ema_state)
     scheduler.save_pretrained(target / "scheduler")

@@ -1,13 +1,15 @@
-"""The built-in tiny system, freshly initialized: stock classes of transformers and diffusers at sizes a laptop trains.
+"""The built-in tiny systems, freshly initialized: stock classes of transformers and diffusers at sizes a laptop trains.
 
-A 64 px image is 8x8 patches of 8 px; the 2x2 merge leaves 4x4 latents, one for each 16 px cell of the shapes world.
-FLUX generates an 8x8 packed grid (VAE factor 4, packed by 2), twice as fine as the latents, as at paper scale.
+In the first world a 64 px image is 8x8 patches of 8 px; the 2x2 merge leaves 4x4 latents, one for each 16 px cell.
+FLUX generates an 8x8 packed grid (VAE factor 4, packed by 2), twice as fine as the latents, as at paper scale. In the
+second a 128 px image is 16x16 patches, merged to 8x8 latents, and FLUX's grid (VAE factor 8) is as fine as they are.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import transformers
@@ -16,9 +18,28 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-WIDTH = 128
 VISION_PATCH = 8
 TEXT_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What differs between the systems of the worlds."""
+
+    image: int  # px, side
+    width: int  # of the MLLM's decoder, and so of the patch latents
+    layers: int
+    heads: int
+    key_value_heads: int
+    window: int  # px, of the visual encoder's windows (all its layers see the whole image)
+    vae_channels: tuple[int, ...]  # by level; each after the first halves the image
+
+
+SIZES = {
+    "shapes": Sizes(64, 128, 4, 4, 2, 32, (16, 32, 64)),
+    "shapes-2": Sizes(128, 160, 5, 5, 5, 64, (8, 24, 48, 96)),
+}
+FIRST = SIZES["shapes"]
 
 CHAT_TEMPLATE = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
@@ -59,26 +80,30 @@ def qwen_tokenizer(words: Iterable[str]) -> transformers.Qwen2Tokenizer:
     return tokenizer
 
 
-def image_processor() -> transformers.Qwen2VLImageProcessor:
-    """Stock Qwen2-VL preprocessing for 64 px images."""
+def image_processor(sizes: Sizes = FIRST) -> transformers.Qwen2VLImageProcessor:
+    """Stock Qwen2-VL preprocessing for images of the world's size."""
+    pixels = sizes.image**2
     return transformers.Qwen2VLImageProcessor(
-        patch_size=VISION_PATCH, temporal_patch_size=2, merge_size=2, min_pixels=64 * 64, max_pixels=64 * 64
+        patch_size=VISION_PATCH, temporal_patch_size=2, merge_size=2, min_pixels=pixels, max_pixels=pixels
     )
 
 
-def mllm(tokenizer: transformers.Qwen2Tokenizer) -> transformers.Qwen2_5_VLForConditionalGeneration:
-    """A Qwen2.5-VL of about 1.5 M parameters: a 3-layer visual encoder and a 4-layer decoder, both 128 wide."""
+def mllm(
+    tokenizer: transformers.Qwen2Tokenizer, sizes: Sizes = FIRST
+) -> transformers.Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL of 1.5 to 2.4 M parameters: a 3-layer visual encoder and a decoder of 4 or 5 layers."""
     ids: dict[str, Any] = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
            for name in ("vision_start", "vision_end", "image_pad", "video_pad", "im_end", "endoftext")}  # fmt: skip
     text = dict(
-        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=3 * WIDTH, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, rms_norm_eps=1e-6,
+        vocab_size=len(tokenizer), hidden_size=sizes.width, intermediate_size=3 * sizes.width,
+        num_hidden_layers=sizes.layers, num_attention_heads=sizes.heads, num_key_value_heads=sizes.key_value_heads,
+        max_position_embeddings=2048, rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
         bos_token_id=ids["endoftext"], eos_token_id=ids["im_end"], pad_token_id=ids["endoftext"],
     )  # fmt: skip
     vision = dict(
-        depth=3, hidden_size=96, intermediate_size=288, num_heads=3, patch_size=VISION_PATCH, window_size=32,
-        out_hidden_size=WIDTH, fullatt_block_indexes=[0, 1, 2],
+        depth=3, hidden_size=96, intermediate_size=288, num_heads=3, patch_size=VISION_PATCH,
+        window_size=sizes.window, out_hidden_size=sizes.width, fullatt_block_indexes=[0, 1, 2],
     )  # fmt: skip
     config = transformers.Qwen2_5_VLConfig(
         text_config=text, vision_config=vision, tie_word_embeddings=True, image_token_id=ids["image_pad"],
@@ -91,12 +116,13 @@ def mllm(tokenizer: transformers.Qwen2Tokenizer) -> transformers.Qwen2_5_VLForCo
     return model
 
 
-def vae() -> AutoencoderKL:
-    """A factor-4 autoencoder with FLUX's 16 latent channels."""
+def vae(sizes: Sizes = FIRST) -> AutoencoderKL:
+    """An autoencoder of factor 4 or 8 with FLUX's 16 latent channels."""
+    levels = len(sizes.vae_channels)
     return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
-        block_out_channels=[16, 32, 64], layers_per_block=1, norm_num_groups=8, latent_channels=16,
-        use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False, sample_size=64,
+        down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=list(sizes.vae_channels), layers_per_block=1, norm_num_groups=8, latent_channels=16,
+        use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False, sample_size=sizes.image,
         scaling_factor=1.0, shift_factor=0.0,
     )  # fmt: skip
 
@@ -152,12 +178,12 @@ def t5(tokenizer: transformers.T5Tokenizer) -> transformers.T5EncoderModel:
     ))  # fmt: skip
 
 
-def open_clip_config(vocabulary: int) -> dict[str, Any]:
-    """An open_clip model card: a 3-layer image tower on 4x4 patches of 16 px, and a 2-layer text tower."""
+def open_clip_config(vocabulary: int, sizes: Sizes = FIRST) -> dict[str, Any]:
+    """An open_clip model card: a 3-layer image tower on patches of 16 px, and a 2-layer text tower."""
     return {
         "model_cfg": {
             "embed_dim": 64,
-            "vision_cfg": {"image_size": 64, "layers": 3, "width": 96, "head_width": 32, "patch_size": 16},
+            "vision_cfg": {"image_size": sizes.image, "layers": 3, "width": 96, "head_width": 32, "patch_size": 16},
             "text_cfg": {"context_length": TEXT_TOKENS, "vocab_size": vocabulary, "width": 64, "heads": 2, "layers": 2,
                          "hf_tokenizer_name": "."},
         },

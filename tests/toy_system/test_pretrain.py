@@ -13,6 +13,7 @@ from bifrost_cli.artifacts import Artifact
 from bifrost_cli.errors import UsageError
 from bifrost_cli.shapes.captions import held_out, sample_prompt, sample_scene
 from bifrost_cli.shapes.words import cell_classes
+from bifrost_cli.toy_system.curricula import CURRICULA
 from bifrost_cli.toy_system.pretrain import PARTS, pretrain
 from bifrost_cli.toy_system.tasks import MllmTask
 
@@ -91,6 +92,7 @@ def test_rows_of_the_mllm_never_show_a_held_out_prompt(system):
         tiny_models.mllm(tokenizer),
         tokenizer,
         AutoImageProcessor.from_pretrained(system / "mllm"),
+        CURRICULA["shapes"],
         "Plan a picture of {prompt}",
         0,
         64,
@@ -104,10 +106,21 @@ def test_rows_of_the_mllm_never_show_a_held_out_prompt(system):
 
 
 def test_filled_cells_hold_every_thing():
-    from bifrost_cli.toy_system.tasks import filled
+    from bifrost_cli.toy_system.curricula import filled
 
     rng = np.random.default_rng(0)
     for _ in range(200):
         scene = sample_scene(rng, sample_prompt(rng))
         words = filled(rng, scene).split()
         assert len(words) == 16 and sum(word != "none" for word in words[1::2]) == (cell_classes(scene) > 0).sum()
+
+
+def test_the_second_world_is_made_the_same_way(tmp_path):
+    few = [value for value in SETS if not value.startswith(("shapes.open_clip", "shapes.rows"))]
+    sets = [*few, "shapes.rows=32", "branch.codes=8", "branch.code_levels=2", "controlnet.train.batch_size=4"]
+    parts = ["vae", "mllm", "flux", "latents", "branch", "controlnet"]
+    folder = pretrain(load_recipe("shapes-2", sets), parts=parts, output=tmp_path / "system")
+    branch = Artifact.open(folder / "branch")
+    config = json.loads((branch.path / "config.json").read_text())
+    assert (config["patches"], config["channels"], config["codes"], config["code_levels"]) == (64, 160, 8, 2)
+    assert Artifact.open(folder / "controlnet").kind == "controlnet"

@@ -1,6 +1,6 @@
 """A source of captioned images, checked before any model is loaded. A source is anything `listing` knows, or
-`shapes:N[:SEED]` (scenes of the built-in world, training split). Every image is decoded once here, so that a bad one
-shows before the encoder starts."""
+`shapes:N[:SEED]` or `shapes-2:N[:SEED]` (scenes of a built-in world, training split). Every image is decoded once here,
+so that a bad one shows before the encoder starts."""
 
 from __future__ import annotations
 
@@ -22,12 +22,9 @@ from bifrost_cli.data.sources.item import Problem, SourceError, SourceItem
 from bifrost_cli.data.sources.listing import list_source, refuse_ignored
 from bifrost_cli.errors import RecipeError, UsageError
 from bifrost_cli.runtime.ui import Ui
-from bifrost_cli.shapes.captions import Prompt, sample_prompt, sample_scene
-from bifrost_cli.shapes.draw import draw
-from bifrost_cli.shapes.scene import Scene
-from bifrost_cli.shapes.words import write_plan
+from bifrost_cli.shapes.world import WORLDS, World, world
 
-SHAPES = "shapes:"
+SHAPES = tuple(f"{name}:" for name in WORLDS)  # sources that are drawn
 _BLOCK = 1024  # images handed to the threads at once
 FLIP = "#flip"  # follows the key; keys hold no other `#`, so that both rows of an image can be told to belong together
 _SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
@@ -177,26 +174,21 @@ def _scan_shapes(source: str, rules: Latents, ui: Ui) -> Scan:
         raise RecipeError("latents.flip would make captions of the built-in world wrong: they say where things are",
                           fix="--set latents.flip=false", code="BF-RECIPE-005")  # fmt: skip
     refuse_ignored(rules, "the built-in world", "image_column", "caption_column", "captions", "class_names")
-    count, *seeds = source.removeprefix(SHAPES).split(":")
+    name, count, *seeds = source.split(":")
     if len(seeds) > 1 or not all(part.isascii() and part.isdigit() for part in (count, *seeds)) or int(count) < 1:
-        message = f"{source} is not shapes:ROWS or shapes:ROWS:SEED"
-        raise UsageError(message, fix="for example shapes:2048 or shapes:2048:7")
-    rows, seed, samples = int(count), int(seeds[0]) if seeds else 0, []
+        message = f"{source} is not {name}:ROWS or {name}:ROWS:SEED"
+        raise UsageError(message, fix=f"for example {name}:2048 or {name}:2048:7")
+    drawn, rows, seed, samples = world(name), int(count), int(seeds[0]) if seeds else 0, []
     with ui.progress(rows, "drawing images") as bar:
         for i in range(rows):  # sample i is a function of (seed, i) alone: a longer source begins with the shorter one
-            prompt, scene = _scene(seed, i)
-            digest = hashlib.sha256(draw(scene).tobytes()).hexdigest()
-            samples.append(Sample(f"{i:08d}", prompt.text, write_plan(scene, prompt), digest, partial(_image, seed, i)))
+            prompt, scene = drawn.training_sample(np.random.default_rng([seed, i]))
+            digest = hashlib.sha256(drawn.draw(scene).tobytes()).hexdigest()
+            plan = drawn.write_plan(scene, prompt)
+            samples.append(Sample(f"{i:08d}", prompt.text, plan, digest, partial(_image, drawn, seed, i)))
             bar.advance()
     return Scan(tuple(samples), dict.fromkeys(("seen", "readable", "captioned", "used"), rows))
 
 
-def _scene(seed: int, i: int) -> tuple[Prompt, Scene]:
-    rng = np.random.default_rng([seed, i])
-    prompt = sample_prompt(rng, split="train")
-    return prompt, sample_scene(rng, prompt)
-
-
-def _image(seed: int, i: int) -> DecodedImage:
+def _image(drawn: World, seed: int, i: int) -> DecodedImage:
     """Drawn from the numbers again: a scene in memory is larger than all else of a sample."""
-    return DecodedImage(draw(_scene(seed, i)[1]))
+    return DecodedImage(drawn.draw(drawn.training_sample(np.random.default_rng([seed, i]))[1]))

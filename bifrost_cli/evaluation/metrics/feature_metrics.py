@@ -62,7 +62,7 @@ class FeatureSets:
             if self.reference is not None and compared:
                 real = self.reference.statistics(self.network, compared, place, ui)
             if self.reference is not None and self.reference.world:
-                true = drawn(len(images.entries), seed=FLOOR_SEED)
+                true = drawn(len(images.entries), seed=FLOOR_SEED, of=self.reference.world)
                 floor = statistics_of(true, self.network, compared, place, ui, "features of true images")
             self._sides = made, real, floor
         made, real, floor = self._sides

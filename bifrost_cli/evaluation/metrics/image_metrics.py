@@ -42,7 +42,7 @@ class ShapesAccuracy(Metric):
     identity = {"checker": "shapes"}
 
     def compute(self, images: ImageSet, lines: Sequence[Line], ui: Ui) -> list[dict[str, Any]]:
-        from bifrost_cli.shapes.captions import CATEGORIES
+        from bifrost_cli.shapes.world import WORLDS, world
 
         with ui.progress(len(lines), "checking images") as bar:
             for line, entry in zip(lines, images.entries, strict=True):
@@ -55,7 +55,8 @@ class ShapesAccuracy(Metric):
             raise DataError(f"none of {len(lines)} images {why}", fix=fix, code="BF-DATA-007")
         total = share("all", counted)
         low, high = total["interval95"]
-        by_category = [share(name, [line for line in counted if line["category"] == name]) for name in CATEGORIES]
+        names = dict.fromkeys(name for known in map(world, WORLDS) for name in known.categories)
+        by_category = [share(name, [line for line in counted if line["category"] == name]) for name in names]
         return [row(
             "shapes_accuracy", "Images that show their prompt", total.pop("value"), format="share", n_gen=len(counted),
             spread=f"{total['right']} of {total['count']}, 95 %: {low:.1%} to {high:.1%}", **total,
@@ -76,14 +77,15 @@ class ShapesAccuracy(Metric):
 
 def judge(entry: EvalImage) -> dict[str, Any]:
     """The checker's verdict on an image; `right` is None when its prompt is not of the built-in world."""
-    from bifrost_cli.shapes.captions import parse
-    from bifrost_cli.shapes.checker import check
+    from bifrost_cli.shapes.world import world_of_size
 
+    rgb = entry.load()
+    shapes = world_of_size(rgb.shape[0])
     try:
-        prompt = parse(entry.prompt or "")
+        prompt = shapes.parse(entry.prompt or "")
     except ValueError:
         return {"category": None, "right": None, "why": "not judged: not a prompt of the built-in world"}
-    verdict = check(prompt, entry.load())
+    verdict = shapes.check(prompt, rgb)
     return {"category": prompt.category, "right": bool(verdict.right), "why": verdict.why}
 
 
