@@ -26,6 +26,23 @@ from bifrost_cli.errors import BifrostError, UsageError
 from bifrost_cli.runtime.launch import leave_status
 
 CLOSED_PIPE = 141  # as a shell counts a command that SIGPIPE ended
+# What other programs have an option for, and how it is said here.
+_THREADS = "nothing needs setting: images are read by as many threads as there are cores"
+_INSTEAD = {
+    "--num-workers": _THREADS, "--workers": _THREADS, "--num-threads": _THREADS,
+    "--resolution": "--set images.input_size=448, or images.output_size for what is generated",
+    "--output-dir": "-o FOLDER", "--output_dir": "-o FOLDER", "--num-samples": "-n N", "--num-images": "-n N",
+    "--learning-rate": "--lr", "--max-steps": "--steps", "--max-train-steps": "--steps", "--epochs": "--steps",
+    "--num-epochs": "--steps", "--resume-from-checkpoint": "--resume FOLDER", "--config": "--recipe FILE",
+    "--model": "--set models.mllm=FOLDER_OR_ID", "--num-inference-steps": "--steps", "--height": "the recipe's "
+    "images.output_size: --set images.output_size=512", "--width": "the recipe's images.output_size", "--cfg":
+    "--guidance-scale", "--text-column": "--caption-column", "--force": "nothing is overwritten: another -o",
+    "--overwrite": "nothing is overwritten: another -o", "--split": "name it in the source: hf:NAME:SPLIT",
+    "--fp16": "--set models.dtype=bfloat16", "--bf16": "--set models.dtype=bfloat16",
+    "--mixed-precision": "--set branch.train.precision=bf16", "--gradient-checkpointing":
+    "--set branch.train.gradient_checkpointing=true", "--lora": "--set branch.tune=lora --set branch.lora_rank=16",
+    "--verbose": "what is done is said on stderr; --debug shows tracebacks", "--yes": "nothing asks; leave it out",
+}  # fmt: skip
 _HELP = {"help_option_names": ["-h", "--help"]}
 app = typer.Typer(name="bifrost", pretty_exceptions_enable=False, context_settings=_HELP)
 
@@ -122,7 +139,9 @@ def explain(error: BaseException) -> BifrostError:
     if hasattr(error, "format_message"):  # Typer's own usage errors; their class lives in a module that moves
         context = getattr(error, "ctx", None)
         place = context.command_path if context is not None else "bifrost"
-        return UsageError(error.format_message().rstrip("."), fix=f"see {place} --help")
+        said = error.format_message().rstrip(".")
+        typed = str(getattr(error, "option_name", ""))
+        return UsageError(said, fix=_INSTEAD.get(typed) or f"see {place} --help")
     if errors.is_out_of_memory(error):
         return errors.OutOfMemory("out of memory", at=line or None, fix="smaller batches: --set SECTION.batch_size=1")
     if isinstance(error, OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
@@ -33,9 +34,11 @@ from bifrost_cli.runtime.ui import Ui
 
 SOURCE = (
     "latents.missing_caption", "latents.bad_image", "latents.max_bad", "images.animated", "latents.image_column",
-    "latents.caption_column", "latents.captions", "latents.class_names",
+    "latents.caption_column", "latents.captions", "latents.class_names", "latents.captions_per_image",
+    "latents.caption_extension", "latents.recursive",
 )  # fmt: skip
-EXTRACT = ("latents.encoder", "images.background", *SOURCE)
+EXTRACT = ("latents.encoder", "latents.batch_size", "images.background", *SOURCE)
+TRAIN = ("steps", "batch_size", "lr")
 RECONSTRUCT = ("generate.steps", "generate.guidance_scale", "generate.control_scale")
 GENERATE = ("generate.plan", "generate.decode_steps", "generate.branch_guidance", *RECONSTRUCT)
 _FILES = (".tar", ".parquet", ".jsonl", ".csv", ".tsv")
@@ -59,22 +62,22 @@ Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or Web
 @command(app, "extract-latents", EXTRACT, stage="extract_latents")
 def extract_latents(
     recipe: Recipe, ui: Ui,
-    source: Annotated[str | None,
-        typer.Argument(metavar="SOURCE", help="Images: see above.  [default: the built-in world]")] = None,
+    source: Annotated[list[str] | None,
+        typer.Argument(metavar="SOURCE...", help="Images: see above.  [default: the built-in world]")] = None,
     output: Output = None, workspace: Workspace = RUNS,
     device: Device = "auto", gpus: Gpus = 1, dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Turn images and captions into a latents store.
 
     SOURCE is a folder of images with .txt captions or a metadata.jsonl, a table (.jsonl, .csv, .tsv, .parquet),
-    WebDataset archives ('shards-{000..099}.tar'), hf:NAME[:SPLIT], or shapes:N. Given again, the command continues
-    where it stopped.
+    WebDataset archives ('shards-{000..099}.tar'), hf:NAME[:SPLIT], or shapes:N; of several, the keys say of which an
+    image is. Given again, the command continues where it stopped.
 
     Example: bifrost extract-latents photos/ -o runs/photos
     """
     if output is not None and not output.is_symlink():
         require_place(output)
-    if source is None:
+    if not source:
         return
     from bifrost_cli.data.sources.hf_datasets import HUB
     from bifrost_cli.data.sources.listing import list_source
@@ -82,35 +85,41 @@ def extract_latents(
     from bifrost_cli.data.sources.scan import SHAPES
     from bifrost_cli.extraction.source import refuse_output
 
-    refuse_output(source, output, workspace)
-    if not is_remote(source) and not source.startswith((HUB, *SHAPES)):
-        places = [Path(place) for place in expand(source)]
-        if not all(place.is_dir() or (place.exists() and place.suffix in _FILES) for place in places):
-            list_source(source, recipe.latents)  # it says why
+    for part in source:
+        refuse_output(part, output, workspace)
+        if not is_remote(part) and not part.startswith((HUB, *SHAPES)):
+            places = [Path(place) for place in expand(part)]
+            if not all(place.is_dir() or (place.exists() and place.suffix in _FILES) for place in places):
+                list_source(part, recipe.latents)  # it says why
 
 
 @command(data, "check", SOURCE)
 def check(
-    recipe: Recipe, ui: Ui, source: Annotated[str, typer.Argument(metavar="SOURCE", help="As for extract-latents.")]
-) -> Result:
+    recipe: Recipe, ui: Ui,
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="As for extract-latents.")],
+) -> Result:  # fmt: skip
     """Read every image and caption of a source as extract-latents would. Exit code 8 when that would stop.
 
     Example: bifrost data check photos/
     """
     from bifrost_cli.data.sources.scan import listed
+    from bifrost_cli.data.sources.several import as_one
     from bifrost_cli.extraction.source import check_source
 
+    source = as_one(sources)
     found = check_source(recipe, source, ui=ui)
+    causes = dict(sorted(Counter(problem.event for problem in found.problems).items()))
     source, lines = public(source), [public(f"{one.event}  {one.where}: {one.reason}") for one in found.problems]
     lines += [f"counted: {listed(found.counts)}"] if found.counts else []
     lines += [f"funnel: {listed(found.funnel)}"] if found.funnel else []
     stops = found.stops
-    data = {"source": source, "funnel": dict(found.funnel), "counts": dict(found.counts),
+    data = {"source": source, "funnel": dict(found.funnel), "counts": dict(found.counts), "causes": causes,
             "problems": [public(vars(problem)) for problem in found.problems],
             "stops": {"code": stops.code, "message": public(stops.message)} if stops else None}  # fmt: skip
     if not stops:
         return Result([*lines, "extract-latents would not stop"], data, source)
-    message = f"extract-latents would stop: {stops.message} ({stops.code})"
+    told = f"found {listed(causes)}; " if causes else ""
+    message = f"{told}extract-latents would stop: {stops.message} ({stops.code})"
     return Result(lines, data, error=Findings(message, at=None if found.problems else stops.at, fix=stops.fix))
 
 
@@ -138,7 +147,7 @@ for _part, _what, _example in (
 
     Example: bifrost train {_example}
     """
-    command(train, _part, stage=f"train_{_part}", text=_help)(_train)
+    command(train, _part, [f"{_part}.train.{key}" for key in TRAIN], stage=f"train_{_part}", text=_help)(_train)
 
 
 @command(app, "generate", GENERATE, default=None)

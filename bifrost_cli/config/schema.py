@@ -99,6 +99,17 @@ class Latents(Section):
     captions: Literal["files", "folders"] = Field(
         "files", description="where a folder's captions are: .txt files, or the name of each image's folder"
     )
+    captions_per_image: Literal["all", "first", "random"] = Field(
+        "all",
+        description="of several captions of one image: all (a row each), the first, or one drawn by the image's key",
+        json_schema_extra=since("all"),
+    )
+    caption_extension: str = Field(
+        "txt",
+        pattern=r"^\w+$",
+        description="with captions files: how the text files beside the images end",
+        json_schema_extra=since("txt"),
+    )
     class_names: str | None = Field(
         None, description="file of lines FOLDER CAPTION, for captions: folders and for archives' .cls"
     )

@@ -28,6 +28,7 @@ _UPRIGHT = {
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
+LFS_POINTER = b"version https://git-lfs"  # what a clone without git-lfs has in the place of a file
 _REFUSED = {
     b"%!PS": "EPS", b"%PDF": "PDF", b"<svg": "SVG", b"<?xml": "SVG", b"\0\0\1\0": "ICO", b"8BPS": "PSD",
     b"\xc5\xd0\xd3\xc6": "EPS",
@@ -105,6 +106,8 @@ def read_regular(path: Path, limit: int = FILE_BYTES) -> bytes:
 
 def _not_an_image(data: bytes) -> str:
     head = data[:256].lstrip()
+    if head.startswith(LFS_POINTER):
+        return "a git-lfs pointer in the place of the image (git lfs pull fetches it)"
     kind = next((name for magic, name in _REFUSED.items() if head.startswith(magic)), None)
     if data[4:8] == b"ftyp":
         kind = kind or data[8:12].decode("latin-1").upper()

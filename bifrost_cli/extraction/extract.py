@@ -25,6 +25,7 @@ from bifrost_cli.data.latents.writer import StoreWriter
 from bifrost_cli.data.latents.zarr_layout import INDEX, OK, StoreLayout
 from bifrost_cli.data.sources.item import Problem, SourceError
 from bifrost_cli.data.sources.scan import Sample, Scan, listed, refuse_too_many
+from bifrost_cli.data.sources.several import as_one
 from bifrost_cli.errors import DiskFull, Stopped, StoreError, memory_errors
 from bifrost_cli.extraction.source import changes, digest, refuse_output, scan_source, write_events
 from bifrost_cli.loading.loaders import ModelLoader, encoder_errors
@@ -40,7 +41,7 @@ Squares = tuple[np.ndarray, np.ndarray | None, dict[str, Any]]  # an image at th
 def extract_latents(
     recipe: Recipe,
     *,
-    source: Path | str | None = None,
+    source: Path | str | Sequence[Path | str] | None = None,
     output: Path | str | None = None,
     workspace: Path | str = "runs",
     device: str = "auto",
@@ -51,7 +52,7 @@ def extract_latents(
 
     Args:
         recipe: its `latents`, `images` and `models` sections decide what is stored.
-        source: whatever the command takes; None is the built-in world.
+        source: whatever the command takes, or several of it; None is the built-in world.
         output: the artifact's folder; None names it by its id in `workspace`.
         workspace: folder of the default output.
         device: "auto" or a torch device.
@@ -69,8 +70,9 @@ def extract_latents(
         Stopped: (75) SIGTERM or Ctrl-C; the same call continues.
     """
     ui, shapes = ui or Ui(), recipe.shapes
-    chosen = str(source) if source is not None else f"{shapes.world}:{shapes.rows}:{shapes.seed}"
-    ui.say(f"source: {chosen}" + ("" if source is not None else " (none given: the built-in world)"))
+    given = [source] if isinstance(source, (Path, str)) else list(source or ())
+    chosen = as_one([str(part) for part in given]) if given else f"{shapes.world}:{shapes.rows}:{shapes.seed}"
+    ui.say(f"source: {chosen}" + ("" if given else " (none given: the built-in world)"))
     refuse_output(chosen, output, workspace)
     scanned = distributed.run_on_main(lambda: scan_source(chosen, recipe, Path(workspace), ui))  # images are read once
     loader = ModelLoader(recipe.models, device)

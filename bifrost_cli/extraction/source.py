@@ -19,6 +19,7 @@ from bifrost_cli.data.image_sets import ImageSet, entries_of
 from bifrost_cli.data.sources.item import Problem, SourceError
 from bifrost_cli.data.sources.listing import as_typed_in, folder_of
 from bifrost_cli.data.sources.scan import SHAPES, Sample, Scan, listed, refuse_problems, scan
+from bifrost_cli.data.sources.several import parts_of
 from bifrost_cli.errors import BifrostError, DataError, StoreError, UsageError, public
 from bifrost_cli.runtime.ui import Ui, counted
 
@@ -68,9 +69,12 @@ def refuse_output(source: str, output: Path | str | None, workspace: Path | str)
     """UsageError: an output that is a link, or that lies in the source, which is never written to."""
     if output is not None and Path(output).is_symlink():
         raise UsageError(f"{output} is a link", fix="give the folder itself with -o", code="BF-USE-002")
-    root, target = None if source.startswith(SHAPES) else folder_of(source), Path(output or workspace)
-    if root is not None and Path(os.path.realpath(target)).is_relative_to(os.path.realpath(root)):
-        raise UsageError(f"the output {target} lies inside the source {root}", fix="choose another place with -o or -w")
+    target = Path(output or workspace)
+    for part in parts_of(source):
+        root = None if part.startswith(SHAPES) else folder_of(part)
+        if root is not None and Path(os.path.realpath(target)).is_relative_to(os.path.realpath(root)):
+            raise UsageError(f"the output {target} lies inside the source {root}",
+                             fix="choose another place with -o or -w")  # fmt: skip
 
 
 def images_of_store(artifact: Artifact) -> ImageSet:

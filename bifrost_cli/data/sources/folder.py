@@ -36,17 +36,25 @@ def list_folder(root: Path, rules: Latents) -> Listing:
         names, said = _class_captions(root, paths, rules)
         captions = [names.get(path.parent) for path in paths]
     elif not classes:
-        captions = [_text_caption(path.with_suffix(".txt"), root, rules) for path in paths]
+        captions = [_text_caption(path, root, rules) for path in paths]
     if not paths or not (classes or any(isinstance(caption, str) for caption in captions)):
         if below := [table for folder in sorted(root.iterdir()) if folder.is_dir() and (table := table_in(folder))]:
             raise DataError(f"the captions of {root} are in tables of the folders below it",
                             at="\n".join(map(str, below[:5])), fix=f"give the folder of one: {below[0].parent}",
                             code="BF-DATA-002")  # fmt: skip
+    if paths and not classes and rules.missing_caption == "stop" and not any(captions):
+        _refuse_other_captions(root, paths, rules)
     if not paths:
         seen = ", ".join(f"{number} {name}" for name, number in counts.items()) or "nothing"
         fix = "give a folder that holds images"
         if counts[".tar files"]:
             fix = f"name the archives: '{root}/NAME-{{000..099}}.tar'"
+        elif tables := next((at for at in (root, root / "data") if any(at.glob("*.parquet")) and not _holds(at)), None):
+            fix = f"name the tables: '{tables}/*.parquet'"
+        elif counts[".zip files"]:
+            fix = "unpack the archives first: unzip NAME.zip -d NAME"
+        elif counts[".arrow files"]:
+            fix = f"write it as Parquet: datasets.load_from_disk({str(root)!r}).to_parquet('data.parquet')"
         elif counts["linked folders not entered"]:
             fix = "links to folders are not followed: give the folder that one leads to"
         elif counts["folders not entered"]:
@@ -100,7 +108,26 @@ def _looks_like_image(path: Path) -> bool:
     return False
 
 
-def _text_caption(path: Path, root: Path, rules: Latents) -> str | None | Problem:
+def _holds(folder: Path) -> bool:
+    """Whether a folder holds folders: tables of an img2dataset download lie beside those of its images."""
+    return any(inner.is_dir() for inner in folder.iterdir() if not inner.name.startswith("."))
+
+
+def _refuse_other_captions(root: Path, paths: list[Path], rules: Latents) -> None:
+    """DataError where no image has the text file that is looked for, and images have another."""
+    for other in (end for end in ("caption", "txt", "tags", "json") if end != rules.caption_extension):
+        if there := sum(path.with_suffix(f".{other}").exists() for path in paths):
+            fix = f"--caption-extension {other}"
+            if other == "json":
+                fix = 'write them into one metadata.jsonl: lines {"file_name": "a.jpg", "caption": "..."}'
+            raise DataError(f"no image in {root} has a .{rules.caption_extension} beside it",
+                            at=f"{there} of {len(paths)} have a .{other}", fix=fix, code="BF-DATA-002")  # fmt: skip
+
+
+def _text_caption(image: Path, root: Path, rules: Latents) -> str | None | Problem:
+    path = image.with_suffix(f".{rules.caption_extension}")
+    if not path.exists():
+        path = path.with_suffix(path.suffix.upper())
     if not path.exists():
         return None
     try:

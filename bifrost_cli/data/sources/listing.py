@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 
 from bifrost_cli.config.schema import Latents
 from bifrost_cli.data.sources.folder import list_folder, table_in
@@ -19,6 +20,7 @@ from bifrost_cli.data.sources.hf_datasets import HUB, list_hub
 from bifrost_cli.data.sources.item import Listing
 from bifrost_cli.data.sources.parquet import list_parquet
 from bifrost_cli.data.sources.remote import SCHEMES, expand, is_remote, suffix_of
+from bifrost_cli.data.sources.several import as_one, choose_captions, list_all, parts_of
 from bifrost_cli.data.sources.table import TABLES, list_tables
 from bifrost_cli.data.sources.webdataset import list_tars
 from bifrost_cli.errors import BifrostError, DataError, EnvironmentProblem, RecipeError, UsageError
@@ -40,6 +42,12 @@ def list_source(source: str, rules: Latents) -> Listing:
     """The images of a source, and what of it cannot be used. DataError: nothing there, no images, a list that cannot be
     read at all. RecipeError: a setting that this source would ignore. EnvironmentProblem: a package is missing, a
     plug-in fails, a server cannot be reached."""
+    return choose_captions(_list(source, rules), rules.captions_per_image)
+
+
+def _list(source: str, rules: Latents) -> Listing:
+    if len(parts := parts_of(source)) > 1:
+        return list_all(parts, lambda part: _list(part, rules))
     if (listing := _of_plugin(source, rules)) is not None:
         return listing
     try:
@@ -47,6 +55,10 @@ def list_source(source: str, rules: Latents) -> Listing:
             refuse_ignored(rules, "a data set", "captions", "class_names")
             return list_hub(source.removeprefix(HUB), rules)
         places, root = expand(source), Path(source)
+        if len(places) > 1 and all(Path(place).is_dir() for place in places if not is_remote(place)):
+            return list_all(places, lambda part: _list(part, rules))
+        if len(places) == 1 and not is_remote(source):
+            root = Path(places[0])
         is_folder = not is_remote(source) and root.is_dir()
         if is_folder and rules.captions == "files" and (table := table_in(root)):
             places = [str(table)]
@@ -58,12 +70,28 @@ def list_source(source: str, rules: Latents) -> Listing:
         elif suffix_of(places[0]) not in _FILES or Path(places[0]).is_dir():
             what = "is not a folder, a table or an archive" if root.exists() else "does not exist"
             what = "is not a table or an archive (folders are read locally only)" if is_remote(source) else what
-            raise DataError(f"{source} {what}", fix=_FIX)
+            raise DataError(f"{source} {what}", fix=_instead(root) or _FIX)
         lister, what, ignored = _FILES[suffix_of(places[0])]
         refuse_ignored(rules, what, *ignored)
         return lister(places, rules)
     except PermissionError as error:
         raise DataError(f"{error.filename} is not readable by this user") from error
+
+
+def _instead(path: Path) -> str | None:
+    """What to type for a file of a kind that people have and that is not read."""
+    name, suffix = quote(str(path)), path.suffix.lower()
+    if suffix == ".zip":
+        return f"unpack it first: unzip {name} -d {quote(str(path.with_suffix('')))}"
+    if suffix in (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"):
+        return "unpack it first, and give the folder or the .tar"
+    if suffix == ".json":
+        return f"write one object a line: jq -c '.[]' {name} > {quote(str(path.with_suffix('.jsonl')))}"
+    if suffix == ".arrow":
+        return "write it as Parquet: datasets.load_from_disk(FOLDER).to_parquet('data.parquet')"
+    if path.is_file():
+        return f"give its folder: {quote(str(path.parent))}; or a table whose first line is file_name,caption"
+    return None
 
 
 def _of_plugin(source: str, rules: Latents) -> Listing | None:
@@ -95,6 +123,8 @@ def folder_of(source: str) -> Path | None:
 
 def as_typed_in(folder: Path, source: str) -> str:
     """A source whose relative path was typed in another folder; as it is where nothing lies there."""
+    if len(parts := parts_of(source)) > 1:
+        return as_one([as_typed_in(folder, part) for part in parts])
     scheme = HUB if source.startswith(HUB) else ""
     path, colon, split = source.removeprefix(scheme).partition(":" if scheme else "\0")
     path = str(folder / path)

@@ -148,4 +148,5 @@ class _File:
                 raise DataError(message, fix=fix, code="BF-DATA-005")
 
     def _damaged(self, error: Exception) -> DataError:
-        return DataError(f"{self.place} is no Parquet file, or is damaged", at=str(error), code="BF-DATA-005")
+        fix = "copy or make it again; a file of a few hundred bytes from a git clone is a pointer: git lfs pull"
+        return DataError(f"{self.place} is no Parquet file, or is damaged", at=str(error), fix=fix, code="BF-DATA-005")

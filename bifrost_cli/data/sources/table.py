@@ -15,9 +15,10 @@ from typing import Any
 from bifrost_cli.config.schema import Latents
 from bifrost_cli.data.sources.captions import Columns, first_text, json_object
 from bifrost_cli.data.sources.folder import inside, walk
-from bifrost_cli.data.sources.item import OUTSIDE, Found, Listing, Problem, SourceItem, key_of, leaves
+from bifrost_cli.data.sources.item import OUTSIDE, Found, Listing, Problem, SourceError, SourceItem, key_of, leaves
 from bifrost_cli.data.sources.remote import is_remote, read_place, required, suffix_of
 from bifrost_cli.errors import DataError
+from bifrost_cli.runtime.ui import counted
 
 TABLES = (".jsonl", ".csv", ".tsv")
 _TABLE_BYTES, _LINE_BYTES = 1 << 32, 1 << 20  # at most; a table is read whole
@@ -42,7 +43,14 @@ def list_tables(places: list[str], rules: Latents) -> Listing:
         fix = 'write lines {"file_name": "a.jpg", "caption": "..."}'
         raise DataError(f"no images in {places[0]}: it has no lines", fix=fix)
     present, mixed = tuple(dict.fromkeys(name for _, _, row in rows for name in row)), suffix_of(places[0]) == ".jsonl"
-    columns = Columns.choose(present, places[0], rules, mixed) if rows else Columns("", ())
+    try:
+        columns = Columns.choose(present, places[0], rules, mixed) if rows else Columns("", ())
+    except DataError as error:
+        if not bad:
+            raise
+        bad.insert(0, Problem("metadata", places[0], f"{error.message}; {error.at}"))
+        raise SourceError(f"{error.message}, and {counted(len(bad) - 1, 'line')} cannot be used", bad, fix=error.fix,
+                          code=error.code) from error  # fmt: skip
     listing = Listing.of([*bad, *_entries(rows, columns, rules)], said=columns.said)
     if len(places) == 1 and not is_remote(places[0]):
         table, named = Path(places[0]), {entry.where for entry in listing.entries}

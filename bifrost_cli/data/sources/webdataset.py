@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, BinaryIO
 
 from bifrost_cli.config.schema import Latents
-from bifrost_cli.data.images import FILE_BYTES
+from bifrost_cli.data.images import FILE_BYTES, LFS_POINTER
 from bifrost_cli.data.sources.captions import CAPTIONS, MAX_BYTES, PLAN, decode_caption, first_text, json_object
 from bifrost_cli.data.sources.folder import class_names
 from bifrost_cli.data.sources.item import Found, Listing, Problem, SourceItem, key_of, leaves
@@ -138,6 +138,8 @@ def members(stream: BinaryIO, where: str) -> Iterator[Member]:
         if at == 0 and block[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5"):
             raise DataError(f"{where} is compressed: its members cannot be read by place", fix="decompress it first",
                             code="BF-DATA-005")  # fmt: skip
+        if at == 0 and block.startswith(LFS_POINTER):
+            raise DataError(f"{where} is a git-lfs pointer, not the archive", fix="git lfs pull", code="BF-DATA-005")
         if len(block) < _BLOCK:
             raise damaged(f"it ends early at byte {at + len(block)}, without its closing blocks")
         return block
