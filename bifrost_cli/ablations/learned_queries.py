@@ -46,6 +46,8 @@ class LearnedQueriesTask(BranchTask):
     """Rows, texts and health are the branch's; the loss is the diffusion model's, which reads captions that are dropped
     as often as in a ControlNet's training. The store's patch latents are never read in a step."""
 
+    arrays = ("vae",)
+
     def __init__(
         self, branch: VisualBranch, control: nn.Module, mllm: Mllm, diffusion: DiffusionModel, store: LatentsStore,
         recipe: Recipe,
@@ -61,15 +63,16 @@ class LearnedQueriesTask(BranchTask):
         captions = ["" if drop else self._caption(row) for row, drop in zip(batch.rows, dropped_B, strict=True)]
         with torch.no_grad():
             text = self._diffusion.embed(captions, self._max_tokens)
-        tokens_BPC, vae_Bchw = self.queries(batch.text), self._vae(batch.rows)
-        return self._diffusion.control_loss(self.queries.control, vae_Bchw, tokens_BPC, text, part), {}
+        tokens_BPC = self.queries(batch.text)
+        return self._diffusion.control_loss(self.queries.control, batch.vae_Bchw, tokens_BPC, text, part), {}
 
     def _pairs(self, rows: list[int]) -> Sequence[np.ndarray]:
         """A held-out image, and what is generated from its text."""
-        tokens_BPC = self.module(self._batch(rows, [self._best_text(row) for row in rows]).text)
+        batch = self._batch(rows, [self._best_text(row) for row in rows])
+        tokens_BPC = self.module(batch.text)
         text = self._diffusion.embed([self._caption(row) for row in rows], self._max_tokens, SHOWN_GUIDANCE)
         seed = self._settings.train.seed
-        return rendered_pairs(self._diffusion, self.queries.control, self._vae(rows), tokens_BPC, text, seed)
+        return rendered_pairs(self._diffusion, self.queries.control, batch.vae_Bchw, tokens_BPC, text, seed)
 
 
 def prepare(run: TrainingRun, branch: VisualBranch, mllm: Mllm, ui: Ui) -> TrainingRun:

@@ -160,6 +160,16 @@ class Train(Section):
         description="keep only the inputs of layers and compute them again for the gradient: less memory, slower",
         json_schema_extra=RUN_ONLY,
     )
+    read_ahead: Every = Field(
+        2,
+        description="batches read while a step runs (rows, tokens), each by a thread; 0 reads in the step",
+        json_schema_extra=RUN_ONLY,
+    )
+    overlap: bool = Field(
+        False,
+        description="on a GPU, run the frozen models over the next batch beside the step, on a stream of their own",
+        json_schema_extra=RUN_ONLY,
+    )
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp",
         description="several processes: each holds what is trained (ddp), or a part of it (fsdp)",
@@ -185,6 +195,8 @@ class Train(Section):
     def _consistent(self) -> Train:
         if self.validate_every and not self.validation_rows:
             raise ValueError(f"validate_every ({self.validate_every}) needs validation_rows, which is 0")
+        if self.overlap and not self.read_ahead:
+            raise ValueError("overlap works on a batch that was read ahead, and read_ahead is 0")
         if self.parallel == "fsdp" and self.optimizer == "adamw8bit":
             raise ValueError("optimizer adamw8bit keeps blocks that parallel fsdp would cut; use ddp, or adamw")
         if (self.schedule == "warmup_stable_decay") != (self.decay_steps is not None):

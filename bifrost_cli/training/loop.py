@@ -23,6 +23,7 @@ from bifrost_cli.errors import ArtifactError, Diverged, Stopped, UsageError
 from bifrost_cli.runtime import distributed
 from bifrost_cli.runtime.launch import StopFlag
 from bifrost_cli.runtime.ui import Ui
+from bifrost_cli.training.batch_loader import BatchLoader
 from bifrost_cli.training.checkpoint import Checkpoint, Checkpoints, SavedCheckpoint, module_tensors, restore_module
 from bifrost_cli.training.data_order import derive, micro_seed
 from bifrost_cli.training.optimizer import EMA, make_optimizer, optimizer_tensors, restore_optimizer
@@ -41,9 +42,11 @@ _SCHEDULE = {"steps", "schedule", "decay_steps"}
 
 
 class Task(Protocol):
-    """What is trained. Optional methods: `keys(batch) -> list[str]` for error reports; `weights(step) -> list[float]`,
-    how much each micro-batch counts in the mean of a step (all 1 without it); `validate() -> dict[str, float]` and
-    `samples(folder, step)`, which run under EMA weights, in eval mode, without gradients."""
+    """What is trained. Optional methods: `fetch(step, micro)` and `assemble(fetched)`, the two halves of `batch`, of
+    which the first is called ahead of the step, in threads; `keys(batch) -> list[str]` for error reports;
+    `weights(step) -> list[float]`, how much each micro-batch counts in the mean of a step (all 1 without it);
+    `validate() -> dict[str, float]` and `samples(folder, step)`, which run under EMA weights, in eval mode, without
+    gradients."""
 
     @property
     def module(self) -> nn.Module: ...
@@ -76,6 +79,7 @@ class _State:
     parallel: Parallel
     ema: EMA
     optimizer: torch.optim.Optimizer
+    loader: BatchLoader
     step: int = 0
     seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -98,15 +102,19 @@ def fit(
     folder = Path(folder)
     make_folder(folder)
     checkpoints = Checkpoints(folder / "checkpoints", train.keep, stays_until(train))
-    with StopFlag() as stop, _records(folder, train, ui) as records:
-        state = _start(task, train, torch.device(device))
+    with (
+        StopFlag() as stop,
+        _records(folder, train, ui) as records,
+        nullcontext(_start(task, train, torch.device(device))) as state,
+        state.loader,
+    ):
         _continue(state, checkpoints, records, resume, before)
         if records:
             records.begin(state.step, state.seconds)
         while state.step < train.steps:
             row, stopping = _step(state, folder, stop)
             if records:
-                records.step(state.step, row)
+                records.step(state.step, row, state.loader.waited)
             _examine(state, folder, records)
             last = state.step == train.steps
             if last or stopping or state.due(train.checkpoint_every) or state.step == stays_until(train):
@@ -115,6 +123,8 @@ def fit(
                 _save(state, checkpoints, digests)
                 if records:
                     records.saved(records.seconds() - state.seconds)
+            if records and (stopping or last):
+                records.end()
             if stopping and not last:
                 raise Stopped(f"stopped at step {state.step} of {train.steps}; a checkpoint is written",
                               at=str(checkpoints.path(state.step)), fix="run the same command again to continue",
@@ -134,7 +144,8 @@ def _start(task: Task, train: Train, device: torch.device) -> _State:
     parallel = Parallel(module, train.parallel, device)
     module.train()
     ema = EMA(module, train.ema, train.ema_warmup)
-    return _State(task, train, device, parallel, ema, make_optimizer(module, train))
+    loader = BatchLoader(task, train.steps, train.accumulate, train.read_ahead, device, train.overlap)
+    return _State(task, train, device, parallel, ema, make_optimizer(module, train), loader)
 
 
 def _continue(
@@ -244,7 +255,7 @@ def _micro(state: _State, micro: int) -> tuple[Tensor, Mapping[str, Tensor | flo
     seed, rank = micro_seed(state.train.seed, state.step, micro), distributed.rank()
     torch.manual_seed(derive(seed, rank) if rank else seed)  # dropout draws from the global generator
     generator = torch.Generator().manual_seed(seed)  # equal in all processes: each takes its part of a draw for all
-    batch = state.task.batch(state.step, micro)
+    batch = state.loader.get(state.step, micro)
     with state.autocast():
         return state.parallel.run(state.task.loss, batch, generator)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from bifrost_cli.loading.compatibility import require_latents, require_precision
 from bifrost_cli.loading.loaders import ModelLoader, decisive_files, fingerprint
 from bifrost_cli.models.branch.masking import draw_masks, random_orders, sample_masked
 from bifrost_cli.models.branch.visual_branch import VisualBranch
-from bifrost_cli.models.mllm.chat_template import clean_caption, join_plan, tokenize_prompts
+from bifrost_cli.models.mllm.chat_template import TokenizedPrompts, clean_caption, join_plan, tokenize_prompts
 from bifrost_cli.models.mllm.frozen_mllm import Mllm, PromptCache
 from bifrost_cli.models.row_noise import RowSlice
 from bifrost_cli.runtime.launch import together
@@ -142,7 +143,8 @@ class BranchTask(StoreTask):
         super().__init__(branch, store, settings, mllm.device)
         self._branch, self._mllm = branch, mllm
         self._closing = mllm.template.closing()
-        self._ids = lru_cache(maxsize=100_000)(mllm.template.ids)
+        self._tokenizing = Lock()  # a fast tokenizer has settings that its calls change: one thread at a time
+        self._ids = lru_cache(maxsize=100_000)(self._template_ids)
 
     def loss(self, batch: Batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         settings, (count, patches) = self._settings, batch.latents_BPC.shape[:2]
@@ -204,10 +206,16 @@ class BranchTask(StoreTask):
         pixels = (as_colours(side_BPC, *axes).unflatten(1, grid) for side_BPC in (true_BPC, predicted_BPC))
         return [side.numpy().repeat(size, axis=1).repeat(size, axis=2) for side in pixels]
 
-    def _read(self, texts: Sequence[str]) -> PromptCache:
+    def _template_ids(self, text: str) -> list[int]:
+        with self._tokenizing:
+            return self._mllm.template.ids(text)
+
+    def _tokenize(self, texts: Sequence[str]) -> TokenizedPrompts:
         ids = [self._ids(text) for text in texts]
         length = min(self._settings.max_text_tokens, max(map(len, ids)))
-        tokens = tokenize_prompts(ids, length, self._closing, self._mllm.tokenizer.pad_token_id)
+        return tokenize_prompts(ids, length, self._closing, self._mllm.tokenizer.pad_token_id)
+
+    def _encode(self, tokens: TokenizedPrompts) -> PromptCache:
         return self._mllm.encode_prompts(tokens)
 
     def _text(self, row: int, number: int) -> str:

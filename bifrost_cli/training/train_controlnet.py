@@ -22,6 +22,7 @@ from bifrost_cli.models import row_noise
 from bifrost_cli.models.diffusion.base import ControlInput, DiffusionModel, UnsupportedControl
 from bifrost_cli.models.encoders import VaeEncoder
 from bifrost_cli.models.row_noise import NoiseSource, RowSlice
+from bifrost_cli.models.transfer import to_device
 from bifrost_cli.runtime.launch import together
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.training import training_run
@@ -108,6 +109,7 @@ class ControlNetTask(StoreTask):
     """The flow loss of a frozen diffusion model; dropped texts and noise follow from (seed, step, row)."""
 
     section = "controlnet"
+    arrays = ("latents", "vae")
 
     def __init__(
         self, control: nn.Module, diffusion: DiffusionModel, store: LatentsStore, settings: ControlNet, max_tokens: int
@@ -120,7 +122,7 @@ class ControlNetTask(StoreTask):
         control_BPC, part = batch.latents_BPC, RowSlice(generator, batch.first, batch.total)
         if self._settings.latent_noise and self.module.training:  # a validation is of the true latents
             control_BPC = self._noisy(control_BPC, part)
-        return self._diffusion.control_loss(self.module, self._vae(batch.rows), control_BPC, batch.text, part), {}
+        return self._diffusion.control_loss(self.module, batch.vae_Bchw, control_BPC, batch.text, part), {}
 
     def _noisy(self, latents_BPC: Tensor, source: NoiseSource) -> Tensor:
         """Each row gets its own noise level, uniform up to `latent_noise` channel deviations, so that the ControlNet
@@ -137,13 +139,13 @@ class ControlNetTask(StoreTask):
         return metrics | (self._held("_shuffled", captions, rows[1:] + rows[:1]) if len(rows) > 1 else {})
 
     def _pairs(self, rows: list[int]) -> Sequence[np.ndarray]:
-        text = self._read([self._store.captions[row] for row in rows], SHOWN_GUIDANCE)
-        seed = self._settings.train.seed
-        return rendered_pairs(self._diffusion, self.module, self._vae(rows), self._latents(rows), text, seed)
+        text = self._encode([self._store.captions[row] for row in rows], SHOWN_GUIDANCE)
+        stored = [to_device(self._stored(name, rows), self._device).float() for name in ("vae", "latents")]
+        return rendered_pairs(self._diffusion, self.module, *stored, text, self._settings.train.seed)
 
-    def _read(self, texts: Sequence[str], guidance: float = 1.0) -> Any:
+    def _encode(self, tokens: Sequence[str], guidance: float = 1.0) -> Any:
         """Those of validations and sample grids, the same each time, are kept in main memory."""
-        key = (guidance, *texts)
+        texts, key = tokens, (guidance, *tokens)
         if key in self._kept:
             return send_to_device(self._kept[key], self._diffusion.device)
         text = self._diffusion.embed(texts, self._max_tokens, guidance)

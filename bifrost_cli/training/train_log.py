@@ -33,7 +33,7 @@ class TrainingLogger(AbstractContextManager["TrainingLogger"]):
     def __init__(self, folder: Path, train: Train, ui: Ui | None) -> None:
         self._losses, self._validation = Table(folder / "losses.csv"), Table(folder / "validation.csv")
         self._train, self._say = train, ui.say if ui is not None else lambda line: None
-        self._path, self._warned = folder / "train.log", False
+        self._path, self._warned, self._data_wait = folder / "train.log", False, 0.0
         append(self._path, "")  # there from the start, for who follows it
         self._trackers = {name: _start_tracker(name, folder, vars(train)) for name in train.report_to}
 
@@ -56,9 +56,11 @@ class TrainingLogger(AbstractContextManager["TrainingLogger"]):
         """Seconds of the whole training so far, those before a resume included."""
         return self._before + time.monotonic() - self._began
 
-    def step(self, step: int, row: dict[str, float]) -> None:
-        """A row, and every `log_every` steps a line, but at most one in 5 s and at least one in 30 s."""
+    def step(self, step: int, row: dict[str, float], data_wait: float = 0.0) -> None:
+        """A row, and every `log_every` steps a line, but at most one in 5 s and at least one in 30 s. `data_wait`:
+        seconds that steps have waited for their rows since `begin`."""
         self._losses.add(step, row)
+        self._data_wait = data_wait
         train, now = self._train, time.monotonic()
         interval = bool(train.log_every) and step % train.log_every == 0
         if interval:
@@ -71,8 +73,13 @@ class TrainingLogger(AbstractContextManager["TrainingLogger"]):
         speed = train.batch_size * train.accumulate / each
         minutes, seconds = divmod(int((train.steps - step) * each), 60)
         left = f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
-        rate = f"lr {row['lr']:.2e}  {speed:.1f} samples/s"
+        rate = f"lr {row['lr']:.2e}  {speed:.1f} samples/s  data_wait {data_wait / (now - self._began):.1%}"
         self._tell(f"step {step}/{train.steps}  loss {row['loss']:.4f}  {rate}  {left} left")
+
+    def end(self) -> None:
+        """Say how much of the time since `begin` went into waiting for rows: a slow disk is seen here."""
+        passed = time.monotonic() - self._began
+        self._tell(f"data_wait {self._data_wait:.2f} s of {passed:.1f} s ({self._data_wait / passed:.1%})")
 
     def validation(self, step: int, row: dict[str, float]) -> None:
         self._validation.add(step, row)

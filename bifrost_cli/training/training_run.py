@@ -7,7 +7,7 @@ from __future__ import annotations
 import shutil
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +25,7 @@ from bifrost_cli.data.safetensors_io import save_tensors
 from bifrost_cli.errors import BifrostError, DataError, DiskFull, RecipeError, memory_errors
 from bifrost_cli.loading.compatibility import require_latents
 from bifrost_cli.loading.open_clip_models import features_name
+from bifrost_cli.models.transfer import pinned, to_device
 from bifrost_cli.runtime import distributed
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.training.checkpoint import Checkpoints
@@ -37,33 +38,64 @@ _LOOKED_AT = 2000  # rows whose texts are measured before the training; a store 
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Rows of the store, their patch latents, and what a frozen model makes of their texts. `total` rows are drawn
-    together; the `first` of them belong to the processes before this one."""
+class HostBatch:
+    """What of a batch is read ahead, in main memory: arrays of the store by name, and what is read of the texts.
+    `total` rows are drawn together; the `first` of them belong to the processes before this one."""
 
     rows: list[int]
-    latents_BPC: Tensor
+    stored: Mapping[str, Tensor]
+    tokens: Any
+    first: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of the store, their float32 arrays on the device, and what a frozen model makes of their texts; `first` and
+    `total` as in `HostBatch`."""
+
+    rows: list[int]
+    stored: Mapping[str, Tensor]
     text: Any
     first: int
     total: int
+
+    @property
+    def latents_BPC(self) -> Tensor:
+        return self.stored["latents"]
+
+    @property
+    def vae_Bchw(self) -> Tensor:
+        return self.stored["vae"]
 
 
 class StoreTask(ABC):
     """A `loop.Task` on the rows of a store, whose batches are functions of (seed, step, row)."""
 
     section: ClassVar[str]  # of the recipe
+    arrays: ClassVar[tuple[str, ...]] = ("latents",)  # of the store, that a step reads
 
     def __init__(self, module: nn.Module, store: LatentsStore, settings: Any, device: torch.device) -> None:
         self.module, self._store, self._settings, self._device = module, store, settings, device
         self.train_rows, self.held_rows = held_out(store.keys, settings.train.validation_rows)
 
     def batch(self, step: int, micro: int) -> Batch:
+        return self.assemble(self.fetch(step, micro))
+
+    def fetch(self, step: int, micro: int) -> HostBatch:
+        """Rows and tokens of a batch; threads call it ahead of the step, several at once."""
         train = self._settings.train
         number = step * train.accumulate + micro
         indices = batch_indices(train.seed, number, train.batch_size, len(self.train_rows))
         mine = distributed.share(train.batch_size, f"{self.section}.train.batch_size")
         rows = [self.train_rows[index] for index in indices[mine]]
-        return self._batch(rows, [self._text(row, number) for row in rows], mine.start, train.batch_size)
+        return self._host(rows, [self._text(row, number) for row in rows], mine.start, train.batch_size)
+
+    @torch.no_grad()
+    def assemble(self, fetched: HostBatch) -> Batch:
+        """On the device, with what a frozen model makes of the texts."""
+        stored = {name: to_device(value, self._device).float() for name, value in fetched.stored.items()}
+        return Batch(fetched.rows, stored, self._encode(fetched.tokens), fetched.first, fetched.total)
 
     def keys(self, batch: Batch) -> list[str]:
         return [self._store.keys[row] for row in batch.rows]
@@ -86,19 +118,27 @@ class StoreTask(ABC):
     def _text(self, row: int, number: int) -> str:
         """What is read of the row in the batch of this number."""
 
+    def _tokenize(self, texts: Sequence[str]) -> Any:
+        """What of reading texts needs no device; several threads call it at once."""
+        return texts
+
     @abstractmethod
-    def _read(self, texts: Sequence[str]) -> Any:
-        """What a frozen model makes of texts."""
+    def _encode(self, tokens: Any) -> Any:
+        """What a frozen model makes of what `_tokenize` gave."""
 
-    def _latents(self, rows: list[int]) -> Tensor:
-        return torch.from_numpy(self._store.latents(rows)).to(self._device, torch.float32)
+    def _stored(self, name: str, rows: list[int]) -> Tensor:
+        """Rows of an array of the store, in main memory."""
+        values: np.ndarray = getattr(self._store, name)(rows)
+        if self._device.type == "cuda":  # half the bytes over the bus; the device makes them float32
+            return pinned(torch.from_numpy(values), self._device)
+        return torch.from_numpy(values.astype(np.float32))  # numpy: torch's own would start its threads in this one
 
-    def _vae(self, rows: list[int]) -> Tensor:
-        return torch.from_numpy(self._store.vae(rows)).to(self._device, torch.float32)
+    def _host(self, rows: list[int], texts: Sequence[str], first: int, total: int) -> HostBatch:
+        stored = {name: self._stored(name, rows) for name in self.arrays}
+        return HostBatch(rows, stored, self._tokenize(texts), first, total)
 
-    @torch.no_grad()
-    def _batch(self, rows: list[int], texts: Sequence[str], first: int = 0, total: int | None = None) -> Batch:
-        return Batch(rows, self._latents(rows), self._read(texts), first, total or len(rows))
+    def _batch(self, rows: list[int], texts: Sequence[str]) -> Batch:
+        return self.assemble(self._host(rows, texts, 0, len(rows)))
 
     def _held(self, suffix: str, texts: Sequence[str], latents_of: list[int] | None = None) -> dict[str, float]:
         """Means over the held-out rows, with these texts and these rows' latents; with a suffix the loss alone."""
@@ -108,7 +148,8 @@ class StoreTask(ABC):
             part = slice(start, start + size)
             batch = self._batch(self.held_rows[part], texts[part])
             if latents_of is not None:
-                batch = replace(batch, latents_BPC=self._latents(latents_of[part]))
+                other_BPC = to_device(self._stored("latents", latents_of[part]), self._device).float()
+                batch = replace(batch, stored={**batch.stored, "latents": other_BPC})
             loss, metrics = self.loss(batch, torch.Generator().manual_seed(derive(seed, "validate", start)))
             for name, value in {"loss": loss, **({} if suffix else metrics)}.items():
                 total[name + suffix] += float(value) * len(batch.rows) / len(self.held_rows)

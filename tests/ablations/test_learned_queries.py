@@ -78,7 +78,7 @@ def test_training_sees_what_one_decode_step_gives(task):
 
 
 def test_the_loss_is_the_painters_and_trains_both_parts_alone(task, monkeypatch):
-    """The store's latents of the images decide nothing; the captions that the diffusion model reads are dropped."""
+    """The store's latents of the images are not even read; the captions that the diffusion model reads are dropped."""
     batch, whole = task.batch(0, 0), torch.Generator().manual_seed(1)
     loss, _ = task.loss(batch, whole)
     loss.backward()
@@ -86,8 +86,7 @@ def test_the_loss_is_the_painters_and_trains_both_parts_alone(task, monkeypatch)
     assert task.module.branch.position_embedding.grad.abs().sum() > 0
     frozen = [*task._mllm.model.parameters(), *task._diffusion.transformer.parameters()]
     assert not any(p.grad is not None for p in frozen)
-    batch.latents_BPC.fill_(7.0)
-    assert torch.equal(loss, task.loss(batch, torch.Generator().manual_seed(1))[0])
+    assert torch.isfinite(loss) and set(batch.stored) == {"vae"}
     heard, embed = [], FluxModel.embed
     listening = lambda self, texts, *rest: heard.extend(texts) or embed(self, texts, *rest)  # noqa: E731
     monkeypatch.setattr(FluxModel, "embed", listening)
