@@ -153,7 +153,7 @@ class BranchTask(StoreTask):
         mine = slice(batch.first, batch.first + count)
         tokens, all_tokens = int(tokens_R[mine].sum()), int(tokens_R.sum())
         source = RowSlice(generator, int(tokens_R[: batch.first].sum()), all_tokens)
-        seen = batch.latents_BPC, batch.text, masked_RP[mine].to(batch.latents_BPC.device)
+        seen = batch.latents_BPC, batch.text, masked_RP[mine]
         loss, metrics = self._branch.loss(*seen, loss_on=settings.loss_on, generator=source)
         # The loop takes the mean over processes, which is that over tokens only when each has as many.
         weight = tokens * batch.total / (all_tokens * count)

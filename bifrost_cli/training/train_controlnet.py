@@ -128,8 +128,8 @@ class ControlNetTask(StoreTask):
         """Each row gets its own noise level, uniform up to `latent_noise` channel deviations, so that the ControlNet
         tolerates the errors of predicted latents."""
         level_B11 = row_noise.uniform((len(latents_BPC), 1, 1), source) * self._settings.latent_noise
-        noise_BPC = row_noise.normal(latents_BPC.shape, source) * level_B11
-        return latents_BPC + noise_BPC.to(latents_BPC) * self._std_C
+        noise_BPC = to_device(row_noise.normal(latents_BPC.shape, source) * level_B11, latents_BPC.device)
+        return latents_BPC + noise_BPC * self._std_C
 
     def validate(self) -> dict[str, float]:
         """The loss on held-out rows, with no text, and with another row's latents (which must be much higher)."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bifrost_cli.models.branch.codebook_head import CodebookHead
 from bifrost_cli.models.diffusion.rectified_flow import euler, flow_matching_loss
 from bifrost_cli.models.row_noise import NoiseSource, normal
+from bifrost_cli.models.transfer import to_device
 
 EULER_STEPS = 25
 MEAN_SAMPLES, MEAN_STEPS = 4, 10  # of the estimated mean, which is only looked at
@@ -138,4 +139,4 @@ class _Block(nn.Module):
 
 def _normal(like: Tensor, shape: tuple[int, ...] | torch.Size, generator: NoiseSource | None) -> Tensor:
     drawn = torch.randn(shape, device=like.device) if generator is None else normal(shape, generator)
-    return drawn.to(like)
+    return to_device(drawn, like.device).to(like.dtype)

@@ -23,8 +23,11 @@ from bifrost_cli.models.branch.heads import HEADS
 from bifrost_cli.models.mllm.chat_template import additive, image_mask
 from bifrost_cli.models.mllm.frozen_mllm import Mllm, PromptCache
 from bifrost_cli.models.row_noise import NoiseSource
+from bifrost_cli.models.transfer import to_device
 
 LOSS_ON = ("all", "masked")
+# Devices with attention kernels that know no mask. The CPU's is as quick with one, which keeps older trainings' bits.
+MASKLESS = ("cuda",)
 
 
 class VisualBranch(nn.Module):
@@ -57,6 +60,8 @@ class VisualBranch(nn.Module):
         self.codes, self.code_levels, self.normalize, self.tune = codes, code_levels, normalize, tune
         width = text_config.hidden_size
         self.decoder: Any = new_decoder(text_config)
+        for layer in self.decoder.layers:
+            layer.self_attn.is_causal = False  # patches see each other: no mask must not mean a causal one
         if tune:
             tune_decoder(self.decoder, tune)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -158,26 +163,27 @@ class VisualBranch(nn.Module):
 
         Args:
             known_BPC: latents, read where `masked_BP` is False.
-            masked_BP: True where the mask token stands.
+            masked_BP: True where the mask token stands, on any device.
             prompt_cache: the prompts; it is read and never extended, so one serves every step.
             subset_Bn: indices of the patches that are needed, which is cheaper; None is all of them.
         """
+        masked_BP = to_device(masked_BP, known_BPC.device)
         known_BPD = self.input_projection(self.to_decoder(known_BPC))
         inputs_BPD = torch.where(masked_BP[..., None], self.mask_token, known_BPD) + self.position_embedding
-        position_ids_BP = torch.zeros_like(masked_BP, dtype=torch.long, device=inputs_BPD.device)
-        mask = additive(image_mask(prompt_cache.attention_BT, masked_BP.shape[1]), inputs_BPD.dtype)
+        position_ids_BP = torch.zeros(inputs_BPD.shape[:2], dtype=torch.long, device=inputs_BPD.device)
+        rotary = self.decoder.rotary_emb(inputs_BPD, position_ids_BP)
+        mask = None  # where nothing is padded every patch sees everything
+        if prompt_cache.padded or inputs_BPD.device.type not in MASKLESS:
+            mask = additive(image_mask(prompt_cache.attention_BT, masked_BP.shape[1]), inputs_BPD.dtype)
         pairs = zip(prompt_cache.keys, prompt_cache.values, strict=True)
-        cache = Cache(layers=[_FrozenLayer(*pair) for pair in pairs])
+        cache, layers = Cache(layers=[_FrozenLayer(*pair) for pair in pairs]), self.decoder.layers
+        # Not the stock decoder's own loop: it would read a mask that is None as a causal one.
+        hidden_BPD = inputs_BPD
+        for layer in layers if subset_Bn is None else layers[:-1]:
+            hidden_BPD = layer(hidden_BPD, attention_mask=mask, position_embeddings=rotary, **with_cache(layer, cache))
         if subset_Bn is not None:
-            rotary = self.decoder.rotary_emb(inputs_BPD, position_ids_BP)
-            return self.decoder.norm(_subset(self.decoder.layers, inputs_BPD, mask, rotary, cache, subset_Bn))
-        return self.decoder(
-            inputs_embeds=inputs_BPD,
-            attention_mask=mask,
-            position_ids=position_ids_BP,
-            **with_cache(self.decoder, cache),
-            use_cache=False,
-        ).last_hidden_state
+            hidden_BPD = _last_of_subset(layers[-1], hidden_BPD, mask, rotary, cache, subset_Bn)
+        return self.decoder.norm(hidden_BPD)
 
     def loss(
         self, latents_BPC: Tensor, prompt_cache: PromptCache, masked_BP: Tensor, *, loss_on: str = "all",
@@ -188,7 +194,7 @@ class VisualBranch(nn.Module):
         Args:
             latents_BPC: true latents.
             prompt_cache: their prompts.
-            masked_BP: what the branch does not see.
+            masked_BP: what the branch does not see; on the CPU, where the loss can count it without waiting for a GPU.
             loss_on: `all` patches (published), or only the `masked` ones.
             generator: draws the flow head's noise.
 
@@ -200,8 +206,9 @@ class VisualBranch(nn.Module):
             raise ValueError(f"loss_on is one of {LOSS_ON}, not {loss_on!r}")
         hidden_BPD, target_BPC = self.hidden(latents_BPC, masked_BP, prompt_cache), self.to_decoder(latents_BPC)
         if loss_on == "masked":
-            hidden_ND, target_NC = hidden_BPD[masked_BP], target_BPC[masked_BP]
-        else:  # no boolean index: it would wait for the GPU in every micro-batch
+            index_N = to_device(masked_BP.flatten().nonzero().squeeze(-1), hidden_BPD.device)
+            hidden_ND, target_NC = (x.flatten(0, 1).index_select(0, index_N) for x in (hidden_BPD, target_BPC))
+        else:  # no index: it would copy, and find its length by waiting for the GPU
             hidden_ND, target_NC = hidden_BPD.flatten(0, 1), target_BPC.flatten(0, 1)
         loss = self.vision_head.loss(hidden_ND, target_NC, generator)
         with torch.no_grad():
@@ -236,17 +243,15 @@ class _FrozenLayer(DynamicLayer):
         return keys, torch.cat([self.values.to(value_states.dtype), value_states], dim=-2)
 
 
-def _subset(
-    layers: Any, hidden_BPD: Tensor, mask: Tensor, rotary: tuple[Tensor, Tensor], cache: Cache, subset_Bn: Tensor
+def _last_of_subset(
+    last: Any, hidden_BPD: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor], cache: Cache, subset_Bn: Tensor
 ) -> Tensor:
-    """hidden_BnD of some patches only, before the final norm.
+    """hidden_BnD of some patches only, after the last layer and before the final norm.
 
-    The last layer needs keys and values of all patches, but queries and its MLP only where a prediction is needed: with
+    It needs keys and values of all patches, but queries and its MLP only where a prediction is needed: with
     L layers this saves about 1/L of a decode step.
     """
-    for layer in layers[:-1]:
-        hidden_BPD = layer(hidden_BPD, attention_mask=mask, position_embeddings=rotary, **with_cache(layer, cache))
-    last, attention, count = layers[-1], layers[-1].self_attn, subset_Bn.shape[1]
+    attention, count = last.self_attn, subset_Bn.shape[1]
     last_cache: Any = cache.layers[-1]
     normed_BPD, heads = last.input_layernorm(hidden_BPD), (-1, attention.head_dim)
     keys_BPhd, values_BPhd = (part(normed_BPD).unflatten(-1, heads) for part in (attention.k_proj, attention.v_proj))
@@ -257,10 +262,12 @@ def _subset(
     keys_BhPd, _ = apply_rotary_pos_emb(keys_BhPd, keys_BhPd, *rotary)
     cache.layers[-1] = _FrozenLayer(*last_cache.update(keys_BhPd, values_BPhd.transpose(1, 2)))
     # The stock layer appends the selected patches' own keys once more: those columns are masked.
-    repeated = mask.new_full((*mask.shape[:2], count, count), torch.finfo(mask.dtype).min)
+    seen = last_cache.keys.shape[-2] + hidden_BPD.shape[1]
+    columns = hidden_BPD.new_zeros(len(hidden_BPD), 1, count, seen) if mask is None else mask[:, :, :count]
+    repeated = columns.new_full((*columns.shape[:2], count, count), torch.finfo(columns.dtype).min)
     return last(
         take(hidden_BPD, subset_Bn),
-        attention_mask=torch.cat([mask[:, :, :count], repeated], dim=-1),
+        attention_mask=torch.cat([columns, repeated], dim=-1),
         position_embeddings=tuple(take(part, subset_Bn) for part in rotary),
         **with_cache(last, cache),
     )

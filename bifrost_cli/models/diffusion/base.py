@@ -17,6 +17,7 @@ from bifrost_cli.models.diffusion import rectified_flow
 from bifrost_cli.models.diffusion.controlnet import UnsupportedControl
 from bifrost_cli.models.mllm.chat_template import harmless
 from bifrost_cli.models.row_noise import NoiseSource, normal
+from bifrost_cli.models.transfer import to_device
 
 StepCallback = Callable[[int, Tensor, Tensor], object]
 
@@ -176,8 +177,8 @@ class DiffusionModel(ABC):
     ) -> Tensor:
         """`flow_matching_loss` on latents in the family's layout, with drawn noise and noise levels."""
         clean = clean.to(self.device, self.transformer.dtype)
-        noise = normal(clean.shape, generator).to(clean)
-        sigma_B = self.training_sigmas(len(clean), image_tokens, generator).to(clean)
+        noise = to_device(normal(clean.shape, generator), clean.device).to(clean.dtype)
+        sigma_B = to_device(self.training_sigmas(len(clean), image_tokens, generator), clean.device).to(clean.dtype)
         return rectified_flow.flow_matching_loss(velocity, clean, noise, sigma_B)
 
 

@@ -17,6 +17,7 @@ from bifrost_cli.models.diffusion import rectified_flow
 from bifrost_cli.models.diffusion.base import ControlInput, DiffusionModel, StepCallback, is_cut, token_ids
 from bifrost_cli.models.diffusion.controlnet import CONDITIONERS, Conditioner, latent_controlnet
 from bifrost_cli.models.row_noise import NoiseSource
+from bifrost_cli.models.transfer import to_device
 
 
 class FluxPrompt(NamedTuple):
@@ -75,8 +76,8 @@ class FluxModel(DiffusionModel):
 
     def embed_ids(self, clip_ids_BT: Tensor, t5_ids_BT: Tensor) -> FluxPrompt:
         """`embed` for ids from `tokenize`. As in stock FLUX, T5 gets no attention mask, so it reads padding."""
-        pooled_BD = self.text_encoder(clip_ids_BT.to(self.text_encoder.device)).pooler_output
-        sequence_BTD = self.text_encoder_2(t5_ids_BT.to(self.text_encoder_2.device))[0]
+        pooled_BD = self.text_encoder(to_device(clip_ids_BT, self.text_encoder.device)).pooler_output
+        sequence_BTD = self.text_encoder_2(to_device(t5_ids_BT, self.text_encoder_2.device))[0]
         device, dtype = self.transformer.device, self.transformer.dtype
         return FluxPrompt(sequence_BTD.to(device, dtype), pooled_BD.to(device, dtype))
 

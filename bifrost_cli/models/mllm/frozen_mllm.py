@@ -18,6 +18,7 @@ from bifrost_cli.models.branch.decoder_adapters import with_cache
 from bifrost_cli.models.mllm import chat_template
 from bifrost_cli.models.mllm.adapters import adapter_of
 from bifrost_cli.models.mllm.chat_template import ChatTemplate, TokenizedPrompts
+from bifrost_cli.models.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class PromptCache:
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     attention_BT: Tensor
+    padded: bool = True  # False: every token is real, known without asking the device
 
 
 class Completion(NamedTuple):
@@ -78,17 +80,17 @@ class Mllm:
     @torch.no_grad()
     def encode_prompts(self, prompts: TokenizedPrompts) -> PromptCache:
         """One causal pass of the decoder over the prompts; its cache is all that the branch needs of the text."""
-        ids_BT, attention_BT = prompts.input_ids_BT.to(self.device), prompts.attention_BT.to(self.device)
+        ids_BT, attention_BT = (to_device(x, self.device) for x in (prompts.input_ids_BT, prompts.attention_BT))
         cache = DynamicCache()
         self.decoder(
             inputs_embeds=self.decoder.embed_tokens(ids_BT),
             attention_mask=chat_template.additive(chat_template.text_mask(attention_BT), self.model.dtype),
-            position_ids=prompts.position_ids_BT.to(self.device),
+            position_ids=to_device(prompts.position_ids_BT, self.device),
             **with_cache(self.decoder, cache),
             use_cache=True,
         )
         keys, values = zip(*((layer.keys, layer.values) for layer in cast(Any, cache.layers)), strict=True)
-        return PromptCache(keys, values, attention_BT)
+        return PromptCache(keys, values, attention_BT, padded=not bool(prompts.attention_BT.all()))
 
     @torch.no_grad()
     def encode(self, pixels_BHWC: np.ndarray | Tensor) -> Tensor:
