@@ -19,17 +19,21 @@ _WHERE = {
     "BifrostPipeline": "bifrost_cli.generation.pipeline",
     "LatentsStore": "bifrost_cli.data.latents.reader",
     "ask": "bifrost_cli.generation.ask",
+    "decode": "bifrost_cli.generation.edit",
+    "edit": "bifrost_cli.generation.edit",
     "evaluate": "bifrost_cli.evaluation.evaluate",
     "export": "bifrost_cli.interop.export",
     "extract_latents": "bifrost_cli.extraction.extract",
     "generate": "bifrost_cli.generation.generate",
     "import_checkpoint": "bifrost_cli.interop.import_checkpoint",
     "load_recipe": "bifrost_cli.config.load",
+    "mix": "bifrost_cli.generation.edit",
     "plan": "bifrost_cli.planning.plan",
     "reconstruct": "bifrost_cli.generation.reconstruct",
     "report": "bifrost_cli.reports.report",
     "train_branch": "bifrost_cli.training.train_branch",
     "train_controlnet": "bifrost_cli.training.train_controlnet",
+    "vary": "bifrost_cli.generation.edit",
 }
 __all__ = ["__version__", *_WHERE]
 

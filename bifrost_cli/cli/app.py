@@ -20,7 +20,7 @@ import typer
 
 from bifrost_cli import errors
 from bifrost_cli.artifacts.files import disk_errors
-from bifrost_cli.cli import artifact_commands, eval_commands, recipe_commands, stage_commands
+from bifrost_cli.cli import artifact_commands, edit_commands, eval_commands, recipe_commands, stage_commands
 from bifrost_cli.cli.options import Version
 from bifrost_cli.errors import BifrostError, UsageError
 from bifrost_cli.runtime.launch import leave_status
@@ -60,7 +60,8 @@ def root(context: typer.Context, version: Version = False) -> None:
 
 
 _GROUPS = (
-    (None, stage_commands.app), (None, eval_commands.app), ("geneval", eval_commands.geneval),
+    (None, stage_commands.app), (None, edit_commands.app), (None, eval_commands.app),
+    ("geneval", eval_commands.geneval),
     (None, artifact_commands.interop), (None, eval_commands.ablations), ("data", stage_commands.data),
     (None, recipe_commands.planning), ("artifacts", artifact_commands.app), ("recipes", recipe_commands.app),
     ("shapes", stage_commands.shapes),

@@ -303,6 +303,11 @@ class Generate(Section):
         description="what the MLLM is asked; {prompt} stands for the prompt",
     )
     plan_tokens: Count = Field(200, description="longest plan, in tokens")
+    region_question: str | None = Field(
+        None,
+        description="what the MLLM is asked for edit --region, with {region} for its words; null asks for a JSON box",
+        json_schema_extra=RUN_ONLY,
+    )
     decode_steps: Count = Field(64, description="steps of the branch")
     decode_order: Literal["random", "raster"] = Field(
         "random",
@@ -334,6 +339,8 @@ class Generate(Section):
     def _consistent(self) -> Generate:
         if "{prompt}" not in self.plan_instruction:
             raise ValueError("plan_instruction does not contain {prompt}, so the plan could not know the prompt")
+        if self.region_question is not None and "{region}" not in self.region_question:
+            raise ValueError("region_question does not contain {region}, so the MLLM could not know what is meant")
         return self
 
 

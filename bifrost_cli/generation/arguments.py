@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,14 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from bifrost_cli.config.schema import Generate
+from bifrost_cli.config.schema import Generate, Images
+from bifrost_cli.data.images import read_image
 from bifrost_cli.errors import UsageError
 from bifrost_cli.generation.requests import ImageRequest, image_requests
 from bifrost_cli.generation.stages import BifrostDecoder
 from bifrost_cli.models.diffusion.controlnet import image_tokens
 
+ImageLike = Image.Image | np.ndarray | Path | str
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -35,6 +38,7 @@ class BifrostPipelineOutput:
         cut: images whose prompt or plan was longer than the models read or write.
         timings: seconds of each stage, over all images.
         interrupted: True when `pipe.interrupt` ended the call; only whole images are returned.
+        masked: of an edit or a variation (B, P) bool, True where patches were predicted again; else None.
     """
 
     images: Any
@@ -45,6 +49,7 @@ class BifrostPipelineOutput:
     cut: list[bool]
     timings: dict[str, float] = field(default_factory=dict)
     interrupted: bool = False
+    masked: torch.Tensor | None = None
 
 
 def seed_of(generator: torch.Generator) -> int:
@@ -54,6 +59,16 @@ def seed_of(generator: torch.Generator) -> int:
     untouched = torch.equal(fresh.get_state(), generator.get_state())
     drawn = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     return generator.initial_seed() if untouched else drawn
+
+
+def pixels_of(image: ImageLike, rules: Images) -> np.ndarray:
+    """A PIL image, an array or a file as uint8 (H, W, 3). UsageError: an array of another kind."""
+    if isinstance(image, Image.Image):
+        image = np.asarray(image.convert("RGB"))
+    rgb = image if isinstance(image, np.ndarray) else read_image(Path(image), rules).rgb
+    if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[-1] != 3:
+        raise UsageError(f"an image is uint8 (H, W, 3), not {rgb.dtype} {rgb.shape}", fix="give a PIL image")
+    return rgb
 
 
 def requests_of(
@@ -98,6 +113,21 @@ def stacked(images: list[Any], output_type: str) -> Any:
         return torch.stack(images) if images else torch.empty(0)
     pixels_BHWC = np.stack(images).astype(np.float32) / 255 if images else np.empty((0, 0, 0, 3), np.float32)
     return pixels_BHWC if output_type == "np" else torch.from_numpy(pixels_BHWC).movedim(-1, 1)
+
+
+def joined(images: Sequence[Any]) -> Any:
+    """Batches of one image, `np`, `pt` or `latent`, as one batch."""
+    return np.concatenate(images) if isinstance(images[0], np.ndarray) else torch.cat(list(images))
+
+
+def part_of(patches: np.ndarray, strength: float, seed: int) -> torch.Tensor:
+    """A share of the marked patches, at least one, at random by the seed: masked_P bool."""
+    marked = np.flatnonzero(patches)
+    count = max(1, round(strength * len(marked)))
+    chosen = marked if count == len(marked) else np.random.default_rng((seed, len(patches))).permutation(marked)[:count]
+    masked_P = torch.zeros(len(patches), dtype=torch.bool)
+    masked_P[torch.from_numpy(chosen)] = True
+    return masked_P
 
 
 def settings_of(recipe: Generate, given: dict[str, Any]) -> Generate:

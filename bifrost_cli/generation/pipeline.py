@@ -7,35 +7,29 @@ latents to image), each of which works alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils.memory import clear_device_cache
-from PIL import Image
 
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.config.schema import Generate, Recipe
-from bifrost_cli.data.images import read_image, square
+from bifrost_cli.data.images import square
 from bifrost_cli.errors import ArtifactError, UsageError, memory_errors
-from bifrost_cli.generation import arguments
-from bifrost_cli.generation.arguments import BifrostPipelineOutput
+from bifrost_cli.generation import arguments, editing, regions
+from bifrost_cli.generation.arguments import BifrostPipelineOutput, ImageLike
 from bifrost_cli.generation.choose_models import pretrained
 from bifrost_cli.generation.requests import ImageRequest, read_prompts
 from bifrost_cli.generation.stages import BifrostDecoder, BifrostPrior, PredictedLatents, StageCallback
+from bifrost_cli.generation.step_callback import Interruption, StepCallback, step_callback
 from bifrost_cli.loading.compatibility import require_base, require_one_step
 from bifrost_cli.loading.loaders import ModelLoader, fingerprint
 from bifrost_cli.loading.resolve import resolve_device
 from bifrost_cli.models.encoders import Encoder
 from bifrost_cli.runtime.ui import Ui
-
-StepCallback = Callable[["BifrostPipeline", int, Any, dict[str, Any]], dict[str, Any] | None]
-
-
-class _Interrupted(Exception):
-    """`interrupt` was set: leaves the stages of the image at hand."""
 
 
 class BifrostPipeline:
@@ -65,7 +59,7 @@ class BifrostPipeline:
         self._prior: BifrostPrior | None = None
         self._decoder: BifrostDecoder | None = None
         self._encoder: Encoder | None = None
-        self._lock = threading.RLock()  # one call at a time; a callback may call again
+        self.lock = threading.RLock()  # one call at a time; a callback may call again
 
     @classmethod
     def from_pretrained(
@@ -158,7 +152,7 @@ class BifrostPipeline:
         return self._change(offload="sequential")
 
     def _change(self, **place: Any) -> BifrostPipeline:
-        with self._lock:
+        with self.lock:
             halves = [half for half in (self._prior, self._decoder) if half is not None]
             self.loader.policy.change(*(module for half in halves for module in half.modules), **place)
             self.loader.device, self._encoder = self.device, None
@@ -226,40 +220,44 @@ class BifrostPipeline:
         arguments.refuse(negative_prompt, output_type, callback_on_step_end_tensor_inputs)
         prompts, side = read_prompts(prompt, self._ui), arguments.side_of(height, width)
         requests = arguments.requests_of(prompts, num_images, num_images_per_prompt, seed, generator)
-        with self._lock:
+        with self.lock:
             if side is not None:
                 arguments.require_side(side, self.decoder, self.prior.branch.patches)
             self.interrupt, before = False, dict(self.seconds)
             images, predicted, interrupted = [], [], False
             try:
                 for request in requests:
-                    on_step = self._on_step(callback_on_step_end, request, interruptible=True)
+                    on_step = step_callback(self, callback_on_step_end, request, interruptible=True)
                     latents = self.predict(request, settings=settings, callback=on_step)
                     options = {"settings": settings, "output_size": side, "callback": on_step}
-                    images.append(self._image(request, latents.latents_PC, output_type, **options))
+                    images.append(self.image_of(request, latents.latents_PC, output_type, **options))
                     predicted.append(latents)
-            except _Interrupted:
+            except Interruption:
                 interrupted = True
-        made, spent = requests[: len(images)], {key: now - before.get(key, 0.0) for key, now in self.seconds.items()}
+        made = requests[: len(images)]
+        return self.output(made, images, predicted, before, output_type, interrupted=interrupted)
+
+    def output(
+        self, requests: Sequence[ImageRequest], images: list[Any], predicted: Sequence[PredictedLatents],
+        before: dict[str, float], output_type: str, **more: Any,
+    ) -> BifrostPipelineOutput:  # fmt: skip
+        """What a call returns; `before` is what `seconds` was at its start."""
+        spent = {key: now - before.get(key, 0.0) for key, now in self.seconds.items()}
         return BifrostPipelineOutput(
             images=arguments.stacked(images, output_type),
             latents=torch.stack([latents.latents_PC for latents in predicted]) if predicted else torch.empty(0),
             plans=[latents.plan for latents in predicted],
-            prompts=[request.prompt for request in made],
-            seeds=[request.seed for request in made],
-            cut=[self.cuts(*pair) for pair in zip(made, predicted, strict=True)],
+            prompts=[request.prompt for request in requests],
+            seeds=[request.seed for request in requests],
+            cut=[self.cuts(*pair) for pair in zip(requests, predicted, strict=True)],
             timings={stage: seconds for stage, seconds in spent.items() if seconds},
-            interrupted=interrupted,
+            **more,
         )
 
-    def encode(self, image: Image.Image | np.ndarray | Path | str) -> torch.Tensor:
+    def encode(self, image: ImageLike) -> torch.Tensor:
         """Patch latents (P, C), float32 on the CPU, of the centre square of a PIL image, uint8 array or file."""
-        if isinstance(image, Image.Image):
-            image = np.asarray(image.convert("RGB"))
-        rgb = image if isinstance(image, np.ndarray) else read_image(Path(image), self.recipe.images).rgb
-        if rgb.dtype != np.uint8 or rgb.ndim != 3 or rgb.shape[-1] != 3:
-            raise UsageError(f"an image is uint8 (H, W, 3), not {rgb.dtype} {rgb.shape}", fix="give a PIL image")
-        with self._lock, torch.no_grad():
+        rgb = arguments.pixels_of(image, self.recipe.images)
+        with self.lock, torch.no_grad():
             encoder, shared = self.encoder, list[torch.nn.Module]()
             if self._encoder is None and self.recipe.latents.encoder == "mllm" and self._prior is not None:
                 shared = [self._prior.mllm.model]  # not its own: it lies where the half lies
@@ -286,20 +284,100 @@ class BifrostPipeline:
             raise UsageError("patch latents are a tensor (P, C)", at=f"got {getattr(latents, 'shape', type(latents))}",
                              fix="give those of one image, as encode returns them")  # fmt: skip
         (request,), side = arguments.requests_of([prompt], 1, 1, seed, generator), arguments.side_of(height, None)
-        with self._lock:
+        with self.lock:
             if side is not None:
                 arguments.require_side(side, self.decoder, len(latents))
-            on_step = self._on_step(callback_on_step_end, request)
-            image = self._image(request, latents, output_type, settings=settings, output_size=side, callback=on_step)
+            on_step = step_callback(self, callback_on_step_end, request)
+            image = self.image_of(request, latents, output_type, settings=settings, output_size=side, callback=on_step)
             images = arguments.stacked([image], output_type)
         return images[0] if output_type == "pil" else images
 
+    def edit(
+        self,
+        image: ImageLike,
+        prompt: str,
+        *,
+        mask_image: ImageLike | None = None,
+        box: Sequence[float] | None = None,
+        region: str | None = None,
+        strength: float = 1.0,
+        keep_pixels: bool = False,
+        seed: int = 0,
+        output_type: str = "pil",
+        callback_on_step_end: StepCallback | None = None,
+        **settings: Any,
+    ) -> BifrostPipelineOutput:
+        """Predict a part of an image again, from the prompt and from the patches that stay, and render the whole.
+
+        Args:
+            image: a PIL image, uint8 array or file; its centre square is read.
+            prompt: what the whole image shall show.
+            mask_image: of the image's size, white where it is to change; it grows to whole patches. One of
+                `mask_image`, `box` and `region` is needed.
+            box: (x, y, width, height) in px of the image.
+            region: words for what is to change; the MLLM says where it is.
+            strength: share of the marked patches that are predicted again, at random; 1 is all of them.
+            keep_pixels: pixels of patches that stay are the original's, with a soft seam.
+            seed: (image, mask, prompt, seed, settings, weights) decide the bytes.
+            settings: as of a call, from `num_inference_steps` to `plan`.
+
+        Returns:
+            One image; `latents` are those of the whole image, and `masked` (1, P) is True for what was predicted.
+
+        Raises:
+            UsageError: a mask of another size, an empty or full one; a region that the MLLM does not find.
+            ArtifactError: the branch was trained on latents of another encoder.
+        """
+        rgb = arguments.pixels_of(image, self.recipe.images)
+        height, width = rgb.shape[:2]
+        if sum(part is not None for part in (mask_image, box, region)) != 1:
+            raise UsageError("what is to change is not marked, or twice", fix="give a mask, or a box, or a region")
+        if region is not None:
+            mask = regions.mask_of_boxes(self.locate(rgb, region), height, width)
+        elif box is not None:
+            mask = regions.mask_of_boxes([tuple(box)], height, width)
+        else:
+            assert mask_image is not None
+            mask = regions.mask_of_image(arguments.pixels_of(mask_image, self.recipe.images), height, width)
+        patches = regions.masked_patches(mask, self.encoder.image_size, self.encoder.grid)
+        how = editing.How(patches, strength, keep_pixels, output_type, callback_on_step_end)
+        return editing.predict_again(self, rgb, prompt, [seed], how, settings)
+
+    def vary(
+        self, image: ImageLike, prompt: str = "", *, num_images: int = 4, strength: float = 0.5, seed: int = 0,
+        output_type: str = "pil", callback_on_step_end: StepCallback | None = None, **settings: Any,
+    ) -> BifrostPipelineOutput:  # fmt: skip
+        """Variations of an image: in each other patches, a share `strength` of them, are predicted again.
+
+        Arguments as of `edit`; image i has seed `seed + i`. With the empty prompt only the patches that stay speak.
+        """
+        rgb = arguments.pixels_of(image, self.recipe.images)
+        every = np.ones(self.encoder.grid[0] * self.encoder.grid[1], bool)
+        how = editing.How(every, strength, False, output_type, callback_on_step_end)
+        return editing.predict_again(self, rgb, prompt, [seed + i for i in range(num_images)], how, settings)
+
+    def mix(
+        self, image: ImageLike, other: ImageLike, *, weight: float | Sequence[float] = 0.5, prompt: str = "",
+        seed: int = 0, output_type: str = "pil", **settings: Any,
+    ) -> BifrostPipelineOutput:  # fmt: skip
+        """Images of interpolated latents, (1 - weight) of the first and weight of the other; several weights make a
+        strip. Other arguments as of `decode`. UsageError: a weight outside of 0 to 1."""
+        return editing.mix(self, image, other, weight, prompt, seed, output_type, settings)
+
+    def locate(self, image: ImageLike, region: str) -> list[tuple[float, float, float, float]]:
+        """Boxes (x, y, width, height) in px of what `region` names, as the MLLM says. UsageError: it names no place."""
+        with self.lock:
+            return editing.locate(self, arguments.pixels_of(image, self.recipe.images), region)
+
     def predict(
-        self, request: ImageRequest, *, settings: Generate | None = None, callback: StageCallback | None = None
-    ) -> PredictedLatents:
-        """Patch latents of a request. OutOfMemory names the setting that needs less."""
+        self, request: ImageRequest, *, settings: Generate | None = None, callback: StageCallback | None = None,
+        known: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> PredictedLatents:  # fmt: skip
+        """Patch latents of a request; `known` as of `BifrostPrior.predict`. OutOfMemory names the setting that needs
+        less."""
+        options: dict[str, Any] = {"settings": settings, "callback": callback, "known": known}
         with memory_errors(f"predicting the latents of {request.name}", self.loader.policy.needs_less()):
-            predicted = self.prior.predict(request.prompt, request.seed, settings=settings, callback=callback)
+            predicted = self.prior.predict(request.prompt, request.seed, **options)
         if predicted.plan is not None and self._said != request.prompt:
             self._ui.say(f"plan {request.index}: {predicted.plan}")
             self._said = request.prompt
@@ -307,30 +385,16 @@ class BifrostPipeline:
 
     def render(self, request: ImageRequest, predicted: PredictedLatents) -> np.ndarray:
         """The image of a request, uint8 (H, W, 3)."""
-        return self._image(request, predicted.latents_PC)
+        return self.image_of(request, predicted.latents_PC)
 
     def cuts(self, request: ImageRequest, predicted: PredictedLatents) -> bool:
         """True when any model read less than the whole prompt or plan."""
         return predicted.cut or self.decoder.diffusion.too_long(request.prompt, self.decoder.text_tokens)
 
-    def _image(self, request: ImageRequest, latents_PC: torch.Tensor, output_type: str = "pil", **options: Any) -> Any:
+    def image_of(
+        self, request: ImageRequest, latents_PC: torch.Tensor, output_type: str = "pil", **options: Any
+    ) -> Any:
         """Pixels, uint8 (H, W, 3), or the VAE latents (c, h, w) of `latent`; options as `BifrostDecoder.denoise`."""
         with memory_errors(f"generating {request.name}", self.loader.policy.needs_less()):
             vae_latents_Bchw = self.decoder.denoise(request.prompt, latents_PC, request.seed, **options)
             return vae_latents_Bchw[0] if output_type == "latent" else self.decoder.decode(vae_latents_Bchw)
-
-    def _on_step(
-        self, callback: StepCallback | None, request: ImageRequest, *, interruptible: bool = False
-    ) -> StageCallback:
-        def on_step(stage: str, step: int, timestep: Any, latents: torch.Tensor) -> None:
-            if callback is not None:
-                shown = latents.clone()
-                facts = {"index": request.index, "prompt": request.prompt, "seed": request.seed}
-                returned = callback(self, step, timestep, {"latents": shown, "stage": stage, **facts})
-                if returned and returned.get("latents", shown) is not shown:
-                    raise UsageError("callback_on_step_end returned other latents", at="it can watch and stop a step, "
-                                     "not change it", fix="return its kwargs, or nothing")  # fmt: skip
-            if interruptible and self.interrupt:
-                raise _Interrupted
-
-        return on_step

@@ -6,6 +6,7 @@ channels of the patch latents, c channels and h w sides of the VAE latents, H W 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ class BifrostPrior:
     ArtifactError BF-ART-004: the branch was trained on another MLLM than the recipe names."""
 
     def __init__(self, recipe: Recipe, artifact: Artifact, loader: ModelLoader) -> None:
-        self.settings, self.max_text_tokens = recipe.generate, recipe.branch.max_text_tokens
+        self.artifact, self.settings, self.max_text_tokens = artifact, recipe.generate, recipe.branch.max_text_tokens
         self.policy, self.seconds = loader.policy, dict[str, float]()
         self.mllm = loader.mllm()
         files = files_digest("mllm", recipe.models) if "mllm_files" in artifact.identity else None
@@ -67,11 +68,13 @@ class BifrostPrior:
 
     @torch.no_grad()
     def predict(
-        self, prompt: str, seed: int = 0, *, settings: Generate | None = None, callback: StageCallback | None = None
-    ) -> PredictedLatents:
+        self, prompt: str, seed: int = 0, *, settings: Generate | None = None, callback: StageCallback | None = None,
+        known: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> PredictedLatents:  # fmt: skip
         """Patch latents of a prompt; decode order and the noise of a sampling head follow from (prompt, seed) alone.
 
-        `settings` instead of the recipe's; `callback` is called after each decode step.
+        `settings` instead of the recipe's; `callback` is called after each decode step. `known`: latents_PC of an image
+        and masked_P, True for what is predicted again; the steps are fewer in proportion.
         """
         settings, branch, noise_BPC = settings or self.settings, self.branch, None
         guided = settings.branch_guidance != 1.0
@@ -88,9 +91,13 @@ class BifrostPrior:
             if callback is not None:
                 callback("decode", step, int(masked_BP.sum()), latents_BPC)
 
+        steps = settings.decode_steps
+        if known is not None:
+            steps = max(1, math.ceil(steps * float(known[1].float().mean())))
+            known = known[0][None], known[1][None]
         with _timed(self.seconds, "decode"), self.policy.on(branch):
             latents_BPC = sample_masked(
-                branch, cache, self._unconditional() if guided else None, steps=settings.decode_steps,
+                branch, cache, self._unconditional() if guided else None, steps=steps, known=known,
                 orders_BP=orders_BP, guidance=settings.branch_guidance, noise_BPC=noise_BPC,
                 temperature=settings.temperature, callback=on_step,
             ).cpu()  # fmt: skip

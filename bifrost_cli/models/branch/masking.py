@@ -75,9 +75,9 @@ def mask_schedule(patches: int, steps: int) -> list[int]:
 def sample_masked(
     branch: VisualBranch, prompt_cache: PromptCache, uncond_cache: PromptCache | None = None, *, steps: int,
     orders_BP: Tensor, guidance: float = 1.0, noise_BPC: Tensor | None = None, temperature: float = 1.0,
-    callback: Callable[[int, Tensor, Tensor], object] | None = None,
+    known: tuple[Tensor, Tensor] | None = None, callback: Callable[[int, Tensor, Tensor], object] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Predict the latents of all patches from a fully masked start, some at each step; nothing is drawn.
+    """Predict the latents of the masked patches, by default of all, some at each step; nothing is drawn.
 
     Args:
         branch: it passes the P patches once a step, and with guidance twice.
@@ -88,6 +88,8 @@ def sample_masked(
         guidance: w in u + w * (c - u), c and u predicted with the prompt and without; 1 runs no unconditional pass.
         noise_BPC: what a sampling head starts each patch from; a linear head needs none.
         temperature: of a sampling head: below 1 nearer to the most probable latents.
+        known: latents_BPC of which those stay whose masked_BP is False, and that masked_BP, with equally many True in
+            each row; None begins with all masked.
         callback: called after every step with its index from 0, latents_BPC, and masked_BP (True is still to be
             predicted). What it raises ends the loop.
 
@@ -101,9 +103,17 @@ def sample_masked(
     if orders_BP.shape[1] != branch.patches:
         raise ValueError(f"orders of {orders_BP.shape[1]} patches for a branch of {branch.patches}")
     orders_BP = orders_BP.to(branch.mask_token.device)
-    latents_BPC = torch.zeros(*orders_BP.shape, branch.channels, device=orders_BP.device)
-    masked_BP, masked = torch.ones_like(orders_BP, dtype=torch.bool), branch.patches
-    for step, still_masked in enumerate(mask_schedule(branch.patches, steps)):
+    if known is None:
+        latents_BPC = torch.zeros(*orders_BP.shape, branch.channels, device=orders_BP.device)
+        masked_BP, masked = torch.ones_like(orders_BP, dtype=torch.bool), branch.patches
+    else:
+        latents_BPC, masked_BP = (part.to(orders_BP.device) for part in known)
+        masked = int(masked_BP[0].sum())
+        if (masked_BP.sum(1) != masked).any():
+            raise ValueError("rows with different numbers of masked patches cannot be predicted together")
+        # An order that ends with what is known: it counts as revealed.
+        orders_BP = orders_BP.gather(1, (~masked_BP).gather(1, orders_BP).int().argsort(dim=1, stable=True))
+    for step, still_masked in enumerate(mask_schedule(masked, steps) if masked else []):
         revealed_Bn = orders_BP[:, still_masked:masked]
         if revealed_Bn.shape[1]:
             hidden_BnD, uncond_BnD = branch.hidden(latents_BPC, masked_BP, prompt_cache, revealed_Bn), None
