@@ -192,11 +192,16 @@ def _run_stage(stage: str, check: Callable[..., None], given: dict[str, Any]) ->
     """With --gpus N this command line goes to N processes, and this one ends as they do; a plan needs only one."""
     with refusals():
         check(**given)
-    if (count := given.pop("gpus", 1)) > 1:
-        launch.require_shared_device(given["device"], count)
-        if not given["dry_run"]:
-            launch.start(count, sys.argv[1:])
+    start_processes(given.pop("gpus", 1), given["device"], given.get("dry_run", False))
     return Result.of(getattr(bifrost_cli, stage)(**given))
+
+
+def start_processes(gpus: int, device: str, dry_run: bool) -> None:
+    """With --gpus N from 2 on this command line goes to N processes, and this one ends as they do."""
+    if gpus > 1:
+        launch.require_shared_device(device, gpus)
+        if not dry_run:
+            launch.start(gpus, sys.argv[1:])
 
 
 def _sign(function: Callable[..., Any], parameters: list[inspect.Parameter]) -> None:

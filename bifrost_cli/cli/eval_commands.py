@@ -14,8 +14,9 @@ import typer
 from bifrost_cli.artifacts import Artifact, resolve
 from bifrost_cli.artifacts.files import read_json
 from bifrost_cli.artifacts.manifest import require_place
-from bifrost_cli.cli.command import FIRST_PROMPT, Result, command, refusals
-from bifrost_cli.cli.options import RUNS, Device, DryRun, NewFolder, Output, Recipe, Workspace, parameter
+from bifrost_cli.cli.command import FIRST_PROMPT, Result, command, refusals, start_processes
+from bifrost_cli.cli.options import RUNS, Device, DryRun, Gpus, NewFolder, Output, Recipe, Workspace, parameter
+from bifrost_cli.cli.stage_commands import require_shareable
 from bifrost_cli.errors import Findings
 from bifrost_cli.runtime.ui import Ui
 
@@ -64,7 +65,8 @@ def evaluate(
     gate: Annotated[list[str] | None,
         typer.Option("--gate", metavar="GATE", help="Exit with 8 unless it holds, as 'fid<12.5'.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Say how each metric is computed, and stop.")] = False,
-    output: Output = None, workspace: Workspace = RUNS, device: Device = "auto", dry_run: DryRun = False,
+    output: Output = None, workspace: Workspace = RUNS, device: Device = "auto", gpus: Gpus = 1,
+    dry_run: DryRun = False,
 ) -> Result:  # fmt: skip
     """Measure samples against a reference and write a report.
 
@@ -81,6 +83,7 @@ def evaluate(
             resolve(workspace, samples, "samples")
         if prompts is not None:
             read_prompts(prompts, Ui())
+            require_shareable(prompts, gpus)
         if output is not None:
             require_place(output)
     chosen = [name for name, _, _ in metric_flags() if late.get(_METRIC + name.replace("-", "_"))]
@@ -88,6 +91,7 @@ def evaluate(
     if explain:
         lines = explained(metrics, fd or [])
         return Result(lines, {"explained": lines})
+    start_processes(gpus, device, dry_run)
     from bifrost_cli.evaluation.evaluate import evaluate
 
     options = {key.removeprefix(_OPTION): value for key, value in late.items() if key.startswith(_OPTION)}

@@ -13,7 +13,7 @@ import typer
 
 from bifrost_cli.artifacts import newest, resolve
 from bifrost_cli.artifacts.manifest import require_place
-from bifrost_cli.cli.command import FIRST_PROMPT, Result, command, refusals
+from bifrost_cli.cli.command import FIRST_PROMPT, Result, command, refusals, start_processes
 from bifrost_cli.cli.options import (
     RUNS,
     Device,
@@ -29,6 +29,7 @@ from bifrost_cli.cli.options import (
 )
 from bifrost_cli.errors import Findings, UsageError, public
 from bifrost_cli.planning.bench import BENCHES
+from bifrost_cli.runtime.launch import distributed_env
 from bifrost_cli.runtime.light_imports import import_generation
 from bifrost_cli.runtime.ui import Ui
 
@@ -162,7 +163,8 @@ def generate(
     grid: Annotated[bool, typer.Option("--grid", help="Also put all images into one.")] = False,
     save_latents: Annotated[bool, typer.Option("--save-latents", help="Also keep the predicted latents.")] = False,
     timings: Annotated[bool, typer.Option("--timings", help="Say how long each stage took.")] = False,
-    workspace: Workspace = RUNS, device: Device = "auto", dry_run: DryRun = False,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images in one pass; the last bits depend on it.")] = 1,
+    workspace: Workspace = RUNS, device: Device = "auto", gpus: Gpus = 1, dry_run: DryRun = False,
 ) -> Result:  # fmt: skip
     """Generate images of a prompt, or of each line of a file.
 
@@ -175,6 +177,9 @@ def generate(
         for kind, ref in (("branch", branch), ("controlnet", controlnet)):
             if ref is not None:
                 resolve(workspace, ref, kind)
+        if prompts is not None:
+            require_shareable(prompts, gpus)
+    start_processes(gpus, device, dry_run)
     import_generation(recipe.models.weights)
     from bifrost_cli.generation.generate import generate
 
@@ -182,8 +187,16 @@ def generate(
         ui.say(f'no prompt was given; generating "{given}"')
     return Result.of(generate(
         recipe, given, output=output, n=n, seed=seed, branch=branch, controlnet=controlnet, workspace=workspace,
-        grid=grid, save_latents=save_latents, timings=timings, device=device, dry_run=dry_run, ui=ui, sets=settings,
+        grid=grid, save_latents=save_latents, timings=timings, batch=batch, device=device, dry_run=dry_run, ui=ui,
+        sets=settings,
     ))  # fmt: skip
+
+
+def require_shareable(prompts: Path, gpus: int) -> None:
+    """UsageError for prompts that can be read only once (standard input, a pipe), and several processes."""
+    if max(gpus, distributed_env().world) > 1 and not prompts.is_file():
+        raise UsageError(f"{prompts} can be read only once, and there are several processes",
+                         fix="write the prompts to a file")  # fmt: skip
 
 
 def _prompts(prompt: str | None, file: Path | None, output: Path | None, n: int, grid: bool) -> str | Path:

@@ -14,6 +14,7 @@ import numpy as np
 
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
 from bifrost_cli.artifacts.files import write_bytes, write_json
+from bifrost_cli.artifacts.manifest import MANIFEST
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.image_sets import EvalImage
 from bifrost_cli.evaluation.inputs import EvalRequest, ImageProvider, request_of
@@ -21,11 +22,14 @@ from bifrost_cli.evaluation.metrics.feature_metrics import Fid
 from bifrost_cli.evaluation.metrics.metric import Metric, MetricInputs
 from bifrost_cli.reports.artifact_pages import lineage_plots
 from bifrost_cli.reports.page import flat, image_lines, lineage_lines, report_html, thumbnails
+from bifrost_cli.runtime import distributed
+from bifrost_cli.runtime.launch import together
 from bifrost_cli.runtime.ui import Ui
 
 SCHEMA = "bifrost.eval/3"
 
 
+@together
 def evaluate(
     recipe: Recipe,
     *,
@@ -97,10 +101,26 @@ def evaluate(
     sources = (images.artifact, compared.images.artifact if compared and compared.images else None)
     parents = [source for source in sources if source is not None]
     path = Path(output) if output else default_path(workspace, "report", identity_id("report", identity, parents))
+    if distributed.world() > 1 and not distributed.run_on_main((path / MANIFEST).exists):
+        for metric in loaded:
+            metric.prepare(images, ui)
+
+    def write() -> Path:
+        return _written(recipe, path, identity, request, inputs, loaded, parents, ui)
+
+    return Artifact.open(distributed.run_on_main(write))
+
+
+def _written(
+    recipe: Recipe, path: Path, identity: dict[str, Any], request: EvalRequest, inputs: MetricInputs,
+    loaded: Sequence[Metric], parents: Sequence[Artifact], ui: Ui,
+) -> Path:  # fmt: skip
+    """The report's folder, which is made unless it is there."""
+    images, compared = inputs.images, inputs.reference
     with Draft.open(path, "report", identity, parents) as draft:
         if draft.complete:
             ui.say(f"{path} holds this report already")
-            return draft.complete
+            return path
         report = _report(recipe.name, request, inputs, loaded, parents, ui)
         entries, pairs = images.entries, ""
         if compared and compared.images and compared.originals:
@@ -110,7 +130,7 @@ def evaluate(
         artifact, lines = write_report(draft, report, thumbnails(entries), pairs, recipe=recipe.model_dump(mode="json"))
     for line in (*lines, *report["warnings"], f"report: {artifact.path / 'report.html'}"):
         ui.say(line)
-    return artifact
+    return artifact.path
 
 
 def _beside(*images: EvalImage) -> np.ndarray:

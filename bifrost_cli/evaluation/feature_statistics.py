@@ -16,13 +16,15 @@ import PIL
 import torch
 
 from bifrost_cli.artifacts.files import canonical_json, make_folder
-from bifrost_cli.data.image_sets import ImageSet
+from bifrost_cli.data.image_sets import EvalImage, ImageSet
 from bifrost_cli.data.images import BadImage
 from bifrost_cli.data.safetensors_io import load_tensors, save_tensors, weights_hash
 from bifrost_cli.data.sources.item import Problem, SourceError
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.evaluation.formulas import gaussian
-from bifrost_cli.evaluation.networks import FeatureNetwork, feature_batches
+from bifrost_cli.evaluation.networks import BATCH, FeatureNetwork, feature_batches
+from bifrost_cli.runtime import distributed
+from bifrost_cli.runtime.ahead import map_ahead
 from bifrost_cli.runtime.ui import Ui
 
 FORMAT = "bifrost.statistics/3"
@@ -46,7 +48,11 @@ class Statistics:
 def statistics_of(
     images: ImageSet, network: FeatureNetwork, layers: Sequence[str], workspace: Path, ui: Ui, what: str
 ) -> dict[str, Statistics]:
-    """Statistics of each layer, from the workspace where they are kept, else computed (in one pass) and kept."""
+    """Statistics of each layer, from the workspace where they are kept, else computed (in one pass) and kept.
+
+    The processes of a job compute the features of a part each; the first one gets all statistics, the others those that
+    were kept.
+    """
     made_with = {"pillow": PIL.__version__, "torch": torch.__version__, "device": network.device}
     found, missing = {}, {}
     for layer in layers:
@@ -57,31 +63,54 @@ def statistics_of(
             found[layer] = kept
         else:
             missing[layer] = path, identity
-    if not missing:
+    layers = distributed.run_on_main(lambda: list(missing))  # one process may see a file that another did not
+    if not layers:
         return found
     ordered = sorted(images.entries, key=lambda entry: entry.digest)  # names and listing order change no bit
-    problems: list[Problem] = []
-
-    def prepared() -> Iterator[np.ndarray]:
-        for entry in ordered:
-            try:
-                yield network.prepare(entry.load())
-            except BadImage as error:
-                problems.append(Problem("image", entry.name, error.message))
-
-    batches = []
-    with ui.progress(len(ordered), what) as bar:
-        for batch in feature_batches(network, prepared(), list(missing)):
-            batches.append(batch)
-            bar.advance(len(next(iter(batch.values()))))
+    batches, problems = _computed(network, _own(ordered), layers, ui, what)
+    problems = sum(distributed.all_gather_object(problems), [])
     if problems:
         raise SourceError(f"{len(problems)} of {len(ordered)} images cannot be read", problems, code="BF-DATA-003")
-    for layer, (path, identity) in missing.items():
-        features_ND = np.concatenate([batch[layer] for batch in batches])
+    gathered = distributed.gather_object(batches)
+    for layer, (path, identity) in missing.items() if gathered else ():
+        features_ND = np.concatenate([batch[layer] for batches in gathered for batch in batches])
         moments = gaussian(features_ND)
         found[layer] = Statistics(moments.mean_D, moments.covariance_DD, moments.count, identity, features_ND)
         save_statistics(path, found[layer])
     return found
+
+
+def _own(entries: Sequence[EvalImage]) -> Sequence[EvalImage]:
+    """This process's part: whole batches, as one process would make them."""
+    batches = [entries[start : start + BATCH] for start in range(0, len(entries), BATCH)]
+    return [entry for batch in distributed.part(batches) for entry in batch]
+
+
+def _computed(
+    network: FeatureNetwork, entries: Sequence[EvalImage], layers: Sequence[str], ui: Ui, what: str
+) -> tuple[list[dict[str, np.ndarray]], list[Problem]]:
+    """Features of images, a batch each, and what cannot be read."""
+    problems: list[Problem] = []
+
+    def prepare(entry: EvalImage) -> np.ndarray | Problem:
+        try:
+            return network.prepare(entry.load())
+        except BadImage as error:
+            return Problem("image", entry.name, error.message)
+
+    def prepared() -> Iterator[np.ndarray]:
+        for image in map_ahead(prepare, entries, ahead=2 * BATCH):
+            if isinstance(image, Problem):
+                problems.append(image)
+            else:
+                yield image
+
+    batches = []
+    with ui.progress(len(entries), what) as bar:
+        for batch in feature_batches(network, prepared(), layers):
+            batches.append(batch)
+            bar.advance(len(next(iter(batch.values()))))
+    return batches, problems
 
 
 def _kept(path: Path, identity: dict[str, Any], ui: Ui) -> Statistics | None:

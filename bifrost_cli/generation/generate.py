@@ -21,6 +21,7 @@ from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.png import contact_sheet, png_bytes, png_pixels
 from bifrost_cli.errors import EnvironmentProblem, UsageError
 from bifrost_cli.generation.requests import destination, image_requests, image_settings, png_facts, read_prompts
+from bifrost_cli.runtime.launch import together
 from bifrost_cli.runtime.ui import Ui, counted
 
 if TYPE_CHECKING:
@@ -43,11 +44,13 @@ class _Run:
     pipe: BifrostPipeline
     ui: Ui
 
-    def png(self, request: ImageRequest, predicted: PredictedLatents) -> bytes:
-        pixels_HWC = self.pipe.render(request, predicted)
-        return png_bytes(pixels_HWC, png_facts(request, self.settings, self.parents, predicted.plan))
+    def pngs(self, requests: Sequence[ImageRequest], predicted: Sequence[PredictedLatents]) -> list[bytes]:
+        pixels_BHWC = self.pipe.render_batch(requests, predicted)
+        return [png_bytes(pixels_HWC, png_facts(request, self.settings, self.parents, latents.plan))
+                for pixels_HWC, request, latents in zip(pixels_BHWC, requests, predicted, strict=True)]  # fmt: skip
 
 
+@together
 def generate(
     recipe: Recipe,
     prompts: str | Path | Sequence[str],
@@ -61,6 +64,7 @@ def generate(
     grid: bool = False,
     save_latents: bool = False,
     timings: bool = False,
+    batch: int = 1,
     device: str = "auto",
     dry_run: bool = False,
     ui: Ui | None = None,
@@ -80,6 +84,8 @@ def generate(
         grid: also put all images into grid.png.
         save_latents: also keep the predicted patch latents.
         timings: say how long each stage took.
+        batch: images at a time. From 2 on, the last bits of an image depend on those beside it, the samples' settings
+            say so, and they continue no samples of another batch.
         device: where to compute.
         dry_run: return the plan; no weight is read, nothing is written.
         ui: hears what was chosen, the plans, and progress.
@@ -96,6 +102,8 @@ def generate(
     ui = ui or Ui()
     if n < 1:
         raise UsageError(f"{n} images of each prompt is not a number of images", fix="-n 1")
+    if batch < 1:
+        raise UsageError(f"{batch} images at a time is not a number of images", fix="--batch 1")
     texts = read_prompts(prompts, ui)
     file = destination(output, len(texts) * n)
     if file and grid:
@@ -105,8 +113,9 @@ def generate(
     from bifrost_cli.loading.compatibility import has_own_conditioner, require_one_step
     from bifrost_cli.loading.loaders import decisive_files
     from bifrost_cli.loading.resolve import resolve_device
+    from bifrost_cli.runtime import distributed
 
-    models = choose_models(branch, controlnet, workspace)
+    models = distributed.run_on_main(lambda: choose_models(branch, controlnet, workspace))
     if sets is not None:
         recipe = models.own_recipe(sets)
     wanted = recipe.generate
@@ -118,6 +127,7 @@ def generate(
     with suppress(*((EnvironmentProblem,) if dry_run else ())):  # of a plan the models need not be here
         files = {**decisive_files("mllm", recipe.models), **decisive_files("diffusion", recipe.models)}
     settings = image_settings(recipe, max_text_tokens=recipe.branch.max_text_tokens, **files)
+    settings |= {"batch": batch} if batch > 1 else {}
     requested = {"prompts": digest_of(texts), "count": len(texts), "copies": n, "seed": seed}
     identity = {**requested, "settings": settings, "save_latents": save_latents, "grid": grid}
     folder = Path(output or default_path(workspace, "samples", identity_id("samples", identity, parents)))
@@ -129,13 +139,17 @@ def generate(
             "pictures_there": len({request.name for request in requests} & there),
             "plan_tokens": wanted.plan_tokens if wanted.plan else 0,
             "branch_passes": wanted.decode_steps * (1 if wanted.branch_guidance == 1.0 else 2),
-            "diffusion_steps": wanted.steps, "weights": recipe.models.weights, "offload": wanted.offload,
-            "device": str(resolve_device(device)),
+            "diffusion_steps": wanted.steps, "batch": batch, "weights": recipe.models.weights,
+            "offload": wanted.offload, "device": str(resolve_device(device)),
         }  # fmt: skip
     one_half = wanted.offload != "none"
     pipe = BifrostPipeline(recipe, models.branch, models.controlnet, device=device, one_half=one_half, ui=ui)
     run = _Run(recipe, requests, settings, identity, parents, pipe, ui)
-    result, cut, told = _to_file(run, file, save_latents) if file else _to_folder(run, folder, seed, device)
+    result: Artifact | Path
+    if file:
+        result, cut, told = distributed.run_on_main(lambda: _to_file(run, file, save_latents))
+    else:
+        result, cut, told = _to_folder(run, folder, seed, device, batch)
     if cut:
         ui.say(f"{cut} of the images had a prompt or a plan longer than the models read or write; its end was cut")
     ui.say(told)
@@ -155,7 +169,7 @@ def _to_file(run: _Run, file: Path, save_latents: bool) -> tuple[Path, int, str]
     kept = save_latents and os.path.lexists(latents)
     if kept and not (latents.is_file() and latents.read_bytes() == data):  # the same: a run was killed before its image
         raise exists(latents)
-    png = run.png(request, predicted)
+    (png,) = run.pngs([request], [predicted])
     make_folder(file.parent)
     if save_latents and not kept:
         write_new(latents, data)
@@ -164,16 +178,22 @@ def _to_file(run: _Run, file: Path, save_latents: bool) -> tuple[Path, int, str]
     return file, int(run.pipe.cuts(request, predicted)), told
 
 
-def _to_folder(run: _Run, folder: Path, seed: int, device: str) -> tuple[Artifact, int, str]:
-    from bifrost_cli.generation.samples_folder import fill_folder, latents_bytes
+def _to_folder(run: _Run, folder: Path, seed: int, device: str, batch: int) -> tuple[Artifact, int, str]:
+    from bifrost_cli.generation.samples_folder import Work, fill_folder, latents_bytes
+    from bifrost_cli.runtime import distributed
 
     pipe, requests = run.pipe, run.requests
 
-    def render(request: ImageRequest, predicted: PredictedLatents) -> tuple[dict[str, bytes], dict[str, Any]]:
-        files = {request.name: run.png(request, predicted)}
-        if run.identity["save_latents"]:
-            files[f"latents/{request.index:05d}.safetensors"] = latents_bytes(predicted)
-        return files, {"plan": predicted.plan, "cut": pipe.cuts(request, predicted)}
+    def render(
+        requests: Sequence[ImageRequest], predicted: Sequence[PredictedLatents]
+    ) -> list[tuple[dict[str, bytes], dict[str, Any]]]:
+        made = []
+        for request, latents, png in zip(requests, predicted, run.pngs(requests, predicted), strict=True):
+            files = {request.name: png}
+            if run.identity["save_latents"]:
+                files[f"latents/{request.index:05d}.safetensors"] = latents_bytes(latents)
+            made.append((files, {"plan": latents.plan, "cut": pipe.cuts(request, latents)}))
+        return made
 
     def commit(draft: Draft, facts: Mapping[int, dict[str, Any]]) -> Artifact:
         lines = [{"index": r.index, "file": r.name, "prompt": r.prompt, "plan": facts[r.index]["plan"], "seed": r.seed}
@@ -185,11 +205,12 @@ def _to_folder(run: _Run, folder: Path, seed: int, device: str) -> tuple[Artifac
         cut = sum(facts[request.index]["cut"] for request in requests)
         info = {"settings": run.settings, "cut": cut, "recipe": run.recipe.model_dump(mode="json")}
         stages = {stage: round(value, 3) for stage, value in pipe.seconds.items()}
-        cost = {"samples": len(requests), "stages": stages}
+        several = {"processes": distributed.world()} if distributed.world() > 1 else {}
+        cost = {"samples": len(requests), "stages": stages, **several}
         return draft.commit(info, made={"seed": seed, "device": device}, cost=cost)
 
-    artifact = fill_folder(folder, run.identity, run.parents, requests, pipe.predict, render, commit, run.ui,
-                           latents_first=pipe.one_half)  # fmt: skip
+    work = Work(pipe.predict_batch, render, commit, latents_first=pipe.one_half, batch=batch)
+    artifact = fill_folder(folder, run.identity, run.parents, requests, work, run.ui)
     count = counted(len(requests), "image")
     told = f"{folder}: {count}; evaluate them: bifrost eval --samples {quote(str(folder))}"
     return artifact, artifact.info["cut"], told

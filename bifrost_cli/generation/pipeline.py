@@ -375,17 +375,33 @@ class BifrostPipeline:
     ) -> PredictedLatents:  # fmt: skip
         """Patch latents of a request; `known` as of `BifrostPrior.predict`. OutOfMemory names the setting that needs
         less."""
-        options: dict[str, Any] = {"settings": settings, "callback": callback, "known": known}
-        with memory_errors(f"predicting the latents of {request.name}", self.loader.policy.needs_less()):
-            predicted = self.prior.predict(request.prompt, request.seed, **options)
-        if predicted.plan is not None and self._said != request.prompt:
-            self._ui.say(f"plan {request.index}: {predicted.plan}")
-            self._said = request.prompt
+        one = None if known is None else (known[0][None], known[1][None])
+        return self.predict_batch([request], settings=settings, callback=callback, known=one)[0]
+
+    def predict_batch(self, requests: Sequence[ImageRequest], **options: Any) -> list[PredictedLatents]:
+        """Patch latents of requests, in one pass; options as `BifrostPrior.predict_batch`. OutOfMemory as `predict`."""
+        prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
+        with memory_errors(f"predicting the latents of {requests[0].name}", self._needs_less(len(requests))):
+            predicted = self.prior.predict_batch(prompts, seeds, **options)
+        for request, one in zip(requests, predicted, strict=True):
+            if one.plan is not None and self._said != request.prompt:
+                self._ui.say(f"plan {request.index}: {one.plan}")
+                self._said = request.prompt
         return predicted
 
     def render(self, request: ImageRequest, predicted: PredictedLatents) -> np.ndarray:
         """The image of a request, uint8 (H, W, 3)."""
         return self.image_of(request, predicted.latents_PC)
+
+    def render_batch(self, requests: Sequence[ImageRequest], predicted: Sequence[PredictedLatents]) -> np.ndarray:
+        """The images of requests in one pass, uint8 (B, H, W, 3). OutOfMemory names what needs less."""
+        prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
+        with memory_errors(f"generating {requests[0].name}", self._needs_less(len(requests))):
+            latents_BPC = torch.stack([one.latents_PC for one in predicted])
+            return self.decoder.decode_batch(self.decoder.denoise_batch(prompts, latents_BPC, seeds))
+
+    def _needs_less(self, batch: int) -> str:
+        return f"--batch {batch // 2}" if batch > 1 else self.loader.policy.needs_less()
 
     def cuts(self, request: ImageRequest, predicted: PredictedLatents) -> bool:
         """True when any model read less than the whole prompt or plan."""

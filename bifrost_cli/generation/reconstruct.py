@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -15,21 +15,24 @@ from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
 from bifrost_cli.artifacts.files import make_folder, write_new
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.image_sets import PROMPTS, ImageSet
-from bifrost_cli.data.images import read_image
+from bifrost_cli.data.images import DecodedImage, read_image
 from bifrost_cli.data.png import png_bytes
 from bifrost_cli.errors import UsageError
 from bifrost_cli.generation.choose_models import choose_controlnet
 from bifrost_cli.generation.generate import write_lines
 from bifrost_cli.generation.pipeline import BifrostPipeline
 from bifrost_cli.generation.requests import ImageRequest, destination, generate_settings, image_settings, png_facts
-from bifrost_cli.generation.samples_folder import fill_folder
+from bifrost_cli.generation.samples_folder import Work, fill_folder
 from bifrost_cli.generation.stages import PredictedLatents
 from bifrost_cli.loading.loaders import decisive_files
+from bifrost_cli.runtime import distributed
+from bifrost_cli.runtime.launch import together
 from bifrost_cli.runtime.ui import Ui
 
 _MARK = {"reconstruction": "yes"}
 
 
+@together
 def reconstruct(
     recipe: Recipe, image: Path | str, *, output: Path | str, prompt: str = "", controlnet: Path | str | None = None,
     workspace: Path | str = "runs", seed: int = 0, device: str = "auto", ui: Ui | None = None,
@@ -59,6 +62,15 @@ def reconstruct(
     decoded = read_image(Path(image), recipe.images)
     for note in decoded.notes:
         ui.say(f"{image}: {note}")
+    return distributed.run_on_main(  # one image cannot be shared
+        lambda: _reconstruct(recipe, image, decoded, file, prompt, controlnet, workspace, seed, device, ui)
+    )
+
+
+def _reconstruct(
+    recipe: Recipe, image: Path | str, decoded: DecodedImage, file: Path, prompt: str, controlnet: Path | str | None,
+    workspace: Path | str, seed: int, device: str, ui: Ui,
+) -> Path:  # fmt: skip
     pipe, used = _pipeline(recipe, controlnet, workspace, device, ui)
     rows, columns = pipe.encoder.grid
     request = ImageRequest(0, prompt, seed)
@@ -71,6 +83,7 @@ def reconstruct(
     return file
 
 
+@together
 def reconstruct_set(
     recipe: Recipe, images: ImageSet, *, controlnet: Path | str | None = None, workspace: Path | str = "runs",
     seed: int = 0, device: str = "auto", ui: Ui | None = None,
@@ -91,11 +104,16 @@ def reconstruct_set(
     folder = default_path(workspace, "samples", identity_id("samples", identity, [used]))
     requests = [ImageRequest(index, entry.prompt or "", seed) for index, entry in enumerate(images.entries)]
 
-    def encode(request: ImageRequest) -> PredictedLatents:
-        return PredictedLatents(request.prompt, None, False, pipe.encode(images.entries[request.index].load()))
+    def encode(requests: Sequence[ImageRequest]) -> list[PredictedLatents]:
+        return [PredictedLatents(request.prompt, None, False, pipe.encode(images.entries[request.index].load()))
+                for request in requests]  # fmt: skip
 
-    def render(request: ImageRequest, predicted: PredictedLatents) -> tuple[dict[str, bytes], dict[str, Any]]:
-        return {request.name: png_bytes(pipe.render(replace(request, prompt=""), predicted), _MARK)}, {}
+    def render(
+        requests: Sequence[ImageRequest], predicted: Sequence[PredictedLatents]
+    ) -> list[tuple[dict[str, bytes], dict[str, Any]]]:
+        pairs = zip(requests, predicted, strict=True)
+        return [({request.name: png_bytes(pipe.render(replace(request, prompt=""), latents), _MARK)}, {})
+                for request, latents in pairs]  # fmt: skip
 
     def commit(draft: Draft, facts: Mapping[int, dict[str, Any]]) -> Artifact:
         lines = [{"index": r.index, "file": r.name, "prompt": r.prompt or None, "plan": None, "seed": r.seed,
@@ -104,7 +122,7 @@ def reconstruct_set(
         info = {"settings": settings, "recipe": recipe.model_dump(mode="json")}
         return draft.commit(info, made={"seed": seed, "device": device}, cost={"samples": len(requests)})
 
-    return fill_folder(folder, identity, [used], requests, encode, render, commit, ui, latents_first=True)
+    return fill_folder(folder, identity, [used], requests, Work(encode, render, commit, latents_first=True), ui)
 
 
 def _pipeline(
@@ -112,6 +130,7 @@ def _pipeline(
 ) -> tuple[BifrostPipeline, Artifact]:
     """Encoder and decoder, with the ControlNet that was chosen for this encoder's latents."""
     pipe = BifrostPipeline(recipe, device=device, one_half=True, ui=ui)
-    pipe.controlnet, why = choose_controlnet(controlnet, pipe.encoder.identity, workspace)
+    identity = pipe.encoder.identity
+    pipe.controlnet, why = distributed.run_on_main(lambda: choose_controlnet(controlnet, identity, workspace))
     ui.say(why)
     return pipe, pipe.controlnet

@@ -1,15 +1,15 @@
 """The two halves of the pipeline: the prior makes patch latents of a prompt, the decoder an image of patch latents.
 
-One image at a time: sums of floats differ in the last bit between batch sizes. Legend: B images (1), P patches and C
-channels of the patch latents, c channels and h w sides of the VAE latents, H W pixels.
+One image at a time unless a batch is asked for: sums of floats differ in the last bit between batch sizes. Legend: B
+images, P patches and C channels of the patch latents, c channels and h w sides of the VAE latents, H W pixels.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -76,16 +76,27 @@ class BifrostPrior:
         `settings` instead of the recipe's; `callback` is called after each decode step. `known`: latents_PC of an image
         and masked_P, True for what is predicted again; the steps are fewer in proportion.
         """
+        one = None if known is None else (known[0][None], known[1][None])
+        return self.predict_batch([prompt], [seed], settings=settings, callback=callback, known=one)[0]
+
+    @torch.no_grad()
+    def predict_batch(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, settings: Generate | None = None,
+        callback: StageCallback | None = None, known: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> list[PredictedLatents]:  # fmt: skip
+        """`predict` of several prompts in one pass (`known`: latents_BPC and masked_BP): the last bits depend on what
+        stands beside them."""
         settings, branch, noise_BPC = settings or self.settings, self.branch, None
-        guided = settings.branch_guidance != 1.0
+        guided, drawn = settings.branch_guidance != 1.0, list(zip(seeds, prompts, strict=True))
         planning = (settings.plan_instruction, settings.plan_tokens) if settings.plan else None
-        plan, cut, cache = self._encoded(prompt, guided, planning)
+        plans, cuts, cache = self._encoded(tuple(prompts), guided, planning)
         if branch.head_kind != "linear":
-            noise_BPC = torch.randn((1, branch.patches, branch.channels), generator=_generator(seed, prompt, "head"))
+            shape = (1, branch.patches, branch.channels)
+            noise_BPC = torch.cat([torch.randn(shape, generator=_generator(*pair, "head")) for pair in drawn])
         if settings.decode_order == "raster":
-            orders_BP = raster_orders(1, branch.patches)
+            orders_BP = raster_orders(len(drawn), branch.patches)
         else:
-            orders_BP = random_orders(1, branch.patches, _generator(seed, prompt, "order"))
+            orders_BP = torch.cat([random_orders(1, branch.patches, _generator(*pair, "order")) for pair in drawn])
 
         def on_step(step: int, latents_BPC: torch.Tensor, masked_BP: torch.Tensor) -> None:
             if callback is not None:
@@ -94,29 +105,35 @@ class BifrostPrior:
         steps = settings.decode_steps
         if known is not None:
             steps = max(1, math.ceil(steps * float(known[1].float().mean())))
-            known = known[0][None], known[1][None]
-        with _timed(self.seconds, "decode"), self.policy.on(branch):
+        with self._timed("decode"), self.policy.on(branch):
             latents_BPC = sample_masked(
-                branch, cache, self._unconditional() if guided else None, steps=steps, known=known,
+                branch, cache, self._unconditional().expand(len(drawn)) if guided else None, steps=steps, known=known,
                 orders_BP=orders_BP, guidance=settings.branch_guidance, noise_BPC=noise_BPC,
                 temperature=settings.temperature, callback=on_step,
             ).cpu()  # fmt: skip
-        return PredictedLatents(prompt, plan, cut, latents_BPC[0])
+        return [PredictedLatents(*facts) for facts in zip(prompts, plans, cuts, latents_BPC, strict=True)]
+
+    def _timed(self, stage: str) -> AbstractContextManager[None]:
+        return _timed(self.seconds, stage, self.policy.device)
 
     def _encode(
-        self, prompt: str, guided: bool, planning: tuple[str, int] | None
-    ) -> tuple[str | None, bool, PromptCache]:
-        """The plan, whether the text was cut, and the text's keys and values."""
-        plan, plan_cut = None, False
+        self, prompts: tuple[str, ...], guided: bool, planning: tuple[str, int] | None
+    ) -> tuple[list[str | None], list[bool], PromptCache]:
+        """The plans, whether each text was cut, and the texts' keys and values."""
+        plans: list[str | None] = [None] * len(prompts)
+        cuts = [False] * len(prompts)
         with self.policy.on(self.mllm.model):
             if planning is not None:
-                with _timed(self.seconds, "plan"):
-                    plan, plan_cut = self.mllm.write([prompt], *planning)[0]
+                with self._timed("plan"):
+                    written = self.mllm.write(prompts, *planning)
+                    plans, cuts = [one.text for one in written], [one.cut for one in written]
             if guided:
                 self._unconditional()  # while the MLLM is on the device
-            with _timed(self.seconds, "prompt"):
-                tokens = self.mllm.tokenize_prompts([join_plan(prompt, plan)], self.max_text_tokens)
-                return plan, plan_cut or tokens.truncated[0], self.mllm.encode_prompts(tokens)
+            with self._timed("prompt"):
+                texts = [join_plan(prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)]
+                tokens = self.mllm.tokenize_prompts(texts, self.max_text_tokens)
+                cuts = [one or other for one, other in zip(cuts, tokens.truncated, strict=True)]
+                return plans, cuts, self.mllm.encode_prompts(tokens)
 
 
 class BifrostDecoder:
@@ -150,13 +167,23 @@ class BifrostDecoder:
         side) instead of the recipe's; `callback` is called after each diffusion step. RecipeError BF-RECIPE-005: the
         size has not the image tokens that the ControlNet is for.
         """
+        options: dict[str, Any] = {"settings": settings, "output_size": output_size, "callback": callback}
+        return self.denoise_batch([prompt], latents_PC[None], [seed], **options)
+
+    @torch.no_grad()
+    def denoise_batch(
+        self, prompts: Sequence[str], latents_BPC: torch.Tensor, seeds: Sequence[int], *,
+        settings: Generate | None = None, output_size: int | None = None, callback: StageCallback | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """`denoise` of several images in one pass, (B, c, h, w): the last bits depend on what stands beside them."""
         settings, diffusion = settings or self.settings, self.diffusion
         size, device = output_size or self.output_size, self.policy.device
-        require_output_size(size, diffusion, self.controlnet, len(latents_PC))
-        text = self._embedded(prompt, settings.guidance_scale)
-        with _timed(self.seconds, "diffusion"), self.policy.on(diffusion.transformer, self.controlnet):
-            noise_Bchw = diffusion.noise(size, _generator(seed, prompt, "diffusion"))
-            control = ControlInput(self.controlnet, latents_PC[None].to(device), settings.control_scale)
+        require_output_size(size, diffusion, self.controlnet, latents_BPC.shape[1])
+        text = self._embedded(tuple(prompts), settings.guidance_scale)
+        with self._timed("diffusion"), self.policy.on(diffusion.transformer, self.controlnet):
+            noise_Bchw = torch.cat([diffusion.noise(size, _generator(seed, prompt, "diffusion"))
+                                    for prompt, seed in zip(prompts, seeds, strict=True)])  # fmt: skip
+            control = ControlInput(self.controlnet, latents_BPC.to(device), settings.control_scale)
             return diffusion.denoise(
                 noise_Bchw, send_to_device(text, device), control=control, steps=settings.steps,
                 guidance=settings.guidance_scale, callback=callback and partial(callback, "diffusion"),
@@ -165,14 +192,22 @@ class BifrostDecoder:
     @torch.no_grad()
     def decode(self, vae_latents_Bchw: torch.Tensor) -> np.ndarray:
         """The image of VAE latents (1, c, h, w), uint8 (H, W, 3)."""
-        with _timed(self.seconds, "vae"), self.policy.on(self.diffusion.vae):
-            return self.diffusion.decode(vae_latents_Bchw)[0].numpy()
+        return self.decode_batch(vae_latents_Bchw)[0]
 
     @torch.no_grad()
-    def _embed(self, prompt: str, guidance: float) -> Any:
+    def decode_batch(self, vae_latents_Bchw: torch.Tensor) -> np.ndarray:
+        """The images of VAE latents (B, c, h, w), uint8 (B, H, W, 3)."""
+        with self._timed("vae"), self.policy.on(self.diffusion.vae):
+            return self.diffusion.decode(vae_latents_Bchw).numpy()
+
+    def _timed(self, stage: str) -> AbstractContextManager[None]:
+        return _timed(self.seconds, stage, self.policy.device)
+
+    @torch.no_grad()
+    def _embed(self, prompts: tuple[str, ...], guidance: float) -> Any:
         encoders = self.diffusion.frozen_modules(but=("transformer", "vae"))
-        with _timed(self.seconds, "prompt"), self.policy.on(*encoders):
-            return self.diffusion.embed([prompt], self.text_tokens, guidance)
+        with self._timed("prompt"), self.policy.on(*encoders):
+            return self.diffusion.embed(list(prompts), self.text_tokens, guidance)
 
 
 def _generator(seed: int, prompt: str, purpose: str) -> torch.Generator:
@@ -181,10 +216,10 @@ def _generator(seed: int, prompt: str, purpose: str) -> torch.Generator:
 
 
 @contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], stage: str, device: torch.device) -> Iterator[None]:
     """Add the time spent inside, the device's work included."""
     start = time.perf_counter()
     yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    if device.type == "cuda":  # the other GPUs of the machine are not waited for, nor is one initialised for the CPU
+        torch.cuda.synchronize(device)
     seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

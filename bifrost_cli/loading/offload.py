@@ -58,6 +58,9 @@ class OffloadPolicy:
             if stays or self.offload == "none":
                 nn.Module.to(part, self.device)  # diffusers' own `to` warns of what it takes for a mistake
                 self._staying.add(part)
+            elif self.offload == "model" and self.device.type == "cuda":
+                for tensor in (*part.parameters(), *part.buffers()):
+                    tensor.data = _pinned(tensor.data)
             elif self.offload == "sequential":
                 layers = list(layers_of(part))
                 streamed = {id(tensor) for layer in layers for tensor in (*layer.parameters(), *layer.buffers())}
@@ -84,13 +87,23 @@ class OffloadPolicy:
     def on(self, *parts: nn.Module) -> Iterator[None]:
         """The parts work inside."""
         moved = [part for part in parts if self.offload == "model" and part not in self._staying]
-        for part in moved:
-            nn.Module.to(part, self.device)
+        tensors = [tensor for part in moved for tensor in (*part.parameters(), *part.buffers())]
+        homes = [tensor.data for tensor in tensors]
         try:
+            for tensor in tensors:
+                tensor.data = tensor.data.to(self.device, non_blocking=True)
             yield
         finally:
-            for part in moved:
-                nn.Module.to(part, CPU)
+            for tensor, home in zip(tensors, homes, strict=True):  # frozen: what lies at home is what there was
+                tensor.data = home
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """In pages that the GPU copies from by itself, at twice the speed; where the system gives none, as it was."""
+    try:
+        return tensor.pin_memory()
+    except RuntimeError:
+        return tensor
 
 
 def layers_of(module: nn.Module) -> Iterator[nn.Module]:

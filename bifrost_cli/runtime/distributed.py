@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -44,6 +44,11 @@ def share(count: int, what: str) -> slice:
         message = f"{what} {count} cannot be shared equally by {world()} processes"
         raise RecipeError(message, code="BF-RECIPE-005", fix=fix)
     return slice(rank() * count // world(), (rank() + 1) * count // world())
+
+
+def part(items: Sequence[T]) -> Sequence[T]:
+    """This process's run of neighbours among `items`; all parts are as long but for one."""
+    return items[rank() * len(items) // world() : (rank() + 1) * len(items) // world()]
 
 
 def join(number: int, of: int, local: int, device: str) -> None:
@@ -112,6 +117,15 @@ def all_gather_object(value: T) -> list[T]:
     values = [value] * world()
     if world() > 1:
         dist.all_gather_object(values, value)
+    return values
+
+
+def gather_object(value: T) -> list[T]:
+    """Every process's value, in order, in the first process; an empty list in the others."""
+    values: list[Any] = [value]
+    if world() > 1:
+        values = [None] * world() if rank() == 0 else []
+        dist.gather_object(value, values or None)
     return values
 
 

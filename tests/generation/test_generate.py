@@ -336,14 +336,14 @@ def test_a_kill_between_latents_and_image_lets_the_same_command_go_on(system: Sy
 def test_of_two_runs_for_one_file_the_later_is_refused(system: System, tmp_path: Path, monkeypatch) -> None:
     from bifrost_cli.generation.pipeline import BifrostPipeline
 
-    file, paint = tmp_path / "out.png", BifrostPipeline.render
+    file, paint = tmp_path / "out.png", BifrostPipeline.render_batch
 
     def meanwhile(self, *arguments):
         if not file.exists():
             file.write_bytes(b"the other one's")
         return paint(self, *arguments)
 
-    monkeypatch.setattr(BifrostPipeline, "render", meanwhile)
+    monkeypatch.setattr(BifrostPipeline, "render_batch", meanwhile)
     with pytest.raises(UsageError, match="exists already") as caught:
         render(system, "a star", file)
     assert caught.value.code == "BF-USE-002"

@@ -93,15 +93,15 @@ def test_layers_are_nowhere_between_calls_and_the_rest_stays(system: System) -> 
 
 
 def test_an_interrupted_run_sketches_nothing_twice(system: System, plain, tmp_path: Path, monkeypatch) -> None:
-    predict, sketched = BifrostPrior.predict, []
+    predict, sketched = BifrostPrior.predict_batch, []
 
-    def sketch_and_stop(self, prompt, seed, **options):
-        sketched.append(prompt)
+    def sketch_and_stop(self, prompts, seeds, **options):
+        sketched.extend(prompts)
         if len(sketched) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return predict(self, prompt, seed, **options)
+        return predict(self, prompts, seeds, **options)
 
-    monkeypatch.setattr(BifrostPrior, "predict", sketch_and_stop)
+    monkeypatch.setattr(BifrostPrior, "predict_batch", sketch_and_stop)
     with pytest.raises(Stopped, match="0 of 2"):
         render(system, tmp_path / "out", "model")
     (kept,) = (tmp_path / "out" / "work" / "sketches").iterdir()
@@ -113,7 +113,7 @@ def test_a_lack_of_memory_names_the_next_offload(system: System, tmp_path: Path,
     def hungry(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(BifrostDecoder, "denoise", hungry)
+    monkeypatch.setattr(BifrostDecoder, "denoise_batch", hungry)
     for offload, stronger in (("none", "model"), ("model", "sequential")):
         with pytest.raises(OutOfMemory) as found:
             render(system, tmp_path / "out.png", offload, "a star")

@@ -200,7 +200,7 @@ def test_a_second_job_is_told_who_writes_there(folder):
 
 
 @pytest.mark.parametrize("status, code", [("75", 75), ("3", 3), ("", 0)])
-@pytest.mark.parametrize("name", ["branch", "controlnet", "extract"])
+@pytest.mark.parametrize("name", ["branch", "controlnet", "extract", "generate"])
 def test_a_slurm_job_is_queued_again_only_when_it_stopped_on_request(name, status, code, tmp_path):
     """With a srun and a scontrol that only write down how they were called; srun kills a process that was slow."""
     tools = tmp_path / "bin"

@@ -49,22 +49,28 @@ class FeatureSets:
         self.layers: dict[str, bool] = {}  # of the metrics, and whether any compares it with the reference
         self._sides: tuple[dict[str, Statistics], ...] = ()
 
-    def of(self, layer: str, images: ImageSet, ui: Ui) -> Features:
-        """The features of a layer that a metric was added for; the images are the same at every call."""
+    def prepare(self, images: ImageSet, ui: Ui) -> None:
+        """Compute everything, in one pass over each set of images; the processes of a job share it, and the first
+        one has it."""
         from bifrost_cli.data.image_sets import drawn
         from bifrost_cli.evaluation.feature_statistics import statistics_of
         from bifrost_cli.evaluation.inputs import FLOOR_SEED
 
-        if not self._sides:
-            place, compared = self._workspace, sorted(name for name, needed in self.layers.items() if needed)
-            made = statistics_of(images, self.network, sorted(self.layers), place, ui, "features of the samples")
-            real, floor = {}, {}
-            if self.reference is not None and compared:
-                real = self.reference.statistics(self.network, compared, place, ui)
-            if self.reference is not None and self.reference.world:
-                true = drawn(len(images.entries), seed=FLOOR_SEED, of=self.reference.world)
-                floor = statistics_of(true, self.network, compared, place, ui, "features of true images")
-            self._sides = made, real, floor
+        if self._sides:
+            return
+        place, compared = self._workspace, sorted(name for name, needed in self.layers.items() if needed)
+        made = statistics_of(images, self.network, sorted(self.layers), place, ui, "features of the samples")
+        real, floor = {}, {}
+        if self.reference is not None and compared:
+            real = self.reference.statistics(self.network, compared, place, ui)
+        if self.reference is not None and self.reference.world:
+            true = drawn(len(images.entries), seed=FLOOR_SEED, of=self.reference.world)
+            floor = statistics_of(true, self.network, compared, place, ui, "features of true images")
+        self._sides = made, real, floor
+
+    def of(self, layer: str, images: ImageSet, ui: Ui) -> Features:
+        """The features of a layer that a metric was added for; the images are the same at every call."""
+        self.prepare(images, ui)
         made, real, floor = self._sides
         images_ND = made[layer].features_ND
         assert images_ND is not None  # only published moments lack them
@@ -112,6 +118,9 @@ class FeatureMetric(Metric):
     def measure(self, features: Features) -> dict[str, Any]:
         """The value with its uncertainty: what `row` is given, but for names and sentence."""
         raise NotImplementedError
+
+    def prepare(self, images: ImageSet, ui: Ui) -> None:
+        self.features.prepare(images, ui)
 
     def compute(self, images: ImageSet, lines: Sequence[Line], ui: Ui) -> list[dict[str, Any]]:
         features, reference, network = self.features.of(self.layer, images, ui), self.features.reference, self._network

@@ -81,6 +81,9 @@ class Metric:
         """The metric with its networks and files. EnvironmentProblem: weights or a package are missing."""
         return cls()
 
+    def prepare(self, images: ImageSet, ui: Ui) -> None:
+        """What the processes of a job share before the first of them computes alone, such as features of images."""
+
     def compute(self, images: ImageSet, lines: Sequence[Line], ui: Ui) -> list[dict[str, Any]]:
         """Rows of the report, see `row`; a metric that judges single images also updates their `lines`."""
         raise NotImplementedError

@@ -30,6 +30,13 @@ class PromptCache:
     attention_BT: Tensor
     padded: bool = True  # False: every token is real, known without asking the device
 
+    def expand(self, batch: int) -> PromptCache:
+        """The same one prompt `batch` times, without copies."""
+        if len(self.attention_BT) == batch:
+            return self
+        keys, values = (tuple(part.expand(batch, -1, -1, -1) for part in parts) for parts in (self.keys, self.values))
+        return PromptCache(keys, values, self.attention_BT.expand(batch, -1))
+
 
 class Completion(NamedTuple):
     """What the model wrote, and whether it was cut at the longest length before it came to its end."""
