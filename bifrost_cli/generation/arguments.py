@@ -158,3 +158,8 @@ def require_side(side: int, decoder: BifrostDecoder, patches: int) -> None:
     if side != right:
         raise UsageError(f"height={side} does not fit: this ControlNet is for {right} pixels",
                          fix=f"height={right}, or leave it out")  # fmt: skip
+
+
+def texts_and_seeds(requests: Sequence[ImageRequest]) -> tuple[list[str], list[int]]:
+    """Prompts and seeds of requests, apart."""
+    return [request.prompt for request in requests], [request.seed for request in requests]

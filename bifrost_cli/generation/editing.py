@@ -31,6 +31,24 @@ class How:
     callback: StepCallback | None
 
 
+def marked(
+    pipe: BifrostPipeline, rgb: np.ndarray, mask_image: ImageLike | None, box: Sequence[float] | None,
+    region: str | None,
+) -> np.ndarray:  # fmt: skip
+    """The patches (P,) that a mask, a box or a region marks. UsageError: none of them, or several."""
+    height, width = rgb.shape[:2]
+    if sum(part is not None for part in (mask_image, box, region)) != 1:
+        raise UsageError("what is to change is not marked, or twice", fix="give a mask, or a box, or a region")
+    if region is not None:
+        mask = regions.mask_of_boxes(pipe.locate(rgb, region), height, width)
+    elif box is not None:
+        mask = regions.mask_of_boxes([tuple(box)], height, width)
+    else:
+        assert mask_image is not None
+        mask = regions.mask_of_image(arguments.pixels_of(mask_image, pipe.recipe.images), height, width)
+    return regions.masked_patches(mask, pipe.encoder.image_size, pipe.encoder.grid)
+
+
 def predict_again(
     pipe: BifrostPipeline, rgb: np.ndarray, prompt: str, seeds: Sequence[int], how: How, given: dict[str, Any]
 ) -> BifrostPipelineOutput:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,14 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 
 from bifrost_cli.artifacts import Artifact
-from bifrost_cli.config.schema import Generate, Recipe
+from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.images import square
 from bifrost_cli.errors import ArtifactError, UsageError, memory_errors
-from bifrost_cli.generation import arguments, editing, regions
+from bifrost_cli.generation import arguments, editing
 from bifrost_cli.generation.arguments import BifrostPipelineOutput, ImageLike
 from bifrost_cli.generation.choose_models import pretrained
 from bifrost_cli.generation.requests import ImageRequest, read_prompts
-from bifrost_cli.generation.stages import BifrostDecoder, BifrostPrior, PredictedLatents, StageCallback
+from bifrost_cli.generation.stages import BifrostDecoder, BifrostPrior, PredictedLatents
 from bifrost_cli.generation.step_callback import Interruption, StepCallback, step_callback
 from bifrost_cli.loading.compatibility import require_base, require_one_step
 from bifrost_cli.loading.loaders import ModelLoader, fingerprint
@@ -329,17 +330,7 @@ class BifrostPipeline:
             ArtifactError: the branch was trained on latents of another encoder.
         """
         rgb = arguments.pixels_of(image, self.recipe.images)
-        height, width = rgb.shape[:2]
-        if sum(part is not None for part in (mask_image, box, region)) != 1:
-            raise UsageError("what is to change is not marked, or twice", fix="give a mask, or a box, or a region")
-        if region is not None:
-            mask = regions.mask_of_boxes(self.locate(rgb, region), height, width)
-        elif box is not None:
-            mask = regions.mask_of_boxes([tuple(box)], height, width)
-        else:
-            assert mask_image is not None
-            mask = regions.mask_of_image(arguments.pixels_of(mask_image, self.recipe.images), height, width)
-        patches = regions.masked_patches(mask, self.encoder.image_size, self.encoder.grid)
+        patches = editing.marked(self, rgb, mask_image, box, region)
         how = editing.How(patches, strength, keep_pixels, output_type, callback_on_step_end)
         return editing.predict_again(self, rgb, prompt, [seed], how, settings)
 
@@ -369,39 +360,32 @@ class BifrostPipeline:
         with self.lock:
             return editing.locate(self, arguments.pixels_of(image, self.recipe.images), region)
 
-    def predict(
-        self, request: ImageRequest, *, settings: Generate | None = None, callback: StageCallback | None = None,
-        known: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> PredictedLatents:  # fmt: skip
-        """Patch latents of a request; `known` as of `BifrostPrior.predict`. OutOfMemory names the setting that needs
-        less."""
-        one = None if known is None else (known[0][None], known[1][None])
-        return self.predict_batch([request], settings=settings, callback=callback, known=one)[0]
+    def predict(self, request: ImageRequest, **options: Any) -> PredictedLatents:
+        """Patch latents of a request; options as `BifrostPrior.predict`. OutOfMemory names what needs less."""
+        if options.get("known") is not None:
+            options["known"] = tuple(part[None] for part in options["known"])
+        return self.predict_batch([request], **options)[0]
 
     def predict_batch(self, requests: Sequence[ImageRequest], **options: Any) -> list[PredictedLatents]:
         """Patch latents of requests, in one pass; options as `BifrostPrior.predict_batch`. OutOfMemory as `predict`."""
-        prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
-        with memory_errors(f"predicting the latents of {requests[0].name}", self._needs_less(len(requests))):
-            predicted = self.prior.predict_batch(prompts, seeds, **options)
+        with self._memory_errors("predicting the latents of", requests):
+            predicted = self.prior.predict_batch(*arguments.texts_and_seeds(requests), **options)
         for request, one in zip(requests, predicted, strict=True):
             if one.plan is not None and self._said != request.prompt:
                 self._ui.say(f"plan {request.index}: {one.plan}")
                 self._said = request.prompt
         return predicted
 
-    def render(self, request: ImageRequest, predicted: PredictedLatents) -> np.ndarray:
-        """The image of a request, uint8 (H, W, 3)."""
-        return self.image_of(request, predicted.latents_PC)
-
     def render_batch(self, requests: Sequence[ImageRequest], predicted: Sequence[PredictedLatents]) -> np.ndarray:
         """The images of requests in one pass, uint8 (B, H, W, 3). OutOfMemory names what needs less."""
-        prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
-        with memory_errors(f"generating {requests[0].name}", self._needs_less(len(requests))):
-            latents_BPC = torch.stack([one.latents_PC for one in predicted])
+        prompts, seeds = arguments.texts_and_seeds(requests)
+        latents_BPC = torch.stack([one.latents_PC for one in predicted])
+        with self._memory_errors("generating", requests):
             return self.decoder.decode_batch(self.decoder.denoise_batch(prompts, latents_BPC, seeds))
 
-    def _needs_less(self, batch: int) -> str:
-        return f"--batch {batch // 2}" if batch > 1 else self.loader.policy.needs_less()
+    def _memory_errors(self, doing: str, requests: Sequence[ImageRequest]) -> AbstractContextManager[None]:
+        less = f"--batch {len(requests) // 2}" if len(requests) > 1 else self.loader.policy.needs_less()
+        return memory_errors(f"{doing} {requests[0].name}", less)
 
     def cuts(self, request: ImageRequest, predicted: PredictedLatents) -> bool:
         """True when any model read less than the whole prompt or plan."""

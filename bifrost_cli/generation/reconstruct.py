@@ -74,7 +74,7 @@ def _reconstruct(
     pipe, used = _pipeline(recipe, controlnet, workspace, device, ui)
     rows, columns = pipe.encoder.grid
     request = ImageRequest(0, prompt, seed)
-    pixels_HWC = pipe.render(request, PredictedLatents(prompt, None, False, pipe.encode(decoded.rgb)))
+    pixels_HWC = pipe.image_of(request, pipe.encode(decoded.rgb))
     settings = {key: getattr(recipe, key).model_dump(mode="json") for key in ("images", "latents")}
     settings["generate"] = generate_settings(recipe)
     make_folder(file.parent)
@@ -112,7 +112,7 @@ def reconstruct_set(
         requests: Sequence[ImageRequest], predicted: Sequence[PredictedLatents]
     ) -> list[tuple[dict[str, bytes], dict[str, Any]]]:
         pairs = zip(requests, predicted, strict=True)
-        return [({request.name: png_bytes(pipe.render(replace(request, prompt=""), latents), _MARK)}, {})
+        return [({request.name: png_bytes(pipe.image_of(replace(request, prompt=""), latents.latents_PC), _MARK)}, {})
                 for request, latents in pairs]  # fmt: skip
 
     def commit(draft: Draft, facts: Mapping[int, dict[str, Any]]) -> Artifact:
