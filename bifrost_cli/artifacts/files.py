@@ -13,6 +13,7 @@ import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from shlex import quote
@@ -21,6 +22,7 @@ from typing import Any
 from bifrost_cli.errors import ArtifactError, DiskFull, EnvironmentProblem, UsageError
 
 TEMP_PREFIX = ".bifrost-tmp-"
+_UNLOCKED = 5  # seconds
 JSON_LIMIT = 64 * 1024 * 1024
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -73,6 +75,7 @@ def new_folder(path: Path) -> Iterator[Path]:
                 raise exists(path) from error
             raise
         sync(path.parent)
+    _sweep_beside(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -85,6 +88,7 @@ def write_new(path: Path, data: bytes) -> None:
     """As `write_bytes`, and nothing is overwritten: of two writers at once one gets UsageError BF-USE-002."""
     with new_file(path, len(data), replace=False) as write:
         write(data)
+    _sweep_beside(path.parent)
 
 
 def exists(path: Path, other: str | None = None) -> UsageError:
@@ -142,6 +146,18 @@ def sweep(folder: Path) -> int:
         for path in leftovers:
             _remove(path)
     return len(leftovers)
+
+
+def _sweep_beside(folder: Path) -> None:
+    """Remove what killed processes left under temporary names in a folder of the user's: what nobody has locked, and is
+    not new, as a process makes its file a moment before it locks it."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f"{TEMP_PREFIX}*"):
+            if not path.is_symlink() and time.time() - path.stat().st_mtime > _UNLOCKED:
+                with open_file(path, os.O_RDONLY) as descriptor:
+                    free = hold(descriptor)
+                if free:
+                    _remove(path)
 
 
 def sync(path: Path) -> None:

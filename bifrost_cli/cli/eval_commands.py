@@ -74,7 +74,7 @@ def evaluate(
 
     Example: bifrost eval --fid --samples runs/samples-0123456789ab --reference photos/
     """
-    from bifrost_cli.evaluation.registry import Gate, explained, metric_flags
+    from bifrost_cli.evaluation.registry import Gate, explained, metric_class, metric_flags
     from bifrost_cli.generation.requests import read_prompts
 
     with refusals():
@@ -92,6 +92,9 @@ def evaluate(
         lines = explained(metrics, fd or [])
         return Result(lines, {"explained": lines})
     start_processes(gpus, device, dry_run)
+    with refusals():
+        for wanted in gates:
+            wanted.require_measured([metric_class(name) for name in [*metrics, *["fid"] * bool(fd)]])
     from bifrost_cli.evaluation.evaluate import evaluate
 
     options = {key.removeprefix(_OPTION): value for key, value in late.items() if key.startswith(_OPTION)}

@@ -252,10 +252,11 @@ def ask(
             raise UsageError("the question is empty", fix='bifrost ask IMAGE "what is in the image?"')
         read_image(image, recipe.images)
     import_generation(recipe.models.weights)
-    from bifrost_cli.generation.ask import ask
+    from bifrost_cli.generation.ask import answer
 
-    answer = ask(recipe, image, question, device=device, ui=ui)
-    return Result(answer.splitlines() or [""], {"image": str(image), "question": question, "answer": answer})
+    given = answer(recipe, image, question, device=device, ui=ui)
+    data = {"image": str(image), "question": question, "answer": given.text, "cut": given.cut}
+    return Result(given.text.splitlines() or [""], data)
 
 
 def _bench_command(name: str) -> None:

@@ -78,6 +78,14 @@ class Gate:
             raise UsageError(f"invalid gate {text!r}",
                              fix="a metric, <, <=, > or >=, and a number: --gate 'fid<12.5'") from None  # fmt: skip
 
+    def require_measured(self, metrics: Sequence[type[Metric]]) -> None:
+        """UsageError where none of the metrics that are asked for gives this number; a package's own may give any."""
+        known = {name for metric in metrics for name in (metric.name, *metric.gates, *metric.rows)}
+        if self.metric in known or any(metric.name not in BUILTIN and not metric.rows for metric in metrics):
+            return
+        fix = f"add --{self.metric}" if self.metric in REGISTRY else f"gates here: {', '.join(sorted(known))}"
+        raise UsageError(f"invalid gate {str(self)!r}: {self.metric} is not measured", fix=fix)
+
     def check(self, results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The gate, the value, the end of its interval that counts, and whether it holds. UsageError: not measured."""
         names = (metric_class(self.metric).gates if self.metric in REGISTRY else ()) or (self.metric,)

@@ -28,7 +28,7 @@ from bifrost_cli.data.sources.scan import Sample, Scan, listed, refuse_too_many
 from bifrost_cli.data.sources.several import as_one
 from bifrost_cli.errors import DiskFull, Stopped, StoreError, memory_errors
 from bifrost_cli.extraction.source import changes, digest, refuse_output, scan_source, write_events
-from bifrost_cli.loading.loaders import ModelLoader, encoder_errors
+from bifrost_cli.loading.loaders import ModelLoader, encoder_errors, files_between
 from bifrost_cli.models.encoders import Encoder, VaeEncoder
 from bifrost_cli.runtime import distributed
 from bifrost_cli.runtime.launch import StopFlag, together
@@ -218,7 +218,7 @@ class ExtractionRun:
         summary = {"tokens": statistics["tokens"], "norm": statistics["norm"], **ranges}
         info = {"recipe": self.recipe.model_dump(mode="json"), "source": self.source, "statistics": summary,
                 "typed_in": seen_from(draft.path, Path()), "funnel": self.scanned.funnel,
-                "counts": self.scanned.counts}  # fmt: skip
+                "counts": self.scanned.counts, **files_between(self.recipe)}  # fmt: skip
         device = str(self.device)
         made, cost = {"device": device, "seed": None}, {"device": device, "samples": encoded}
         store = LatentsStore.open(draft.commit(info, made=made, cost=cost))

@@ -8,6 +8,7 @@ from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.images import read_image
 from bifrost_cli.errors import UsageError
 from bifrost_cli.loading.loaders import ModelLoader
+from bifrost_cli.models.mllm.frozen_mllm import Completion
 from bifrost_cli.runtime.ui import Ui
 
 
@@ -15,7 +16,7 @@ def ask(
     recipe: Recipe, image: Path | str, question: str, *, max_tokens: int = 64, device: str = "auto",
     ui: Ui | None = None,
 ) -> str:  # fmt: skip
-    """The MLLM's greedy answer about an image file.
+    """The MLLM's greedy answer about an image file; `answer` says of it whether it was cut.
 
     Args:
         recipe: names the MLLM, and how images are read.
@@ -27,6 +28,18 @@ def ask(
         BadImage: (4) the image cannot be used.
         UsageError: (2) the question is empty.
     """
+    return answer(recipe, image, question, max_tokens=max_tokens, device=device, ui=ui).text
+
+
+def answer(
+    recipe: Recipe, image: Path | str, question: str, *, max_tokens: int = 64, device: str = "auto",
+    ui: Ui | None = None,
+) -> Completion:  # fmt: skip
+    """As `ask`.
+
+    Returns:
+        The text, and whether it ended at `max_tokens`.
+    """
     ui = ui or Ui()
     if not question.strip():
         raise UsageError("the question is empty", fix='bifrost ask IMAGE "what is in the image?"')
@@ -37,7 +50,7 @@ def ask(
     mllm = loader.mllm()
     loader.policy.settle(mllm.model, frozen=[mllm.decoder])
     with loader.policy.on(mllm.model):
-        answer = mllm.answer(decoded.rgb.copy(), question, max_tokens)  # Pillow lends a read-only array
-    if answer.cut:
+        given = mllm.answer(decoded.rgb.copy(), question, max_tokens)  # Pillow lends a read-only array
+    if given.cut:
         ui.say(f"the answer is longer than {max_tokens} tokens, and was cut there")
-    return answer.text
+    return given

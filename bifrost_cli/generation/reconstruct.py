@@ -24,7 +24,7 @@ from bifrost_cli.generation.pipeline import BifrostPipeline
 from bifrost_cli.generation.requests import ImageRequest, destination, generate_settings, image_settings, png_facts
 from bifrost_cli.generation.samples_folder import Work, fill_folder
 from bifrost_cli.generation.stages import PredictedLatents
-from bifrost_cli.loading.loaders import decisive_files
+from bifrost_cli.loading.loaders import decisive_files, files_between
 from bifrost_cli.runtime import distributed
 from bifrost_cli.runtime.launch import together
 from bifrost_cli.runtime.ui import Ui
@@ -75,8 +75,8 @@ def _reconstruct(
     rows, columns = pipe.encoder.grid
     request = ImageRequest(0, prompt, seed)
     pixels_HWC = pipe.image_of(request, pipe.encode(decoded.rgb))
-    settings = {key: getattr(recipe, key).model_dump(mode="json") for key in ("images", "latents")}
-    settings["generate"] = generate_settings(recipe)
+    settings: dict[str, Any] = {key: getattr(recipe, key).model_dump(mode="json") for key in ("images", "latents")}
+    settings |= {"generate": generate_settings(recipe), **files_between(recipe)}
     make_folder(file.parent)
     write_new(file, png_bytes(pixels_HWC, _MARK | png_facts(request, settings, [used])))
     ui.say(f"{file}: reconstructed from {rows}x{columns} latents of {image}")

@@ -27,7 +27,7 @@ from transformers.utils import logging as hub_logging
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.files import make_folder, read_json, sha256_file, write_json
 from bifrost_cli.artifacts.identity import digest_of, provenance
-from bifrost_cli.config.schema import Images, Latents, Models
+from bifrost_cli.config.schema import Images, Latents, Models, Recipe
 from bifrost_cli.data.safetensors_io import ShardedCheckpoint, few, load_tensors, misfits, shapes_of
 from bifrost_cli.errors import ArtifactError, BifrostError, RecipeError
 from bifrost_cli.loading.offload import OffloadPolicy
@@ -370,6 +370,13 @@ def decisive_files(part: Literal["mllm", "diffusion"], models: Models) -> dict[s
     """`files_digest` as it stands in an identity; nothing for what ships with the package: its files stay."""
     name = {"diffusion": "painter"}.get(part, part)
     return {} if getattr(models, part).startswith("builtin:") else {f"{name}_files": files_digest(part, models)}
+
+
+def files_between(recipe: Recipe) -> dict[str, str]:
+    """`decisive_files` of the models between an image and its latents."""
+    latents, models = recipe.latents, recipe.models
+    mllm = decisive_files("mllm", models) if latents.encoder == "mllm" else {}
+    return mllm | (decisive_files("diffusion", models) if latents.vae or latents.encoder == "vae" else {})
 
 
 def _file_facts(folder: Path) -> list[list[Any]]:

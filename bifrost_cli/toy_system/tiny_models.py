@@ -52,19 +52,29 @@ CHAT_TEMPLATE = (
 )
 
 
-def _bpe(words: Iterable[str], **options: Any) -> tuple[dict[str, int], Any]:
-    """Byte-level merges that make every given word one token; any other text falls apart into bytes."""
-    backend = Tokenizer(BPE(**options))
-    backend.pre_tokenizer = pre_tokenizers.Split("\x00", "removed")
+def _bpe(words: Iterable[str], end: str = "") -> tuple[dict[str, int], Any]:
+    """Byte-level merges that make every given word one token, `end` behind its last letter; other text falls apart into
+    bytes."""
     byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     mapped = ["".join(piece for piece, _ in byte.pre_tokenize_str(word)) for word in words]
+    lasts = sorted({word[-1] for word in mapped}) if end else []
+    # A last letter is a character of its own while the merges are made: the trainer would give the ids of its own ends
+    # in the order of a hash, which is another in each process.
+    alone = {letter: chr(0xE000 + number) for number, letter in enumerate(lasts)}
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = pre_tokenizers.Split("\x00", "removed")
     trainer = BpeTrainer(
         vocab_size=100_000, min_frequency=1, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), **options,
+        initial_alphabet=[*sorted(pre_tokenizers.ByteLevel.alphabet()), *alone.values()],
     )  # fmt: skip
-    backend.train_from_iterator(mapped, trainer)
-    model = json.loads(backend.to_str())["model"]
-    return model["vocab"], [tuple(pair) for pair in model["merges"]]
+    backend.train_from_iterator([word[:-1] + alone.get(word[-1], word[-1]) for word in mapped], trainer)
+    model, names = json.loads(backend.to_str())["model"], {char: letter + end for letter, char in alone.items()}
+
+    def name(token: str) -> str:
+        return token[:-1] + names.get(token[-1], token[-1])
+
+    vocab = {name(token): number for token, number in model["vocab"].items()}
+    return vocab, [tuple(map(name, pair)) for pair in model["merges"]]
 
 
 def qwen_tokenizer(words: Iterable[str]) -> transformers.Qwen2Tokenizer:
@@ -145,7 +155,7 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
 
 def clip_tokenizer(words: Iterable[str]) -> transformers.CLIPTokenizer:
     """CLIP-format tokenizer; the end token has the highest id, which CLIP's pooling relies on."""
-    vocab, merges = _bpe(sorted({word.lower() for word in words}), end_of_word_suffix="</w>")
+    vocab, merges = _bpe(sorted({word.lower() for word in words}), end="</w>")
     ends = [f"{byte}</w>" for byte in sorted(pre_tokenizers.ByteLevel.alphabet()) if f"{byte}</w>" not in vocab]
     for token in (*ends, "<|startoftext|>", "<|endoftext|>"):
         vocab[token] = len(vocab)

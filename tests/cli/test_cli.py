@@ -38,7 +38,7 @@ STAGES = {
     "generate": ("generation.generate", ["generate", "a red circle"]),
     "evaluate": ("evaluation.evaluate", ["eval"]),
     "reconstruct": ("generation.reconstruct", ["reconstruct", "a.png"]),
-    "ask": ("generation.ask", ["ask", "a.png", "what?"]),
+    "answer": ("generation.ask", ["ask", "a.png", "what?"]),
     "run_bench": ("planning.bench.paired", ["bench", "decode"]),
     "import_checkpoint": ("interop.import_checkpoint", ["import", "folder"]),
     "export": ("interop.export", ["export", "builtin:branch"]),
@@ -192,20 +192,20 @@ def test_eval_measures_the_distance_unless_told_otherwise(stage, flags, wanted):
 
 
 def test_offline_is_set_before_the_stage_is_imported(stage, monkeypatch):
-    stage("ask", "an answer")
+    stage("answer", Completion("an answer", False))
     assert run(["ask", "a.png", "what?", "--offline"]) == 0
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
 def test_the_answer_and_nothing_else(stage, capsys):
-    stage("ask", "a blue square")
+    stage("answer", Completion("a blue square", True))
     assert run(["ask", "a.png", "what?"]) == 0
     assert capsys.readouterr().out == "a blue square\n"
 
 
 @pytest.mark.parametrize("name", STAGES)
 def test_every_option_a_command_hands_over_exists_in_the_stage(stage, name):
-    results = {"ask": "x", "run_bench": [], "render_shapes": Path("x"), "pretrain": Path("x"),
+    results = {"answer": Completion("x", False), "run_bench": [], "render_shapes": Path("x"), "pretrain": Path("x"),
                "import_checkpoint": {}, "export": Path(".")}  # fmt: skip
     calls = stage(name, results.get(name))
     assert run(STAGES[name][1]) == 0

@@ -23,7 +23,7 @@ from bifrost_cli.evaluation.formulas import psnr, ssim
 from bifrost_cli.evaluation.inputs import images_for, require_one_kind
 from bifrost_cli.evaluation.metrics.image_metrics import Reconstruction
 from bifrost_cli.evaluation.networks import load_lpips
-from bifrost_cli.evaluation.registry import BUILTIN, Gate, explained
+from bifrost_cli.evaluation.registry import BUILTIN, Gate, explained, metric_class
 from bifrost_cli.extraction.extract import extract_latents
 from bifrost_cli.generation.reconstruct import reconstruct_set
 from bifrost_cli.loading.loaders import ModelLoader
@@ -255,6 +255,19 @@ def test_a_gate_holds_only_when_the_worse_end_does(text, holds):
 def test_what_is_no_gate_is_refused(text):
     with pytest.raises(UsageError, match="invalid gate"):
         Gate.of(text)
+
+
+@pytest.mark.parametrize(
+    ("gate", "metrics", "fix"),
+    [("kid<1", ["fid"], "add --kid"), ("fdi<1", ["fid"], "gates here: fid, frechet_distance"),
+     ("psnr>1", ["fid", "clipscore"], "gates here: clip")],
+)  # fmt: skip
+def test_a_gate_on_what_will_not_be_measured_is_refused_before(gate, metrics, fix):
+    with pytest.raises(UsageError, match="is not measured") as told:
+        Gate.of(gate).require_measured([metric_class(name) for name in metrics])
+    assert str(told.value.fix).startswith(fix)
+    Gate.of("psnr>1").require_measured([metric_class("reconstruction")])
+    Gate.of("frechet_distance<1").require_measured([metric_class("fid")])
 
 
 def test_a_gate_on_what_was_not_measured_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 from bifrost_cli.data.images import BadImage
 from bifrost_cli.data.png import png_bytes, png_pixels, png_text
 from bifrost_cli.errors import ArtifactError, UsageError
-from bifrost_cli.generation.ask import ask
+from bifrost_cli.generation.ask import answer, ask
 from bifrost_cli.generation.choose_models import choose_controlnet
 from bifrost_cli.generation.reconstruct import reconstruct
 from bifrost_cli.loading.resolve import resolve_device
@@ -41,6 +42,8 @@ def test_the_latents_decide_the_picture(system: System, image: Path, tmp_path: P
     )
     assert first == again and png_pixels(first).shape == (64, 64, 3)
     assert png_text(first)["reconstruction"] == "yes" and system.controlnet.id in png_text(first)["artifacts"]
+    settings = json.loads(png_text(first)["settings"])  # the models do not ship with the package: their files count
+    assert settings["mllm_files"] != settings["painter_files"] and len(settings["mllm_files"]) == 64
     image.write_bytes(png_bytes(np.zeros((64, 64, 3), np.uint8)))
     other = reconstruct(system.recipe, image, output=tmp_path / "c.png", **options).read_bytes()
     assert not np.array_equal(png_pixels(other), png_pixels(first))
@@ -67,9 +70,9 @@ def test_bad_places_and_pictures(system: System, image: Path, tmp_path: Path) ->
 
 
 def test_ask_is_the_frozen_mllm(system: System, image: Path) -> None:
-    answer = ask(system.recipe, image, "What is above?", max_tokens=4, device="cpu")
+    text = ask(system.recipe, image, "What is above?", max_tokens=4, device="cpu")
     mllm = load_mllm(system.recipe.models.mllm, resolve_device("cpu"))
-    assert answer == mllm.answer(png_pixels(image.read_bytes()), "What is above?", 4).text
+    assert text == mllm.answer(png_pixels(image.read_bytes()), "What is above?", 4).text
     with pytest.raises(UsageError, match="empty"):
         ask(system.recipe, image, " ")
 
@@ -80,6 +83,7 @@ def test_an_answer_that_is_cut_is_said_to_be(system: System, image: Path, monkey
     monkeypatch.setattr(ui, "say", said.append)
     ask(system.recipe, image, "What is above?", max_tokens=1, device="cpu", ui=ui)
     assert any("longer than 1 tokens, and was cut" in line for line in said), said
+    assert answer(system.recipe, image, "What is above?", max_tokens=1, device="cpu").cut
     said.clear()
     monkeypatch.setattr(Mllm, "answer", lambda *a, **k: Completion("red", False))
     assert ask(system.recipe, image, "What is above?", device="cpu", ui=ui) == "red" and not said

@@ -109,7 +109,7 @@ class ClipScore(Metric):
         "Two numbers share this name and both are given: 100 max(cos, 0), and Hessel's 2.5 max(cos, 0) on 'A photo "
         "depicts ' + prompt. Errors are clustered by prompt."
     )
-    needs_prompts, keys = True, ("clip",)
+    rows, needs_prompts, keys = tuple(_CLIP_RULES), True, ("clip",)
 
     def __init__(self, scorer: ClipScorer) -> None:
         self._scorer, self.identity = scorer, scorer.identity
@@ -183,7 +183,7 @@ class Reconstruction(Metric):
         "image by image; then means with standard errors. The cosine is that of both images' latents; rFID the "
         "Frechet distance to the originals."
     )
-    needs_reference, reconstructs, keys = True, True, ("lpips_weights",)
+    rows, needs_reference, reconstructs, keys = tuple(_PAIR_RULES), True, True, ("lpips_weights",)
 
     def __init__(self, originals: ImageSet, encoder: Encoder, lpips: Lpips | str) -> None:
         self._originals, self._encoder, self._lpips = originals, encoder, lpips

@@ -61,6 +61,7 @@ class Metric:
     help: ClassVar[str]  # the flag's line in `bifrost eval --help`
     protocol: ClassVar[str]  # what `--explain` prints, in plain sentences
     gates: ClassVar[tuple[str, ...]] = ()  # names in report.json that `--gate NAME<1` stands for; none: NAME itself
+    rows: ClassVar[tuple[str, ...]] = ()  # the other names of its rows in report.json
     needs_prompts: ClassVar[bool] = False  # a set must not mix images of prompts and of plans
     needs_reference: ClassVar[bool] = False
     needs_many: ClassVar[bool] = False  # it is biased by few images, so that --min-samples holds
