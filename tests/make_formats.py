@@ -80,8 +80,8 @@ def statistics(path: Path) -> None:
 
 
 MAKE: dict[str, Callable[[Path], object]] = {
-    "latents-1": lambda path: store(path, "float16"),
-    "latents-1-store-2": lambda path: store(path, "int8"),
+    "latents-1-store-3": lambda path: store(path, "float16"),
+    "latents-1-store-3-int8": lambda path: store(path, "int8"),
     "samples-1": samples,
     "report-1": report,
     "checkpoint-1": checkpoint,

@@ -68,17 +68,27 @@ class Draft:
             raise
         return draft
 
-    def commit(self, info: _Values = None, *, made: _Values = None, cost: _Values = None) -> Artifact:
+    def commit(
+        self,
+        info: _Values = None,
+        *,
+        made: _Values = None,
+        cost: _Values = None,
+        hashed: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> Artifact:
         """Make the draft an artifact: hash and fsync the payload, write the manifest last, release the lock.
 
-        `made` adds to who and when (device, seed), `cost` to the wall time of this process, or replaces it.
+        `made` adds to who and when (device, seed), `cost` to the wall time of this process, or replaces it. `hashed`
+        has {"sha256", "size"} of files that were hashed as they were written, and are not read again.
         """
         files = {}
         for name in payload_files(self.path):
             path = self.path / name
             if not path.name.startswith("."):  # a file browser's or NFS's own
                 sync(path)
-                files[name] = {"sha256": sha256_file(path), "size": path.stat().st_size}
+                size, known = path.stat().st_size, (hashed or {}).get(name, {})
+                sha256 = known["sha256"] if known.get("size") == size else sha256_file(path)
+                files[name] = {"sha256": sha256, "size": size}
         for folder in {(self.path / name).parent for name in files} | {self.path}:
             sync(folder)
         manifest = {

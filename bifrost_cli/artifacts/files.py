@@ -24,6 +24,7 @@ from bifrost_cli.errors import ArtifactError, DiskFull, EnvironmentProblem, Usag
 TEMP_PREFIX = ".bifrost-tmp-"
 _UNLOCKED = 5  # seconds
 JSON_LIMIT = 64 * 1024 * 1024
+_WAITING = 32 * 1024 * 1024  # bytes of a long file that may wait in memory before they are written out
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NOT_WRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 _BROKEN = {errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE}
@@ -32,16 +33,19 @@ OPEN_FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 @contextlib.contextmanager
-def new_file(path: Path, size: int = 0, replace: bool = True) -> Iterator[Callable[[bytes | memoryview], None]]:
+def new_file(
+    path: Path, size: int = 0, replace: bool = True, write_out: bool = False
+) -> Iterator[Callable[[bytes | memoryview], None]]:
     """Give `write(data)`; at the end of the block `path` is the whole new file, after an error the old one or none.
 
-    `size` is what DiskFull says is needed. With `replace` false a file that is there by then is kept (UsageError). A
-    failed fsync is not tried again: a second one can succeed although the bytes are lost.
+    `size` is what DiskFull says is needed. With `replace` false a file that is there by then is kept (UsageError). With
+    `write_out` the system writes as the file grows, so that a long one neither waits in memory nor in fsync. A failed
+    fsync is not tried again: a second one can succeed although the bytes are lost.
     """
     with disk_errors(path, size), _temporary(path) as tmp:
         with open_file(tmp, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as descriptor:
             hold(descriptor)
-            yield lambda data: write_all(descriptor, data)
+            yield _written_out(descriptor) if write_out else lambda data: write_all(descriptor, data)
             os.fsync(descriptor)
         if not replace:  # a disk without hard links leaves a moment in which a second writer is not seen
             try:
@@ -184,6 +188,22 @@ def write_all(descriptor: int, data: bytes | memoryview) -> None:
     rest = memoryview(data).cast("B")
     while rest:
         rest = rest[os.write(descriptor, rest) :]
+
+
+def _written_out(descriptor: int) -> Callable[[bytes | memoryview], None]:
+    """As `write_all`; of what waits in memory the system begins to write, and forgets what is on the disk."""
+    waiting = 0
+
+    def write(data: bytes | memoryview) -> None:
+        nonlocal waiting
+        write_all(descriptor, data)
+        waiting += len(data)
+        if waiting >= _WAITING and hasattr(os, "posix_fadvise"):
+            waiting = 0
+            with contextlib.suppress(OSError):  # advice; a disk that fails says so in fsync
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    return write
 
 
 def _temp_path(path: Path) -> Path:

@@ -83,7 +83,9 @@ class Latents(Section):
     )
     vae: bool = Field(True, description="store its VAE latents too, so that ControlNet training needs no pixels")
     shard_rows: Count = Field(1024, description="rows of a shard, the unit of writing and of resuming")
-    chunk_rows: Count = Field(16, description="rows of a chunk, the unit of reading; divides shard_rows")
+    chunk_rows: Count = Field(
+        16, description="rows of a chunk, the unit of reading; divides shard_rows; a row of 64 kB has its own"
+    )
     storage: Literal["float16", "int8"] = Field(
         "float16", description="number format of the stored latents; int8 halves them, at a cosine above 0.999"
     )

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
 from bifrost_cli.artifacts.draft import seen_from
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.images import BadImage, DecodedImage, square
+from bifrost_cli.data.latents.background import AHEAD, BackgroundWriter
 from bifrost_cli.data.latents.reader import LatentsStore
-from bifrost_cli.data.latents.writer import StoreWriter
+from bifrost_cli.data.latents.writer import RowBatch, StoreWriter
 from bifrost_cli.data.latents.zarr_layout import INDEX, OK, StoreLayout
 from bifrost_cli.data.sources.item import Problem, SourceError
 from bifrost_cli.data.sources.scan import Sample, Scan, listed, refuse_too_many
@@ -103,14 +105,14 @@ class ExtractionRun:
                          "shard_rows": rules.shard_rows, "chunk_rows": rules.chunk_rows, **storage}  # fmt: skip
 
     def plan(self, path: Path) -> dict[str, Any]:
-        """What the extraction will do and need; sizes in bytes, before compression."""
+        """What the extraction will do and need; sizes in bytes."""
         layout = self.layout
-        copies = 5 if layout.storage == "int8" else 1  # of a shard, in 16 bits each, before and after its rounding
-        memory = min(layout.rows, layout.shard_rows) * layout.row_bytes * copies
+        batches = AHEAD + (8 if layout.storage == "int8" else 4)  # read, encoded, waiting and written, in 16 bits
+        memory = batches * self.recipe.latents.batch_size * replace(layout, storage="float16").row_bytes
         encoder = f"{self.encoder.identity['name']} ({self.encoder.identity['weights'][:12]})"
         return {"output": str(path), "encoder": encoder, "grid": list(layout.grid), "channels": layout.channels,
                 **self.scanned.funnel, "shards": layout.shards, "disk_needed": layout.rows * layout.row_bytes,
-                "disk_free": _free(path), "memory_of_a_shard": memory, "device": str(self.device)}  # fmt: skip
+                "disk_free": _free(path), "memory_of_batches": memory, "device": str(self.device)}  # fmt: skip
 
     def run(self, path: Path) -> Artifact:
         """Write what is missing, then the manifest."""
@@ -157,40 +159,38 @@ class ExtractionRun:
 
     def _fill(self, writer: StoreWriter, shards: list[int]) -> None:
         """Encode and write this process's shards."""
-        with StopFlag() as stop, self.ui.progress(self._rows(shards), "encoding images") as bar:
+        progress = self.ui.progress(self._rows(shards), "encoding images")
+        with StopFlag() as stop, progress as bar, BackgroundWriter(writer) as background:
             for shard in shards:
                 if stop.requested or distributed.other_process_failed():
+                    background.flush()
                     written = len(list((writer.path / INDEX).glob("*.jsonl")))
                     raise Stopped(f"stopped before shard {shard}; {written} of {self.layout.shards} are written",
                                   at=str(writer.path), fix="give the same command again; it continues there"
                                   )  # fmt: skip
-                latents_NPC, vae_Nchw, lines = self._encode(self.scanned.samples[self.layout.span(shard)], bar)
-                if failed := [line for line in lines if line["status"] != OK]:
-                    self._judge([Problem("failed", line["key"], line["notes"][0]) for line in failed], writer.path)
-                writer.write_shard(shard, latents_NPC, lines, vae_Nchw)
+                samples = self.scanned.samples[self.layout.span(shard)]
+                background.write_shard(shard, self._encode(samples, writer.path, bar))
 
-    def _encode(self, samples: Sequence[Sample], bar: Counter
-                ) -> tuple[np.ndarray, np.ndarray | None, list[dict[str, Any]]]:  # fmt: skip
+    def _encode(self, samples: Sequence[Sample], path: Path, bar: Counter) -> Iterator[RowBatch]:
         """Latents, VAE latents and index lines of one shard. An image that is gone or changed since the scan becomes a
         failed row, whose values mean nothing. Batches begin at the shard's first row and a failed image is encoded as
         an empty one, so that a row's numbers depend on nothing but its shard."""
-        encoder, vae = self.encoder, self.vae
-        lines: list[dict[str, Any]] = []
-        latents_NPC = np.empty((len(samples), encoder.grid[0] * encoder.grid[1], encoder.channels), np.float16)
-        vae_Nchw = None if vae is None else np.empty((len(samples), *vae.shape), np.float16)
-        sizes = encoder.image_size, vae.image_size if vae else None
+        failed: list[Problem] = []
+        sizes = self.encoder.image_size, self.vae.image_size if self.vae else None
         for batch in _batches(samples, *sizes, self.recipe.latents.batch_size):
-            inputs, outputs, described = zip(*batch, strict=True)
-            rows = slice(len(lines), len(lines) + len(batch))
+            inputs, outputs, lines = zip(*batch, strict=True)
             smaller = f"--set latents.batch_size={max(1, len(batch) // 2)}"
             with memory_errors(f"encoding {len(batch)} images at once", smaller):
                 # What does not fit in float16 becomes infinite, which the store's writer refuses by name.
-                latents_NPC[rows] = encoder.encode(np.stack(inputs)).to("cpu", torch.float16).numpy()
-                if vae is not None and vae_Nchw is not None:
-                    vae_Nchw[rows] = vae.encode(np.stack(outputs)).to("cpu", torch.float16).numpy()
-            lines += described
+                latents_NPC = self.encoder.encode(np.stack(inputs)).to("cpu", torch.float16).numpy()
+                vae_NCHW = None
+                if self.vae is not None:
+                    vae_NCHW = self.vae.encode(np.stack(outputs)).to("cpu", torch.float16).numpy()
+            failed += [Problem("failed", line["key"], line["notes"][0]) for line in lines if line["status"] != OK]
             bar.advance(len(batch))
-        return latents_NPC, vae_Nchw, lines
+            yield RowBatch(latents_NPC, vae_NCHW, lines)
+        if failed:
+            self._judge(failed, path)
 
     def _judge(self, failed: list[Problem], path: Path) -> None:
         """Images that changed since the scan: an event each, and the recipe's rules for bad images."""
@@ -221,7 +221,7 @@ class ExtractionRun:
                 "counts": self.scanned.counts, **files_between(self.recipe)}  # fmt: skip
         device = str(self.device)
         made, cost = {"device": device, "seed": None}, {"device": device, "samples": encoded}
-        store = LatentsStore.open(draft.commit(info, made=made, cost=cost))
+        store = LatentsStore.open(draft.commit(info, made=made, cost=cost, hashed=writer.files))
         path, say = store.artifact.path, self.ui.say
         say("funnel: " + listed({**self.scanned.funnel, "used": store.rows}))
         if self.scanned.counts:

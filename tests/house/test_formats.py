@@ -98,6 +98,8 @@ READ = {
     ("report", 1): ("report-1", report),
     ("store float16", 1): ("latents-1", lambda path: latents(path, 0.0)),
     ("store int8", 2): ("latents-1-store-2", lambda path: latents(path, 0.02)),
+    ("store float16", 3): ("latents-1-store-3", lambda path: latents(path, 0.0)),
+    ("store int8", 3): ("latents-1-store-3-int8", lambda path: latents(path, 0.02)),
     ("checkpoint", 1): ("checkpoint-1", training_state),
     ("statistics", 2): ("statistics-2.safetensors", saved_statistics),
     ("statistics", 3): ("statistics-3.safetensors", saved_statistics),
@@ -116,11 +118,14 @@ def test_an_example_is_read(kind, number):
 def test_every_format_of_today_has_an_example():
     today = {*FORMATS.items(), ("recipe", RECIPE_FORMAT), ("checkpoint", checkpoint.FORMAT),
              ("statistics", int(feature_statistics.FORMAT.rpartition("/")[2])),
-             *((f"store {storage}", number) for storage, number in zarr_layout.FORMATS.items())}  # fmt: skip
+             *((f"store {storage}", zarr_layout.FORMAT) for storage in zarr_layout.OLDER)}  # fmt: skip
     assert today <= set(READ)
 
 
-@pytest.mark.parametrize("name", ["latents-1", "latents-1-store-2", "samples-1", "report-1"])
+STORES = ["latents-1", "latents-1-store-2", "latents-1-store-3", "latents-1-store-3-int8"]
+
+
+@pytest.mark.parametrize("name", [*STORES, "samples-1", "report-1"])
 def test_examples_are_whole_and_as_they_were(name, capsys):
     assert run(["artifacts", "verify", str(HERE / name)]) == 0
 
@@ -166,7 +171,7 @@ def test_a_newer_checkpoint_says_update(tmp_path):
 
 def test_a_newer_store_says_update(tmp_path, monkeypatch):
     with monkeypatch.context() as later:
-        later.setitem(zarr_layout.FORMATS, "float16", 9)
+        later.setattr(StoreLayout, "attributes", {**StoreLayout(2, (2, 2), 8).attributes, "format": 9})
         path = make_store(tmp_path, rows=2, shard_rows=2, chunk_rows=1).path
     with pytest.raises(StoreError) as told:
         LatentsStore.open(path)

@@ -1,13 +1,19 @@
 """Reading a latents store: a wrong, missing or changed byte is an error, and never returned as a number. Small files
-are checked against the manifest when the store is opened, each shard by its sha256 when it is first touched, each inner
-chunk by its crc32c and each row for being finite when it is read."""
+are checked against the manifest when the store is opened; each chunk that is read by the crc32c that lies behind it
+and, from format 3 on, by the one that the shard's index noted when it was written. Nothing is read that was not asked
+for: the sha256 of whole shards is for `bifrost artifacts verify`."""
 
 from __future__ import annotations
 
+import math
+import os
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from shlex import quote
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,14 +22,70 @@ from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.files import sha256_file
 from bifrost_cli.data.latents import zarr_layout
 from bifrost_cli.data.latents.int8 import decode_int8
-from bifrost_cli.data.latents.zarr_layout import LATENTS, MEND, OK, SCALE, StoreLayout, read_index
+from bifrost_cli.data.latents.shard_file import ShardReader, is_finite, read_index
+from bifrost_cli.data.latents.zarr_layout import LATENTS, MEND, OK, SCALE, StoreLayout
 from bifrost_cli.errors import StoreError
 
 _KEPT_IN_MEMORY = 2_000_000_000  # bytes of one array
+_WORTH_A_THREAD = 65_536  # bytes of a chunk
+
+
+class StoredShards:
+    """What lies in the shards of a store, as it is stored; several threads may read at once.
+
+    Attributes:
+        layout: sizes and format of the store.
+    """
+
+    def __init__(self, folder: Path, layout: StoreLayout, crcs: Mapping[str, np.ndarray] | None = None,
+                 hashes: Mapping[str, str] | None = None) -> None:  # fmt: skip
+        """`crcs` of the chunks of each file, as its index noted them; `hashes` are the sha256 of files that are to be
+        checked as a whole before anything of them is given."""
+        self.layout, self._folder, self._crcs, self._hashes = layout, folder, crcs or {}, hashes or {}
+        self._open: dict[tuple[str, int], ShardReader] = {}
+
+    def read(self, name: str, chunk: int, out: np.ndarray | None = None) -> np.ndarray:
+        """One chunk of an array, by its number in the store, (rows, ...); into `out` where it is given. StoreError
+        naming shard and rows when it is damaged."""
+        shard, inner = divmod(chunk, self.layout.shard_rows // self.layout.rows_of_chunk)
+        try:
+            return self._shard(name, shard).read(inner, out)
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # RuntimeError: zstd's
+            raise self.damaged(name, chunk, str(error)) from error
+
+    def of_shard(self, shard: int) -> Iterator[dict[str, np.ndarray]]:
+        """The rows of a shard, chunk by chunk, of each array."""
+        span, size = self.layout.span(shard), self.layout.rows_of_chunk
+        for start in range(span.start, span.stop, size):
+            rows = min(size, span.stop - start)
+            yield {name: self.read(name, start // size)[:rows] for name in self.layout.row_shapes}
+
+    def damaged(self, name: str, chunk: int, reason: str) -> StoreError:
+        size = self.layout.rows_of_chunk
+        shard, (first, last) = chunk * size // self.layout.shard_rows, (chunk * size, (chunk + 1) * size - 1)
+        span = self.layout.span(shard)
+        rows = f"row {first}" if first == last else f"rows {first} to {min(last, span.stop - 1)}"
+        message = f"{self._folder}: shard {shard} of {name} (rows {span.start} to {span.stop - 1}) is damaged"
+        at = f"{self.layout.shard_file(name, shard)}, {rows}: {reason}"
+        return StoreError(message, at=at, fix=MEND, code="BF-STORE-005")
+
+    def _shard(self, name: str, shard: int) -> ShardReader:
+        """Its index is read once; two threads that come first both read it."""
+        if (name, shard) not in self._open:
+            layout, file = self.layout, self.layout.shard_file(name, shard)
+            path = self._folder / file
+            if file in self._hashes and sha256_file(path) != self._hashes[file]:
+                raise ValueError("its sha256 is not the one in the manifest")
+            shape = (layout.rows_of_chunk, *layout.row_shapes[name])
+            index = read_index(path, layout.chunks_of_shard)
+            self._open[name, shard] = ShardReader(path, shape, np.dtype(layout.dtype(name)), index, layout.compressed,
+                                                  self._crcs.get(file))  # fmt: skip
+        return self._open[name, shard]
 
 
 class LatentsStore:
-    """The rows of a latents artifact, in sorted key order; rows that failed in the extraction are left out.
+    """The rows of a latents artifact, in sorted key order; rows that failed in the extraction are left out. Several
+    threads may read at once.
 
     Attributes:
         rows: N.
@@ -36,42 +98,48 @@ class LatentsStore:
         encoder: identity of what encoded the images.
         vae_shape: (c, h, w) of the VAE latents, or None without them.
         attributes: everything that the store says of itself.
+        layout, stored: how it lies on the disk, and what lies there.
         artifact: the artifact on disk.
     """
 
-    def __init__(self, artifact: Artifact, verify: bool) -> None:
-        self.artifact, self._path, self._verify = artifact, artifact.path, verify
-        self._checked: set[str] = set()
+    def __init__(self, artifact: Artifact, verify: bool, keep: int) -> None:
+        self.artifact, self._path, self._keep = artifact, artifact.path, keep
         self._kept: dict[str, np.ndarray] = {}
+        self._keeping = Lock()
         group = zarr_layout.open_group(self._path)
         self.attributes: dict[str, Any] = dict(group.attrs)
-        self._layout = StoreLayout.of(self.attributes, self._path)
-        self._arrays = zarr_layout.open_arrays(group, self._layout, self._path)
+        self.layout = StoreLayout.of(self.attributes, self._path)
+        zarr_layout.require_arrays(group, self.layout, self._path)
         # Of each row its text and its place, nothing else: a store may have millions.
         self.keys: list[str] = []
         self.captions: list[str] = []
         self.plans: list[str | None] = []
         places = array("q")
-        for place, line in self._ok_lines():
+        crcs: dict[str, np.ndarray] = {}
+        for place, line in self._ok_lines(crcs):
             places.append(place)
             self.keys.append(line["key"])
             self.captions.append(line["caption"])
             self.plans.append(line.get("plan"))
+        hashes = {name: entry["sha256"] for name, entry in artifact.files.items()} if verify else {}
+        self.stored = StoredShards(self._path, self.layout, crcs, hashes)
         self._physical_N = np.array(places, np.int64)
-        self.rows, self.grid, self.channels = len(self.keys), self._layout.grid, self._layout.channels
-        self.vae_shape = self._layout.vae
+        self.rows, self.grid, self.channels = len(self.keys), self.layout.grid, self.layout.channels
+        self.vae_shape = self.layout.vae
         self.encoder: dict[str, Any] = self.attributes["encoder"]
         self.mean_C, self.std_C = (np.asarray(self.attributes[name], np.float32) for name in ("mean", "std"))
         self.norm = float(self.attributes["norm"])
 
     @classmethod
-    def open(cls, source: Artifact | Path | str, verify: bool = True) -> LatentsStore:
+    def open(cls, source: Artifact | Path | str, verify: bool = False, keep: int | None = None) -> LatentsStore:
         """Open a complete store.
 
         Args:
             source: a latents artifact, or its folder.
-            verify: False leaves out the sha256 of each shard (for stores of terabytes that `bifrost artifacts verify`
-                has passed); the checksums of the inner chunks and the check for finite rows remain.
+            verify: compare the sha256 of each shard too, when it is first touched: the whole shard is read. The
+                checksums of the chunks are compared always.
+            keep: bytes; an array that is not larger is read whole when it is first asked for, and stays in memory.
+                None is 2 GB.
 
         Raises:
             ArtifactError, StoreError: it is no latents store, or is damaged.
@@ -90,7 +158,7 @@ class LatentsStore:
             see = f"see all of it: bifrost artifacts verify {quote(str(artifact.path))}"
             raise StoreError(f"{artifact.path}: {name} {trouble}", at=see, fix=MEND, code="BF-STORE-005")
         try:
-            return cls(artifact, verify)
+            return cls(artifact, verify, _KEPT_IN_MEMORY if keep is None else keep)
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{artifact.path} is not a latents store of ours: {error}", fix=MEND) from error
 
@@ -108,56 +176,66 @@ class LatentsStore:
     @property
     def lines(self) -> list[dict[str, Any]]:
         """The index line of each row, read again from the disk."""
-        return [line for _, line in self._ok_lines()]
+        return [line for _, line in self._ok_lines({})]
 
-    def _ok_lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Row number in the arrays and index line of every row that did not fail."""
-        for shard in range(self._layout.shards):
-            lines, span = read_index(self._path, shard).lines, self._layout.span(shard)
-            if len(lines) != span.stop - span.start:
-                message = f"{self._path}: the index of shard {shard} has {len(lines)} rows"
+    def _ok_lines(self, crcs: dict[str, np.ndarray]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Row number in the arrays and index line of every row that did not fail. `crcs` gets the checksums."""
+        for shard in range(self.layout.shards):
+            index, span = zarr_layout.read_index(self._path, shard), self.layout.span(shard)
+            if not self.layout.compressed:
+                crcs |= {file: index.crcs(file) for file in self.layout.shard_files(shard)}
+            if len(index.lines) != span.stop - span.start:
+                message = f"{self._path}: the index of shard {shard} has {len(index.lines)} rows"
                 raise StoreError(message, fix=MEND, code="BF-STORE-006")
-            yield from ((i, line) for i, line in enumerate(lines, span.start) if line["status"] == OK)
+            yield from ((i, line) for i, line in enumerate(index.lines, span.start) if line["status"] == OK)
 
     def _read(self, name: str, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         wanted = np.asarray(rows, np.int64)
-        if name not in self._kept and 2 * self._arrays[name].size <= _KEPT_IN_MEMORY:
-            self._kept[name] = self._read_rows(name, self._physical_N)
-        if name in self._kept:
-            return self._kept[name][wanted]
-        unique, inverse = np.unique(self._physical_N[wanted], return_inverse=True)
-        return self._read_rows(name, unique)[inverse]
+        if 2 * self.layout.rows * math.prod(self.layout.row_shapes[name]) > self._keep:
+            return self._read_rows(name, self._physical_N[wanted])
+        with self._keeping:
+            if name not in self._kept:
+                self._kept[name] = self._read_rows(name, self._physical_N)
+        return self._kept[name][wanted]
 
-    def _read_rows(self, name: str, physical_N: np.ndarray) -> np.ndarray:
-        """Rows in ascending order as float16. StoreError when one that was written is not there."""
-        rows = np.empty((len(physical_N), *self._layout.row_shapes[name]), np.float16)
-        shards_N = physical_N // self._layout.shard_rows
-        for shard in map(int, np.unique(shards_N)):
-            of_shard = shards_N == shard
-            values = self._read_stored(name, shard, physical_N[of_shard])
-            if self._layout.dtype(name) == "int8":
-                values = decode_int8(values, self._read_stored(SCALE, shard, physical_N[of_shard]))
-            if not np.isfinite(values).all():
-                raise self._damaged(name, shard, "rows that were written are missing")
-            rows[of_shard] = values
-        return rows
+    def _read_rows(self, name: str, physical_n: np.ndarray) -> np.ndarray:
+        """Rows in the order given as float16, each chunk of them read once. StoreError: one is damaged or missing."""
+        out = np.empty((len(physical_n), *self.layout.row_shapes[name]), np.float16)
+        order = np.argsort(physical_n, kind="stable")
+        chunks = physical_n[order] // self.layout.rows_of_chunk
+        groups = np.split(order, np.flatnonzero(np.diff(chunks)) + 1) if len(order) else []
+        fill = partial(self._read_chunk, name, physical_n, out)
+        if self.layout.rows_of_chunk * out[:1].nbytes < _WORTH_A_THREAD or len(groups) < 2:
+            for group in groups:
+                fill(group)
+        else:
+            list(_readers(os.getpid()).map(fill, groups))
+        return out
 
-    def _read_stored(self, name: str, shard: int, physical: np.ndarray) -> np.ndarray:
-        """Rows as they are stored, from the file that the manifest names and no other."""
-        file, span = self._layout.shard_file(name, shard), self._layout.span(shard)
-        try:
-            if self._verify and file not in self._checked:
-                if sha256_file(self._path / file) != self.artifact.files[file]["sha256"]:
-                    raise ValueError("its sha256 is not the one in the manifest")
-                self._checked.add(file)
-            if len(physical) == span.stop - span.start:
-                return np.asarray(self._arrays[name][span])
-            return np.asarray(self._arrays[name].oindex[physical])
-        except Exception as error:  # Zarr and its codecs raise many kinds for bytes that are not what was written
-            raise self._damaged(name, shard, str(error)) from error
+    def _read_chunk(self, name: str, physical_n: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
+        """Read the rows that belong at `places` of `out`; they are all of one chunk."""
+        chunk, inner = np.divmod(physical_n[places], self.layout.rows_of_chunk)
+        number, first = int(chunk[0]), int(places[0])
+        if self.layout.rows_of_chunk == 1 and self.layout.dtype(name) == "float16":
+            self.stored.read(name, number, out[first : first + 1])
+            for place in places[1:]:
+                out[place] = out[first]
+        else:
+            values = self.stored.read(name, number)[inner]
+            if self.layout.dtype(name) == "int8":
+                values = decode_int8(values, self.stored.read(SCALE, number)[inner])
+            out[places] = values
+        # From format 3 on the index says what was written, and the writer refuses what is not finite.
+        if self.layout.compressed and not all(is_finite(out[place]) for place in places):
+            raise self.stored.damaged(name, number, "rows that were written are missing")
 
-    def _damaged(self, name: str, shard: int, reason: str) -> StoreError:
-        span = self._layout.span(shard)
-        message = f"{self._path}: shard {shard} of {name} (rows {span.start} to {span.stop - 1}) is damaged"
-        at = f"{self._layout.shard_file(name, shard)}: {reason}"
-        return StoreError(message, at=at, fix=MEND, code="BF-STORE-005")
+
+@cache
+def _readers(process: int) -> ThreadPoolExecutor:
+    """The threads of a process; a fork has none of its parent's."""
+    return ThreadPoolExecutor(cores(), "bifrost-read")
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,11 +1,14 @@
 """How a latents store lies on the disk: a Zarr v3 group with arrays cut into shards of whole rows, and an index.
 
 `latents` (N, P, C) and, where wanted, `vae` (N, c, h, w) are float16; with storage int8 the latents are codes, and
-`latents_scale` (N, S) holds their scales. A crc32c lies *inside* the shard, after zstd: without it most flipped bits
-come back as other numbers. The fill value is NaN (a code of -128): what was never written cannot read as zeros.
-`index/shard-NNNNN.jsonl` has a line for each row and a last one that commits the shard, with the digests of its files
-and its sums for the channel statistics. It appears, whole, after they are on the disk; a shard without it does not
-exist."""
+`latents_scale` (N, S) holds their scales. A crc32c lies *inside* the shard, behind each chunk: without it most flipped
+bits come back as other numbers. The fill value is NaN (a code of -128): what was never written cannot read as zeros.
+`index/shard-NNNNN.jsonl` has a line for each row and a last one that commits the shard, with the digests of its files,
+the checksums of their chunks and its sums for the channel statistics. It appears, whole, after they are on the disk; a
+shard without it does not exist.
+
+Formats 1 (float16) and 2 (int8) compressed each chunk with zstd, which saved 5 to 8 % of float16 latents at half a
+gigabyte a second, and their index had no checksums of chunks."""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +30,13 @@ from zarr.storage import MemoryStore
 from bifrost_cli.artifacts.files import canonical_json, write_bytes
 from bifrost_cli.artifacts.identity import digest_of
 from bifrost_cli.data.latents.int8 import MISSING, scales_of_row
+from bifrost_cli.data.latents.shard_file import CRC_BYTES, ENTRY_BYTES
 from bifrost_cli.errors import StoreError
 
 ZARR, INDEX, OK = "store.zarr", "index", "ok"
-FORMATS = {"float16": 1, "int8": 2}  # by how the latents are stored; a reader of 1 must refuse codes
+FORMAT = 3
+OLDER = {"float16": 1, "int8": 2}  # by how the latents are stored
+LARGE_ROW = 65_536  # bytes; from here on a chunk holds one row, so that nothing is read that was not asked for
 LATENTS, SCALE = "latents", "latents_scale"
 MEND = "restore the file from a copy, or extract again in another place: bifrost extract-latents -o PLACE"
 
@@ -38,7 +44,7 @@ MEND = "restore the file from a copy, or extract again in another place: bifrost
 @dataclass(frozen=True)
 class StoreLayout:
     """Sizes of a store: `rows` of `grid` (H, W) patches with `channels` each; `vae` is (c, h, w) or None; `storage` is
-    how the latents are stored, float16 or int8."""
+    how the latents are stored, float16 or int8. `chunk_rows` is the most that a chunk holds: see `rows_of_chunk`."""
 
     rows: int
     grid: tuple[int, int]
@@ -47,27 +53,41 @@ class StoreLayout:
     shard_rows: int = 1024
     chunk_rows: int = 16
     storage: str = "float16"
+    format: int = FORMAT
 
     @classmethod
     def of(cls, attributes: Mapping[str, Any], path: Path) -> StoreLayout:
         """From the attributes of the store in `path`. StoreError: of another format."""
-        storage, number, newest = attributes.get("storage", "float16"), attributes.get("format"), max(FORMATS.values())
-        if type(number) is int and number > newest:
-            raise StoreError.newer(f"{path} is a store ({storage})", number, newest)
-        if number != FORMATS.get(storage):
-            known = " and ".join(map(str, FORMATS.values()))
-            raise StoreError(f"{path} has store format {number} ({storage}); this bifrost reads {known}")
+        storage, number = attributes.get("storage", "float16"), attributes.get("format")
+        if type(number) is int and number > FORMAT:
+            raise StoreError.newer(f"{path} is a store ({storage})", number, FORMAT)
+        if storage not in OLDER or number not in (FORMAT, OLDER[storage]):
+            raise StoreError(f"{path} has store format {number} ({storage}); this bifrost reads up to {FORMAT}")
         vae = attributes["vae_shape"]
         return cls(attributes["rows"], tuple(attributes["grid"]), attributes["channels"], tuple(vae) if vae else None,
-                   attributes["shard_rows"], attributes["chunk_rows"], storage)  # fmt: skip
+                   attributes["shard_rows"], attributes["chunk_rows"], storage, number)  # fmt: skip
 
     @property
     def attributes(self) -> dict[str, Any]:
         """What `of` reads."""
         storage = {} if self.storage == "float16" else {"storage": self.storage}
-        return {"format": FORMATS[self.storage], **storage, "rows": self.rows, "grid": list(self.grid),
+        return {"format": self.format, **storage, "rows": self.rows, "grid": list(self.grid),
                 "channels": self.channels, "vae_shape": list(self.vae) if self.vae else None,
-                "shard_rows": self.shard_rows, "chunk_rows": self.chunk_rows}  # fmt: skip
+                "shard_rows": self.shard_rows, "chunk_rows": self.rows_of_chunk}  # fmt: skip
+
+    @property
+    def older(self) -> StoreLayout:
+        """The same store as a bifrost before format 3 laid it out."""
+        return replace(self, format=OLDER[self.storage])
+
+    @property
+    def compressed(self) -> bool:
+        return self.format < FORMAT
+
+    @property
+    def rows_of_chunk(self) -> int:
+        """Rows of a chunk, the unit of reading."""
+        return self.chunk_rows if self.compressed or self.row_bytes < LARGE_ROW else 1
 
     @property
     def row_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -80,6 +100,10 @@ class StoreLayout:
 
     def dtype(self, name: str) -> str:
         return self.storage if name == LATENTS else "float16"
+
+    def fill(self, name: str) -> float:
+        """What stands where nothing was written."""
+        return MISSING if self.dtype(name) == "int8" else float("nan")
 
     @property
     def row_bytes(self) -> int:
@@ -101,21 +125,25 @@ class StoreLayout:
     def shard_files(self, shard: int) -> list[str]:
         return [self.shard_file(name, shard) for name in self.row_shapes]
 
+    @property
+    def chunks_of_shard(self) -> int:
+        """Chunks that the index of a shard has room for; a store smaller than one shard is not padded to a whole."""
+        return min(self.shard_rows // self.rows_of_chunk, -(-self.rows // self.rows_of_chunk))
+
+    def bytes_of_shard(self, name: str, shard: int) -> int:
+        """Size of one shard's file, from format 3 on."""
+        span, row = self.span(shard), math.prod(self.row_shapes[name]) * np.dtype(self.dtype(name)).itemsize
+        chunks = -(-(span.stop - span.start) // self.rows_of_chunk)
+        return chunks * (self.rows_of_chunk * row + CRC_BYTES) + self.chunks_of_shard * ENTRY_BYTES + CRC_BYTES
+
     def array_settings(self, name: str) -> dict[str, Any]:
-        """How Zarr creates an array; a store smaller than one shard is not padded to a whole one."""
-        shard_rows = min(self.shard_rows, -(-self.rows // self.chunk_rows) * self.chunk_rows)
-        shape, shards, chunks = ((n, *self.row_shapes[name]) for n in (self.rows, shard_rows, self.chunk_rows))
+        """How Zarr creates an array."""
+        of_chunk = self.rows_of_chunk
+        lengths = (self.rows, self.chunks_of_shard * of_chunk, of_chunk)
+        shape, shards, chunks = ((n, *self.row_shapes[name]) for n in lengths)
+        compressors = [ZstdCodec(level=3), Crc32cCodec()] if self.compressed else [Crc32cCodec()]
         return {"shape": shape, "dtype": self.dtype(name), "shards": shards, "chunks": chunks,
-                "compressors": [ZstdCodec(level=3), Crc32cCodec()], "config": {"write_empty_chunks": True},
-                "fill_value": MISSING if self.dtype(name) == "int8" else float("nan")}  # fmt: skip
-
-
-def shard_bytes(layout: StoreLayout, name: str, shard: int, rows: np.ndarray) -> bytes:
-    """The bytes of one shard of one array: Zarr writes it into memory, and no file."""
-    memory: dict[str, Buffer] = {}
-    group = zarr.create_group(MemoryStore(memory), zarr_format=3)
-    group.create_array(name, **layout.array_settings(name))[layout.span(shard)] = rows
-    return memory[layout.shard_file(name, shard).removeprefix(f"{ZARR}/")].to_bytes()
+                "compressors": compressors, "fill_value": self.fill(name)}  # fmt: skip
 
 
 def metadata_files(layout: StoreLayout, attributes: Mapping[str, Any]) -> dict[str, bytes]:
@@ -137,32 +165,37 @@ def open_group(folder: Path) -> zarr.Group:
         raise StoreError(f"{folder / ZARR} cannot be opened: {error}", fix=MEND, code="BF-STORE-005") from error
 
 
-def open_arrays(group: zarr.Group, layout: StoreLayout, folder: Path) -> dict[str, zarr.Array]:
-    """The group's arrays, checked against `layout`: shape, dtype, shards, and crc32c as the last inner codec."""
-    arrays = {}
+def require_arrays(group: zarr.Group, layout: StoreLayout, folder: Path) -> None:
+    """StoreError unless the group's arrays have the shape, dtype, shards and inner codecs of `layout`."""
     for name in layout.row_shapes:
         try:
             array: Any = group[name]
-            found = (array.shape, str(array.dtype), array.shards, array.chunks, array.compressors[-1:])
+            codecs = [type(codec).__name__ for codec in array.compressors]
+            found = (array.shape, str(array.dtype), array.shards, array.chunks, codecs)
         except Exception as error:
             message = f"{folder / ZARR} has no readable array {name}: {error}"
             raise StoreError(message, fix=MEND, code="BF-STORE-005") from error
         settings = layout.array_settings(name)
-        wanted = (*(settings[key] for key in ("shape", "dtype", "shards", "chunks")), (Crc32cCodec(),))
+        codecs = [type(codec).__name__ for codec in settings["compressors"]]
+        wanted = (*(settings[key] for key in ("shape", "dtype", "shards", "chunks")), codecs)
         if found != wanted:
             message = f"{folder / ZARR}/{name} is not laid out as its index says"
             raise StoreError(message, at=f"{found}, not {wanted}", fix=MEND, code="BF-STORE-005")
-        arrays[name] = array
-    return arrays
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """One committed shard: its row lines, its files' {"sha256", "size"} by name, and its sums."""
+    """One committed shard: its row lines, of each file by name {"sha256", "size", "crc32c": of its chunks, as hex}, its
+    sums, and the format of its files."""
 
     lines: list[dict[str, Any]]
     files: dict[str, dict[str, Any]]
     sums: dict[str, Any]
+    format: int | None = None  # before 3 none was noted
+
+    def crcs(self, file: str) -> np.ndarray:
+        """The checksums of a file's chunks as they were written, uint32; from format 3 on."""
+        return np.frombuffer(bytes.fromhex(self.files[file]["crc32c"]), "<u4")
 
 
 def index_file(shard: int) -> str:
@@ -173,7 +206,7 @@ def write_index(folder: Path, shard: int, lines: Sequence[Mapping[str, Any]], fi
                 sums: Mapping[str, Any]) -> None:  # fmt: skip
     """Commit a shard. Its files must have been fsynced before."""
     rows = b"".join(canonical_json(line) + b"\n" for line in lines)
-    commit = {"shard": shard, "lines": hashlib.sha256(rows).hexdigest(), "files": files, "sums": sums}
+    commit = {"shard": shard, "lines": hashlib.sha256(rows).hexdigest(), "files": files, "sums": sums, "format": FORMAT}
     last = canonical_json({"commit": commit, "digest": digest_of(commit)})
     write_bytes(folder / index_file(shard), rows + last + b"\n")
 
@@ -187,7 +220,7 @@ def read_index(folder: Path, shard: int) -> ShardIndex:
         commit = end["commit"]
         lines = hashlib.sha256(b"".join(rows)).hexdigest()
         whole = (end["digest"], commit["lines"], commit["shard"]) == (digest_of(commit), lines, shard)
-        index = ShardIndex([json.loads(row) for row in rows], commit["files"], commit["sums"])
+        index = ShardIndex([json.loads(row) for row in rows], commit["files"], commit["sums"], commit.get("format"))
     except FileNotFoundError as error:
         raise StoreError(f"{path} is missing", fix=MEND, code="BF-STORE-006") from error
     except (ValueError, KeyError, TypeError) as error:
