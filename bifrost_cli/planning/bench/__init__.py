@@ -44,6 +44,11 @@ BENCHES = {
         f"{_ROOM}.bench_generate:bench_generate",
         {"pixels": (256, "Of a side of the image."), "steps": (4, "Diffusion steps.")},
     ),
+    "store": Bench(
+        "Time random rows of the paper's size from a latents store against numpy's memory map, and writing them.",
+        f"{_ROOM}.bench_store:bench_store",
+        {"rows": (256, "Of the store."), "batch": (16, "Rows of a read.")},
+    ),
     "start": Bench(
         "Time commands from a cold start to their end against `import torch` alone.",
         f"{_ROOM}.bench_start:bench_start",
