@@ -52,7 +52,7 @@ app.add_typer(bench, name="bench")
 data = typer.Typer(no_args_is_help=True, help="Check images and captions before they are encoded.")
 shapes = typer.Typer(no_args_is_help=True, help="The built-in world of coloured shapes.")
 
-Latents = Annotated[str | None, artifact_option("--latents", "A latents artifact.  (default: the newest)")]
+Latents = Annotated[str | None, artifact_option("--latents", "A store or its address.  (default: the newest)")]
 Branch = Annotated[str | None, artifact_option("--branch", "A branch artifact.")]
 ControlNet = Annotated[str | None, artifact_option("--controlnet", "A ControlNet artifact.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same bytes.")]
@@ -132,7 +132,7 @@ def _train(
         resolve(workspace, init)
     if latents is None:
         newest(workspace, "latents")
-    else:
+    elif "://" not in latents:
         resolve(workspace, latents, "latents")
     if output is not None:
         require_place(output)

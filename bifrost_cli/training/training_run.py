@@ -22,6 +22,7 @@ from bifrost_cli.config.schema import Recipe, Train, identity_of
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.png import contact_sheet, png_bytes
 from bifrost_cli.data.safetensors_io import save_tensors
+from bifrost_cli.data.sources.remote import is_remote
 from bifrost_cli.errors import BifrostError, DataError, DiskFull, RecipeError, memory_errors
 from bifrost_cli.loading.compatibility import require_latents
 from bifrost_cli.loading.open_clip_models import features_name
@@ -188,10 +189,15 @@ class TrainingRun:
 
 def choose_store(recipe: Recipe, latents: Path | str | None, workspace: Path | str, ui: Ui) -> LatentsStore:
     """The given latents artifact, else the newest of the workspace; checked before any weight is loaded."""
-    artifact = resolve(workspace, latents, "latents") if latents is not None else newest(workspace, "latents")
-    why = "as given" if latents is not None else f"the newest in {workspace}"
-    ui.say(f"latents: {artifact.path} ({artifact.id}), {why}")
-    store = LatentsStore.open(artifact)
+    if is_remote(str(latents)):
+        store = LatentsStore.open(str(latents))
+        artifact = store.artifact
+        ui.say(f"latents: {latents} ({artifact.id}), as given")
+    else:
+        artifact = resolve(workspace, latents, "latents") if latents is not None else newest(workspace, "latents")
+        why = "as given" if latents is not None else f"the newest in {workspace}"
+        ui.say(f"latents: {artifact.path} ({artifact.id}), {why}")
+        store = LatentsStore.open(artifact)
     require_latents(store, recipe.name, name=features_name(recipe.latents.encoder))
     if store.rows < 3 and len({image_of(key) for key in store.keys}) < 2:
         raise DataError(f"{artifact.path} has {store.rows} rows: too few to train on and validate", code="BF-DATA-008",

@@ -20,10 +20,13 @@ import numpy as np
 
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.files import sha256_file
+from bifrost_cli.data.images import BadImage
 from bifrost_cli.data.latents import zarr_layout
 from bifrost_cli.data.latents.int8 import decode_int8
+from bifrost_cli.data.latents.remote_store import CONNECTIONS, copy_of
 from bifrost_cli.data.latents.shard_file import ShardReader, is_finite, read_index
 from bifrost_cli.data.latents.zarr_layout import LATENTS, MEND, OK, SCALE, StoreLayout
+from bifrost_cli.data.sources.remote import is_remote
 from bifrost_cli.errors import StoreError
 
 _KEPT_IN_MEMORY = 2_000_000_000  # bytes of one array
@@ -37,7 +40,7 @@ class StoredShards:
         layout: sizes and format of the store.
     """
 
-    def __init__(self, folder: Path, layout: StoreLayout, crcs: Mapping[str, np.ndarray] | None = None,
+    def __init__(self, folder: Path | str, layout: StoreLayout, crcs: Mapping[str, np.ndarray] | None = None,
                  hashes: Mapping[str, str] | None = None) -> None:  # fmt: skip
         """`crcs` of the chunks of each file, as its index noted them; `hashes` are the sha256 of files that are to be
         checked as a whole before anything of them is given."""
@@ -50,7 +53,7 @@ class StoredShards:
         shard, inner = divmod(chunk, self.layout.shard_rows // self.layout.rows_of_chunk)
         try:
             return self._shard(name, shard).read(inner, out)
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # RuntimeError: zstd's
+        except (ValueError, OSError, RuntimeError, MemoryError, BadImage) as error:  # RuntimeError: zstd's
             raise self.damaged(name, chunk, str(error)) from error
 
     def of_shard(self, shard: int) -> Iterator[dict[str, np.ndarray]]:
@@ -73,8 +76,8 @@ class StoredShards:
         """Its index is read once; two threads that come first both read it."""
         if (name, shard) not in self._open:
             layout, file = self.layout, self.layout.shard_file(name, shard)
-            path = self._folder / file
-            if file in self._hashes and sha256_file(path) != self._hashes[file]:
+            path = f"{self._folder}/{file}" if isinstance(self._folder, str) else self._folder / file
+            if isinstance(path, Path) and file in self._hashes and sha256_file(path) != self._hashes[file]:
                 raise ValueError("its sha256 is not the one in the manifest")
             shape = (layout.rows_of_chunk, *layout.row_shapes[name])
             index = read_index(path, layout.chunks_of_shard)
@@ -102,8 +105,9 @@ class LatentsStore:
         artifact: the artifact on disk.
     """
 
-    def __init__(self, artifact: Artifact, verify: bool, keep: int) -> None:
+    def __init__(self, artifact: Artifact, verify: bool, keep: int, address: str | None = None) -> None:
         self.artifact, self._path, self._keep = artifact, artifact.path, keep
+        self._threads = cores() if address is None else max(CONNECTIONS, cores())
         self._kept: dict[str, np.ndarray] = {}
         self._keeping = Lock()
         group = zarr_layout.open_group(self._path)
@@ -122,7 +126,7 @@ class LatentsStore:
             self.captions.append(line["caption"])
             self.plans.append(line.get("plan"))
         hashes = {name: entry["sha256"] for name, entry in artifact.files.items()} if verify else {}
-        self.stored = StoredShards(self._path, self.layout, crcs, hashes)
+        self.stored = StoredShards(address or self._path, self.layout, crcs, hashes)
         self._physical_N = np.array(places, np.int64)
         self.rows, self.grid, self.channels = len(self.keys), self.layout.grid, self.layout.channels
         self.vae_shape = self.layout.vae
@@ -135,20 +139,26 @@ class LatentsStore:
         """Open a complete store.
 
         Args:
-            source: a latents artifact, or its folder.
+            source: a latents artifact, its folder, or the address of one that lies elsewhere (s3://, https://, ...).
             verify: compare the sha256 of each shard too, when it is first touched: the whole shard is read. The
-                checksums of the chunks are compared always.
+                checksums of the chunks are compared always. Not of a store elsewhere.
             keep: bytes; an array that is not larger is read whole when it is first asked for, and stays in memory.
                 None is 2 GB.
 
         Raises:
             ArtifactError, StoreError: it is no latents store, or is damaged.
+            EnvironmentProblem: the way to a store elsewhere fails, or takes longer than its time limit.
         """
+        address = source.rstrip("/") if isinstance(source, str) and is_remote(source) else None
+        if address is not None:
+            source = copy_of(address)
         artifact = source if isinstance(source, Artifact) else Artifact.open(source)
         if artifact.kind != "latents":
             raise StoreError(f"{artifact.path} is a {artifact.kind} artifact, not latents", fix="give a latents store")
         for name, entry in artifact.files.items():  # all but the shards are hashed too
             path = artifact.path / name
+            if address is not None and "/c/" in name:
+                continue
             if not path.is_file() or path.stat().st_size != entry["size"]:
                 trouble = "has another size than it was written with" if path.exists() else "is missing"
             elif "/c/" not in name and sha256_file(path) != entry["sha256"]:
@@ -158,7 +168,7 @@ class LatentsStore:
             see = f"see all of it: bifrost artifacts verify {quote(str(artifact.path))}"
             raise StoreError(f"{artifact.path}: {name} {trouble}", at=see, fix=MEND, code="BF-STORE-005")
         try:
-            return cls(artifact, verify, _KEPT_IN_MEMORY if keep is None else keep)
+            return cls(artifact, verify, _KEPT_IN_MEMORY if keep is None else keep, address)
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{artifact.path} is not a latents store of ours: {error}", fix=MEND) from error
 
@@ -209,7 +219,7 @@ class LatentsStore:
             for group in groups:
                 fill(group)
         else:
-            list(_readers(os.getpid()).map(fill, groups))
+            list(_readers(os.getpid(), self._threads).map(fill, groups))
         return out
 
     def _read_chunk(self, name: str, physical_n: np.ndarray, out: np.ndarray, places: np.ndarray) -> None:
@@ -231,9 +241,9 @@ class LatentsStore:
 
 
 @cache
-def _readers(process: int) -> ThreadPoolExecutor:
+def _readers(process: int, threads: int) -> ThreadPoolExecutor:
     """The threads of a process; a fork has none of its parent's."""
-    return ThreadPoolExecutor(cores(), "bifrost-read")
+    return ThreadPoolExecutor(threads, "bifrost-read")
 
 
 def cores() -> int:

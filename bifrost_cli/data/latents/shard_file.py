@@ -21,6 +21,8 @@ import google_crc32c
 import numpy as np
 from numcodecs.zstd import Zstd
 
+from bifrost_cli.data.sources.remote import read_span, size_of
+
 CRC_BYTES, ENTRY_BYTES = 4, 16
 ABSENT = 2**64 - 1  # both numbers of a chunk that was never written
 
@@ -79,7 +81,7 @@ class ShardReader:
     """One shard of one array.
 
     Attributes:
-        path: its file.
+        place: its file, or the address of it.
         chunk_shape: (rows, ...) of one chunk.
         dtype: of its values.
         index_c2: offset and length of each chunk, from `read_index`.
@@ -87,7 +89,7 @@ class ShardReader:
         crcs_c: what the checksums were when the shard was written; None where that is not known.
     """
 
-    path: Path
+    place: Path | str
     chunk_shape: tuple[int, ...]
     dtype: np.dtype
     index_c2: np.ndarray
@@ -113,7 +115,7 @@ class ShardReader:
         if not self.compressed:
             self._read_checked(chunk, offset, out.reshape(-1).view(np.uint8))
             return out
-        if length < CRC_BYTES or offset + length > self.path.stat().st_size:
+        if length < CRC_BYTES or offset + length > _size(self.place):
             raise ValueError("it lies outside of its shard")
         packed = np.empty(length - CRC_BYTES, np.uint8)
         self._read_checked(chunk, offset, packed)
@@ -124,21 +126,25 @@ class ShardReader:
         return out
 
     def _read_checked(self, chunk: int, offset: int, out: np.ndarray) -> None:
-        stored = read_into(self.path, offset, out)
+        stored = read_into(self.place, offset, out)
         found = crc32c(out)
         wanted = found if self.crcs_c is None else int(self.crcs_c[chunk])
         if not found == stored == wanted:
             raise ValueError(f"its crc32c is {found:08x}, and was {wanted if found == stored else stored:08x}")
 
 
-def read_into(path: Path, offset: int, out: np.ndarray) -> int:
+def read_into(place: Path | str, offset: int, out: np.ndarray) -> int:
     """Fill `out`, of bytes, from a file, and give the 4 bytes behind it as a number. ValueError: the file ends before.
 
     A file of its own for each call: threads share no position, and a store of a thousand shards holds no thousand
     descriptors. The system is told to read nothing ahead.
     """
+    if isinstance(place, str):
+        data = np.frombuffer(read_span(place, offset, len(out) + CRC_BYTES), np.uint8)
+        out[:] = data[: len(out)]
+        return int.from_bytes(data[len(out) :].tobytes(), "little")
     last = bytearray(CRC_BYTES)
-    with open(path, "rb", buffering=0) as stream:
+    with open(place, "rb", buffering=0) as stream:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         stream.seek(offset)
@@ -150,13 +156,17 @@ def read_into(path: Path, offset: int, out: np.ndarray) -> int:
     return int.from_bytes(last, "little")
 
 
-def read_index(path: Path, chunks: int) -> np.ndarray:
+def _size(place: Path | str) -> int:
+    return size_of(place) if isinstance(place, str) else place.stat().st_size
+
+
+def read_index(place: Path | str, chunks: int) -> np.ndarray:
     """Offset and length (c, 2) of each chunk of a shard, from the end of its file. ValueError: it is damaged."""
     index = np.empty(chunks * ENTRY_BYTES, np.uint8)
-    start = path.stat().st_size - len(index) - CRC_BYTES
+    start = _size(place) - len(index) - CRC_BYTES
     if start < 0:
         raise ValueError("it is cut short")
-    if read_into(path, start, index) != crc32c(index):
+    if read_into(place, start, index) != crc32c(index):
         raise ValueError("its index is damaged")
     return index.view("<u8").reshape(chunks, 2)
 

@@ -16,6 +16,7 @@ from bifrost_cli.errors import BifrostError, DataError, EnvironmentProblem, Usag
 
 SCHEMES = ("s3", "gs", "az", "abfs", "https", "http", "hf", "memory")
 _BACKENDS = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "https": "aiohttp", "http": "aiohttp"}
+TIME_LIMIT = 120  # seconds in which a store has to answer
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -28,14 +29,20 @@ def read_place(place: str, limit: int = FILE_BYTES) -> bytes:
     if not is_remote(place):
         return read_regular(Path(place), limit)
     with reading(place):
-        return _files(place).cat_file(place)
+        return _cat(place)
+
+
+def size_of(place: str) -> int:
+    """Bytes of the file at an address. BadImage: there is none."""
+    with reading(place):
+        return int(_answer(_files(place), "info", place)["size"])
 
 
 def read_span(place: str, start: int, size: int) -> bytes:
     """`size` bytes from `start`. BadImage: the file ends before."""
     if is_remote(place):
         with reading(place):
-            data = _files(place).cat_file(place, start, start + size)
+            data = _cat(place, start=start, end=start + size)
             _require_parts(len(data) <= size, place)
     else:
         with open_place(place) as stream:
@@ -109,6 +116,8 @@ def reading(place: str) -> Iterator[None]:
             raise
         if isinstance(error, FileNotFoundError):
             raise BadImage("file not found") from None
+        if isinstance(error, TimeoutError):
+            error = TimeoutError(f"no answer in {TIME_LIMIT} seconds")
         if isinstance(error, ImportError):
             scheme = place.partition("://")[0]
             name = _BACKENDS.get(scheme, "fsspec")
@@ -123,6 +132,19 @@ def _require_parts(possible: bool, place: str) -> None:
     if not possible:
         raise EnvironmentProblem(f"{place} cannot be read in parts: its server serves whole files only",
                                  fix="download it and give the local file", code="BF-ENV-020")  # fmt: skip
+
+
+def _cat(place: str, **span: int) -> bytes:
+    return _answer(_files(place), "cat_file", place, **span)
+
+
+def _answer(files: Any, method: str, place: str, **span: int) -> Any:
+    """What a file system's method gives, in `TIME_LIMIT` where the file system can be interrupted."""
+    if not getattr(files, "async_impl", False):
+        return getattr(files, method)(place, **span)
+    from fsspec.asyn import sync
+
+    return sync(files.loop, getattr(files, f"_{method}"), place, timeout=TIME_LIMIT, **span)
 
 
 def _files(place: str) -> Any:
