@@ -29,6 +29,7 @@ from bifrost_cli.cli.stage_commands import EXTRACT, GENERATE
 from bifrost_cli.config.load import all_keys
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.evaluation.registry import metric_flags
+from bifrost_cli.models.mllm.frozen_mllm import Completion
 
 ROOT = Path(__file__).parents[2]
 STAGES = {
@@ -201,6 +202,8 @@ def test_the_answer_and_nothing_else(stage, capsys):
     stage("answer", Completion("a blue square", True))
     assert run(["ask", "a.png", "what?"]) == 0
     assert capsys.readouterr().out == "a blue square\n"
+    assert run(["ask", "a.png", "what?", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cut"] is True
 
 
 @pytest.mark.parametrize("name", STAGES)
