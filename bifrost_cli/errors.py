@@ -29,6 +29,11 @@ Codes in use (a number keeps its meaning for ever):
     BF-ART-011     another artifact needs it
     BF-STORE-001   not a latents store         BF-STORE-003   a store of other latents
     BF-STORE-005   corrupt shard               BF-STORE-006   rows are missing
+    BF-SERVE-001   no token, or a wrong one    BF-SERVE-002   the queue is full
+    BF-SERVE-003   a body is too long          BF-SERVE-004   a body comes too slowly
+    BF-SERVE-005   no such model               BF-SERVE-006   no such address or method
+    BF-SERVE-007   a request of another site   BF-SERVE-008   cannot listen there
+    BF-SERVE-009   the server is stopping
     BF-MEM-001     out of memory               BF-NAN-001     not finite
     BF-FIND-001    problems found              BF-STOP-001    stopped on request
     BF-STOP-002    interrupted

@@ -20,7 +20,14 @@ import typer
 
 from bifrost_cli import errors
 from bifrost_cli.artifacts.files import disk_errors
-from bifrost_cli.cli import artifact_commands, edit_commands, eval_commands, recipe_commands, stage_commands
+from bifrost_cli.cli import (
+    artifact_commands,
+    edit_commands,
+    eval_commands,
+    recipe_commands,
+    serve_commands,
+    stage_commands,
+)
 from bifrost_cli.cli.options import Version
 from bifrost_cli.errors import BifrostError, UsageError
 from bifrost_cli.runtime.launch import leave_status
@@ -64,7 +71,7 @@ _GROUPS = (
     ("geneval", eval_commands.geneval),
     (None, artifact_commands.interop), (None, eval_commands.ablations), ("data", stage_commands.data),
     (None, recipe_commands.planning), ("artifacts", artifact_commands.app), ("recipes", recipe_commands.app),
-    ("shapes", stage_commands.shapes),
+    ("shapes", stage_commands.shapes), (None, serve_commands.app),
 )  # fmt: skip
 for name, group in _GROUPS:
     app.add_typer(group, name=name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ def pixels_of(image: ImageLike, rules: Images) -> np.ndarray:
 
 def requests_of(
     prompts: Sequence[str], num_images: int | None, per_prompt: int | None, seed: int | None,
-    generator: torch.Generator | Sequence[torch.Generator] | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None, plan: bool | str | None = None,
 ) -> list[ImageRequest]:  # fmt: skip
     """The images of each prompt, their number by whichever of the two names; UsageError for what contradicts."""
     if None not in (num_images, per_prompt) and num_images != per_prompt:
@@ -86,11 +86,19 @@ def requests_of(
     if seed is not None and (type(seed) is not int or seed < 0):
         raise UsageError(f"seed={seed!r} is not an integer from 0", fix="seed=0")
     if generator is None or isinstance(generator, torch.Generator):
-        return list(image_requests(prompts, count, seed or 0 if generator is None else seed_of(generator)))
+        first, text = seed or 0 if generator is None else seed_of(generator), plan_text(plan)
+        return [replace(request, plan=text) for request in image_requests(prompts, count, first)]
     generators, total = list(generator), len(prompts) * count
     if len(generators) != total or not all(isinstance(one, torch.Generator) for one in generators):
         raise UsageError(f"{len(generators)} generators for {total} images", fix="give one torch.Generator an image")
-    return [ImageRequest(i, prompts[i // count], seed_of(one)) for i, one in enumerate(generators)]
+    return [ImageRequest(i, prompts[i // count], seed_of(one), plan_text(plan)) for i, one in enumerate(generators)]
+
+
+def plan_text(plan: bool | str | None) -> str | None:
+    """The plan that was given as a text. UsageError: an empty one."""
+    if isinstance(plan, str) and not plan.strip():
+        raise UsageError("the plan is empty", fix="plan=True lets the MLLM write one")
+    return plan if isinstance(plan, str) else None
 
 
 def refuse(negative_prompt: Any, output_type: str, tensor_inputs: Sequence[str]) -> None:
@@ -131,8 +139,10 @@ def part_of(patches: np.ndarray, strength: float, seed: int) -> torch.Tensor:
 
 
 def settings_of(recipe: Generate, given: dict[str, Any]) -> Generate:
-    """The recipe's section with what is not None; UsageError for a value that it does not take."""
+    """The recipe's section with what is not None, a plan's text as `plan: true`; UsageError for a value that it does
+    not take."""
     changes = {key: value for key, value in given.items() if value is not None}
+    changes |= {"plan": True} if isinstance(given.get("plan"), str) else {}
     try:
         return Generate.model_validate({**recipe.model_dump(), **changes})
     except ValidationError as error:

@@ -63,7 +63,8 @@ def predict_again(
         require_encoder(pipe.prior.artifact, pipe.encoder.identity)
         latents_PC, before = pipe.encode(rgb), dict(pipe.seconds)
         images, predicted, masks = [], [], []
-        requests = [ImageRequest(index, prompt, seed) for index, seed in enumerate(seeds)]
+        plan = arguments.plan_text(given.get("plan"))
+        requests = [ImageRequest(index, prompt, seed, plan) for index, seed in enumerate(seeds)]
         for request in requests:
             masked_P = arguments.part_of(how.patches, how.strength, request.seed)
             options: dict[str, Any] = {"settings": settings, "callback": step_callback(pipe, how.callback, request)}

@@ -174,7 +174,7 @@ class BifrostPipeline:
         branch_guidance: float | None = None,
         temperature: float | None = None,
         control_scale: float | None = None,
-        plan: bool | None = None,
+        plan: bool | str | None = None,
         height: int | None = None,
         width: int | None = None,
         num_images_per_prompt: int | None = None,
@@ -198,29 +198,28 @@ class BifrostPipeline:
             branch_guidance: weight of the prompt in the branch.
             temperature: of a sampling head in the branch.
             control_scale: weight of the ControlNet.
-            plan: let the MLLM write a dense description first.
+            plan: let the MLLM write a dense description first; a text is read instead of what it would write.
             height: pixels a side; images are square, and the ControlNet fixes their size. `width` means the same.
             negative_prompt: refused: neither half was trained with one.
             output_type: `pil`, `np`, `pt` or `latent`; see `BifrostPipelineOutput`.
             callback_on_step_end: called as `callback(pipe, step, timestep, kwargs)` after each step of both loops.
-                `kwargs` holds `latents` (a copy), `stage` (`decode`: patch latents, and `timestep` is the number of
-                patches still masked; `diffusion`: VAE latents, 1000 to 0), `index`, `prompt` and `seed` of the image.
+                `kwargs` holds `latents` (a copy), `stage` (`decode`: patch latents, `timestep` is the number of patches
+                still masked, `masked` (1, P) which; `diffusion`: VAE latents, 1000 to 0), `index`, `prompt` and `seed`.
                 What it raises ends the call; `pipe.interrupt = True` ends it too, and returns the whole images.
             callback_on_step_end_tensor_inputs: `latents` is all there is.
 
         Raises:
             UsageError: an argument that cannot be used; the message says which can.
         """
-        of_branch = {"decode_steps": decode_steps, "branch_guidance": branch_guidance, "temperature": temperature,
-                     "plan": plan}  # fmt: skip
-        of_diffusion = {"guidance_scale": guidance_scale, "control_scale": control_scale}
-        given = {"steps": num_inference_steps, **of_branch, **of_diffusion}
+        given = {"steps": num_inference_steps, "guidance_scale": guidance_scale, "decode_steps": decode_steps,
+                 "branch_guidance": branch_guidance, "temperature": temperature, "control_scale": control_scale,
+                 "plan": plan}  # fmt: skip
         settings = arguments.settings_of(self.recipe.generate, given)
         if self.branch is not None:
             require_one_step(self.branch, settings.decode_steps)
         arguments.refuse(negative_prompt, output_type, callback_on_step_end_tensor_inputs)
         prompts, side = read_prompts(prompt, self._ui), arguments.side_of(height, width)
-        requests = arguments.requests_of(prompts, num_images, num_images_per_prompt, seed, generator)
+        requests = arguments.requests_of(prompts, num_images, num_images_per_prompt, seed, generator, plan)
         with self.lock:
             if side is not None:
                 arguments.require_side(side, self.decoder, self.prior.branch.patches)
@@ -369,7 +368,8 @@ class BifrostPipeline:
     def predict_batch(self, requests: Sequence[ImageRequest], **options: Any) -> list[PredictedLatents]:
         """Patch latents of requests, in one pass; options as `BifrostPrior.predict_batch`. OutOfMemory as `predict`."""
         with self._memory_errors("predicting the latents of", requests):
-            predicted = self.prior.predict_batch(*arguments.texts_and_seeds(requests), **options)
+            plans = [request.plan for request in requests if request.plan is not None] or None  # all or none have one
+            predicted = self.prior.predict_batch(*arguments.texts_and_seeds(requests), plans=plans, **options)
         for request, one in zip(requests, predicted, strict=True):
             if one.plan is not None and self._said != request.prompt:
                 self._ui.say(f"plan {request.index}: {one.plan}")

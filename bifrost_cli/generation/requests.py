@@ -30,11 +30,13 @@ _EXAMPLE = 'bifrost generate "a red circle above a blue square" -o out.png'
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """One image to generate. The same (prompt, seed) is the same image, alone or among others."""
+    """One image to generate. The same (prompt, seed) is the same image, alone or among others; with a `plan` that was
+    given, the same of the three."""
 
     index: int
     prompt: str
     seed: int
+    plan: str | None = None
 
     @property
     def name(self) -> str:

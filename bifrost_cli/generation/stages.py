@@ -32,7 +32,8 @@ from bifrost_cli.training.data_order import derive
 
 # Called with the stage (`decode` or `diffusion`), the step from 0, the timestep and the latents of that step: in decode
 # the number of patches still masked and patch latents (1, P, C), in diffusion 1000 to 0 and VAE latents (1, c, h, w).
-StageCallback = Callable[[str, int, Any, torch.Tensor], None]
+# In decode a fifth argument follows, (1, P) bool: True is still masked.
+StageCallback = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -69,27 +70,30 @@ class BifrostPrior:
     @torch.no_grad()
     def predict(
         self, prompt: str, seed: int = 0, *, settings: Generate | None = None, callback: StageCallback | None = None,
-        known: tuple[torch.Tensor, torch.Tensor] | None = None,
+        known: tuple[torch.Tensor, torch.Tensor] | None = None, plan: str | None = None,
     ) -> PredictedLatents:  # fmt: skip
         """Patch latents of a prompt; decode order and the noise of a sampling head follow from (prompt, seed) alone.
 
         `settings` instead of the recipe's; `callback` is called after each decode step. `known`: latents_PC of an image
-        and masked_P, True for what is predicted again; the steps are fewer in proportion.
+        and masked_P, True for what is predicted again; the steps are fewer in proportion. `plan` is read instead of one
+        that the MLLM writes.
         """
         one = None if known is None else (known[0][None], known[1][None])
-        return self.predict_batch([prompt], [seed], settings=settings, callback=callback, known=one)[0]
+        plans = None if plan is None else [plan]
+        return self.predict_batch([prompt], [seed], settings=settings, callback=callback, known=one, plans=plans)[0]
 
     @torch.no_grad()
     def predict_batch(
         self, prompts: Sequence[str], seeds: Sequence[int], *, settings: Generate | None = None,
         callback: StageCallback | None = None, known: tuple[torch.Tensor, torch.Tensor] | None = None,
+        plans: Sequence[str] | None = None,
     ) -> list[PredictedLatents]:  # fmt: skip
         """`predict` of several prompts in one pass (`known`: latents_BPC and masked_BP): the last bits depend on what
         stands beside them."""
         settings, branch, noise_BPC = settings or self.settings, self.branch, None
         guided, drawn = settings.branch_guidance != 1.0, list(zip(seeds, prompts, strict=True))
-        planning = (settings.plan_instruction, settings.plan_tokens) if settings.plan else None
-        plans, cuts, cache = self._encoded(tuple(prompts), guided, planning)
+        planning = (settings.plan_instruction, settings.plan_tokens) if settings.plan and plans is None else None
+        read, cuts, cache = self._encoded(tuple(prompts), guided, planning, plans and tuple(plans))
         if branch.head_kind != "linear":
             shape = (1, branch.patches, branch.channels)
             noise_BPC = torch.cat([torch.randn(shape, generator=_generator(*pair, "head")) for pair in drawn])
@@ -100,7 +104,7 @@ class BifrostPrior:
 
         def on_step(step: int, latents_BPC: torch.Tensor, masked_BP: torch.Tensor) -> None:
             if callback is not None:
-                callback("decode", step, int(masked_BP.sum()), latents_BPC)
+                callback("decode", step, int(masked_BP.sum()), latents_BPC, masked_BP)
 
         steps = settings.decode_steps
         if known is not None:
@@ -111,16 +115,22 @@ class BifrostPrior:
                 orders_BP=orders_BP, guidance=settings.branch_guidance, noise_BPC=noise_BPC,
                 temperature=settings.temperature, callback=on_step,
             ).cpu()  # fmt: skip
-        return [PredictedLatents(*facts) for facts in zip(prompts, plans, cuts, latents_BPC, strict=True)]
+        return [PredictedLatents(*facts) for facts in zip(prompts, read, cuts, latents_BPC, strict=True)]
 
     def _timed(self, stage: str) -> AbstractContextManager[None]:
         return _timed(self.seconds, stage, self.policy.device)
 
+    @torch.no_grad()
+    def write_plan(self, prompt: str) -> str:
+        """The dense description that the MLLM writes for a prompt."""
+        with self.policy.on(self.mllm.model), self._timed("plan"):
+            return self.mllm.write([prompt], self.settings.plan_instruction, self.settings.plan_tokens)[0].text
+
     def _encode(
-        self, prompts: tuple[str, ...], guided: bool, planning: tuple[str, int] | None
+        self, prompts: tuple[str, ...], guided: bool, planning: tuple[str, int] | None, given: tuple[str, ...] | None
     ) -> tuple[list[str | None], list[bool], PromptCache]:
         """The plans, whether each text was cut, and the texts' keys and values."""
-        plans: list[str | None] = [None] * len(prompts)
+        plans: list[str | None] = [None] * len(prompts) if given is None else list(given)
         cuts = [False] * len(prompts)
         with self.policy.on(self.mllm.model):
             if planning is not None:

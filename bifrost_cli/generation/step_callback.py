@@ -26,10 +26,12 @@ def step_callback(
 ) -> StageCallback:
     """A callback of the stages that calls a caller's, with a copy of the latents, and heeds `pipe.interrupt`."""
 
-    def on_step(stage: str, step: int, timestep: Any, latents: torch.Tensor) -> None:
+    def on_step(
+        stage: str, step: int, timestep: Any, latents: torch.Tensor, masked: torch.Tensor | None = None
+    ) -> None:
         if callback is not None:
             shown = latents.clone()
-            facts = {"index": request.index, "prompt": request.prompt, "seed": request.seed}
+            facts = {"index": request.index, "prompt": request.prompt, "seed": request.seed, "masked": masked}
             returned = callback(pipe, step, timestep, {"latents": shown, "stage": stage, **facts})
             if returned and returned.get("latents", shown) is not shown:
                 raise UsageError(

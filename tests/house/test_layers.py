@@ -28,6 +28,7 @@ ROOMS = (
     "planning",
     "evaluation",
     "ablations",
+    "serve",
     "cli",
 )  # from the bottom up
 ENTRANCE = ("__init__", "__main__")

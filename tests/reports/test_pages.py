@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from fixtures_pages import COUNT, KINDS, RIGHT, browser_path, make_pages, opened
+from fixtures_pages import COUNT, KINDS, MEASURED, RIGHT, browser_path, make_pages, opened
 from fixtures_stage_training import CAPTIONS
 from fixtures_store import make_store
 
@@ -234,25 +234,6 @@ def test_a_page_opens_asks_for_nothing_and_does_not_complain(browser, pages, kin
         assert page.evaluate("document.querySelectorAll('script').length") == 1 and SCRIPT in page.content()
         assert not page.said
         assert all(url == pages[kind].as_uri() or url.startswith("data:") for url in page.asked), page.asked
-
-
-MEASURED = """() => {
-    const rect = e => e.getBoundingClientRect(), cut = [], seen = e => rect(e).width && rect(e).height
-    for (const e of document.querySelectorAll('main *')) {
-        if (!seen(e) || e.closest('svg') && e.tagName != 'svg') continue
-        if (rect(e).right > innerWidth + 1 || rect(e).left < -1) cut.push('wider: ' + e.outerHTML.slice(0, 80))
-        if (e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).overflowX != 'visible')
-            cut.push('scrolls: ' + e.outerHTML.slice(0, 80))
-    }
-    for (const e of document.querySelectorAll('svg text')) {
-        const box = rect(e), around = rect(e.ownerSVGElement)
-        if (box.left < around.left - 1 || box.right > around.right + 1 || box.top < around.top - 1 ||
-            box.bottom > around.bottom + 1) cut.push('clipped: ' + e.textContent)
-        if (parseFloat(getComputedStyle(e).fontSize) * around.width / e.ownerSVGElement.viewBox.baseVal.width < 10)
-            cut.push('small: ' + e.textContent)
-    }
-    return cut
-}"""
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,1 @@
+"""A server: one loaded pipeline behind the HTTP interface that OpenAI's clients speak, and a page."""
