@@ -26,13 +26,14 @@ from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.latents.writer import RowBatch, StoreWriter
 from bifrost_cli.data.latents.zarr_layout import INDEX, OK, StoreLayout
 from bifrost_cli.data.sources.item import Problem, SourceError
-from bifrost_cli.data.sources.scan import Sample, Scan, listed, refuse_too_many
+from bifrost_cli.data.sources.scan import Job, Sample, Scan, listed, refuse_too_many
 from bifrost_cli.data.sources.several import as_one
 from bifrost_cli.errors import DiskFull, Stopped, StoreError, memory_errors
 from bifrost_cli.extraction.source import changes, digest, refuse_output, scan_source, write_events
 from bifrost_cli.loading.loaders import ModelLoader, encoder_errors, files_between
 from bifrost_cli.models.encoders import Encoder, VaeEncoder
 from bifrost_cli.runtime import distributed
+from bifrost_cli.runtime.ahead import MOST_THREADS
 from bifrost_cli.runtime.launch import StopFlag, together
 from bifrost_cli.runtime.ui import Counter, Ui
 
@@ -76,14 +77,16 @@ def extract_latents(
     chosen = as_one([str(part) for part in given]) if given else f"{shapes.world}:{shapes.rows}:{shapes.seed}"
     ui.say(f"source: {chosen}" + ("" if given else " (none given: the built-in world)"))
     refuse_output(chosen, output, workspace)
-    scanned = distributed.run_on_main(lambda: scan_source(chosen, recipe, Path(workspace), ui))  # images are read once
+    alone, first = distributed.world() == 1, distributed.rank() == 0
+    job = Job(distributed.run_on_main, distributed.part, distributed.all_gather_object, alone, first)
+    scanned = scan_source(chosen, recipe, Path(workspace), ui, job)
     loader = ModelLoader(recipe.models, device)
     encoder = loader.encoder(recipe.latents, recipe.images)
     with encoder_errors("images.output_size"):
         vae = VaeEncoder(loader.vae(), recipe.images.output_size) if recipe.latents.vae else None
-    job = ExtractionRun(recipe, chosen, scanned, encoder, vae, loader.device, ui)
-    path = Path(output or default_path(workspace, "latents", identity_id("latents", job.identity)))
-    return job.plan(path) if dry_run else job.run(path)
+    run = ExtractionRun(recipe, chosen, scanned, encoder, vae, loader.device, ui)
+    path = Path(output or default_path(workspace, "latents", identity_id("latents", run.identity)))
+    return run.plan(path) if dry_run else run.run(path)
 
 
 class ExtractionRun:
@@ -240,7 +243,7 @@ class ExtractionRun:
 
 def _batches(samples: Sequence[Sample], size: int, output_size: int | None, count: int) -> Iterator[list[Squares]]:
     """Batches in order, the next one being read while this one is encoded; never more than two in memory."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
         waiting: list[Future[Squares]] = []
         for start in range(0, len(samples), count):
             ahead = [pool.submit(_squares, sample, size, output_size) for sample in samples[start : start + count]]

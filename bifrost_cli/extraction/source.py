@@ -18,7 +18,7 @@ from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.image_sets import ImageSet, entries_of
 from bifrost_cli.data.sources.item import Problem, SourceError
 from bifrost_cli.data.sources.listing import as_typed_in, folder_of
-from bifrost_cli.data.sources.scan import SHAPES, Sample, Scan, listed, refuse_problems, scan
+from bifrost_cli.data.sources.scan import ALONE, SHAPES, Job, Sample, Scan, listed, refuse_problems, scan
 from bifrost_cli.data.sources.several import parts_of
 from bifrost_cli.errors import BifrostError, DataError, StoreError, UsageError, public
 from bifrost_cli.runtime.ui import Ui, counted
@@ -48,12 +48,12 @@ def check_source(recipe: Recipe, source: str, *, ui: Ui | None = None) -> Checke
     return found
 
 
-def scan_source(source: str, recipe: Recipe, workspace: Path, ui: Ui) -> Scan:
+def scan_source(source: str, recipe: Recipe, workspace: Path, ui: Ui, job: Job = ALONE) -> Scan:
     """`scan`, with the funnel said. Where an error has more problems than it shows, a file in the workspace has all."""
     try:
-        scanned = scan(source, recipe.latents, recipe.images, ui)
+        scanned = scan(source, recipe.latents, recipe.images, ui, job=job)
     except SourceError as error:
-        if not error.all_shown:
+        if not error.all_shown and job.first:
             path = workspace / "extract-latents-problems.jsonl"
             with suppress(BifrostError):  # the problems of the source matter more than a list that cannot be written
                 make_folder(workspace)

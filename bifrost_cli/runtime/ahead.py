@@ -10,7 +10,7 @@ from typing import TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
-MOST_THREADS = 8
+MOST_THREADS = 32
 
 
 def map_ahead(function: Callable[[A], B], items: Iterable[A], *, ahead: int) -> Iterator[B]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,10 @@ from PIL import Image
 
 from bifrost_cli.config.schema import Images, Latents
 from bifrost_cli.data.images import BadImage
+from bifrost_cli.data.sources import scan as scan_module
 from bifrost_cli.data.sources.item import SourceError
 from bifrost_cli.data.sources.listing import as_typed_in
-from bifrost_cli.data.sources.scan import scan
+from bifrost_cli.data.sources.scan import Job, scan
 from bifrost_cli.errors import BifrostError, DataError, EnvironmentProblem, UsageError
 from bifrost_cli.shapes.captions import held_out
 from bifrost_cli.training.data_order import image_of
@@ -578,3 +581,47 @@ def test_a_source_that_was_typed_in_another_folder(tmp_path: Path) -> None:
         assert as_typed_in(tmp_path, source) == place
     for source in as_they_are:
         assert as_typed_in(tmp_path, source) == source
+
+
+# ---- several processes, and what is decoded once --------------------------------------------------------------------
+
+
+def test_processes_share_a_scan_and_all_have_all_of_it(tmp_path: Path) -> None:
+    for value in range(5):
+        put(tmp_path, f"{value}.png", value=value)
+    (tmp_path / "3.png").write_bytes(b"no image")
+    barrier, values = threading.Barrier(2), {}
+    checked: dict[int, int] = {0: 0, 1: 0}
+
+    def job(number: int) -> Job:
+        """Process `number` of two, which are threads here."""
+
+        def gather(value: list) -> list:
+            values[number], checked[number] = value, len(value)
+            barrier.wait(20)
+            return [values[0], values[1]]
+
+        def part(items):
+            return items[number * len(items) // 2 : (number + 1) * len(items) // 2]
+
+        return Job(lambda work: work(), part, gather, first=number == 0)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda number: scan(tmp_path, SKIP, job=job(number)), range(2))
+    alone = scan(tmp_path, SKIP)
+    assert checked == {0: 2, 1: 3}
+    for found in (first, second):
+        assert (found.funnel, found.events) == (alone.funnel, alone.events)
+        assert [(s.key, s.sha256) for s in found.samples] == [(s.key, s.sha256) for s in alone.samples]
+
+
+def test_a_small_source_is_decoded_once_and_read_again(tmp_path: Path, monkeypatch) -> None:
+    for value in range(3):
+        put(tmp_path, f"{value}.png", value=value)
+    monkeypatch.setattr(scan_module, "KEPT", 2 * 32 * 32 * 3)
+    decoded, read = [], scan_module.read_image
+    monkeypatch.setattr(scan_module, "read_image", lambda *given: decoded.append(1) or read(*given))
+    samples = scan(tmp_path, RULES).samples
+    assert len(decoded) == 3
+    assert [int(sample.load().rgb[0, 0, 0]) for sample in samples] == [0, 1, 2]
+    assert len(decoded) == 4, "there is room for two"

@@ -5,14 +5,14 @@ so that a bad one shows before the encoder starts."""
 from __future__ import annotations
 
 import hashlib
-import os
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,11 +21,13 @@ from bifrost_cli.data.images import Animated, BadImage, DecodedImage, read_image
 from bifrost_cli.data.sources.item import Problem, SourceError, SourceItem
 from bifrost_cli.data.sources.listing import list_source, refuse_ignored
 from bifrost_cli.errors import RecipeError, UsageError
+from bifrost_cli.runtime.ahead import map_ahead
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.shapes.world import WORLDS, World, world
 
 SHAPES = tuple(f"{name}:" for name in WORLDS)  # sources that are drawn
-_BLOCK = 1024  # images handed to the threads at once
+_BLOCK = 1024  # results that may wait for those before them
+KEPT = 1 << 27  # bytes of decoded images that stay in memory: a small source is decoded once
 FLIP = "#flip"  # follows the key; keys hold no other `#`, so that both rows of an image can be told to belong together
 _SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 _IMAGES = Images()
@@ -56,28 +58,44 @@ class Scan:
     said: tuple[str, ...] = ()
 
 
-def scan(source: str | Path, rules: Latents, images: Images = _IMAGES, ui: Ui | None = None, *, stop: bool = True
-         ) -> Scan:  # fmt: skip
+class Job(NamedTuple):
+    """How several processes scan one source: what one does for all, this one's part, and the parts of all; whether
+    this one is alone, and whether it is the first."""
+
+    on_main: Callable[[Callable[[], Any]], Any]
+    part: Callable[[Sequence[Any]], Sequence[Any]]
+    gather: Callable[[Any], list[Any]]
+    alone: bool = False
+    first: bool = True
+
+
+ALONE = Job(lambda work: work(), lambda items: items, lambda value: [value], alone=True)
+
+
+def scan(source: str | Path, rules: Latents, images: Images = _IMAGES, ui: Ui | None = None, *, stop: bool = True,
+         job: Job = ALONE) -> Scan:  # fmt: skip
     """Look at everything that a source holds. Without `stop`, what stops under the rules is an event, and its image is
-    left out. UsageError: a malformed `shapes:`. RecipeError: a setting that is wrong of this source. DataError: no
-    images, nothing left to use. SourceError: captions, rows, keys or images that stop, with all problems of that kind.
+    left out. Every process of a `job` calls this, and reads its part of the images.
+
+    UsageError: a malformed `shapes:`. RecipeError: a setting that is wrong of this source. DataError: no images,
+    nothing left to use. SourceError: captions, rows, keys or images that stop, with all problems of that kind.
     """
     source, ui = str(source), ui or Ui()
     if source.startswith(SHAPES):
-        return _scan_shapes(source, rules, ui)
-    listing = list_source(source, rules)
+        return job.on_main(lambda: _scan_shapes(source, rules, ui))
+    listing = job.on_main(lambda: list_source(source, rules))
     entries, seen, said = listing.entries, len(listing.entries), listing.said
     uncaptioned = [entry for entry in entries if entry.caption is None and not entry.problem]
     events = [*listing.problems, *(Problem("missing-caption", entry.where, "no caption") for entry in uncaptioned)]
     if stop:
         refuse_problems(events, seen, source, rules)
     checked: list[tuple[Sample, tuple[str, ...]] | Problem] = []  # a sample with the notes on its image
-    # A few images at a time: Pillow releases the interpreter lock while it decodes.
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, ui.progress(seen, "checking images") as bar:
-        for start in range(0, seen, _BLOCK):
-            for result in pool.map(partial(_check, rules=images), entries[start : start + _BLOCK]):
-                checked.append(result)
-                bar.advance()
+    own, check = job.part(entries), partial(_check, rules=images, room=_Room(KEPT if job.alone else 0))
+    with ui.progress(len(own), "checking images") as bar:  # Pillow releases the interpreter lock while it decodes
+        for result in map_ahead(check, own, ahead=_BLOCK):
+            checked.append(result)
+            bar.advance()
+    checked = [result for part in job.gather(checked) for result in part]
     problems = [found for found in checked if isinstance(found, Problem)]
     if stop:
         refuse_problems(problems, seen, source, rules)
@@ -109,7 +127,7 @@ def listed(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {number}" for name, number in counts.items())
 
 
-def _check(entry: SourceItem, rules: Images) -> tuple[Sample, tuple[str, ...]] | Problem:
+def _check(entry: SourceItem, rules: Images, room: _Room) -> tuple[Sample, tuple[str, ...]] | Problem:
     try:
         if entry.problem:
             raise BadImage(entry.problem)
@@ -117,15 +135,30 @@ def _check(entry: SourceItem, rules: Images) -> tuple[Sample, tuple[str, ...]] |
         digest, image = hashlib.sha256(data).hexdigest(), read_image(data, rules)
     except BadImage as error:
         return Problem("animated" if isinstance(error, Animated) else "bad-image", entry.where, error.message)
-    load = partial(_load, entry.read, digest, rules)
+    load = partial(_load, entry.read, digest, rules, image if room.take(image.rgb.nbytes) else None)
     return Sample(entry.key, entry.caption or "", entry.plan, digest, load, image.lossy), image.notes
 
 
-def _load(read: Callable[[], bytes], sha256: str, rules: Images) -> DecodedImage:
+class _Room:
+    """Bytes that are left for decoded images."""
+
+    def __init__(self, size: int) -> None:
+        self._left, self._lock = size, threading.Lock()
+
+    def take(self, size: int) -> bool:
+        """True when there was room, which is taken now."""
+        with self._lock:
+            fits = size <= self._left
+            self._left -= size if fits else 0
+        return fits
+
+
+def _load(read: Callable[[], bytes], sha256: str, rules: Images, kept: DecodedImage | None) -> DecodedImage:
+    """The image, read again; decoded again only where it was not kept."""
     data = read()
     if hashlib.sha256(data).hexdigest() != sha256:
         raise BadImage("changed during the run")
-    return read_image(data, rules)
+    return kept or read_image(data, rules)
 
 
 # By event, in the order in which they stop: the sentence, the code, the fix.

@@ -75,6 +75,8 @@ class Qwen25VLAdapter(MllmAdapter):
         return None
 
     def latents(self, model: PreTrainedModel, images: Any, pixels_BCHW: Tensor) -> Tensor:
+        if getattr(images, "backend", None) == "torchvision":  # which computes where its images lie
+            pixels_BCHW = pixels_BCHW.to(model.model.visual.device)
         inputs = images(images=list(pixels_BCHW), do_resize=False, return_tensors="pt")
         tokens_NC = encode_patches(model, inputs["pixel_values"], inputs["image_grid_thw"])
         return tokens_NC.unflatten(0, (len(pixels_BCHW), -1))
