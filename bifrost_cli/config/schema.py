@@ -58,7 +58,9 @@ class Models(Section):
     diffusion_text_tokens: Count = Field(512, description="prompt tokens that the diffusion model reads")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="number format of the frozen weights")
     weights: Literal["dtype", "int8", "nf4"] = Field(
-        "dtype", description="frozen layers in dtype, or in 8 or 4 bits (the quant extra; not to train a branch)"
+        "dtype",
+        description="frozen layers in dtype, or in 8 or 4 bits (the quant extra; not to train a branch); int8 computes "
+        "in float16 whatever dtype is, which ends at 65504",
     )
 
 
@@ -157,6 +159,11 @@ class Train(Section):
         json_schema_extra=since(False),
     )
     precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of the forward pass")
+    deterministic: bool = Field(
+        False,
+        description="on a GPU only kernels that give the same bits each time: slower, and untried by us",
+        json_schema_extra=since(False),
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="keep only the inputs of layers and compute them again for the gradient: less memory, slower",

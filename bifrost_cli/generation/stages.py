@@ -21,6 +21,7 @@ from torch import nn
 
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.config.schema import Generate, Recipe
+from bifrost_cli.errors import Diverged
 from bifrost_cli.loading.compatibility import check_settings, require_base, require_diffusion, require_output_size
 from bifrost_cli.loading.loaders import ModelLoader, files_digest, fingerprint
 from bifrost_cli.models.branch.masking import random_orders, raster_orders, sample_masked
@@ -208,7 +209,15 @@ class BifrostDecoder:
     def decode_batch(self, vae_latents_Bchw: torch.Tensor) -> np.ndarray:
         """The images of VAE latents (B, c, h, w), uint8 (B, H, W, 3)."""
         with self._timed("vae"), self.policy.on(self.diffusion.vae):
+            if not torch.isfinite(vae_latents_Bchw).all():
+                raise Diverged("the diffusion model gave numbers that are not finite", fix=self._wider())
             return self.diffusion.decode(vae_latents_Bchw).numpy()
+
+    def _wider(self) -> str:
+        """The setting that gives numbers more room."""
+        if self.policy.weights == "int8":
+            return "--set models.weights=nf4, or dtype: LLM.int8() computes in float16, which ends at 65504"
+        return "--set models.dtype=float32, or a smaller --guidance-scale or --control-scale"
 
     def _timed(self, stage: str) -> AbstractContextManager[None]:
         return _timed(self.seconds, stage, self.policy.device)

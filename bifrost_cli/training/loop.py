@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -103,6 +104,7 @@ def fit(
     make_folder(folder)
     checkpoints = Checkpoints(folder / "checkpoints", train.keep, stays_until(train))
     with (
+        _deterministic(train),
         StopFlag() as stop,
         _records(folder, train, ui) as records,
         nullcontext(_start(task, train, torch.device(device))) as state,
@@ -132,6 +134,19 @@ def fit(
     seen = state.step * train.batch_size * train.accumulate
     raw = state.ema.whole(raw=True) if train.ema and train.ema_warmup else {}
     return FitResult(state.step, state.metrics, state.seconds, seen, state.ema.whole(), raw)
+
+
+@contextmanager
+def _deterministic(train: Train) -> Iterator[None]:
+    """With `train.deterministic` no kernel whose sums depend on chance; what has no other raises RuntimeError."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def _records(folder: Path, train: Train, ui: Ui | None) -> AbstractContextManager[TrainingLogger | None]:

@@ -17,7 +17,7 @@ import bifrost_cli
 from bifrost_cli import BifrostPipeline, load_recipe
 from bifrost_cli.artifacts import Artifact, Draft
 from bifrost_cli.data.png import png_bytes, png_pixels
-from bifrost_cli.errors import ArtifactError, BifrostError, EnvironmentProblem, RecipeError, UsageError
+from bifrost_cli.errors import ArtifactError, BifrostError, Diverged, EnvironmentProblem, RecipeError, UsageError
 from bifrost_cli.generation.arguments import seed_of
 from bifrost_cli.generation.generate import generate
 from bifrost_cli.generation.reconstruct import reconstruct
@@ -106,6 +106,15 @@ def test_the_halves_work_alone(system: System, pipe) -> None:
     assert np.array_equal(decoder.render("a star", predicted.latents_PC, 1), np.asarray(whole.images[0]))
     with pytest.raises(ArtifactError, match="no controlnet"):
         BifrostPipeline(system.recipe, branch=system.branch, device="cpu")("a star", height=64)
+
+
+def test_an_image_of_numbers_that_are_not_finite_is_refused(pipe) -> None:
+    latents = pipe("a", seed=0, output_type="latent").images[0]
+    for bad in (float("nan"), float("inf")):
+        latents.view(-1)[0] = bad
+        with pytest.raises(Diverged, match="not finite") as told:
+            pipe.decoder.decode(latents[None])
+        assert told.value.exit_code == 7 and "models.dtype=float32" in str(told.value.fix)
 
 
 def test_output_types(pipe) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from fixtures_mllm import PATCHES, normal, random_branch, tiny_mllm  # noqa: F401
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from bifrost_cli.models.branch.decoder_adapters import with_cache
 from bifrost_cli.models.branch.masking import draw_masks
 from bifrost_cli.models.branch.visual_branch import VisualBranch
+from bifrost_cli.models.mllm.chat_template import additive
 
 LATENTS = normal(2, PATCHES, 128)
 MASKED = draw_masks(2, PATCHES, torch.Generator().manual_seed(0))
@@ -202,3 +205,35 @@ def test_checkpointed_layers_give_the_same_gradients_for_less(tiny_mllm, prefix)
     keys = prefix.keys[0].clone().requires_grad_()  # the prompt is really read in the second pass
     loss, _ = branch.loss(LATENTS, replace(prefix, keys=(keys, *prefix.keys[1:])), MASKED)
     assert torch.autograd.grad(loss, keys)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    "prompts", [["red", "blue"], ["red", "a red circle above a blue square"]], ids=["even", "padded"]
+)
+def test_every_attention_kernel_lets_patches_see_each_other(tiny_mllm, prompts):  # noqa: F811
+    """The mask is bidirectional: a kernel that knows a causal one alone would hide later patches from earlier ones."""
+    prefix = tiny_mllm.encode_prompts(tiny_mllm.tokenize_prompts(prompts, 300))
+    branch = random_branch(tiny_mllm)
+    masked_BP = torch.zeros(2, PATCHES, dtype=torch.bool)
+    masked_BP[:, 0] = True
+    moved = LATENTS.clone()
+    moved[:, -1] += 1.0
+    ways = [("eager", None), ("sdpa", SDPBackend.MATH), ("sdpa", SDPBackend.FLASH_ATTENTION), ("sdpa", None)]
+    found = []
+    for name, backend in ways:
+        branch.decoder.config._attn_implementation = name
+        with torch.no_grad(), sdpa_kernel([backend, SDPBackend.MATH]) if backend else nullcontext():
+            first, other = (branch(latents_BPC, masked_BP, prefix) for latents_BPC in (LATENTS, moved))
+        assert (first[:, 0] - other[:, 0]).abs().max() > 1e-4, (name, backend)
+        found.append(first)
+    for (name, backend), one in zip(ways, found, strict=True):
+        assert torch.allclose(one, found[0], atol=1e-4), (name, backend)
+
+
+def test_a_masked_row_stays_finite_where_autocast_takes_the_mask_to_bfloat16():
+    allowed_BQK = torch.tensor([[[True, False], [False, False]]])
+    for dtype in (torch.float32, torch.bfloat16):
+        mask = additive(allowed_BQK, dtype)
+        assert mask.dtype == dtype and torch.isfinite(mask.to(torch.bfloat16)).all()
+        weights = (mask.to(torch.bfloat16) + torch.randn(1, 1, 2, 2).to(torch.bfloat16)).float().softmax(-1)
+        assert torch.isfinite(weights).all() and weights[0, 0, 0].tolist() == [1.0, 0.0]

@@ -241,3 +241,18 @@ def test_a_checkpoint_that_takes_longer_than_a_killer_waits_is_told_once(tmp_pat
     told = [line for line in lines if "warning: a checkpoint takes" in line]
     assert len(told) == (asked is not None)
     assert all(f"{taken:.0f} s" in line and f"TERM@{asked})" in line for line in told)
+
+
+def test_deterministic_changes_no_number_here_and_is_undone(tmp_path):
+    """On the CPU; what it does on a GPU is PyTorch's promise."""
+    losses = []
+    for asked in (False, True):
+        train = settings(steps=4, validate_every=0, deterministic=asked)
+        task, seen = SmallTask(train), []
+        plain = task.batch
+        task.batch = lambda *of, plain=plain, seen=seen: (
+            seen.append(torch.are_deterministic_algorithms_enabled()), plain(*of))[1]  # fmt: skip
+        fit(task, train, tmp_path / str(asked))
+        losses.append((tmp_path / str(asked) / "losses.csv").read_bytes())
+        assert set(seen) == {asked} and not torch.are_deterministic_algorithms_enabled()
+    assert losses[0] == losses[1]

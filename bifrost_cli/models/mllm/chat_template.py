@@ -153,10 +153,12 @@ def image_mask(attention_BT: Tensor, patches: int) -> Tensor:
 
 
 def additive(allowed_BQK: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask (B, 1, Q, K) of stock attention: 0 where allowed, else the lowest finite number of `dtype`, because
-    transformers' eager attention silently adds a boolean mask as if it were numbers."""
+    """The mask (B, 1, Q, K) of stock attention: 0 where allowed, else the lowest number that is finite in `dtype` and
+    in bfloat16, to which autocast takes it: a row that may see nothing would become NaN. Not a boolean mask,
+    which transformers' eager attention silently adds as if it were numbers."""
     zeros = torch.zeros(allowed_BQK.shape, dtype=dtype, device=allowed_BQK.device)
-    return zeros.masked_fill(~allowed_BQK, torch.finfo(dtype).min)[:, None]
+    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
+    return zeros.masked_fill(~allowed_BQK, lowest)[:, None]
 
 
 def clean_caption(caption: str) -> str:
