@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from bifrost_cli.config.load import recipes_folder, validate
-from bifrost_cli.config.schema import Count, Every, Section
+from bifrost_cli.config.section import Count, Every, Section
 from bifrost_cli.config.strict_yaml import parse_file
 from bifrost_cli.errors import RecipeError
 

@@ -17,7 +17,8 @@ from bifrost_cli.artifacts import Artifact
 from bifrost_cli.artifacts.files import exists
 from bifrost_cli.artifacts.identity import provenance
 from bifrost_cli.artifacts.manifest import require_outside
-from bifrost_cli.config.schema import Recipe, identity_of
+from bifrost_cli.config.schema import Recipe
+from bifrost_cli.config.section import identity_of
 from bifrost_cli.errors import UsageError
 from bifrost_cli.runtime.ui import Ui
 

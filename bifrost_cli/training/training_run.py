@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id, newest, resolve
 from bifrost_cli.artifacts.files import make_folder, sweep, write_bytes, write_json
-from bifrost_cli.config.schema import Recipe, Train, identity_of
+from bifrost_cli.config.schema import Recipe, Train
+from bifrost_cli.config.section import identity_of
 from bifrost_cli.data.latents.reader import LatentsStore
 from bifrost_cli.data.png import contact_sheet, png_bytes
 from bifrost_cli.data.safetensors_io import save_tensors

@@ -16,7 +16,8 @@ from timing import within
 
 from bifrost_cli.artifacts import Draft
 from bifrost_cli.config.load import RENAMED, all_keys, load_recipe, recipe_names, recipe_path
-from bifrost_cli.config.schema import Recipe, identity_of
+from bifrost_cli.config.schema import Recipe
+from bifrost_cli.config.section import identity_of
 from bifrost_cli.config.strict_yaml import parse
 from bifrost_cli.errors import RecipeError
 
