@@ -123,7 +123,7 @@ def test_the_old_checkpoint_dropped_before_the_new_one(seen, tmp_path, monkeypat
 
 
 def test_checksums_that_are_not_compared(tmp_path, monkeypatch):
-    unchecked = lambda self, chunk, offset, out: shard_file.read_into(self.path, offset, out)  # noqa: E731
+    unchecked = lambda self, chunk, offset, out: shard_file.read_into(self.place, offset, out)  # noqa: E731
     monkeypatch.setattr(shard_file.ShardReader, "_read_checked", unchecked)
     store = make_store(tmp_path / "a", rows=3, grid=(1, 2), channels=2, shard_rows=2, chunk_rows=1)
     files = [store.path / name for name in store.files if "/c/" in name]
