@@ -8,6 +8,7 @@ from typing import Any
 
 from bifrost_cli.errors import BifrostError, DataError, OutOfMemory, RecipeError, UsageError, public
 
+_FAILED = "the server failed; its log says more"
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -67,13 +68,10 @@ def status_of(error: BifrostError) -> int:
 def body_of(error: BaseException) -> dict[str, Any]:
     """The JSON object of an error, as OpenAI's clients read it. What the request cannot mend is not described: it may
     name a file of this machine."""
-    if not isinstance(error, BifrostError):
-        error = BifrostError("the server failed; its log says more")
-    status = status_of(error)
-    shown = error.at is not None and status == 400
-    message = ". ".join(filter(None, (error.message, str(error.at) if shown else None, error.fix)))
-    if status == 500:
-        message = "the server failed; its log says more"
+    known = error if isinstance(error, BifrostError) else BifrostError(_FAILED)
+    status = status_of(known)
+    parts = [known.message, known.at if status == 400 else None, known.fix]
+    message = ". ".join(part for part in parts if part) if status != 500 else _FAILED
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    told = {"message": message, "type": kind, "param": getattr(error, "param", None), "code": error.code}
+    told = {"message": message, "type": kind, "param": getattr(known, "param", None), "code": known.code}
     return {"error": public(told)}

@@ -56,7 +56,9 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """The first signal ends it when the answers are out, the second at once; neither is an error."""
-        self.force_exit, self.should_exit = self.should_exit, True
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End what waits, then what is under way."""

@@ -16,6 +16,8 @@ Send = Callable[[Message], Awaitable[None]]
 OPEN = ("/", "/health")  # they tell nothing that needs a token
 _LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _DISCARDED = 16  # bodies of the allowed size that are read, and dropped, before a client hears that its own is too long
+_TOGETHER = 16  # bodies of the allowed size that may be on their way at once
+_CLOSE = {"Connection": "close"}
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -44,6 +46,7 @@ class Guard:
         on_answer: Callable[[str, int], None] = lambda path, status: None,
     ) -> None:
         self.app, self.limits, self.token, self.on_answer = app, limits, token, on_answer
+        self._held = 0  # bytes of bodies that are not whole yet
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -64,10 +67,11 @@ class Guard:
             return await _refuse(refusal, send_more)
         if body is None:  # the client has gone
             return None
-        first = iter([{"type": "http.request", "body": body, "more_body": False}])
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        del body  # whoever reads it has it alone: a request can wait for long
 
         async def receive_body() -> Message:
-            return next(first, None) or await receive()
+            return unread.pop() if unread else await receive()
 
         await self.app(scope, receive_body, send_more)
 
@@ -98,44 +102,50 @@ class Guard:
                 )
 
     async def _body(self, headers: MutableMapping[str, str], receive: Receive) -> bytes | None:
-        """The whole body; None when the client goes before its end. A longer one is read to its end and dropped as it
-        comes, up to a bound: a client that is still sending would not read the refusal."""
-        limit, parts, size, more = self.limits.body_bytes, list[bytes](), 0, True
+        """The whole body; None when the client goes before its end. Refusal: too long, or too late."""
         declared = headers.get("content-length", "0")
-        too_long = Refusal(
-            413,
-            f"the body has more than {limit:,} bytes",
-            code="BF-SERVE-003",
-            fix="send less",
-            headers={"Connection": "close"},
-        )
-        if not declared.isdecimal() or int(declared) > _DISCARDED * limit:
-            raise too_long
+        if not declared.isdecimal() or int(declared) > _DISCARDED * self.limits.body_bytes:
+            raise self._too_long()
         try:
             async with asyncio.timeout(self.limits.seconds):
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return None
-                    part, more = message.get("body", b""), message.get("more_body", False)
-                    size += len(part)
-                    if size <= limit:
-                        parts.append(part)
-                    else:
-                        parts.clear()
-                    if size > _DISCARDED * limit:
-                        raise too_long
+                return await self._whole(receive)
         except TimeoutError:
-            raise Refusal(
-                408,
-                f"the body did not come within {self.limits.seconds:g} s",
-                code="BF-SERVE-004",
-                fix="send it again",
-                headers={"Connection": "close"},
-            ) from None
-        if size > limit:
-            raise too_long
-        return b"".join(parts)
+            what = f"the body did not come within {self.limits.seconds:g} s"
+            raise Refusal(408, what, code="BF-SERVE-004", fix="send it again", headers=_CLOSE) from None
+
+    async def _whole(self, receive: Receive) -> bytes | None:
+        """A body that is too long is read to its end and dropped as it comes, up to a bound: a client that is still
+        sending would not read the refusal."""
+        limit, parts, size, more = self.limits.body_bytes, list[bytes](), 0, True
+        try:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                more = message.get("more_body", False)
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                self._held += len(parts[-1])
+                if size > limit:
+                    self._drop(parts)
+                if size > _DISCARDED * limit:
+                    raise self._too_long()
+                if self._held > _TOGETHER * limit:
+                    again = {"Retry-After": "1", **_CLOSE}
+                    raise Refusal(429, "too much is being sent at once", code="BF-SERVE-002", fix="wait", headers=again)
+            if size > limit:
+                raise self._too_long()
+            return b"".join(parts)
+        finally:
+            self._drop(parts)
+
+    def _drop(self, parts: list[bytes]) -> None:
+        self._held -= sum(map(len, parts))
+        parts.clear()
+
+    def _too_long(self) -> Refusal:
+        what = f"the body has more than {self.limits.body_bytes:,} bytes"
+        return Refusal(413, what, code="BF-SERVE-003", fix="send less", headers=_CLOSE)
 
 
 async def _refuse(refusal: Refusal, send: Send) -> None:
