@@ -31,6 +31,7 @@ from bifrost_cli.cli import (
 from bifrost_cli.cli.options import Version
 from bifrost_cli.errors import BifrostError, UsageError
 from bifrost_cli.runtime.launch import leave_status
+from bifrost_cli.runtime.light_imports import in_own_process
 
 CLOSED_PIPE = 141  # as a shell counts a command that SIGPIPE ended
 # What other programs have an option for, and how it is said here.
@@ -80,6 +81,7 @@ for name, group in _GROUPS:
 def main() -> None:
     """The console script."""
     gc.set_threshold(100_000, 50, 1000)  # else the collector spends a second on what importing diffusers makes
+    in_own_process()
     code = run()
     leave_status(code)
     atexit._run_exitfuncs()

@@ -16,6 +16,7 @@ from bifrost_cli.artifacts.manifest import require_new
 from bifrost_cli.cli.command import Result, command
 from bifrost_cli.cli.options import RUNS, Recipe, RecipeReference, Sets, Workspace
 from bifrost_cli.errors import Findings, UsageError
+from bifrost_cli.runtime.light_imports import lightly
 
 app = typer.Typer(help="List, show, check and copy recipes.")
 planning = typer.Typer()
@@ -128,7 +129,8 @@ def plan(
     limit = None if memory is None else parse_memory(memory)
     recipe = load_recipe(ref, sets or ())
     require_plannable(recipe)
-    from bifrost_cli.planning.plan import plan  # 6 s of model libraries, after whatever can be refused without them
+    with lightly():  # model libraries, after whatever can be refused without them
+        from bifrost_cli.planning.plan import plan
 
     found = plan(recipe, gpus=gpus, gpu=gpu, memory_limit=limit, images=images)
     return Result(list(_plan_lines(found)), found)

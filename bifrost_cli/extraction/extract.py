@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from bifrost_cli.data.latents.zarr_layout import INDEX, OK, StoreLayout
 from bifrost_cli.data.sources.item import Problem, SourceError
 from bifrost_cli.data.sources.scan import Job, Sample, Scan, listed, refuse_too_many
 from bifrost_cli.data.sources.several import as_one
-from bifrost_cli.errors import DiskFull, Stopped, StoreError, memory_errors
+from bifrost_cli.errors import DiskFull, EnvironmentProblem, Stopped, StoreError, memory_errors
 from bifrost_cli.extraction.source import changes, digest, refuse_output, scan_source, write_events
 from bifrost_cli.loading.loaders import ModelLoader, encoder_errors, files_between
 from bifrost_cli.models.encoders import Encoder, VaeEncoder
@@ -221,7 +222,9 @@ class ExtractionRun:
         summary = {"tokens": statistics["tokens"], "norm": statistics["norm"], **ranges}
         info = {"recipe": self.recipe.model_dump(mode="json"), "source": self.source, "statistics": summary,
                 "typed_in": seen_from(draft.path, Path()), "funnel": self.scanned.funnel,
-                "counts": self.scanned.counts, **files_between(self.recipe)}  # fmt: skip
+                "counts": self.scanned.counts}  # fmt: skip
+        with suppress(EnvironmentProblem):  # of models that are not here any more: the latents are, and whole
+            info |= files_between(self.recipe)
         device = str(self.device)
         made, cost = {"device": device, "seed": None}, {"device": device, "samples": encoded}
         store = LatentsStore.open(draft.commit(info, made=made, cost=cost, hashed=writer.files))

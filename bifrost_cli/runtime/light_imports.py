@@ -7,6 +7,7 @@ first picture takes. For the command line alone: as a library, this package leav
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,20 +15,31 @@ from importlib.metadata import entry_points
 
 OPTIONAL = ("bitsandbytes", "peft", "scipy")  # each has a way around it in both libraries
 _GENERATION = ("bifrost_cli.generation.pipeline", "bifrost_cli.generation.generate", "transformers.modeling_utils")
+_OWN = "_BIFROST_PROCESS"  # the number of the process that the console script started
 _GROUPS = ("bifrost.diffusion_models", "bifrost.mllm_families")  # whose plug-ins may use what is left out
 
 
-def import_generation(weights: str) -> None:
-    """Import what generates images, without the packages that generating does not use.
+def in_own_process() -> None:
+    """Called by the console script: nobody else's code runs in this process."""
+    os.environ[_OWN] = str(os.getpid())
 
-    Args:
-        weights: `models.weights`; only with `dtype` nothing is quantized, and bitsandbytes is left out.
-    """
-    if any(entry_points(group=group) for group in _GROUPS):
-        return
-    with without([name for name in OPTIONAL if name != "bitsandbytes" or weights == "dtype"]):
+
+def import_generation(weights: str) -> None:
+    """Import what generates images; `weights` is `models.weights`."""
+    with lightly(weights):
         for module in _GENERATION:
             importlib.import_module(module)
+
+
+@contextmanager
+def lightly(weights: str = "dtype") -> Iterator[None]:
+    """In a process of the console script, without `OPTIONAL` packages; where plug-ins are installed, which may use
+    them, as always. bitsandbytes is there unless `weights` is `dtype`."""
+    if os.environ.get(_OWN) != str(os.getpid()) or any(entry_points(group=group) for group in _GROUPS):
+        yield
+        return
+    with without([name for name in OPTIONAL if name != "bitsandbytes" or weights == "dtype"]):
+        yield
 
 
 @contextmanager
