@@ -6,6 +6,7 @@ They are kept in `workspace/statistics` under the hash of what they describe; np
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,9 +161,15 @@ def _digest(described: dict[str, Any], tensors: dict[str, np.ndarray]) -> str:
     return hashlib.sha256(canonical_json([described, weights_hash(tensors)])).hexdigest()
 
 
+ADM_BYTES = 1 << 29  # of an array in an npz, unpacked: a covariance of 8192 features
+
+
 def load_adm(path: Path, layer: str) -> Statistics:
     """The moments in an npz of ADM's evaluator; it says neither its network nor how many images: the count is 0."""
     try:
+        with zipfile.ZipFile(path) as archive:
+            if large := [one.filename for one in archive.infolist() if one.file_size > ADM_BYTES]:
+                raise ValueError(f"{large[0]} unpacks to more than {ADM_BYTES:,} bytes")
         with np.load(path, allow_pickle=False) as arrays:
             mean_D, covariance_DD = (np.asarray(arrays[name], np.float64) for name in _ADM[layer])
     except KeyError as error:

@@ -17,8 +17,9 @@ from bifrost_cli.artifacts import Artifact
 from bifrost_cli.config.schema import Evaluate, Models, Recipe
 from bifrost_cli.data.safetensors_io import save_tensors
 from bifrost_cli.errors import ArtifactError, DataError, EnvironmentProblem, UsageError
-from bifrost_cli.evaluation import networks
+from bifrost_cli.evaluation import feature_statistics, networks
 from bifrost_cli.evaluation.evaluate import evaluate
+from bifrost_cli.evaluation.feature_statistics import load_adm
 from bifrost_cli.evaluation.networks import INCEPTION_FILE, feature_batches, load_features
 
 COUNT = 12
@@ -210,3 +211,13 @@ def test_an_npz_of_adms_evaluator_is_a_reference(recipe, report, sides, tmp_path
     with pytest.raises(ArtifactError) as caught:
         evaluate(recipe, metrics=["fid"], **{**options, "reference": tmp_path / "evil.npz"})
     assert caught.value.code == "BF-ART-008"
+
+
+def test_an_npz_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
+    """A few MB of zeros: refused by the archive's own table, before a byte is unpacked."""
+    np.savez_compressed(tmp_path / "bomb.npz", mu=np.zeros(1 << 18), sigma=np.eye(2))
+    monkeypatch.setattr(feature_statistics, "ADM_BYTES", 1 << 20)
+    monkeypatch.setattr(np, "load", lambda *_, **__: pytest.fail("it was opened"))
+    with pytest.raises(ArtifactError, match="not an npz of statistics") as told:
+        load_adm(tmp_path / "bomb.npz", "pool")
+    assert "mu.npy unpacks to more than 1,048,576 bytes" in str(told.value.at)
