@@ -54,4 +54,10 @@ BENCHES = {
         f"{_ROOM}.bench_start:bench_start",
         {},
     ),
+    "train": Bench(
+        "Time a training step of the branch against the published one: both weight sets on every token, no cache.",
+        f"{_ROOM}.bench_train:bench_train",
+        {"hidden": (512, "Width."), "layers": (4, "Decoder layers."), "tokens": (256, "Image tokens."),
+         "text": (300, "Text tokens that the published step pads to."), "rows": (2, "Rows of the batch.")},
+    ),
 }  # fmt: skip

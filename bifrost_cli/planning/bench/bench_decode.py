@@ -37,7 +37,7 @@ def bench_decode(setup: BenchSetup) -> Iterator[BenchRow]:
     patches; more `steps` favour ours, which encodes the prompt once. UsageError: a width that is not whole heads.
     """
     sizes, device = setup.sizes, setup.device
-    mllm, branch = _random_models(setup)
+    mllm, branch = random_models(setup)
     tokens, text, steps = branch.patches, sizes.get("text", setup.recipe.branch.max_text_tokens), sizes.get("steps", 16)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 256, (PROMPTS, min(PROMPT_TOKENS, text)), generator=generator).tolist()
@@ -84,7 +84,7 @@ def plain_decode(
     for masked in mask_schedule(patches, steps):
         shown_BPD = torch.where(masked_BP[..., None], branch.mask_token, latents_BPC) + branch.position_embedding
         inputs_BSD = torch.cat([embed(ids_BT), shown_BPD.repeat(2, 1, 1)], dim=1)
-        hidden_BSD = _both_passes(mllm, branch, inputs_BSD, positions_BS, mask_B1SS)
+        hidden_BSD = both_passes(mllm, branch, inputs_BSD, positions_BS, mask_B1SS)
         conditional, unconditional = head(hidden_BSD)[:, -patches:].chunk(2)
         still_BP = mask_from_orders(orders_BP, torch.full_like(orders_BP[:, 0], masked))
         predicted_BPC = unconditional + guidance * (conditional - unconditional)
@@ -93,7 +93,7 @@ def plain_decode(
     return latents_BPC
 
 
-def _both_passes(mllm: Mllm, branch: VisualBranch, x_BSD: Tensor, positions_BS: Tensor, mask_B1SS: Tensor) -> Tensor:
+def both_passes(mllm: Mllm, branch: VisualBranch, x_BSD: Tensor, positions_BS: Tensor, mask_B1SS: Tensor) -> Tensor:
     """Two decoders as one: both weight sets are applied to every token, and a 0/1 mask picks."""
     decoders: tuple[Any, Any] = (mllm.decoder, branch.decoder)
     index_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
@@ -119,7 +119,7 @@ def _both_passes(mllm: Mllm, branch: VisualBranch, x_BSD: Tensor, positions_BS: 
     return both(decoders, "norm", x_BSD)
 
 
-def _random_models(setup: BenchSetup) -> tuple[Mllm, VisualBranch]:
+def random_models(setup: BenchSetup) -> tuple[Mllm, VisualBranch]:
     """A Qwen2.5-VL and its branch with random weights: of the recipe's widths, or of the given ones."""
     hidden = setup.sizes.get("hidden")
     if hidden is not None:
