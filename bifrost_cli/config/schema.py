@@ -135,10 +135,20 @@ class Train(Section):
         description="averages forget the first weights sooner: decay min(ema, (1 + t) / (10 + t)) at step t",
         json_schema_extra=since(False),
     )
+    ema_every: Count = Field(
+        1,
+        description="steps between averagings, each with the decay of as many steps",
+        json_schema_extra=since(1),
+    )
     precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of the forward pass")
     deterministic: bool = Field(
         False,
         description="on a GPU only kernels that give the same bits each time: slower, and untried by us",
+        json_schema_extra=since(False),
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile the trained part, with dynamic shapes: quicker after some minutes, other last bits",
         json_schema_extra=since(False),
     )
     gradient_checkpointing: bool = Field(
@@ -163,6 +173,11 @@ class Train(Section):
     )
     seed: Every = Field(0, description="decides order, masks and noise")
     checkpoint_every: Count = Field(1_000, description="steps between checkpoints", json_schema_extra=RUN_ONLY)
+    save_in_background: bool = Field(
+        False,
+        description="write checkpoints from a copy in main memory while the training goes on (not with fsdp)",
+        json_schema_extra=RUN_ONLY,
+    )
     keep: Count = Field(2, description="checkpoints kept", json_schema_extra=RUN_ONLY)
     log_every: Count = Field(
         20, description="steps between progress lines (losses.csv has every step)", json_schema_extra=RUN_ONLY

@@ -9,7 +9,8 @@ import json
 import math
 import re
 import struct
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -64,27 +65,52 @@ def load_tensors(path: Path | str, only: Container[str] | None = None
     """The tensors (on the CPU; with `only` those it names) and our metadata ({} in a foreign file). ArtifactError:
     absent (BF-ART-001), a pickle (BF-ART-008), a header that does not describe the file, or a number that is not finite
     (BF-ART-005, naming the first bad tensor)."""
-    path, tensors = Path(path), {}
+    with open_tensors(path) as file:
+        return dict(file.tensors(only)), file.meta
+
+
+class TensorFile:
+    """An open safetensors file, from which tensors are read one after the other."""
+
+    def __init__(self, path: Path, stream: BufferedReader) -> None:
+        self.path, self._stream = path, stream
+        self._entries, self.meta = _read_header(path, stream)
+
+    def about(self) -> list[tuple[str, torch.Size, torch.dtype]]:
+        """Name, shape and number format of every tensor, in the order of the file."""
+        return [
+            (name, torch.Size(entry["shape"]), _DTYPES[entry["dtype"]]) for name, entry in _by_offset(self._entries)
+        ]
+
+    def tensors(self, only: Container[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and tensor, once, in the order of the file; with `only` those it names. ArtifactError BF-ART-005: a
+        number that is not finite, or the file ends early."""
+        for name, shape, dtype in self.about():
+            start, end = self._entries[name]["data_offsets"]
+            if only is not None and name not in only:
+                self._stream.seek(end - start, 1)
+                continue
+            data = bytearray(end - start)
+            if self._stream.readinto(data) != len(data):
+                raise _damaged(self.path, f"{name} ends early")
+            tensor = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            if dtype in _CHECKED and not torch.isfinite(tensor).all():
+                raise _damaged(self.path, f"{name} holds numbers that are not finite")
+            yield name, tensor.reshape(shape)
+
+
+@contextmanager
+def open_tensors(path: Path | str) -> Iterator[TensorFile]:
+    """A file whose header is checked; errors as `load_tensors`."""
+    path = Path(path)
     if path.suffix in PICKLES:
         raise _pickle(path)
     try:
-        with open(path, "rb") as stream:
-            entries, meta = _read_header(path, stream)
-            for name, entry in _by_offset(entries):
-                start, end = entry["data_offsets"]
-                if only is not None and name not in only:
-                    stream.seek(end - start, 1)
-                    continue
-                data, dtype = bytearray(end - start), _DTYPES[entry["dtype"]]
-                if stream.readinto(data) != len(data):
-                    raise _damaged(path, f"{name} ends early")
-                tensor = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-                if dtype in _CHECKED and not torch.isfinite(tensor).all():
-                    raise _damaged(path, f"{name} holds numbers that are not finite")
-                tensors[name] = tensor.reshape(entry["shape"])
+        stream = open(path, "rb")
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} does not exist", code="BF-ART-001") from error
-    return tensors, meta
+    with stream:
+        yield TensorFile(path, stream)
 
 
 def weights_hash(state: Tensors) -> str:

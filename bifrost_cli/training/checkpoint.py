@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import re
 import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,12 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bifrost_cli.artifacts import files
-from bifrost_cli.data.safetensors_io import load_tensors, save_tensors
+from bifrost_cli.data.safetensors_io import TensorFile, open_tensors, save_tensors
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.runtime import distributed
 
 FORMAT = 1
+AT_ONCE = 1e9  # bytes of tensors in parts that are read at once
 SHARDS = "shards"  # the folder of tensors in parts, in the place of one file a group
 _REQUIRED = {"model.safetensors", "optimizer.safetensors", "state.json"}
 _NAME = re.compile(r"step-(\d{7,})")
@@ -48,15 +50,14 @@ class SavedCheckpoint:
     state: dict
     files: tuple[str, ...]
 
-    def read(self, group: str, module: nn.Module) -> dict[str, Tensor]:
-        """A group ({} where there is none), on the CPU or, where `module` is in parts, in the same parts. All processes
-        call it, for one group at a time, since a host's processes would else hold all of them at once."""
+    def read(self, group: str, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of a group (nothing where there is none), one at a time: no process holds a whole group.
+        They are on the CPU or, where `module` is in parts, in the same parts. All processes read to the end."""
         if any(name.startswith(SHARDS) for name in self.files):
-            return _read_shards(self.path / SHARDS, module, group)
-        name = f"{group}.safetensors"
-        if name not in self.files:
-            return {}
-        return _spread({} if distributed.rank() else load_tensors(self.path / name)[0], module)
+            yield from _read_shards(self.path / SHARDS, module, group)
+        elif (name := f"{group}.safetensors") in self.files:
+            with nullcontext() if distributed.rank() else open_tensors(self.path / name) as file:
+                yield from _spread(file, module)
 
 
 class Checkpoints:
@@ -99,6 +100,15 @@ class Checkpoints:
         else:
             distributed.run_on_main(lambda: _save_whole(checkpoint, final))
         distributed.run_on_main(self._drop_old)
+
+    def save_alone(self, checkpoint: Checkpoint) -> None:
+        """`save` of whole tensors, in this process alone: no other one is waited for."""
+        final = self.path(checkpoint.step)
+        if checkpoint.step in self.steps():
+            verify(final)
+            return
+        _save_whole(checkpoint, final)
+        self._drop_old()
 
     def _drop_old(self) -> None:
         self._remove(self.steps()[: -self.keep])
@@ -155,15 +165,19 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def restore_module(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def restore_module(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Copy tensors into the module in place. Raises ArtifactError naming missing, unexpected or misshapen ones."""
     own = module_tensors(module)
-    wrong = sorted(own.keys() ^ tensors.keys()) or [n for n in own if own[n].shape != tensors[n].shape]
-    if wrong:
+    missing, wrong = set(own), []
+    for name, tensor in tensors:
+        if name in own and own[name].shape == tensor.shape:
+            own[name].copy_(tensor)
+            missing.remove(name)
+        else:
+            wrong.append(name)
+    if wrong := sorted({*wrong, *missing}):
         raise ArtifactError(f"the checkpoint is of another model: {len(wrong)} tensors differ", at=", ".join(wrong[:5]),
                             fix="train into a new folder", code="BF-ART-007")  # fmt: skip
-    for name, tensor in own.items():
-        tensor.copy_(tensors[name])
 
 
 def _save_whole(checkpoint: Checkpoint, final: Path) -> None:
@@ -220,38 +234,52 @@ def _cause(error: Any) -> BaseException:
     return cause
 
 
-def _read_shards(folder: Path, module: nn.Module, group: str) -> dict[str, Tensor]:
-    """A group that any number of processes wrote: whole tensors, or this process's parts when `module` is sharded, of
-    which each then reads no more than it holds."""
+def _read_shards(folder: Path, module: nn.Module, group: str) -> Iterator[tuple[str, Tensor]]:
+    """A group that any number of processes wrote, so much at a time: whole tensors, or this process's parts when
+    `module` is sharded, of which each then reads no more than it holds."""
     reader = dcp.HuggingFaceStorageReader(str(folder))
     metadata: dict[str, Any] = reader.read_metadata().state_dict_metadata
     parameters, prefix = dict(module.named_parameters()), f"{group}/"
-    flat = {name: _like(parameters, name.removeprefix(prefix), about.size, about.properties.dtype)
-            for name, about in metadata.items() if name.startswith(prefix)}  # fmt: skip
-    if flat:
-        alone = not any(isinstance(parameter, DTensor) for parameter in parameters.values())
+    alone = not any(isinstance(parameter, DTensor) for parameter in parameters.values())
+    for names in _in_parts({name: about for name, about in metadata.items() if name.startswith(prefix)}):
+        flat = {name: _like(parameters, name.removeprefix(prefix), metadata[name].size, metadata[name].properties.dtype)
+                for name in names}  # fmt: skip
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
             dcp.load(flat, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
-    return {name.removeprefix(prefix): tensor for name, tensor in flat.items()}
+        while flat:
+            name, tensor = flat.popitem()
+            yield name.removeprefix(prefix), tensor
 
 
-def _spread(tensors: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """The first process's tensors (the others have none) in all: whole, or in parts when `module` is sharded. One at a
-    time, so that no other process ever holds them whole beside its parts."""
+def _in_parts(metadata: dict[str, Any]) -> Iterator[list[str]]:
+    """The names, so many at once that their tensors have about `AT_ONCE` bytes."""
+    names, size = list[str](), 0
+    for name, about in metadata.items():
+        names.append(name)
+        size += about.size.numel() * about.properties.dtype.itemsize
+        if size >= AT_ONCE:
+            yield names
+            names, size = [], 0
+    if names:
+        yield names
+
+
+def _spread(file: TensorFile | None, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The first process's file (the others have none) in all: whole tensors, or in parts when `module` is sharded."""
+    own = iter(()) if file is None else file.tensors()
     if distributed.world() == 1:
-        return tensors
-    about = distributed.run_on_main(lambda: [(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()])
-    parameters, spread = dict(module.named_parameters()), dict[str, Tensor]()
-    for name, shape, dtype in about:
-        whole = tensors[name] if name in tensors else torch.empty(shape, dtype=dtype)
+        yield from own
+        return
+    parameters = dict(module.named_parameters())
+    for name, shape, dtype in distributed.run_on_main(lambda: [] if file is None else file.about()):
+        whole = torch.empty(shape, dtype=dtype) if file is None else next(own)[1]
         part = _like(parameters, name, shape, dtype)
         if isinstance(part, DTensor):
             whole = distribute_tensor(whole.to(part.device), part.device_mesh, part.placements)
         else:
             dist.broadcast(whole, 0)
-        spread[name] = whole
-    return spread
+        yield name, whole
 
 
 def _like(parameters: dict[str, nn.Parameter], name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:

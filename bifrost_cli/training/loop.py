@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from bifrost_cli.errors import ArtifactError, Diverged, Stopped, UsageError
 from bifrost_cli.runtime import distributed
 from bifrost_cli.runtime.launch import StopFlag
 from bifrost_cli.runtime.ui import Ui
+from bifrost_cli.training.background import BackgroundWork
 from bifrost_cli.training.batch_loader import BatchLoader
 from bifrost_cli.training.checkpoint import Checkpoint, Checkpoints, SavedCheckpoint, module_tensors, restore_module
 from bifrost_cli.training.data_order import derive, micro_seed
@@ -34,10 +36,11 @@ from bifrost_cli.training.train_log import TrainingLogger
 # What changes the weights; a checkpoint made under other values of these does not continue.
 SETTINGS = (
     "steps", "batch_size", "accumulate", "optimizer", "lr", "betas", "weight_decay", "warmup", "clip", "ema",
-    "ema_warmup", "precision", "seed", "schedule", "decay_steps",
+    "ema_warmup", "ema_every", "precision", "seed", "schedule", "decay_steps", "compile",
 )  # fmt: skip
 _BEFORE = {  # what checkpoints had before there was a choice
-    "optimizer": "adamw", "ema_warmup": False, "schedule": "cosine", "decay_steps": None,
+    "optimizer": "adamw", "ema_warmup": False, "ema_every": 1, "schedule": "cosine", "decay_steps": None,
+    "compile": False,
 }  # fmt: skip
 _SCHEDULE = {"steps", "schedule", "decay_steps"}
 
@@ -81,6 +84,7 @@ class _State:
     ema: EMA
     optimizer: torch.optim.Optimizer
     loader: BatchLoader
+    saving: BackgroundWork = field(default_factory=BackgroundWork)
     step: int = 0
     seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
@@ -109,6 +113,7 @@ def fit(
         _records(folder, train, ui) as records,
         nullcontext(_start(task, train, torch.device(device))) as state,
         state.loader,
+        state.saving,
     ):
         _continue(state, checkpoints, records, resume, before)
         if records:
@@ -122,9 +127,9 @@ def fit(
             if last or stopping or state.due(train.checkpoint_every) or state.step == stays_until(train):
                 digests = records.sync() if records else {}
                 state.seconds = records.seconds() if records else 0.0
-                _save(state, checkpoints, digests)
+                _save(state, checkpoints, digests, wait=last or stopping)
                 if records:
-                    records.saved(records.seconds() - state.seconds)
+                    records.saved(max(records.seconds() - state.seconds, state.saving.seconds))
             if records and (stopping or last):
                 records.end()
             if stopping and not last:
@@ -158,7 +163,7 @@ def _start(task: Task, train: Train, device: torch.device) -> _State:
     module = task.module.to(device)
     parallel = Parallel(module, train.parallel, device)
     module.train()
-    ema = EMA(module, train.ema, train.ema_warmup)
+    ema = EMA(module, train.ema, train.ema_warmup, train.ema_every)
     loader = BatchLoader(task, train.steps, train.accumulate, train.read_ahead, device, train.overlap)
     return _State(task, train, device, parallel, ema, make_optimizer(module, train), loader)
 
@@ -322,8 +327,9 @@ def _averaged(state: _State) -> Iterator[None]:
         state.ema.exchange()
 
 
-def _save(state: _State, checkpoints: Checkpoints, digests: dict[str, str | None]) -> None:
-    module = state.task.module
+def _save(state: _State, checkpoints: Checkpoints, digests: dict[str, str | None], wait: bool) -> None:
+    """A checkpoint of this step; with `save_in_background` it is written while the training goes on, unless `wait`."""
+    module, parts = state.task.module, bool(state.parallel.sharded)
     groups = {"model": module_tensors(module), "optimizer": optimizer_tensors(state.optimizer, module)}
     if state.ema.tensors:
         groups["ema"] = {**groups["model"], **state.ema.tensors}
@@ -332,6 +338,11 @@ def _save(state: _State, checkpoints: Checkpoints, digests: dict[str, str | None
     if bad:
         error = Diverged(f"{bad[0]} is not finite after step {state.step}; no checkpoint was written of it",
                          fix="lower the learning rate (lr) and train into a new folder", code="BF-NAN-001")  # fmt: skip
-    distributed.raise_if_any_failed(error)
+    distributed.raise_if_any_failed(error or state.saving.wait())
     facts = {"train": _settings(state.train), "seconds": state.seconds, "metrics": state.metrics, "records": digests}
-    checkpoints.save(Checkpoint(state.step, groups, facts), parts=bool(state.parallel.sharded))
+    if wait or parts or not state.train.save_in_background:
+        checkpoints.save(Checkpoint(state.step, groups, facts), parts=parts)
+    elif distributed.rank() == 0:
+        copied = {group: {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+                  for group, tensors in groups.items()}  # fmt: skip
+        state.saving.start(partial(checkpoints.save_alone, Checkpoint(state.step, copied, facts)))

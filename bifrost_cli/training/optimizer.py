@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from bifrost_cli.config.schema import Train
-from bifrost_cli.errors import EnvironmentProblem
+from bifrost_cli.errors import ArtifactError, EnvironmentProblem
 from bifrost_cli.runtime import distributed
 from bifrost_cli.training.parallel import full_tensor, local
 
@@ -42,10 +43,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> di
             for key, value in optimizer.state.get(parameter, {}).items()}  # fmt: skip
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: dict[str, Tensor]) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
     """Put flat `parameter/key` tensors back; each on its parameter's device (a fused AdamW wants `step` there too)."""
     parameters = dict(module.named_parameters())
-    for flat, tensor in tensors.items():
+    for flat, tensor in tensors:
         name, key = flat.rsplit("/", 1)
         counted = tensor.dtype == torch.int64 and tensor.ndim == 0  # bitsandbytes counts its steps in Python
         value = tensor.item() if counted else tensor.to(parameters[name].device, copy=True)
@@ -57,8 +60,8 @@ class EMA:
     `warmup` the decay of step t is min(decay, (1 + t) / (10 + t)), so that the first weights are soon forgotten (with
     0.997 alone they are still 64 % after 150 steps), and BatchNorm's running statistics are averaged too."""
 
-    def __init__(self, module: nn.Module, decay: float, warmup: bool = False) -> None:
-        self._module, self._decay, self._warmup = module, decay, warmup
+    def __init__(self, module: nn.Module, decay: float, warmup: bool = False, every: int = 1) -> None:
+        self._module, self._decay, self._warmup, self._every = module, decay, warmup, every
         self.tensors = {name: tensor.detach().clone() for name, tensor in self._averaged() if decay}
 
     def _averaged(self) -> list[tuple[str, Tensor]]:
@@ -72,15 +75,16 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """average = decay * average + (1 - decay) * weight; the weights after the first step (0) begin it."""
-        if not self.tensors:
+        """average = decay * average + (1 - decay) * weight; the weights after the first step (0) begin it. With
+        `every` n it is done each n-th step, with the n-th power of the decay: the others save the pass."""
+        if not self.tensors or step % self._every:
             return
         averages, weights = map(list, zip(*self._pairs(), strict=True))
         if step == 0:
             torch._foreach_copy_(averages, weights)
         else:
             decay = min(self._decay, (1 + step) / (10 + step)) if self._warmup else self._decay
-            get_ema_multi_avg_fn(decay)(averages, weights, step)
+            get_ema_multi_avg_fn(decay**self._every)(averages, weights, step)
 
     @torch.no_grad()
     def exchange(self) -> None:
@@ -91,9 +95,17 @@ class EMA:
             average.copy_(live)
 
     @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        for name, average in self.tensors.items():
-            local(average).copy_(local(tensors[name]))
+    def restore(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Averages by name. ArtifactError: some are missing."""
+        missing = set(self.tensors)
+        for name, tensor in tensors:
+            if name in self.tensors:
+                local(self.tensors[name]).copy_(local(tensor))
+                missing.remove(name)
+        if missing:
+            at = ", ".join(sorted(missing)[:5])
+            raise ArtifactError(f"the checkpoint lacks averages of {len(missing)} tensors", at=at,
+                                fix="train into a new folder", code="BF-ART-007")  # fmt: skip
 
     def whole(self, raw: bool = False) -> dict[str, Tensor]:
         """The module's state dict without what is frozen: averages where there are any, or with `raw` live weights.

@@ -30,6 +30,7 @@ from bifrost_cli.runtime.plugins import Plugins
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.stats import as_colours, principal_axes
 from bifrost_cli.training import training_run
+from bifrost_cli.training.compiled import Compiled
 from bifrost_cli.training.data_order import derive, micro_seed, uniform
 from bifrost_cli.training.training_run import Batch, StoreTask, TrainingRun
 
@@ -88,6 +89,8 @@ def train_branch(
     branch = build_branch(recipe, store, mllm)
     if settings.train.gradient_checkpointing:
         branch.enable_gradient_checkpointing()
+    if settings.train.compile:
+        branch.hidden = Compiled(branch.hidden, "the branch", ui)  # type: ignore[method-assign]
     task = BranchTask(branch, mllm, store, settings)
     training_run.say_cut(task.too_long, store, settings.max_text_tokens, ui)
     identity = {**training_run.shared_identity(store, settings), "mllm": fingerprint("mllm", recipe.models, mllm),

@@ -26,6 +26,7 @@ from bifrost_cli.models.transfer import to_device
 from bifrost_cli.runtime.launch import together
 from bifrost_cli.runtime.ui import Ui
 from bifrost_cli.training import training_run
+from bifrost_cli.training.compiled import Compiled
 from bifrost_cli.training.data_order import derive, uniform
 from bifrost_cli.training.training_run import Batch, StoreTask, TrainingRun
 
@@ -88,6 +89,9 @@ def load_with_control(
     if train.gradient_checkpointing:  # the gradient passes through the frozen diffusion model, too
         for module in (control, diffusion.transformer):
             getattr(module, "enable_gradient_checkpointing", lambda: None)()  # small controls have no layers to forget
+    if train.compile:
+        control.forward = Compiled(control.forward, "the control", ui)
+        diffusion.transformer.forward = Compiled(diffusion.transformer.forward, "the diffusion model", ui)
     return diffusion, control
 
 

@@ -77,7 +77,7 @@ def report(path: Path) -> None:
 def training_state(path: Path) -> None:
     found = Checkpoints(path).newest()
     assert found.step == 5
-    assert all(found.read(group, torch.nn.Linear(1, 1)) for group in ("model", "optimizer", "ema"))
+    assert all(dict(found.read(group, torch.nn.Linear(1, 1))) for group in ("model", "optimizer", "ema"))
 
 
 def saved_statistics(path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache
 
 from bifrost_cli.models.branch.decoder_adapters import with_cache
-from bifrost_cli.models.branch.masking import draw_masks
+from bifrost_cli.models.branch.masking import draw_masks, random_orders, sample_masked
 from bifrost_cli.models.branch.visual_branch import VisualBranch
 from bifrost_cli.models.mllm.chat_template import additive
 
@@ -237,3 +237,48 @@ def test_a_masked_row_stays_finite_where_autocast_takes_the_mask_to_bfloat16():
         assert mask.dtype == dtype and torch.isfinite(mask.to(torch.bfloat16)).all()
         weights = (mask.to(torch.bfloat16) + torch.randn(1, 1, 2, 2).to(torch.bfloat16)).float().softmax(-1)
         assert torch.isfinite(weights).all() and weights[0, 0, 0].tolist() == [1.0, 0.0]
+
+
+# ---- the device's kernels --------------------------------------------------------------------------------------------
+
+
+def test_without_padding_no_mask_says_the_same(tiny_mllm, monkeypatch):  # noqa: F811
+    """Two prompts of one length; where kernels that know no mask can be chosen, there is none, and none is causal."""
+    cache = tiny_mllm.encode_prompts(tiny_mllm.tokenize_prompts(["a red circle", "a blue square"], 300))
+    assert (
+        not cache.padded and tiny_mllm.encode_prompts(tiny_mllm.tokenize_prompts(["red", "a red circle"], 300)).padded
+    )
+    branch, found = random_branch(tiny_mllm), []
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr("bifrost_cli.models.branch.visual_branch.MASKLESS", devices)
+        branch.zero_grad()
+        loss, _ = branch.loss(LATENTS, cache, MASKED)
+        loss.backward()
+        orders_BP = random_orders(2, PATCHES, torch.Generator().manual_seed(0))
+        decoded_BPC = sample_masked(branch, cache, steps=3, orders_BP=orders_BP)
+        found.append([loss.detach(), decoded_BPC, *(p.grad.clone() for p in branch.parameters())])
+    for masked, maskless in zip(*found, strict=True):
+        torch.testing.assert_close(maskless, masked, rtol=1e-4, atol=1e-6)
+
+
+def test_masked_tokens_are_those_that_a_boolean_index_picks(tiny_mllm, prefix):  # noqa: F811
+    branch = random_branch(tiny_mllm)
+    loss, _ = branch.loss(LATENTS, prefix, MASKED, loss_on="masked")
+    hidden_BPD = branch.hidden(LATENTS, MASKED, prefix)
+    assert torch.equal(loss, branch.vision_head.loss(hidden_BPD[MASKED], branch.to_decoder(LATENTS)[MASKED]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loss_on", ["all", "masked"])
+def test_a_step_does_not_wait_for_the_gpu(tiny_mllm, loss_on):  # noqa: F811
+    branch, latents_BPC = random_branch(tiny_mllm).cuda(), LATENTS.cuda()
+    tiny_mllm.model.cuda()
+    try:
+        for mode in ("default", "error"):  # once to let everything that is made at first use be made
+            torch.cuda.set_sync_debug_mode(mode)
+            prompts = tiny_mllm.tokenize_prompts(["red", "a red circle above a blue square"], 300)
+            loss, _ = branch.loss(latents_BPC, tiny_mllm.encode_prompts(prompts), MASKED, loss_on=loss_on)
+            loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        tiny_mllm.model.cpu()

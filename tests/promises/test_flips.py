@@ -62,7 +62,7 @@ def test_a_checkpoint(tmp_path, step):
 
     def read() -> Any:
         found = Checkpoints(tmp_path).newest()
-        groups = {group: found.read(group, torch.nn.Identity()) for group in ("model", "optimizer")}
+        groups = {group: dict(found.read(group, torch.nn.Identity())) for group in ("model", "optimizer")}
         numbers = {name: {key: value.tolist() for key, value in group.items()} for name, group in groups.items()}
         return found.step, numbers, found.state
 

@@ -111,7 +111,7 @@ def test_a_codebook_is_made_of_the_stores_latents_and_trains_to_the_same_bytes(w
     assert made.files == again.files and made.identity["settings"]["codes"] == 6
     branch, store = load_branch(made, torch.device("cpu")), LatentsStore.open(workspace / "latents-a")
     tokens_NC = branch.to_decoder(torch.from_numpy(store.latents(list(range(40))))).flatten(0, 1)
-    index_N = branch.vision_head.nearest(tokens_NC)
+    index_N = branch.vision_head.nearest(tokens_NC).squeeze(-1)
     centres_KC = torch.stack([tokens_NC[index_N == code].mean(0) for code in range(6)])
     assert torch.allclose(branch.vision_head.codes_KC, centres_KC, atol=0.1)  # k-means has all but come to rest
 

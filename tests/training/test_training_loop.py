@@ -55,6 +55,17 @@ def test_ema_is_its_recurrence(tmp_path):
     torch.testing.assert_close(averaged, expected, rtol=1e-6, atol=1e-7)
 
 
+def test_averaging_every_few_steps_has_the_same_memory(tmp_path):
+    train = settings(steps=13, ema=0.8, ema_every=3)
+    task = Plain(train)
+    averaged = fit(task, train, tmp_path).ema_state["weight"]
+    after = [*task.seen[1:], task.module.weight.detach()]
+    expected = after[0].clone()
+    for weight in after[3::3]:
+        expected = 0.8**3 * expected + (1 - 0.8**3) * weight
+    torch.testing.assert_close(averaged, expected, rtol=1e-6, atol=1e-7)
+
+
 def test_a_warmed_up_average_does_not_hold_the_start(tmp_path):
     """A decay of 0.997 alone leaves 64 % of the first weights in the average after 150 steps."""
     start = SmallTask(settings()).module.state_dict()
@@ -189,7 +200,7 @@ def test_a_bad_row_stops_before_the_step_and_keeps_the_last_checkpoint(tmp_path)
     assert all(
         torch.isfinite(tensor).all()
         for group in ("model", "ema", "optimizer")
-        for tensor in kept.read(group, task.module).values()
+        for _, tensor in kept.read(group, task.module)
     )
     assert all(torch.isfinite(parameter).all() for parameter in task.module.parameters())
 

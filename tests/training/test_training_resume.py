@@ -62,12 +62,12 @@ def test_ten_steps_a_kill_and_ten_more_are_twenty(tmp_path, undisturbed):
 
 def test_kills_in_the_save_and_at_random_moments(tmp_path, undisturbed):
     chance = random.Random(11)
-    for fsync in (2, 9, 30, 61):
-        process = start(tmp_path, checkpoint_every=1, die=fsync)
+    for number, fsync in enumerate((2, 9, 30, 61)):
+        process = start(tmp_path, checkpoint_every=1, die=fsync, save_in_background=number % 2 == 1)
         assert end(process) == -signal.SIGKILL
     ends = []
     for _ in range(10):
-        process = start(tmp_path, checkpoint_every=1, pause=0.4)
+        process = start(tmp_path, checkpoint_every=1, pause=0.4, save_in_background=len(ends) % 2 == 1)
         time.sleep(0.2 + chance.uniform(0.0, 0.4))
         process.kill()
         ends.append(end(process))
