@@ -171,6 +171,11 @@ class Train(Section):
         description="several processes: each holds what is trained (ddp), or a part of it (fsdp)",
         json_schema_extra=RUN_ONLY,
     )
+    fsdp_precision: Literal["fp32", "bf16"] = Field(
+        "fp32",
+        description="with fsdp, in what layers are gathered: bf16 is half of the traffic, and other last bits",
+        json_schema_extra=since("fp32"),
+    )
     seed: Every = Field(0, description="decides order, masks and noise")
     checkpoint_every: Count = Field(1_000, description="steps between checkpoints", json_schema_extra=RUN_ONLY)
     save_in_background: bool = Field(
@@ -196,6 +201,8 @@ class Train(Section):
     def _consistent(self) -> Train:
         if self.validate_every and not self.validation_rows:
             raise ValueError(f"validate_every ({self.validate_every}) needs validation_rows, which is 0")
+        if self.fsdp_precision == "bf16" and (self.parallel, self.precision) != ("fsdp", "bf16"):
+            raise ValueError("fsdp_precision bf16 is for parallel fsdp and precision bf16")
         if self.overlap and not self.read_ahead:
             raise ValueError("overlap works on a batch that was read ahead, and read_ahead is 0")
         if self.parallel == "fsdp" and self.optimizer == "adamw8bit":

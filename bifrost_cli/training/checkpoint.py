@@ -9,7 +9,7 @@ import errno
 import re
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,9 @@ class SavedCheckpoint:
         if any(name.startswith(SHARDS) for name in self.files):
             yield from _read_shards(self.path / SHARDS, module, group)
         elif (name := f"{group}.safetensors") in self.files:
-            with nullcontext() if distributed.rank() else open_tensors(self.path / name) as file:
+            first, path = distributed.rank() == 0, self.path / name
+            opened: AbstractContextManager[TensorFile | None] = open_tensors(path) if first else nullcontext()
+            with opened as file:
                 yield from _spread(file, module)
 
 
@@ -267,7 +269,7 @@ def _in_parts(metadata: dict[str, Any]) -> Iterator[list[str]]:
 
 def _spread(file: TensorFile | None, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The first process's file (the others have none) in all: whole tensors, or in parts when `module` is sharded."""
-    own = iter(()) if file is None else file.tensors()
+    own: Iterator[tuple[str, Tensor]] = iter(()) if file is None else file.tensors()
     if distributed.world() == 1:
         yield from own
         return

@@ -37,10 +37,11 @@ from bifrost_cli.training.train_log import TrainingLogger
 SETTINGS = (
     "steps", "batch_size", "accumulate", "optimizer", "lr", "betas", "weight_decay", "warmup", "clip", "ema",
     "ema_warmup", "ema_every", "precision", "seed", "schedule", "decay_steps", "compile",
+    "fsdp_precision",
 )  # fmt: skip
 _BEFORE = {  # what checkpoints had before there was a choice
     "optimizer": "adamw", "ema_warmup": False, "ema_every": 1, "schedule": "cosine", "decay_steps": None,
-    "compile": False,
+    "compile": False, "fsdp_precision": "fp32",
 }  # fmt: skip
 _SCHEDULE = {"steps", "schedule", "decay_steps"}
 
@@ -161,7 +162,7 @@ def _records(folder: Path, train: Train, ui: Ui | None) -> AbstractContextManage
 
 def _start(task: Task, train: Train, device: torch.device) -> _State:
     module = task.module.to(device)
-    parallel = Parallel(module, train.parallel, device)
+    parallel = Parallel(module, train.parallel, device, train.fsdp_precision)
     module.train()
     ema = EMA(module, train.ema, train.ema_warmup, train.ema_every)
     loader = BatchLoader(task, train.steps, train.accumulate, train.read_ahead, device, train.overlap)

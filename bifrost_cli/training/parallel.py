@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from bifrost_cli.runtime import distributed
 
 class Parallel:
     """`module` in all processes of the job; with `fsdp` each holds a part of every tensor, cut along its first
-    dimension, and gathers a layer when it is needed (`sharded`). With one process nothing is wrapped."""
+    dimension, and gathers a layer when it is needed (`sharded`), in float32 or, with `precision` bf16, in bfloat16:
+    half of the traffic. Parts, gradients and their sums are float32. With one process nothing is wrapped."""
 
-    def __init__(self, module: nn.Module, kind: str, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, kind: str, device: torch.device, precision: str = "fp32") -> None:
         self._around: nn.Module | None = None
         self.sharded: list[Any] = []
         if distributed.world() == 1:
@@ -29,19 +31,24 @@ class Parallel:
                 part.__class__ = _SharedBatchNorm  # the same parameters and buffers, under the same names
         self._around = _Call(module)
         if kind != "fsdp":
-            # A ControlNet without single blocks leaves some of its last block unused.
+            # A ControlNet without single blocks leaves some of its last block unused. Without the search for such
+            # tensors DDP would sort its buckets anew after the first step: three processes would then sum in another
+            # order after a resume than without one.
             self._around = nn.parallel.DistributedDataParallel(self._around, find_unused_parameters=True)
             return
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(device.type, (distributed.world(),))
         with torch.no_grad():  # the first process's weights everywhere, as DDP does when it is made
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor, 0)
         layers = [layer for layer in _layers(module) if any(True for _ in layer.parameters())]
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)  # autocast sees to them
+        if precision == "bf16":
+            policy = replace(policy, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in layers:
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(self._around, mesh=mesh, reshard_after_forward=True)
         self.sharded = [self._around, *layers]
 

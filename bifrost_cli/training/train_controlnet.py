@@ -144,8 +144,9 @@ class ControlNetTask(StoreTask):
 
     def _pairs(self, rows: list[int]) -> Sequence[np.ndarray]:
         text = self._encode([self._store.captions[row] for row in rows], SHOWN_GUIDANCE)
-        stored = [to_device(self._stored(name, rows), self._device).float() for name in ("vae", "latents")]
-        return rendered_pairs(self._diffusion, self.module, *stored, text, self._settings.train.seed)
+        vae_Bchw, latents_BPC = self._loaded("vae", rows), self._loaded("latents", rows)
+        seed = self._settings.train.seed
+        return rendered_pairs(self._diffusion, self.module, vae_Bchw, latents_BPC, text, seed)
 
     def _encode(self, tokens: Sequence[str], guidance: float = 1.0) -> Any:
         """Those of validations and sample grids, the same each time, are kept in main memory."""

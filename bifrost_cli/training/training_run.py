@@ -135,6 +135,10 @@ class StoreTask(ABC):
             return pinned(torch.from_numpy(values), self._device)
         return torch.from_numpy(values.astype(np.float32))  # numpy: torch's own would start its threads in this one
 
+    def _loaded(self, name: str, rows: list[int]) -> Tensor:
+        """The same on the device, float32."""
+        return to_device(self._stored(name, rows), self._device).float()
+
     def _host(self, rows: list[int], texts: Sequence[str], first: int, total: int) -> HostBatch:
         stored = {name: self._stored(name, rows) for name in self.arrays}
         return HostBatch(rows, stored, self._tokenize(texts), first, total)
@@ -150,8 +154,7 @@ class StoreTask(ABC):
             part = slice(start, start + size)
             batch = self._batch(self.held_rows[part], texts[part])
             if latents_of is not None:
-                other_BPC = to_device(self._stored("latents", latents_of[part]), self._device).float()
-                batch = replace(batch, stored={**batch.stored, "latents": other_BPC})
+                batch = replace(batch, stored={**batch.stored, "latents": self._loaded("latents", latents_of[part])})
             loss, metrics = self.loss(batch, torch.Generator().manual_seed(derive(seed, "validate", start)))
             for name, value in {"loss": loss, **({} if suffix else metrics)}.items():
                 total[name + suffix] += float(value) * len(batch.rows) / len(self.held_rows)

@@ -112,6 +112,11 @@ def test_no_room_for_one_process_is_no_room_for_all_and_the_earlier_checkpoint_s
     assert checkpoints.newest().step == 2 and [path.name for path in checkpoints.folder.iterdir()] == ["step-0000002"]
 
 
+def test_layers_that_are_gathered_in_bfloat16_train_nearly_alike(folder):
+    plain, half = facts(folder, 2)[0]["gathered"]
+    assert half != plain and half == pytest.approx(plain, rel=0.02)
+
+
 def test_shared_batch_statistics_are_those_of_torch():
     torch.manual_seed(0)
     ours, theirs = torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)
