@@ -136,9 +136,7 @@ class Train(Section):
         json_schema_extra=since(False),
     )
     ema_every: Count = Field(
-        1,
-        description="steps between averagings, each with the decay of as many steps",
-        json_schema_extra=since(1),
+        1, description="steps between averagings, with the decay of as many", json_schema_extra=since(1)
     )
     precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of the forward pass")
     deterministic: bool = Field(
@@ -147,9 +145,7 @@ class Train(Section):
         json_schema_extra=since(False),
     )
     compile: bool = Field(
-        False,
-        description="torch.compile the trained part, with dynamic shapes: quicker after some minutes, other last bits",
-        json_schema_extra=since(False),
+        False, description="torch.compile what is trained: quicker later, other bits", json_schema_extra=since(False)
     )
     gradient_checkpointing: bool = Field(
         False,
@@ -179,9 +175,7 @@ class Train(Section):
     seed: Every = Field(0, description="decides order, masks and noise")
     checkpoint_every: Count = Field(1_000, description="steps between checkpoints", json_schema_extra=RUN_ONLY)
     save_in_background: bool = Field(
-        False,
-        description="write checkpoints from a copy in main memory while the training goes on (not with fsdp)",
-        json_schema_extra=RUN_ONLY,
+        False, description="write checkpoints from a copy while training (not with fsdp)", json_schema_extra=RUN_ONLY
     )
     keep: Count = Field(2, description="checkpoints kept", json_schema_extra=RUN_ONLY)
     log_every: Count = Field(

@@ -59,9 +59,10 @@ class VisualBranch(nn.Module):
         self.patches, self.channels, self.head_kind = patches, channels, head
         self.codes, self.code_levels, self.normalize, self.tune = codes, code_levels, normalize, tune
         width = text_config.hidden_size
-        self.decoder: Any = new_decoder(text_config)
-        for layer in self.decoder.layers:
+        decoder: Any = new_decoder(text_config)
+        for layer in decoder.layers:
             layer.self_attn.is_causal = False  # patches see each other: no mask must not mean a causal one
+        self.decoder: Any = decoder
         if tune:
             tune_decoder(self.decoder, tune)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
