@@ -56,7 +56,9 @@ Latents = Annotated[str | None, artifact_option("--latents", "A store or its add
 Branch = Annotated[str | None, artifact_option("--branch", "A branch artifact.")]
 ControlNet = Annotated[str | None, artifact_option("--controlnet", "A ControlNet artifact.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same bytes.")]
-NewImage = Annotated[Path, typer.Option("--output", "-o", metavar="FILE.png", help="A new file.")]
+NewImage = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FILE.png", help="A new PNG, JPEG (.jpg) or WebP file.")
+]
 Image = Annotated[Path, typer.Argument(metavar="IMAGE", help="A PNG, JPEG or WebP file.")]
 
 
@@ -168,7 +170,8 @@ def generate(
 ) -> Result:  # fmt: skip
     """Generate images of a prompt, or of each line of a file.
 
-    -o FILE.png makes one image; -o DIR a samples folder, which is continued when the command is given again.
+    -o FILE.png (.jpg, .webp) makes one image; -o DIR a samples folder, which is continued when the command is given
+    again. Each image says in its XMP that a model made it.
 
     Example: bifrost generate "a green star left of a yellow circle" -o out.png --seed 7
     """
@@ -230,7 +233,7 @@ def reconstruct(
     from bifrost_cli.generation.requests import destination
 
     if destination(output, 1) is None:
-        raise UsageError(f"{output} is not a PNG file", fix=f"-o {quote(f'{output}.png')}")
+        raise UsageError(f"{output} is no image file", fix=f"-o {quote(f'{output}.png')}")
     read_image(image, recipe.images)
     if controlnet is not None:
         resolve(workspace, controlnet, "controlnet")

@@ -1,6 +1,6 @@
-"""generate: prompts to one PNG file, or to a samples artifact that an interrupted run continues image by image.
+"""generate: prompts to one image file, or to a samples artifact that an interrupted run continues image by image.
 
-Every PNG carries what made it. The heavy libraries are imported after what needs no model was checked.
+Every image carries what made it. The heavy libraries are imported after what needs no model was checked.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bifrost_cli.artifacts import Artifact, Draft, default_path, identity_id
 from bifrost_cli.artifacts.files import exists, make_folder, write_bytes, write_new
 from bifrost_cli.artifacts.identity import digest_of
 from bifrost_cli.config.schema import Recipe
-from bifrost_cli.data.png import contact_sheet, png_bytes, png_pixels
+from bifrost_cli.data.png import contact_sheet, image_bytes, png_pixels
 from bifrost_cli.errors import EnvironmentProblem, UsageError
 from bifrost_cli.generation.requests import destination, image_requests, image_settings, png_facts, read_prompts
 from bifrost_cli.runtime.launch import together
@@ -44,10 +44,14 @@ class _Run:
     pipe: BifrostPipeline
     ui: Ui
 
-    def pngs(self, requests: Sequence[ImageRequest], predicted: Sequence[PredictedLatents]) -> list[bytes]:
-        pixels_BHWC = self.pipe.render_batch(requests, predicted)
-        return [png_bytes(pixels_HWC, png_facts(request, self.settings, self.parents, latents.plan))
-                for pixels_HWC, request, latents in zip(pixels_BHWC, requests, predicted, strict=True)]  # fmt: skip
+    def images(
+        self, requests: Sequence[ImageRequest], predicted: Sequence[PredictedLatents], suffix: str = ".png"
+    ) -> list[bytes]:
+        made = zip(self.pipe.render_batch(requests, predicted), requests, predicted, strict=True)
+        return [
+            image_bytes(pixels_HWC, png_facts(request, self.settings, self.parents, latents.plan), suffix=suffix)
+            for pixels_HWC, request, latents in made
+        ]
 
 
 @together
@@ -75,7 +79,7 @@ def generate(
     Args:
         recipe: models and settings; see `sets`.
         prompts: one (str), a list, or a file with one a line (Path).
-        output: FILE.png for one image, or a folder; None is workspace/samples-HASH.
+        output: FILE.png, .jpg or .webp for one image, or a folder; None is workspace/samples-HASH.
         branch: a branch artifact; None chooses (`choose_models`).
         controlnet: a ControlNet artifact likewise.
         workspace: where artifacts are looked up and made.
@@ -92,7 +96,7 @@ def generate(
         sets: not None: by the recipe that trained the branch, with these `section.key=value` settings, instead.
 
     Returns:
-        The path of FILE.png, or the samples artifact: 00000.png, ..., prompts.jsonl; or the plan of a dry run.
+        The path of the file, or the samples artifact: 00000.png, ..., prompts.jsonl; or the plan of a dry run.
 
     Raises:
         UsageError: an empty prompt, an output that exists.
@@ -169,11 +173,11 @@ def _to_file(run: _Run, file: Path, save_latents: bool) -> tuple[Path, int, str]
     kept = save_latents and os.path.lexists(latents)
     if kept and not (latents.is_file() and latents.read_bytes() == data):  # the same: a run was killed before its image
         raise exists(latents)
-    (png,) = run.pngs([request], [predicted])
+    (image,) = run.images([request], [predicted], file.suffix.lower())
     make_folder(file.parent)
     if save_latents and not kept:
         write_new(latents, data)
-    write_new(file, png)
+    write_new(file, image)
     told = f"{file}: seed {request.seed}; another: --seed {request.seed + 1}"
     return file, int(run.pipe.cuts(request, predicted)), told
 
@@ -188,7 +192,7 @@ def _to_folder(run: _Run, folder: Path, seed: int, device: str, batch: int) -> t
         requests: Sequence[ImageRequest], predicted: Sequence[PredictedLatents]
     ) -> list[tuple[dict[str, bytes], dict[str, Any]]]:
         made = []
-        for request, latents, png in zip(requests, predicted, run.pngs(requests, predicted), strict=True):
+        for request, latents, png in zip(requests, predicted, run.images(requests, predicted), strict=True):
             files = {request.name: png}
             if run.identity["save_latents"]:
                 files[f"latents/{request.index:05d}.safetensors"] = latents_bytes(latents)
@@ -201,7 +205,7 @@ def _to_folder(run: _Run, folder: Path, seed: int, device: str, batch: int) -> t
         write_lines(draft.path / "prompts.jsonl", lines)
         if run.identity["grid"]:
             shown = [png_pixels((draft.path / request.name).read_bytes()) for request in requests[:SHEET]]
-            write_bytes(draft.path / "grid.png", png_bytes(contact_sheet(shown)))
+            write_bytes(draft.path / "grid.png", image_bytes(contact_sheet(shown), {}))
         cut = sum(facts[request.index]["cut"] for request in requests)
         info = {"settings": run.settings, "cut": cut, "recipe": run.recipe.model_dump(mode="json")}
         stages = {stage: round(value, 3) for stage, value in pipe.seconds.items()}

@@ -1,6 +1,6 @@
 """reconstruct: images to patch latents and back, to see what the latents keep; the branch has no part in it.
 
-`reconstruct` makes one PNG file, `reconstruct_set` a samples artifact that an interrupted run continues.
+`reconstruct` makes one image file, `reconstruct_set` a samples artifact that an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from bifrost_cli.artifacts.files import make_folder, write_new
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.image_sets import PROMPTS, ImageSet
 from bifrost_cli.data.images import DecodedImage, read_image
-from bifrost_cli.data.png import png_bytes
+from bifrost_cli.data.png import image_bytes
+from bifrost_cli.data.xmp import EDITED
 from bifrost_cli.errors import UsageError
 from bifrost_cli.generation.choose_models import choose_controlnet
 from bifrost_cli.generation.generate import write_lines
@@ -37,28 +38,28 @@ def reconstruct(
     recipe: Recipe, image: Path | str, *, output: Path | str, prompt: str = "", controlnet: Path | str | None = None,
     workspace: Path | str = "runs", seed: int = 0, device: str = "auto", ui: Ui | None = None,
 ) -> Path:  # fmt: skip
-    """Encode the centre square of an image, generate it again from its latents, and write it as a PNG.
+    """Encode the centre square of an image, generate it again from its latents, and write it.
 
     Args:
         recipe: models and settings.
         image: a file.
-        output: FILE.png, which must not exist.
+        output: FILE.png, .jpg or .webp, which must not exist.
         prompt: what the diffusion model reads beside the latents.
         controlnet: a ControlNet artifact, looked up in `workspace`; None chooses (`choose_controlnet`).
         seed: of the noise that the diffusion model starts from.
         ui: hears what was chosen.
 
     Returns:
-        The path of the PNG.
+        The path of the file.
 
     Raises:
         BadImage: (4) the image cannot be used.
-        UsageError: (2) the output exists or is not a PNG.
+        UsageError: (2) the output exists or is no image file.
         ArtifactError: (5) a ControlNet for other latents or another diffusion model.
     """
     ui, file = ui or Ui(), destination(output, 1)
     if file is None:
-        raise UsageError(f"{output} is not a PNG file", fix=f"-o {quote(f'{output}.png')}")
+        raise UsageError(f"{output} is no image file", fix=f"-o {quote(f'{output}.png')}")
     decoded = read_image(Path(image), recipe.images)
     for note in decoded.notes:
         ui.say(f"{image}: {note}")
@@ -78,7 +79,8 @@ def _reconstruct(
     settings: dict[str, Any] = {key: getattr(recipe, key).model_dump(mode="json") for key in ("images", "latents")}
     settings |= {"generate": generate_settings(recipe), **files_between(recipe)}
     make_folder(file.parent)
-    write_new(file, png_bytes(pixels_HWC, _MARK | png_facts(request, settings, [used])))
+    facts = _MARK | png_facts(request, settings, [used])
+    write_new(file, image_bytes(pixels_HWC, facts, source_type=EDITED, suffix=file.suffix.lower()))
     ui.say(f"{file}: reconstructed from {rows}x{columns} latents of {image}")
     return file
 
@@ -111,9 +113,11 @@ def reconstruct_set(
     def render(
         requests: Sequence[ImageRequest], predicted: Sequence[PredictedLatents]
     ) -> list[tuple[dict[str, bytes], dict[str, Any]]]:
-        pairs = zip(requests, predicted, strict=True)
-        return [({request.name: png_bytes(pipe.image_of(replace(request, prompt=""), latents.latents_PC), _MARK)}, {})
-                for request, latents in pairs]  # fmt: skip
+        made = []
+        for request, latents in zip(requests, predicted, strict=True):
+            pixels_HWC = pipe.image_of(replace(request, prompt=""), latents.latents_PC)
+            made.append(({request.name: image_bytes(pixels_HWC, _MARK, source_type=EDITED)}, {}))
+        return made
 
     def commit(draft: Draft, facts: Mapping[int, dict[str, Any]]) -> Artifact:
         lines = [{"index": r.index, "file": r.name, "prompt": r.prompt or None, "plan": None, "seed": r.seed,

@@ -19,12 +19,13 @@ from bifrost_cli.artifacts.identity import provenance
 from bifrost_cli.artifacts.manifest import require_outside
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.config.section import identity_of
+from bifrost_cli.data.png import WRITTEN
 from bifrost_cli.errors import UsageError
 from bifrost_cli.runtime.ui import Ui
 
 MAX_BYTES = 64 * 1024
 FILE_BYTES = 1 << 28  # of a file of prompts
-OTHER_FORMATS = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+OTHER_FORMATS = {".gif", ".bmp", ".tif", ".tiff", ".avif", ".jxl", ".heic"}
 _JSON_EXAMPLE = 'a prompt is an object: {"prompt": "a star"}'
 _EXAMPLE = 'bifrost generate "a red circle above a blue square" -o out.png'
 
@@ -69,7 +70,7 @@ def image_settings(recipe: Recipe, **more: Any) -> dict[str, Any]:
 def png_facts(
     request: ImageRequest, settings: dict[str, Any], parents: Sequence[Artifact], plan: str | None = None
 ) -> dict[str, str]:
-    """A PNG's text chunks: everything that made the image; no time, no host, no position in a batch."""
+    """What an image says of itself: everything that made it; no time, no host, no position in a batch."""
     artifacts = {parent.kind: parent.id for parent in parents}
     facts = {"settings": settings, "artifacts": artifacts, "versions": provenance()["versions"]}
     planned = {} if plan is None else {"plan": plan}
@@ -112,23 +113,23 @@ def read_prompts(prompts: str | Path | Sequence[str], ui: Ui) -> list[str]:
 
 
 def destination(output: Path | str | None, images: int) -> Path | None:
-    """The one PNG file that is asked for, or None when the images go into a samples folder. UsageError (2): the file
-    exists, several images for one file, a format other than PNG, a folder name that is a file."""
+    """The one image file that is asked for, or None when the images go into a samples folder. UsageError (2): the file
+    exists, several images for one file, a format that is not written, a folder name that is a file."""
     if output is None:
         return None
     path = Path(output)
     suffix = path.suffix.lower()
     if suffix in OTHER_FORMATS:
-        raise UsageError(f"{path} would not be a PNG", at="images are written as PNG only",
+        raise UsageError(f"{path} would be no PNG, JPEG or WebP", at="no other format is written",
                          fix=f"-o {quote(str(path.with_suffix('.png')))}")  # fmt: skip
-    if suffix != ".png":
+    if suffix not in WRITTEN:
         if path.exists() and not path.is_dir():
             raise exists(path, f"{path}-2")
         return None
     if images != 1:
         raise UsageError(f"{images} images do not fit into {path}", fix=f"give a folder: -o {path.with_suffix('')}")
     if path.exists() or path.is_symlink():
-        raise exists(path, str(path.with_name(f"{path.stem}-2.png")))
+        raise exists(path, str(path.with_name(f"{path.stem}-2{path.suffix}")))
     require_outside(path)
     return path
 

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from bifrost_cli.artifacts.identity import KINDS
 from bifrost_cli.config.load import recipe_names
+from bifrost_cli.data.png import XMP_CHUNK
+from bifrost_cli.data.xmp import is_ours, xmp_facts
 from bifrost_cli.errors import public
 from bifrost_cli.interop.published_names import public_name
 
@@ -132,7 +134,7 @@ def file_facts(path: Path) -> dict[str, str]:
     try:
         with Image.open(path) as image:
             image.load()
-            return {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+            return _texts(image) | xmp_facts(image.info.get("xmp", b""))
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return {}
 
@@ -169,15 +171,23 @@ def _of_image(image: Any) -> Iterator[tuple[str, str]]:
             yield kind, str(value)
     if exif.get_ifd(IFD.GPSInfo):
         yield "place", "GPS coordinates"
+    texts, packet = _texts(image), image.info.get("xmp", b"")
+    if is_ours(packet):
+        texts |= xmp_facts(packet)
     for key, value in image.info.items():
-        if key in ("xmp", "XML:com.adobe.xmp", "comment"):
-            yield key.partition(":")[0].lower(), "metadata of another program"
-        value = value.decode("utf-8", "replace") if isinstance(value, bytes) and key == "comment" else value
-        if isinstance(value, str):
-            try:
-                yield from _of_value(json.loads(value), str(key))
-            except ValueError:
-                yield from _of_value(value, str(key))
+        if key == "comment" or (key == "xmp" and not is_ours(packet)):
+            yield key, "metadata of another program"
+            texts[key] = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    for key, text in texts.items():
+        try:
+            yield from _of_value(json.loads(text), key)
+        except ValueError:
+            yield from _of_value(text, key)
+
+
+def _texts(image: Any) -> dict[str, str]:
+    """An image's own texts, by key; its XMP is read apart."""
+    return {str(key): value for key, value in image.info.items() if isinstance(value, str) and key != XMP_CHUNK}
 
 
 def _of_value(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -26,7 +26,7 @@ print(json.dumps(found))
 CASES = [
     (["generate", "a star", "-o", "out.png"], 2, "out.png exists already"),
     (["generate", "a star", "-o", "link.png"], 2, "link.png exists already"),
-    (["generate", "a star", "-o", "out.jpg"], 2, "out.jpg would not be a PNG"),
+    (["generate", "a star", "-o", "out.gif"], 2, "out.gif would be no PNG, JPEG or WebP"),
     (["generate", "a star", "-o", "folder"], 2, "folder exists and was not made by bifrost"),
     (["generate", "a star", "-n", "2", "-o", "new.png"], 2, "2 images do not fit into new.png"),
     (["generate", ""], 2, "the prompt is empty"),
@@ -38,7 +38,7 @@ CASES = [
     (["reconstruct", "none.png"], 4, "file not found"),
     (["reconstruct", "prompts.txt"], 4, "empty file"),
     (["reconstruct", "none.png", "-o", "out.png"], 2, "out.png exists already"),
-    (["reconstruct", "none.png", "-o", "folder"], 2, "folder is not a PNG file"),
+    (["reconstruct", "none.png", "-o", "folder"], 2, "folder is no image file"),
     (["ask", "none.png", "what?"], 4, "file not found"),
     (["ask", "none.png", " "], 2, "the question is empty"),
     (["train", "branch"], 5, "there is no latents artifact in runs"),

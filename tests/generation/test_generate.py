@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fixtures_flux import System, save_part, save_system
+from PIL import Image
 from safetensors.numpy import load_file
 from torch import nn
 
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.cli.app import run
 from bifrost_cli.config.load import load_recipe
-from bifrost_cli.data.png import png_pixels, png_text
+from bifrost_cli.data.png import png_bytes, png_pixels, png_text
+from bifrost_cli.data.xmp import GENERATED
 from bifrost_cli.errors import ArtifactError, RecipeError, Stopped, UsageError
 from bifrost_cli.generation.choose_models import choose_models
 from bifrost_cli.generation.generate import generate
@@ -153,7 +155,8 @@ def test_a_damaged_picture_of_an_unfinished_folder_is_made_again(system: System,
         ("x" * 70_000, "out.png", {}, "70000 bytes"),
         ("a", "there.png", {}, "exists already"),
         ("a", "there", {}, "exists already"),
-        ("a", "out.jpg", {}, "would not be a PNG"),
+        ("a", "out.gif", {}, "would be no PNG, JPEG or WebP"),
+        ("a", "there.webp", {}, "exists already"),
         (["a", "b"], "out.png", {}, "2 images do not fit"),
         ("a", "out.png", {"n": 0}, "0 images"),
         ("a", "out.png", {"grid": True}, "--grid"),
@@ -166,6 +169,7 @@ def test_refused_before_anything_is_loaded(tmp_path: Path, monkeypatch, prompts,
     monkeypatch.chdir(tmp_path)
     Path("there.png").write_bytes(b"mine")
     Path("there").write_bytes(b"mine")
+    Path("there.webp").write_bytes(b"mine")
     Path("blank.txt").write_text("\n \n")
     Path("latin.txt").write_bytes("é".encode("latin-1"))
     before = sorted(tmp_path.iterdir())
@@ -186,6 +190,33 @@ def test_a_dry_run_says_what_is_there_and_reads_no_weight(system: System, tmp_pa
     with pytest.raises(UsageError, match="exists already"):
         render(system, "a star", half.file("00000.png"), dry_run=True)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_jpeg_and_webp_say_the_same_of_the_same_image(system: System, tmp_path: Path, capsys) -> None:
+    said = []
+    for name in ("a.png", "a.JPG", "a.webp"):
+        file = render(system, "a red circle", tmp_path / name, seed=7)
+        assert run(["show", str(file), "--json"]) == 0
+        said.append(json.loads(capsys.readouterr().out))
+    assert said[0] == said[1] == said[2] and said[0]["DigitalSourceType"] == GENERATED and said[0]["seed"] == "7"
+    pixels = [np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "a.JPG", "a.webp")]
+    assert np.array_equal(pixels[0], pixels[2]) and np.abs(pixels[0].astype(int) - pixels[1]).mean() < 6  # of noise
+
+
+def test_a_folder_that_an_older_version_left_goes_on_with_marked_images(system: System, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(
+        "bifrost_cli.generation.generate.image_bytes", lambda pixels, text, **_: png_bytes(pixels, text)
+    )
+    stopping = Heard(on_picture=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(Stopped):
+        render(system, ["a star", "a red circle"], tmp_path / "out", ui=stopping)
+    older = (tmp_path / "out" / "00000.png").read_bytes()
+    monkeypatch.undo()
+    made = render(system, ["a star", "a red circle"], tmp_path / "out", grid=False)
+    assert made.file("00000.png").read_bytes() == older and not made.verify()
+    assert ["xmp" in Image.open(made.file(f"0000{index}.png")).info for index in (0, 1)] == [False, True]
+    alike = render(system, ["a star", "a red circle"], tmp_path / "straight").file("00000.png").read_bytes()
+    assert np.array_equal(png_pixels(alike), png_pixels(older))
 
 
 def test_long_and_foreign_prompts(system: System, tmp_path: Path) -> None:

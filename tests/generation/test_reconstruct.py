@@ -12,7 +12,8 @@ from fixtures_loading import load_mllm
 from torch import nn
 
 from bifrost_cli.data.images import BadImage
-from bifrost_cli.data.png import png_bytes, png_pixels, png_text
+from bifrost_cli.data.png import XMP_CHUNK, png_bytes, png_pixels, png_text
+from bifrost_cli.data.xmp import EDITED
 from bifrost_cli.errors import ArtifactError, UsageError
 from bifrost_cli.generation.ask import answer, ask
 from bifrost_cli.generation.choose_models import choose_controlnet
@@ -41,6 +42,7 @@ def test_the_latents_decide_the_picture(system: System, image: Path, tmp_path: P
         for name in "ab"
     )
     assert first == again and png_pixels(first).shape == (64, 64, 3)
+    assert EDITED in png_text(first)[XMP_CHUNK]
     assert png_text(first)["reconstruction"] == "yes" and system.controlnet.id in png_text(first)["artifacts"]
     settings = json.loads(png_text(first)["settings"])  # the models do not ship with the package: their files count
     assert settings["mllm_files"] != settings["painter_files"] and len(settings["mllm_files"]) == 64
@@ -61,7 +63,7 @@ def test_the_controlnet_is_found_and_must_fit(system: System, image: Path, tmp_p
 
 
 def test_bad_places_and_pictures(system: System, image: Path, tmp_path: Path) -> None:
-    for output in (image, tmp_path / "folder", tmp_path / "out.jpg"):
+    for output in (image, tmp_path / "folder", tmp_path / "out.gif"):
         with pytest.raises(UsageError):
             reconstruct(system.recipe, image, output=output)
     (tmp_path / "text.png").write_text("no picture")

@@ -14,7 +14,7 @@ from PIL import Image
 
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.cli.app import run
-from bifrost_cli.data.png import png_bytes
+from bifrost_cli.data.png import WRITTEN, image_bytes
 from bifrost_cli.data.safetensors_io import save_tensors
 from bifrost_cli.generation.requests import ImageRequest, generate_settings, png_facts
 from bifrost_cli.interop.export import export
@@ -62,11 +62,15 @@ def test_a_page_of_a_measured_folder_names_neither_it_nor_the_reference(machine)
     assert MARK not in html and "Evaluation of a folder" in html and "24 images to a folder; 3 runs" in html
 
 
-def test_a_png_and_an_export_carry_ids_and_public_names_alone(machine):
+def test_an_image_and_an_export_carry_ids_and_public_names_alone(machine):
     parents = [Artifact.open(make_store(machine / "lat").path)]
     facts = png_facts(ImageRequest(0, "a red circle", 0), generate_settings(recipe()), parents, "a plan")
-    (machine / "out.png").write_bytes(png_bytes(np.zeros((8, 8, 3), np.uint8), facts))
-    assert told(machine / "out.png") == {"prompt"} and MARK.encode() not in (machine / "out.png").read_bytes()
+    for suffix in WRITTEN:
+        file = machine / f"out{suffix}"
+        file.write_bytes(image_bytes(np.zeros((8, 8, 3), np.uint8), facts, suffix=suffix))
+        assert told(file) == {"prompt"} and MARK.encode() not in file.read_bytes()
+        prompts = {fact.value for fact in private_facts(file)}
+        assert prompts == {"a red circle", "a plan"}
     folder = export("builtin:branch", output=machine / "exported")
     assert told(folder) == set()
     assert not any(MARK.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
