@@ -142,9 +142,11 @@ def _require(
     from bifrost_cli.data.images import read_image
     from bifrost_cli.generation.requests import destination
 
-    for file in (output, *(one for one in more if one is not None)):
-        if destination(file, count) is None and (count == 1 or file is not output):
-            raise UsageError(f"{file} is not a PNG file", fix=f"-o {quote(f'{file}.png')}")
+    if destination(output, count) is None and count == 1:
+        raise UsageError(f"{output} is no image file", fix=f"-o {quote(f'{output}.png')}")
+    for file in more:
+        if file is not None and destination(file, 1, (".png",)) is None:
+            raise UsageError(f"{file} is not a PNG file", fix=quote(f"{file}.png"))
     for kind, ref in (("branch", branch), ("controlnet", controlnet)):
         if ref is not None:
             resolve(workspace, ref, kind)

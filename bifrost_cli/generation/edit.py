@@ -6,7 +6,7 @@ again, from the prompt and from those that stay.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -17,8 +17,9 @@ from bifrost_cli.artifacts import Artifact, resolve
 from bifrost_cli.artifacts.files import exists, make_folder, new_folder, sha256_file, write_bytes, write_new
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.data.images import read_image, square
-from bifrost_cli.data.png import contact_sheet, png_bytes
+from bifrost_cli.data.png import WRITTEN, contact_sheet, image_bytes, png_bytes
 from bifrost_cli.data.safetensors_io import load_tensors
+from bifrost_cli.data.xmp import EDITED, GENERATED
 from bifrost_cli.errors import ArtifactError, UsageError
 from bifrost_cli.generation import regions
 from bifrost_cli.generation.choose_models import choose_controlnet, choose_models
@@ -48,13 +49,13 @@ def edit(
     ui: Ui | None = None,
     sets: Sequence[str] | None = None,
 ) -> Path:
-    """Predict a part of an image again and write the whole as a PNG; see `BifrostPipeline.edit`.
+    """Predict a part of an image again and write the whole; see `BifrostPipeline.edit`.
 
     Args:
         recipe: models and settings; see `sets`.
         image: a file; its centre square is read.
         prompt: what the whole image shall show.
-        output: FILE.png, which must not exist.
+        output: FILE.png, .jpg or .webp, which must not exist.
         mask: an image of the same size, white where it is to change. One of `mask`, `box`, `region` is needed.
         box: (x, y, width, height) in px of the image.
         region: words for what is to change; the MLLM says where it is.
@@ -66,16 +67,16 @@ def edit(
         sets: not None: by the recipe that trained the branch, with these `section.key=value` settings, instead.
 
     Returns:
-        The path of the PNG.
+        The path of the file.
 
     Raises:
         BadImage: (4) an image cannot be used.
-        UsageError: (2) an output that exists or is no PNG; a mask of another size, an empty or full one, a region that
-            is not found.
+        UsageError: (2) an output that exists or is no image file; a mask of another size, an empty or full one, a
+            region that is not found.
         ArtifactError: (5) parts that do not fit.
     """
-    ui, file = ui or Ui(), _png(output)
-    shown = _png(show_mask) if show_mask is not None else None
+    ui, file = ui or Ui(), _file(output)
+    shown = _file(show_mask, (".png",)) if show_mask is not None else None
     pipe, parents = _pipeline(recipe, branch, controlnet, workspace, device, ui, sets)
     rgb = _read(image, pipe, ui)
     marked = read_image(Path(mask), pipe.recipe.images).rgb if mask is not None else None
@@ -114,7 +115,7 @@ def vary(
     """Write variations of an image, of which a share `strength` of the patches is predicted again; see `edit`.
 
     Args:
-        output: FILE.png for one variation, else a new folder: 00000.png, ... and grid.png.
+        output: FILE.png, .jpg or .webp for one variation, else a new folder: 00000.png, ... and grid.png.
         n: how many; variation i has seed `seed + i`.
 
     Returns:
@@ -128,15 +129,18 @@ def vary(
     made = pipe.vary(_read(image, pipe, ui), prompt, num_images=n, strength=strength, seed=seed)
     how = {"variation_of": sha256_file(Path(image)), "strength": strength}
     requests = [ImageRequest(index, prompt, seed + index) for index in range(n)]
-    pngs = [_png_bytes(*one, pipe, parents, how) for one in zip(made.images, requests, made.plans, strict=True)]
+    suffix = file.suffix.lower() if file else ".png"
+    ways = zip(made.images, requests, made.plans, strict=True)
+    data = [_bytes(*one, pipe, parents, how, suffix=suffix) for one in ways]
     make_folder((file or folder).parent)
     if file:
-        write_new(file, pngs[0])
+        write_new(file, data[0])
         return file
     with new_folder(folder) as draft:
-        for request, data in zip(requests, pngs, strict=True):
-            write_bytes(draft / request.name, data)
-        write_bytes(draft / "grid.png", png_bytes(contact_sheet([np.asarray(image) for image in made.images])))
+        for request, png in zip(requests, data, strict=True):
+            write_bytes(draft / request.name, png)
+        sheet = contact_sheet([np.asarray(image) for image in made.images])
+        write_bytes(draft / "grid.png", image_bytes(sheet, {}, source_type=EDITED))
     ui.say(f"{folder}: {n} variations, and grid.png with all of them")
     return folder
 
@@ -164,9 +168,9 @@ def mix(
         prompt: what the diffusion model reads beside the latents.
 
     Returns:
-        The path of the PNG.
+        The path of the file.
     """
-    ui, file = ui or Ui(), _png(output)
+    ui, file = ui or Ui(), _file(output)
     if strip is not None and strip < 2:
         raise UsageError(f"a strip of {strip} images shows no steps", fix="--strip 5")
     pipe = BifrostPipeline(recipe, device=device, ui=ui)
@@ -198,9 +202,9 @@ def decode(
 
     Raises:
         ArtifactError: (5) the file is none, or holds no such tensor.
-        UsageError: (2) the output exists or is no PNG; latents that the ControlNet is not for.
+        UsageError: (2) the output exists or is no image file; latents that the ControlNet is not for.
     """
-    ui, file, path = ui or Ui(), _png(output), Path(latents)
+    ui, file, path = ui or Ui(), _file(output), Path(latents)
     tensors, _ = load_tensors(path)
     kept = tensors.get("latents")
     if kept is None or kept.ndim != 2:
@@ -218,7 +222,8 @@ def decode(
         raise ArtifactError(f"{path} holds latents of {kept.shape[1]} channels, the ControlNet reads {wanted}",
                             fix="--controlnet that was trained on such latents", code="BF-ART-004")  # fmt: skip
     made = pipe.decode(kept.float(), prompt, seed=seed)
-    _write(file, made, ImageRequest(0, prompt, seed), None, pipe, [chosen], {"latents": sha256_file(path)})
+    how = {"latents": sha256_file(path)}
+    _write(file, made, ImageRequest(0, prompt, seed), None, pipe, [chosen], how, source_type=GENERATED)
     return file
 
 
@@ -237,10 +242,10 @@ def _pipeline(
     return pipe, [models.branch, models.controlnet]
 
 
-def _png(output: Path | str) -> Path:
-    file = destination(output, 1)
+def _file(output: Path | str, suffixes: Collection[str] = WRITTEN) -> Path:
+    file = destination(output, 1, suffixes)
     if file is None:
-        raise UsageError(f"{output} is not a PNG file", fix=f"-o {quote(f'{output}.png')}")
+        raise UsageError(f"{output} is no {' or '.join(suffixes)} file", fix=quote(f"{output}.png"))
     return file
 
 
@@ -251,14 +256,15 @@ def _read(image: Path | str, pipe: BifrostPipeline, ui: Ui) -> np.ndarray:
     return decoded.rgb
 
 
-def _write(file: Path, image: Any, *facts: Any) -> None:
+def _write(file: Path, image: Any, *facts: Any, source_type: str = EDITED) -> None:
     make_folder(file.parent)
-    write_new(file, _png_bytes(image, *facts))
+    write_new(file, _bytes(image, *facts, source_type=source_type, suffix=file.suffix.lower()))
 
 
-def _png_bytes(
+def _bytes(
     image: Any, request: ImageRequest, plan: str | None, pipe: BifrostPipeline, parents: Sequence[Artifact],
-    how: dict[str, Any],
+    how: dict[str, Any], *, source_type: str = EDITED, suffix: str,
 ) -> bytes:  # fmt: skip
     settings = image_settings(pipe.recipe, max_text_tokens=pipe.recipe.branch.max_text_tokens)
-    return png_bytes(np.asarray(image), png_facts(request, {**settings, **how}, parents, plan))
+    facts = png_facts(request, {**settings, **how}, parents, plan)
+    return image_bytes(np.asarray(image), facts, source_type=source_type, suffix=suffix)

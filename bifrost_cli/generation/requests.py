@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -112,9 +112,10 @@ def read_prompts(prompts: str | Path | Sequence[str], ui: Ui) -> list[str]:
     return [prompt for _, prompt in placed]
 
 
-def destination(output: Path | str | None, images: int) -> Path | None:
+def destination(output: Path | str | None, images: int, suffixes: Collection[str] = WRITTEN) -> Path | None:
     """The one image file that is asked for, or None when the images go into a samples folder. UsageError (2): the file
-    exists, several images for one file, a format that is not written, a folder name that is a file."""
+    exists, several images for one file, a format that is not written, a folder name that is a file. `suffixes`: of one
+    file; by default all that are written."""
     if output is None:
         return None
     path = Path(output)
@@ -122,7 +123,7 @@ def destination(output: Path | str | None, images: int) -> Path | None:
     if suffix in OTHER_FORMATS:
         raise UsageError(f"{path} would be no PNG, JPEG or WebP", at="no other format is written",
                          fix=f"-o {quote(str(path.with_suffix('.png')))}")  # fmt: skip
-    if suffix not in WRITTEN:
+    if suffix not in suffixes:
         if path.exists() and not path.is_dir():
             raise exists(path, f"{path}-2")
         return None

@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 import torch
 from fixtures_flux import System, save_part, save_system
+from PIL import Image
 from torch import nn
 
 from bifrost_cli import BifrostPipeline, decode, edit, mix, vary
 from bifrost_cli.cli.app import run
 from bifrost_cli.data.png import png_bytes, png_pixels, png_text
+from bifrost_cli.data.xmp import EDITED, GENERATED
 from bifrost_cli.errors import ArtifactError, UsageError
 from bifrost_cli.generation import regions
 from bifrost_cli.generation.generate import generate
 from bifrost_cli.generation.reconstruct import reconstruct
+from bifrost_cli.interop.privacy import file_facts
 from bifrost_cli.models.branch.masking import random_orders, sample_masked
 from bifrost_cli.models.mllm.frozen_mllm import Completion, Mllm
 from bifrost_cli.shapes.checker import check
@@ -156,6 +159,13 @@ def test_files_are_written_with_what_made_them(system: System, image: Path, tmp_
     assert np.array_equal(pale[:16, :16], png_pixels(image.read_bytes())[:16, :16]) and pale[20:].min() > 170
     folder = vary(system.recipe, image, output=tmp_path / "v", n=2, **parts)
     assert sorted(path.name for path in folder.iterdir()) == ["00000.png", "00001.png", "grid.png"]
+    for marked in (made, *folder.iterdir()):
+        assert file_facts(marked)["DigitalSourceType"] == EDITED
+    assert "DigitalSourceType" not in file_facts(tmp_path / "m.png")  # the given image, made pale
+    lossless = edit(system.recipe, image, "a star", output=tmp_path / "e.webp", box=(0, 0, 16, 16), keep_pixels=True,
+                    **parts)  # fmt: skip
+    assert file_facts(lossless) == file_facts(made)
+    assert np.array_equal(np.asarray(Image.open(lossless)), png_pixels(made.read_bytes()))
     strip = mix(system.recipe, image, image, output=tmp_path / "s.png", strip=3, controlnet=parts["controlnet"])
     assert png_pixels(strip.read_bytes()).shape == (64, 192, 3)
     again = reconstruct(system.recipe, image, output=tmp_path / "r.png", controlnet=parts["controlnet"])
@@ -170,6 +180,7 @@ def test_decode_gives_the_pixels_of_the_command_that_kept_the_latents(system: Sy
         system.recipe, tmp_path / "a.safetensors", output=tmp_path / "b.png", prompt="a star", seed=4, **parts
     )
     assert np.array_equal(png_pixels(made.read_bytes()), png_pixels(again.read_bytes()))
+    assert file_facts(made)["DigitalSourceType"] == file_facts(again)["DigitalSourceType"] == GENERATED
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
