@@ -117,6 +117,45 @@ def append(path: Path, text: str) -> None:
         write_all(descriptor, data)
 
 
+class GrowingFile:
+    """A file that several attempts fill; see `growing_file`."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    @property
+    def size(self) -> int:
+        """How many bytes are there."""
+        return os.fstat(self._descriptor).st_size
+
+    def keep(self, size: int) -> None:
+        """Keep the first `size` bytes; writing goes on behind them."""
+        os.ftruncate(self._descriptor, size)
+        os.lseek(self._descriptor, size, os.SEEK_SET)
+
+    def write(self, data: bytes) -> None:
+        """Add to the end."""
+        write_all(self._descriptor, data)
+
+
+@contextlib.contextmanager
+def growing_file(path: Path) -> Iterator[GrowingFile]:
+    """Open what an earlier attempt left of a file, or a new one; an error leaves what was written. `finish_file` gives
+    it its name. ArtifactError BF-ART-006: another process writes it."""
+    with disk_errors(path), open_file(path, os.O_RDWR | os.O_CREAT) as descriptor:
+        if hold(descriptor) is False:
+            raise ArtifactError(f"another process writes {path}", fix="wait until it has ended", code="BF-ART-006")
+        yield GrowingFile(descriptor)
+        os.fsync(descriptor)
+
+
+def finish_file(partial: Path, path: Path) -> None:
+    """Give a whole `growing_file` its name."""
+    with disk_errors(path):
+        os.replace(partial, path)
+        sync(path.parent)
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder and its parents, durably."""
     folder = Path(folder)

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -17,7 +18,7 @@ from bifrost_cli.artifacts.manifest import require_place
 from bifrost_cli.cli.command import FIRST_PROMPT, Result, command, refusals, start_processes
 from bifrost_cli.cli.options import RUNS, Device, DryRun, Gpus, NewFolder, Output, Recipe, Workspace, parameter
 from bifrost_cli.cli.stage_commands import require_shareable
-from bifrost_cli.errors import Findings
+from bifrost_cli.errors import Findings, UsageError
 from bifrost_cli.runtime.ui import Ui
 
 EVALUATE = ("evaluate.min_samples", "evaluate.features")
@@ -185,6 +186,40 @@ def import_geneval(
     from bifrost_cli.evaluation.geneval_export import import_geneval
 
     return Result.of(import_geneval(results, output=output, workspace=workspace, ui=ui))
+
+
+@command(app, "fetch")
+def fetch(
+    ui: Ui,
+    names: Annotated[list[str], typer.Argument(metavar="geneval|dpg|inception...", help="Which of them.")],
+    dry_run: DryRun = False,
+) -> Result:  # fmt: skip
+    """Download the published files that metrics need, to where eval looks for them.
+
+    geneval: its prompts; dpg: DPG-Bench's questions; inception: FID's network (95.7 MB, resumed).
+
+    What arrives is checked: Inception by its sha256, the others for being whole. Not tried by us: the addresses
+    themselves, only a stand-in for their servers. With --dry-run a server is asked for the size alone.
+
+    Example: bifrost fetch geneval --dry-run
+    """
+    from bifrost_cli.evaluation.benchmark_files import BENCHMARKS, fetch
+
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        raise UsageError(f"there is no benchmark {unknown[0]}", fix=f"one of {', '.join(BENCHMARKS)}")
+    found = {name: fetch(name, dry_run=dry_run, ui=ui) for name in dict.fromkeys(names)}
+    lines, hints = [], []
+    for name, told in found.items():
+        size = "size not said" if told["bytes"] is None else f"{told['bytes']:,} bytes"
+        checked = f", sha256 {told['sha256'][:12]}" if "sha256" in told else ""
+        lines.append(f"{told['path']}  {size}{checked}  {told['about']}")
+        lines += [f"would fetch {told['url']}"] if dry_run and not told["there"] else []
+        if name != "inception" and not dry_run:
+            prompts = quote(told.get("prompts", told["path"]))
+            hints.append(
+                f"next: bifrost generate --prompts {prompts} -n 4 -o {name}; bifrost eval --{name} --samples {name}"
+            )
+    return Result(lines, found, "\n".join(told["path"] for told in found.values()), "\n".join(hints) or None)
 
 
 @command(ablations, "ablate")

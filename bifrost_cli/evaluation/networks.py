@@ -251,16 +251,23 @@ def _whole(kind: Any, ref: str, fix: str) -> Any:
     return model
 
 
+def torch_checkpoints() -> Path:
+    """Where PyTorch's own downloads lie."""
+    return Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser() / "hub" / "checkpoints"
+
+
 def _load(published: tuple[str, ...], settings: Evaluate, load: Callable[[dict[str, torch.Tensor]], T]) -> T:
     """A network of published weights: the recipe's file, else that among PyTorch's own downloads."""
     metric, network, file, source, key, instead = published
-    cache = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser() / "hub" / "checkpoints" / file
+    cache, fetched = torch_checkpoints() / file, file == INCEPTION_FILE
     given = getattr(settings, key)
     path = Path(given).expanduser() if given else cache
     if not path.is_file():
         raise EnvironmentProblem(
             f"{metric} needs the standard {network} weights, and {path} is not there", at=f"{file} ({source})",
-            fix=f"put it at {cache}, or --set evaluate.{key}=FILE{instead}", code="BF-ENV-030",
+            fix=f"{'bifrost fetch inception, or ' if fetched else ''}put it at {cache}, or --set evaluate.{key}=FILE"
+            f"{instead}",
+            code="BF-ENV-030",
         )  # fmt: skip
     try:
         return load(_read_published(path) if path.suffix == ".pth" else load_tensors(path)[0])

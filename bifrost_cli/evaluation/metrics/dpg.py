@@ -55,7 +55,7 @@ class Dpg(Metric):
     )
     needs_prompts = True
     options = (
-        MetricOption("questions", "DPG-Bench's CSV."),
+        MetricOption("questions", "DPG-Bench's CSV.  (default: the fetched one)"),
         MetricOption("judge", "The MLLM that answers them.  (default: the recipe's MLLM)", "MODEL"),
     )
 
@@ -69,15 +69,20 @@ class Dpg(Metric):
 
     @classmethod
     def check(cls, request: Any) -> None:
-        if request.options.get("questions") is None:
-            raise UsageError("DPG-Bench asks questions, and none are given", fix="--questions dpg_bench.csv")
+        from bifrost_cli.evaluation.benchmark_files import cached
+
+        if request.options.get("questions") is None and cached("dpg") is None:
+            raise UsageError("DPG-Bench asks questions, and none are given",
+                             fix="bifrost fetch dpg, or --questions dpg_bench.csv")  # fmt: skip
 
     @classmethod
     def load(cls, inputs: MetricInputs) -> Dpg:
+        from bifrost_cli.evaluation.benchmark_files import BENCHMARKS, cached
         from bifrost_cli.evaluation.judges import VqaJudge
         from bifrost_cli.loading.loaders import ModelLoader
 
-        path, judge, models = Path(inputs.options["questions"]), inputs.options.get("judge"), inputs.models
+        path = Path(inputs.options.get("questions") or cached("dpg") or BENCHMARKS["dpg"].name)
+        judge, models = inputs.options.get("judge"), inputs.models
         items, name = questions_of(inputs.images, read_questions(path), path), judge or models.mllm
         revision = None if judge else models.mllm_revision
         judging = models.model_copy(update={"mllm": name, "mllm_revision": revision, "weights": "dtype"})

@@ -66,7 +66,7 @@ class GenEval(Metric):
     needs_prompts, keys = True, ("clip",)
     options = (
         MetricOption("detector", "GenEval's Mask2Former: a folder or hub id.", "MODEL", DETECTOR),
-        MetricOption("metadata", "GenEval's file of prompts."),
+        MetricOption("metadata", "GenEval's file of prompts.  (default: the fetched one)"),
     )
 
     def __init__(self, detector: Detector, namer: ColourNamer, asked: Sequence[Asked]) -> None:
@@ -87,6 +87,7 @@ class GenEval(Metric):
 
     @classmethod
     def load(cls, inputs: MetricInputs) -> GenEval:
+        from bifrost_cli.evaluation.benchmark_files import cached
         from bifrost_cli.evaluation.judges import ColourNamer
         from bifrost_cli.evaluation.networks import load_detector
 
@@ -94,9 +95,11 @@ class GenEval(Metric):
             asked = asked_of(inputs.images, read_asked(Path(metadata)), Path(metadata))
         elif inputs.samples is not None and is_layout(inputs.samples):
             asked = from_layout(inputs.samples, inputs.rules)[1]
+        elif (fetched := cached("geneval")) is not None:
+            asked = asked_of(inputs.images, read_asked(fetched), fetched)
         else:
             raise UsageError("GenEval needs to know what each image should show",
-                             fix="--metadata evaluation_metadata.jsonl, the benchmark's file of prompts")  # fmt: skip
+                             fix="bifrost fetch geneval, or --metadata FILE, the benchmark's prompts")  # fmt: skip
         return cls(load_detector(inputs.options["detector"], inputs.device), ColourNamer(load_scorer(inputs)), asked)
 
     def compute(self, images: ImageSet, lines: Sequence[Line], ui: Ui) -> list[dict[str, Any]]:
