@@ -15,6 +15,7 @@ from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
 
+import bifrost_cli
 from bifrost_cli.artifacts.files import TEMP_PREFIX, append, make_folder, remove
 from bifrost_cli.artifacts.lock import Lock, is_held, is_locked
 from bifrost_cli.artifacts.manifest import DRAFT, MANIFEST, Artifact
@@ -132,8 +133,9 @@ def resolve(workspace: Path | str, ref: Path | str, kind: str | None = None) -> 
 
     Args:
         workspace: where ids are looked up.
-        ref: a folder, an id, the beginning of an id (with or without its kind), or what ships with the package:
-            `builtin:branch`, `builtin:branch-linear`, `builtin:controlnet`, or `builtin` where `kind` says which.
+        ref: a folder, an id, the beginning of an id (with or without its kind), `hub:ORG/NAME[@REVISION]`, or what
+            ships with the package: `builtin:branch`, `builtin:branch-linear`, `builtin:controlnet`, or `builtin` where
+            `kind` says which.
 
     Raises:
         ArtifactError: there is none, several match, or it is of another kind.
@@ -155,6 +157,8 @@ def _look_up(workspace: Path | str, ref: str, kind: str | None) -> Artifact:
         what = f"no {own} artifact ships with bifrost" if own in MAKERS else f"builtin {own} names no artifact"
         fix = "give builtin:branch or builtin:controlnet, or see what there is: bifrost artifacts ls"
         raise ArtifactError(what, fix=fix)
+    if ref.startswith("hub:"):
+        return Artifact.open(bifrost_cli.from_hub(ref))  # a room above fetches it
     if Path(ref).is_dir():
         return Artifact.open(Path(ref))
     found = survey(workspace, outside=True).artifacts

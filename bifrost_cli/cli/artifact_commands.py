@@ -266,6 +266,31 @@ def export(
     return _exported(export(ref, output=output, workspace=workspace, ui=ui))
 
 
+@command(interop, "push")
+def push(
+    ui: Ui,
+    ref: Annotated[str, typer.Argument(metavar="REF", help="A branch or ControlNet artifact, or an exported folder.")],
+    repo: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where on the hub; made where it does not exist.")],
+    private: Annotated[bool, typer.Option("--private/--public", help="Who may see it.")] = True,
+    workspace: Workspace = RUNS, dry_run: DryRun = False,
+) -> Result:  # fmt: skip
+    """Upload a branch or a ControlNet to the Hugging Face hub, with a model card.
+
+    hub:ORG/NAME can then stand wherever an artifact can. The token is read from HF_TOKEN alone. Refused is what holds a
+    secret, a path, or the name of a user or host. Tried by us against a stand-in of the hub, not the hub itself.
+
+    Example: bifrost push builtin:branch me/my-branch --dry-run
+    """
+    from bifrost_cli.interop.push import push as run
+
+    told = run(ref, repo, private=private, workspace=workspace, dry_run=dry_run, ui=ui)
+    lines = [f"{size:>13,} bytes  {name}" for name, size in told["files"].items()]
+    if dry_run:
+        return Result([*lines, f"would go to {repo}, {'private' if private else 'public'}"], told)
+    hint = f'next: bifrost generate "{FIRST_PROMPT}" -o out.png --{told["kind"]} hub:{repo}'
+    return Result([*lines, told["ref"]], told, told["ref"], hint if told["kind"] != "export" else None)
+
+
 @command(interop, "export-mllm")
 def export_mllm(recipe: Recipe, ui: Ui, output: NewFolder = Path("mllm")) -> Result:
     """Write the frozen MLLM as a folder of its own, for lmms-eval to measure its understanding.

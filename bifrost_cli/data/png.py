@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,7 +18,7 @@ from bifrost_cli.errors import ArtifactError, UsageError
 GUTTER, PAPER = 4, 255
 XMP_CHUNK = "XML:com.adobe.xmp"  # the keyword of a PNG's iTXt chunk that holds XMP
 WRITTEN = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # by the name's ending
-_QUALITY = {"JPEG": {"quality": 95, "subsampling": "4:4:4"}, "WEBP": {"lossless": True}}
+_QUALITY: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": "4:4:4"}, "WEBP": {"lossless": True}}
 
 
 def png_bytes(pixels_HWC: np.ndarray, text: Mapping[str, str] | None = None) -> bytes:

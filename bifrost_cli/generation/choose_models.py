@@ -5,7 +5,6 @@ Two fit when they were trained on latents of the same encoder, grid and channels
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
@@ -19,12 +18,11 @@ from bifrost_cli.config.load import load_recipe, recipe_names
 from bifrost_cli.config.schema import Recipe
 from bifrost_cli.errors import ArtifactError
 from bifrost_cli.loading.compatibility import SHARED, has_own_conditioner, require_encoder, require_fit, trained_on
-from bifrost_cli.loading.resolve import builtin, resolve_model
+from bifrost_cli.loading.hub_artifacts import HUB_ID, from_hub
+from bifrost_cli.loading.resolve import builtin
 from bifrost_cli.runtime.ui import counted
 
 Ref = Path | str | None
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ("*.json", "*.safetensors", "*.csv", "*.png", "*.txt", "*.jsonl", "*.md")
 
 
 class GenerationModels(NamedTuple):
@@ -95,10 +93,10 @@ def pretrained(
     if str(ref) not in recipe_names():
         if path.is_dir():
             return _of_folder(path, branch, controlnet, sets)
-        if not path.exists() and path.suffix not in (".yaml", ".yml") and _HUB_ID.fullmatch(str(ref)):
-            patterns = [*_HUB_FILES, *(f"*/{name}" for name in _HUB_FILES)]
-            folder = resolve_model(str(ref), revision=revision, patterns=patterns)
-            return _of_folder(Path(folder), branch, controlnet, sets)
+        named = not path.exists() and path.suffix not in (".yaml", ".yml") and HUB_ID.fullmatch(str(ref))
+        if named or str(ref).startswith("hub:"):
+            at = f"@{revision}" if revision else ""
+            return _of_folder(from_hub(f"hub:{str(ref).removeprefix('hub:')}{at}"), branch, controlnet, sets)
     return load_recipe(ref, sets), choose_models(branch, controlnet, workspace)
 
 

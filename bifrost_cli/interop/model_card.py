@@ -41,8 +41,11 @@ _SHIPPED = Licence("apache-2.0", "Apache-2.0, ships with Bifrost")
 _UNKNOWN = Licence("other", "see the base model")
 
 
-def model_card(artifact: Artifact) -> str:
-    """The whole card: YAML front matter as the hub reads it, and Markdown."""
+def model_card(artifact: Artifact, hub_id: str | None = None) -> str:
+    """The whole card: YAML front matter as the hub reads it, and Markdown.
+
+    `hub_id` names an artifact that lies there as it is; None is an export in the published layout.
+    """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData  # a second of imports
 
     bases, shared, settings = _bases(artifact), trained_on(artifact), artifact.identity.get("settings")
@@ -55,6 +58,8 @@ def model_card(artifact: Artifact) -> str:
         license=kinds.pop() if len(kinds) == 1 else "other",
         license_name=(licence.name or "see-base-models") if other else None,
         license_link=f"https://huggingface.co/{other[0]}/blob/main/{licence.file}" if licence.name else None,
+        pipeline_tag="text-to-image",
+        tags=["bifrost", artifact.kind, "arxiv:2508.05954"],
         base_model=[name for name in bases.values() if HUB_ID.fullmatch(name)] or None,
         model_name=artifact.id,
         eval_results=[
@@ -68,6 +73,7 @@ def model_card(artifact: Artifact) -> str:
         head,
         template_str=re.sub(r"^(\{%.*%\})\n", r"\1", template, flags=re.M),  # a tag alone leaves no empty line
         artifact=artifact,
+        hub_id=hub_id,
         ancestors=list(_ancestors(artifact)),
         encoder=shared["encoder"],
         grid="x".join(map(str, shared["grid"])),
