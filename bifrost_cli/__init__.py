@@ -16,6 +16,7 @@ from typing import Any
 __version__ = "0.2.0"
 
 _WHERE = {
+    "BifrostDecoderBlock": "bifrost_cli.generation.modular_block",
     "BifrostPipeline": "bifrost_cli.generation.pipeline",
     "LatentsStore": "bifrost_cli.data.latents.reader",
     "ask": "bifrost_cli.generation.ask",
