@@ -18,7 +18,8 @@ from PIL import Image, ImageOps
 from bifrost_cli.artifacts import Artifact
 from bifrost_cli.config.schema import Generate, Images
 from bifrost_cli.data.images import FORMATS, read_image, square
-from bifrost_cli.data.png import png_bytes
+from bifrost_cli.data.png import image_bytes
+from bifrost_cli.data.xmp import EDITED, GENERATED
 from bifrost_cli.generation import arguments, regions
 from bifrost_cli.generation.pipeline import BifrostPipeline
 from bifrost_cli.generation.requests import ImageRequest, image_settings, png_facts, read_prompts
@@ -152,7 +153,8 @@ class Engine:
         settings = image_settings(recipe, max_text_tokens=recipe.branch.max_text_tokens, **self._files)
         request, plan = ImageRequest(0, body.prompt, seed), out.plans[0]
         image = out.images[0]
-        png = png_bytes(image, png_facts(request, {**settings, **how}, self.parents, plan))
+        facts = png_facts(request, {**settings, **how}, self.parents, plan)
+        png = image_bytes(np.asarray(image), facts, source_type=EDITED if how else GENERATED)
         return Made(png, seed, f"{image.width}x{image.height}", plan)
 
     @cached_property

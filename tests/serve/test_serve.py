@@ -22,7 +22,8 @@ from fixtures_serve import StandIn, command, health, live, say, wait_for
 from PIL import Image
 
 from bifrost_cli import BifrostPipeline
-from bifrost_cli.data.png import png_text
+from bifrost_cli.data.png import XMP_CHUNK, png_text
+from bifrost_cli.data.xmp import EDITED
 from bifrost_cli.errors import EnvironmentProblem, UsageError
 from bifrost_cli.generation.generate import generate
 from bifrost_cli.serve.access import read_token
@@ -160,6 +161,7 @@ def test_the_client_edits_as_the_pipeline_does(real, pipe):
     direct = pipe.edit(np.asarray(Image.open(io.BytesIO(image))), "a star", box=(0, 0, 32, 64), seed=4).images[0]
     assert Image.open(io.BytesIO(png(made.data[0]))).tobytes() == direct.tobytes()
     facts = json.loads(png_text(png(made.data[0]))["settings"])
+    assert EDITED in png_text(png(made.data[0]))[XMP_CHUNK]
     assert facts["masked"] == "1100" * 4 and facts["edit_of"] == hashlib.sha256(image).hexdigest()
     clear = edit(image=("a.png", image), mask=half_mask(transparent=True), prompt="a star", extra_body={"seed": 4})
     assert png(clear.data[0]) == png(made.data[0])
