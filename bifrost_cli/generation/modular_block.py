@@ -58,16 +58,17 @@ class BifrostDecoderBlock(ModularPipelineBlocks):
 
     def __call__(self, components: Any, state: PipelineState) -> tuple[Any, PipelineState]:
         """Render the images. UsageError: `patch_latents` is no tensor of two or three dimensions."""
-        block = self.get_block_state(state)
+        stock: Any = self  # get_block_state and set_block_state come from a mixin that the stubs do not know
+        block = stock.get_block_state(state)
         latents = block.patch_latents
         if not isinstance(latents, torch.Tensor) or latents.ndim not in (2, 3):
             raise UsageError("patch_latents is a tensor (P, C) or (B, P, C)",
                              at=f"got {getattr(latents, 'shape', type(latents))}")  # fmt: skip
-        settings = {name: getattr(block, name, None) for name in _SETTINGS}
+        settings: dict[str, Any] = {name: getattr(block, name, None) for name in _SETTINGS}
         latents_BPC = latents[None] if latents.ndim == 2 else latents
         block.images = [
             self.pipe.decode(latents_PC, block.prompt, seed=block.seed + index, **settings)
             for index, latents_PC in enumerate(latents_BPC)
         ]
-        self.set_block_state(state, block)
+        stock.set_block_state(state, block)
         return components, state

@@ -113,7 +113,7 @@ def reconstruct_set(
     def render(
         requests: Sequence[ImageRequest], predicted: Sequence[PredictedLatents]
     ) -> list[tuple[dict[str, bytes], dict[str, Any]]]:
-        made = []
+        made: list[tuple[dict[str, bytes], dict[str, Any]]] = []
         for request, latents in zip(requests, predicted, strict=True):
             pixels_HWC = pipe.image_of(replace(request, prompt=""), latents.latents_PC)
             made.append(({request.name: image_bytes(pixels_HWC, _MARK, source_type=EDITED)}, {}))

@@ -89,8 +89,9 @@ def pretrain(
 
 def _vae(recipe: Recipe, train: Train, folder: Path, fit: Fit) -> None:
     curriculum = CURRICULA[recipe.shapes.world]
-    vae = tiny_models.vae(tiny_models.SIZES[recipe.shapes.world]).to(memory_format=torch.channels_last)
-    task = VaeTask(vae, curriculum, train.seed, train.batch_size)
+    untrained: Any = tiny_models.vae(tiny_models.SIZES[recipe.shapes.world])
+    untrained.to(memory_format=torch.channels_last)
+    task = VaeTask(untrained, curriculum, train.seed, train.batch_size)
     result = fit(task)
     vae = task.module.to("cpu")
     vae.load_state_dict(result.ema_state)

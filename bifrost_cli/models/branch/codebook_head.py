@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,8 @@ class CodebookHead(nn.Module):
 
     def _codes(self) -> list[Tensor]:
         """The codes of each level."""
-        return [self.codes_KC, *(level.codes_KC for level in self.deeper)]
+        levels: list[Any] = list(self.deeper)  # a ModuleList does not say of what
+        return [self.codes_KC, *(level.codes_KC for level in levels)]
 
     def _logits(self, level: int, hidden_D: Tensor, written_C: Tensor) -> Tensor:
         """Float32 logits of a level's codes; `written_C` is the sum of the codes before it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from typing import NamedTuple
 
@@ -262,10 +262,12 @@ def held_out_prompts(n: int, seed: int = 0, split: str = "held_out") -> list[Pro
     return sorted(chosen.values(), key=lambda prompt: list(CATEGORIES).index(prompt.category))
 
 
-def _alternatives(words: dict[str, tuple[str, ...]], form: Callable[[str], str] = str) -> tuple[str, dict[str, str]]:
+def _alternatives(
+    words: Mapping[str, tuple[str, ...]], form: Callable[[str], str] = str
+) -> tuple[str, dict[str | None, str]]:
     """A pattern of all words, longest first, and what each means."""
-    named = {form(word): name for name, synonyms in words.items() for word in synonyms}
-    return "|".join(sorted(map(re.escape, named), key=len, reverse=True)), named
+    named: dict[str | None, str] = {form(word): name for name, synonyms in words.items() for word in synonyms}
+    return "|".join(sorted((re.escape(str(word)) for word in named), key=len, reverse=True)), named
 
 
 _SHAPE, _SHAPES_BY_WORD = _alternatives(SHAPE_WORDS)
@@ -300,18 +302,16 @@ def _parse_core(text: str) -> Spec | None:
         relation = "between"
     elif match := re.search(rf" ({_RELATION}) ", text):
         relation, parts = _RELATIONS_BY_WORD[match[1]], [text[: match.start()], text[match.end() :]]
-    things = [_parse_noun(part) for part in parts]
+    things = tuple(thing for thing in map(_parse_noun, parts) if thing)
     wanted = {None: (1, 2), "between": (3,)}.get(relation, (2,))
-    if len(things) not in wanted or None in things:
-        return None
-    return Spec(tuple(things), relation)
+    return Spec(things, relation) if len(things) == len(parts) and len(parts) in wanted else None
 
 
 def parse(text: str) -> Prompt:
     """Read a prompt of the grammar; case, spacing and a full stop do not matter. ValueError says what is understood."""
     match = _FRAME.fullmatch(normalise(text))
     spec = _parse_core(match["core"]) if match else None
-    if spec is None:
+    if match is None or spec is None:
         raise ValueError(
             f"not a prompt of the built-in world: {text!r}. Understood are one thing ('a circle', 'a small red"
             f" circle'), two ('a circle and a blue square'), {', '.join(COUNTS)} of a kind ('three red circles'), 'a"

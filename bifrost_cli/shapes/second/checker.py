@@ -108,7 +108,7 @@ def _fit(cover: np.ndarray) -> tuple[str, str, float, float, float]:
     """Shape, size, centre (x, y) and score of the sprite nearest to a region's coverage (H, W)."""
     bank, energies, labels = _bank()
     row, col = (round(at) for at in ndimage.center_of_mass(cover))
-    best: tuple[float, int, int, int] | None = None
+    best = (np.inf, 0, row, col)
     half = _WINDOW // 2
     padded = np.pad(cover, _WINDOW)
     for down in (-3, 0, 3):  # a shape's centre is not that of its mass: a triangle's lies higher
@@ -118,7 +118,7 @@ def _fit(cover: np.ndarray) -> tuple[str, str, float, float, float]:
         errors = (window**2).sum() - 2 * bank @ window + energies + outside
         index = int(np.argmin(errors / energies))
         error = float(errors[index] / energies[index])
-        if best is None or error < best[0]:
+        if error < best[0]:
             best = (error, index, row + down, col)
     error, index, row, col = best
     shape, size, dx, dy = labels[index]

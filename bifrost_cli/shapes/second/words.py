@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, TypeVar
 
@@ -130,7 +130,7 @@ def sample_question(rng: np.random.Generator, scene: Scene) -> Asked:
 def words(texts: Iterable[str] = ()) -> list[str]:
     """Words of prompts, plans, of `texts`, and of enough sampled questions and answers to have met them all."""
     rng = np.random.default_rng(0)
-    named = [SHAPE_WORDS, SIZE_WORDS, COLOUR_WORDS, RELATION_WORDS]
+    named: list[Mapping[str, tuple[str, ...]]] = [SHAPE_WORDS, SIZE_WORDS, COLOUR_WORDS, RELATION_WORDS]
     seen = [*(word for words in named for group in words.values() for word in group), *TONES, *COUNTS, *NUMBERS, *RADII]
     seen += [*map(plural, (word for group in SHAPE_WORDS.values() for word in group)), *PLACES, *OPENERS, *texts]
     for _ in range(SAMPLES):
