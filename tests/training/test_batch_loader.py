@@ -120,7 +120,7 @@ def test_slow_reads_run_beside_the_steps_and_what_is_left_of_them_is_said(tmp_pa
     assert seconds[2] < 0.95 * seconds[0], seconds  # all of it hidden would be 0.54, on a machine that is not busy
     waits = {ahead: float(lines[-1].split()[1]) for ahead, lines in said.items()}
     assert said[0][-1].startswith("data_wait ") and "%" in said[0][-2]
-    assert waits[0] > 12 * 0.06 and waits[2] < 0.8 * waits[0], waits
+    assert waits[0] > 11 * 0.06 and waits[2] < 0.8 * waits[0], waits  # said with two digits
 
 
 def test_one_thread_at_a_time_is_in_the_tokenizer(tmp_path):
