@@ -110,7 +110,7 @@ class Engine:
         self, body: EditBody, rgb: np.ndarray, mask: np.ndarray | None, digest: str, report: Report
     ) -> Iterator[Made]:
         """An edited image for each seed; `digest` is the SHA-256 of the file that was uploaded."""
-        where = {"mask_image": mask} if mask is not None else {"region": body.region}
+        where: dict[str, Any] = {"mask_image": mask} if mask is not None else {"region": body.region}
         for index, seed in enumerate(body.seeds()):
             out = self.pipe.edit(
                 rgb,
@@ -174,7 +174,7 @@ class Engine:
 
         def on_step(pipe: BifrostPipeline, step: int, timestep: Any, facts: dict[str, Any]) -> None:
             stage = facts["stage"]
-            told = {"stage": stage, "image": index, "step": step + 1, "steps": steps[stage]}
+            told: dict[str, Any] = {"stage": stage, "image": index, "step": step + 1, "steps": steps[stage]}
             if stage == "decode":
                 told["patches"] = self._patches(facts["latents"][0].cpu(), ~facts["masked"][0].cpu())
             report(told)

@@ -432,3 +432,29 @@ def test_every_verb_is_a_function_of_the_package() -> None:
     assert verbs <= set(bifrost_cli.__all__) <= set(dir(bifrost_cli))
     with pytest.raises(AttributeError, match="no attribute 'paint'"):
         bifrost_cli.paint  # noqa: B018
+
+
+# ---- a plan that is given --------------------------------------------------------------------------------------------
+
+
+def test_a_plan_that_is_given_is_read_as_if_it_had_been_written(pipe) -> None:
+    written = pipe("a star", seed=2, plan=True)
+    again = pipe("a star", seed=2, plan=written.plans[0])
+    other = pipe("a star", seed=2, plan="something else")
+    assert again.plans == written.plans and other.plans == ["something else"]
+    assert torch.equal(again.latents, written.latents) and not torch.equal(other.latents, written.latents)
+    assert pipe.prior.write_plan("a star") == written.plans[0]
+    with pytest.raises(UsageError, match="plan is empty"):
+        pipe("a star", plan=" ")
+
+
+def test_a_callback_sees_which_patches_are_masked(pipe) -> None:
+    seen = []
+
+    def watch(pipe, step, timestep, facts):
+        seen.append((facts["stage"], timestep, facts["masked"]))
+
+    pipe("a star", callback_on_step_end=watch)
+    decoded = [(timestep, masked) for stage, timestep, masked in seen if stage == "decode"]
+    assert [int(masked.sum()) for _, masked in decoded] == [timestep for timestep, _ in decoded]
+    assert decoded[-1][0] == 0 and all(masked is None for stage, _, masked in seen if stage == "diffusion")
