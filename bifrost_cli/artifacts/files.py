@@ -22,7 +22,7 @@ from typing import Any
 from bifrost_cli.errors import ArtifactError, DiskFull, EnvironmentProblem, UsageError
 
 TEMP_PREFIX = ".bifrost-tmp-"
-_UNLOCKED = 5  # seconds
+_UNLOCKED = 3600  # seconds in which a slow disk may keep a process from locking what it has just made
 JSON_LIMIT = 64 * 1024 * 1024
 _WAITING = 32 * 1024 * 1024  # bytes of a long file that may wait in memory before they are written out
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

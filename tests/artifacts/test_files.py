@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bifrost_cli.artifacts.files import (
+    TEMP_PREFIX,
     append,
     canonical_json,
     new_file,
@@ -246,3 +248,15 @@ def test_nothing_is_appended_through_a_link(tmp_path):
     with pytest.raises(ArtifactError, match="is a link"):
         append(tmp_path / "losses.csv", "1,2")
     assert (tmp_path / "mine").read_text() == "kept"
+
+
+def test_what_another_process_has_just_made_is_no_leftover(tmp_path):
+    """On a slow disk minutes may pass between making a temporary name and locking it."""
+    made, old = tmp_path / f"{TEMP_PREFIX}made", tmp_path / f"{TEMP_PREFIX}old"
+    for folder, age in ((made, 600), (old, 7200)):
+        folder.mkdir()
+        os.utime(folder, (time.time() - age,) * 2)
+    write_new(tmp_path / "file", b"data")
+    with new_folder(tmp_path / "folder"):
+        pass
+    assert made.is_dir() and not old.exists()
