@@ -22,7 +22,8 @@ from bifrost_cli.artifacts.files import append
 from bifrost_cli.errors import EnvironmentProblem, Interrupted, UsageError
 
 _STATUS = "BIFROST_STATUS_FILE"  # where the first process that ends with an error leaves its exit code
-_WATCHED = (signal.SIGTERM, signal.SIGINT)
+_WATCHED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+_FAILURE = "BIFROST_FAILURE_FILE"  # where torchrun says why it failed itself
 _GRACE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun kills 30 s after a signal, and a large checkpoint takes longer
 
 
@@ -90,30 +91,48 @@ def start(count: int, arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="bifrost-") as folder:
         status = Path(folder) / "status"
         environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), _GRACE: "3600", **os.environ,
-                       _STATUS: str(status), "PYTHONSAFEPATH": "1"}  # fmt: skip
+                       _STATUS: str(status), _FAILURE: str(Path(folder) / "failure"),
+                       "PYTHONSAFEPATH": "1"}  # fmt: skip
         words = zip(["", *arguments], arguments, strict=False)
         own = [word for before, word in words if "--gpus" not in (before, word) and not word.startswith("--gpus=")]
         code = _torchrun(["--standalone", f"--nproc-per-node={count}", "-m", "bifrost_cli", *own], environment)
         status_of_job = int(status.read_text().split()[0]) if status.exists() else None
+        kind, _, why = (failure.read_text() if (failure := Path(folder) / "failure").exists() else "").partition(": ")
     if status_of_job is not None or code == 0:
         raise SystemExit(status_of_job or 0)
     if -code in _WATCHED:
         raise Interrupted("interrupted before anything could be saved", fix="give the same command again")
+    if kind not in ("", "ChildFailedError", "SignalException"):  # no process of ours was there to be killed
+        raise EnvironmentProblem("the processes of this job cannot start, or not meet", at=f"torchrun: {kind}: {why}",
+                                 fix="see whether this machine reaches itself by its own name and by localhost",
+                                 code="BF-ENV-032")  # fmt: skip
     fix = "see whether memory ran out (dmesg), then give the same command again to continue"
     raise EnvironmentProblem("the processes of this job were killed", fix=fix, code="BF-ENV-031")
 
 
 def _torchrun(arguments: list[str], environment: dict[str, str]) -> int:
-    """Run it, passing SIGTERM and SIGINT on; torchrun's own report of failed processes is not shown."""
-    script = "import logging, sys; logging.disable(logging.CRITICAL); from torch.distributed.run import main;"
-    command = [sys.executable, "-c", f"{script} sys.excepthook = lambda *error: None; main()", *arguments]
+    """Run it, passing signals on; torchrun's own report of failed processes goes into a file."""
+    script = f"""import logging, os, sys
+def hook(kind, error, trace):
+    with open(os.environ["{_FAILURE}"], "w") as file:
+        file.write(kind.__name__ + ": " + str(error).strip().split("\\n")[0][:300])
+logging.disable(logging.CRITICAL)
+from torch.distributed.run import main
+sys.excepthook = hook
+main()"""
+    command = [sys.executable, "-c", script, *arguments]
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    before = {number: signal.signal(number, lambda number, frame: process.send_signal(number)) for number in _WATCHED}
+    before = {number: signal.signal(number, lambda number, frame: process.send_signal(number)) for number in _heard()}
     try:
         return process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _heard() -> list[int]:
+    """The signals that stop a run: not SIGHUP where it is ignored already, as under nohup."""
+    return [n for n in _WATCHED if n.name != "SIGHUP" or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 def leave_status(code: int) -> None:
@@ -123,7 +142,7 @@ def leave_status(code: int) -> None:
 
 
 class StopFlag:
-    """Context manager: SIGTERM or Ctrl-C sets `requested`, a second one raises `Interrupted` (130).
+    """Context manager: SIGTERM, Ctrl-C or a terminal that closes sets `requested`; a second one raises `Interrupted`.
 
     Outside the main thread Python does not deliver signals, so there the flag simply stays False.
     """
@@ -134,7 +153,7 @@ class StopFlag:
 
     def __enter__(self) -> StopFlag:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._on_signal) for number in _WATCHED}
+            self._before = {number: signal.signal(number, self._on_signal) for number in _heard()}
         return self
 
     def __exit__(self, *error: object) -> None:

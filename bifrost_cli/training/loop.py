@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bifrost_cli.artifacts.files import make_folder, write_json
+from bifrost_cli.artifacts.identity import provenance
 from bifrost_cli.config.schema import Train
 from bifrost_cli.errors import ArtifactError, Diverged, Stopped, UsageError
 from bifrost_cli.runtime import distributed
@@ -116,9 +117,11 @@ def fit(
         state.loader,
         state.saving,
     ):
-        _continue(state, checkpoints, records, resume, before)
+        note = _continue(state, checkpoints, records, resume, before)
         if records:
             records.begin(state.step, state.seconds)
+            if note:
+                records.tell(note)
         while state.step < train.steps:
             row, stopping = _step(state, folder, stop)
             if records:
@@ -171,15 +174,19 @@ def _start(task: Task, train: Train, device: torch.device) -> _State:
 
 def _continue(
     state: _State, checkpoints: Checkpoints, records: TrainingLogger | None, resume: bool, before: Path | None
-) -> None:
+) -> str | None:
+    """Restore the newest checkpoint; what is to be said of it, if anything."""
     saved = distributed.run_on_main(lambda: _find(state.train, checkpoints, records, resume, before))
     if saved is None:
-        return
+        return None
     module = state.task.module
     restore_module(module, saved.read("model", module))
     state.ema.restore(saved.read("ema", module))
     restore_optimizer(state.optimizer, module, saved.read("optimizer", module))
     state.step, state.seconds, state.metrics = saved.step, saved.state["seconds"], saved.state["metrics"]
+    begun, now = saved.state.get("versions", {}), provenance()["versions"]
+    other = [f"{name} {begun[name]} -> {now[name]}" for name in now if begun.get(name, now[name]) != now[name]]
+    return f"goes on under other versions, so the last digits may differ: {', '.join(other)}" if other else None
 
 
 def _find(
@@ -341,6 +348,7 @@ def _save(state: _State, checkpoints: Checkpoints, digests: dict[str, str | None
                          fix="lower the learning rate (lr) and train into a new folder", code="BF-NAN-001")  # fmt: skip
     distributed.raise_if_any_failed(error or state.saving.wait())
     facts = {"train": _settings(state.train), "seconds": state.seconds, "metrics": state.metrics, "records": digests}
+    facts["versions"] = provenance()["versions"]
     if wait or parts or not state.train.save_in_background:
         checkpoints.save(Checkpoint(state.step, groups, facts), parts=parts)
     elif distributed.rank() == 0:

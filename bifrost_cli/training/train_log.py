@@ -50,7 +50,7 @@ class TrainingLogger(AbstractContextManager["TrainingLogger"]):
         self._first, self._before = step, seconds
         self._began = self._spoken = time.monotonic()
         if step:
-            self._tell(f"continues at step {step} of {self._train.steps}")
+            self.tell(f"continues at step {step} of {self._train.steps}")
 
     def seconds(self) -> float:
         """Seconds of the whole training so far, those before a resume included."""
@@ -74,16 +74,16 @@ class TrainingLogger(AbstractContextManager["TrainingLogger"]):
         minutes, seconds = divmod(int((train.steps - step) * each), 60)
         left = f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 60 else f"{minutes}m{seconds:02d}s"
         rate = f"lr {row['lr']:.2e}  {speed:.1f} samples/s  data_wait {data_wait / (now - self._began):.1%}"
-        self._tell(f"step {step}/{train.steps}  loss {row['loss']:.4f}  {rate}  {left} left")
+        self.tell(f"step {step}/{train.steps}  loss {row['loss']:.4f}  {rate}  {left} left")
 
     def end(self) -> None:
         """Say how much of the time since `begin` went into waiting for rows: a slow disk is seen here."""
         passed = time.monotonic() - self._began
-        self._tell(f"data_wait {self._data_wait:.2f} s of {passed:.1f} s ({self._data_wait / passed:.1%})")
+        self.tell(f"data_wait {self._data_wait:.2f} s of {passed:.1f} s ({self._data_wait / passed:.1%})")
 
     def validation(self, step: int, row: dict[str, float]) -> None:
         self._validation.add(step, row)
-        self._tell(f"step {step}/{self._train.steps}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
+        self.tell(f"step {step}/{self._train.steps}  validation  " + "  ".join(f"{k} {v:.4f}" for k, v in row.items()))
         self._track_row("validation", step, row)
 
     def sync(self) -> dict[str, str | None]:
@@ -95,12 +95,13 @@ class TrainingLogger(AbstractContextManager["TrainingLogger"]):
         if seconds > SOON and not self._warned:
             self._warned = True
             asked = max(300, 60 * math.ceil(2 * seconds / 60))  # twice a save, in whole minutes, five at least
-            self._tell(
+            self.tell(
                 f"warning: a checkpoint takes {seconds:.0f} s; a job that is killed sooner than that after "
                 f"SIGTERM goes on from the one before (SLURM: --signal=TERM@{asked})"
             )
 
-    def _tell(self, line: str) -> None:
+    def tell(self, line: str) -> None:
+        """Say a line, and write it into train.log with the time."""
         self._say(line)
         append(self._path, f"{time.strftime('%Y-%m-%dT%H:%M:%S')}  {self.seconds():.1f} s  {line}\n")
 
@@ -114,7 +115,7 @@ class TrainingLogger(AbstractContextManager["TrainingLogger"]):
                 work(tracker)
             except Exception as error:  # a server that is down, a full disk: none of it may stop a training
                 del self._trackers[name]
-                self._tell(f"warning: {name} is left out from here: {type(error).__name__}: {error}")
+                self.tell(f"warning: {name} is left out from here: {type(error).__name__}: {error}")
 
 
 class Table:

@@ -220,3 +220,25 @@ def test_a_slurm_job_is_queued_again_only_when_it_stopped_on_request(name, statu
     assert calls[1].startswith("srun node7 20017 --kill-on-bad-exit=1 bifrost ") and "--recipe my recipe" in calls[1]
     assert ("scontrol requeue 17" in calls) == (code == 75)
     assert "--signal=TERM@300" in script.read_text() and not (tmp_path / ".bifrost-status-17").exists()
+
+
+def test_a_terminal_that_closes_stops_as_a_signal_does_unless_it_is_ignored():
+    with launch.StopFlag() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert stop.requested
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup leaves it
+    try:
+        with launch.StopFlag() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_job_that_cannot_start_is_not_called_killed(monkeypatch):
+    plain = launch._torchrun
+    broken = ["--rdzv-backend=nonsense", "--rdzv-endpoint=localhost:1", "--nnodes=1:2", "-m", "bifrost_cli"]
+    monkeypatch.setattr(launch, "_torchrun", lambda arguments, environment: plain(broken, environment))
+    with pytest.raises(EnvironmentProblem, match="cannot start, or not meet") as caught:
+        launch.start(2, ["doctor"])
+    assert caught.value.code == "BF-ENV-032" and "nonsense" in str(caught.value.at)

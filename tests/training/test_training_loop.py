@@ -11,7 +11,10 @@ import torch
 from fixtures_training import SmallTask, settings
 from torch import nn
 
+from bifrost_cli.artifacts.identity import provenance
 from bifrost_cli.errors import ArtifactError, Diverged, UsageError
+from bifrost_cli.runtime.ui import Ui
+from bifrost_cli.training import loop
 from bifrost_cli.training.checkpoint import Checkpoints
 from bifrost_cli.training.loop import fit, learning_rate
 
@@ -218,6 +221,24 @@ def test_other_settings_do_not_continue(tmp_path):
         fit(SmallTask(settings()), settings(lr=0.02), tmp_path)
     with pytest.raises(UsageError):
         fit(SmallTask(settings()), settings(), tmp_path, resume=False)
+
+
+def test_going_on_under_other_versions_is_said(tmp_path, monkeypatch):
+    said, ui, train = [], Ui(), settings(steps=6, checkpoint_every=3)
+    monkeypatch.setattr(ui, "say", said.append)
+    made = provenance()
+    monkeypatch.setattr(loop, "provenance", lambda: {"versions": {**made["versions"], "torch": "9.9.9"}})
+    stopping = Plain(train)
+    plain = stopping.loss
+    stopping.loss = lambda batch, generator: plain(batch, generator) if len(stopping.seen) < 4 else 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        fit(stopping, train, tmp_path, ui=ui)
+    assert not any("versions" in line for line in said)
+    monkeypatch.undo()
+    monkeypatch.setattr(ui, "say", said.append)
+    fit(Plain(train), train, tmp_path, ui=ui)
+    assert any(f"torch 9.9.9 -> {made['versions']['torch']}" in line for line in said), said
+    assert "torch 9.9.9 -> " in (tmp_path / "train.log").read_text()
 
 
 def test_a_finished_training_is_not_trained_again(tmp_path):
