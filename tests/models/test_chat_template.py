@@ -47,7 +47,7 @@ def test_masks_hide_padding_and_the_future():
 
 def test_the_additive_mask_is_finite_and_four_dimensional():
     mask = additive(torch.tensor([[[True, False]]]), torch.float32)
-    assert mask.shape == (1, 1, 1, 2) and mask[0, 0, 0].tolist() == [0.0, torch.finfo(torch.float32).min]
+    assert mask.shape == (1, 1, 1, 2) and mask[0, 0, 0].tolist() == [0.0, torch.finfo(torch.bfloat16).min]
 
 
 def test_pieces_give_the_ids_of_the_whole_text(tiny_mllm):  # noqa: F811
